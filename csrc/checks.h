@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every check of what a caller passes, shared by the CPU and CUDA host files.
+// Form: "<op>: expected <argument> ..., got ...".
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+namespace iss {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK(t.dtype() == x.dtype(), op, ": expected ", name, " of dtype ", x.dtype(), ", got ",
+              t.dtype());
+  TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on ", x.device(), ", got ",
+              t.device());
+}
+
+// letters: the shape in words, "[4H, I]".
+inline void check_shape(const char* op, const char* name, const Tensor& t, const char* letters,
+                        at::IntArrayRef shape) {
+  TORCH_CHECK(t.sizes() == shape, op, ": expected ", name, " of shape ", letters, " = ", shape,
+              ", got ", t.sizes());
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": expected ",
+              name, " of dtype float32 or float64, got ", t.dtype());
+}
+
+inline void check_batch_sizes(const char* op, const Tensor& sizes, int64_t rows, int64_t batch) {
+  TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.device().is_cpu(), op,
+              ": expected batch_sizes to be 1-D int64 on the CPU, got ", sizes.dim(), "-D ",
+              sizes.dtype(), " on ", sizes.device());
+  int64_t sum = 0, last = batch;
+  const Tensor contiguous = sizes.contiguous();
+  for (int64_t t = 0; t < contiguous.numel(); ++t) {
+    const int64_t size = contiguous.const_data_ptr<int64_t>()[t];
+    TORCH_CHECK(t == 0 ? size == batch : size >= 1 && size <= last, op,
+                ": expected batch_sizes to start at B = ", batch, " and never grow, got ", size,
+                " at step ", t);
+    sum += last = size;
+  }
+  TORCH_CHECK(sum == rows, op, ": expected batch_sizes to add up to N = ", rows, ", got ", sum);
+}
+
+inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& batch_sizes,
+                       const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                       const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                       const OptionalTensor& w_hr) {
+  check_floating(op, "x", x);
+  TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3), op, ": expected x of shape ",
+              batch_sizes ? "[N, I]" : "[T, B, I]", ", got ", x.sizes());
+  TORCH_CHECK(h0.dim() == 2 && c0.dim() == 2, op, ": expected h0 [B, P] and c0 [B, H], got ",
+              h0.sizes(), " and ", c0.sizes());
+  const int64_t input = x.size(-1), hidden = c0.size(1), output = h0.size(1);
+  const int64_t batch = batch_sizes ? h0.size(0) : x.size(1);
+  if (batch_sizes) check_batch_sizes(op, *batch_sizes, x.size(0), batch);
+  const auto check = [&](const char* name, const Tensor& t, const char* letters,
+                         at::IntArrayRef shape) {
+    check_like(op, name, t, x);
+    check_shape(op, name, t, letters, shape);
+  };
+  check("h0", h0, "[B, P]", {batch, output});
+  check("c0", c0, "[B, H]", {batch, hidden});
+  check("w_ih", w_ih, "[4H, I]", {4 * hidden, input});
+  check("w_hh", w_hh, "[4H, P]", {4 * hidden, output});
+  if (b_ih) check("b_ih", *b_ih, "[4H]", {4 * hidden});
+  if (b_hh) check("b_hh", *b_hh, "[4H]", {4 * hidden});
+  if (w_hr) check("w_hr", *w_hr, "[P, H]", {output, hidden});
+  TORCH_CHECK(w_hr || output == hidden, op, ": expected h0 of shape [B, H] = ", c0.sizes(),
+              " where there is no w_hr, got ", h0.sizes());
+}
+
+inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
+                           const std::vector<Tensor>& row_units,
+                           const std::vector<Tensor>& column_units) {
+  TORCH_CHECK(!weights.empty(), op, ": expected at least one weight, got none");
+  TORCH_CHECK(weights.size() == row_units.size() && weights.size() == column_units.size(), op,
+              ": expected row_units and column_units for each of ", weights.size(),
+              " weights, got ", row_units.size(), " and ", column_units.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = weights[i];
+    check_floating(op, "weights", weight);
+    check_like(op, "weights", weight, weights[0]);
+    TORCH_CHECK(weight.dim() == 2, op, ": expected weights of shape [R, C], got ", weight.sizes());
+    const auto check_units = [&](const char* name, const Tensor& units, const char* letters,
+                                 int64_t size) {
+      TORCH_CHECK(units.scalar_type() == at::kInt, op, ": expected ", name,
+                  " of dtype int32, got ", units.dtype());
+      TORCH_CHECK(units.device() == weight.device(), op, ": expected ", name, " on ",
+                  weight.device(), ", got ", units.device());
+      check_shape(op, name, units, letters, {size});
+    };
+    check_units("row_units", row_units[i], "[R]", weight.size(0));
+    check_units("column_units", column_units[i], "[C]", weight.size(1));
+  }
+}
+
+// What is changed in place must be the caller's own memory, not a copy of it.
+inline void check_contiguous(const char* op, const char* name, const std::vector<Tensor>& tensors) {
+  for (const Tensor& t : tensors)
+    TORCH_CHECK(t.is_contiguous(), op, ": expected ", name, " to be contiguous, got strides ",
+                t.strides(), " for shape ", t.sizes());
+}
+
+}  // namespace iss

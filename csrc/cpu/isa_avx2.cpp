@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+ISS_TARGET_BEGIN("avx2,fma")
+namespace iss {
+namespace {
+#include "cpu/vec_avx2-inl.h"
+#include "cpu/math-inl.h"
+#include "cpu/matmul-inl.h"
+#include "cpu/lstm_step-inl.h"
+#include "cpu/group_lasso-inl.h"
+#include "cpu/table-inl.h"
+}  // namespace
+ISS_TARGET_END
+
+extern const CpuKernels kAvx2Kernels;
+const CpuKernels kAvx2Kernels = {
+    .isa = "avx2",
+    .supported = [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    .f32 = table<float>(),
+    .f64 = table<double>(),
+};
+}  // namespace iss
+#endif

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <bit>
+
+#include "cpu/kernels.h"
+
+namespace iss {
+namespace {
+#include "cpu/vec_scalar-inl.h"
+#include "cpu/math-inl.h"
+#include "cpu/matmul-inl.h"
+#include "cpu/lstm_step-inl.h"
+#include "cpu/group_lasso-inl.h"
+#include "cpu/table-inl.h"
+}  // namespace
+
+extern const CpuKernels kScalarKernels;
+const CpuKernels kScalarKernels = {
+    .isa = "scalar",
+    .supported = [] { return true; },
+    .f32 = table<float>(),
+    .f64 = table<double>(),
+};
+}  // namespace iss

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of CPU kernels: one per instruction set, each filled by one isa_*.cpp.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "group_lasso.h"
+#include "lstm.h"
+
+namespace iss {
+
+template <typename T>
+struct Kernels {
+  int64_t lanes;      // elements of a vector; a panel has 4 vectors
+  int64_t tile_rows;  // rows that one matmul tile holds in registers
+  void (*pack)(const PackArgs<T>&);
+  void (*matmul)(const MatmulArgs<T>&);
+  void (*lstm_step)(const LstmStepArgs<T>&);
+  void (*lstm_step_backward)(const LstmStepBackwardArgs<T>&);
+  void (*squares)(const SquaresArgs<T>&);
+  void (*add_scaled)(const AddScaledArgs<T>&);
+  void (*threshold)(const ThresholdArgs<T>&);
+
+  // Elements of PackArgs::packed for `columns` columns (4H with gates).
+  int64_t packed_size(int64_t k, int64_t columns, bool gates) const {
+    const int64_t per_panel = gates ? lanes : 4 * lanes;
+    const int64_t wanted = gates ? columns / 4 : columns;
+    return (wanted + per_panel - 1) / per_panel * k * 4 * lanes;
+  }
+};
+
+struct CpuKernels {
+  const char* isa;
+  bool (*supported)();
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <typename T>
+  const Kernels<T>& of() const {
+    if constexpr (sizeof(T) == 4)
+      return f32;
+    else
+      return f64;
+  }
+};
+
+// The kernels that run now: the best that this CPU supports, or what ISS_KERNELS_ISA names.
+const CpuKernels& cpu_kernels();
+// Forces one ISA and returns the former; throws std::invalid_argument for a name it cannot run.
+std::string set_isa(const std::string& name);
+// Best first.
+std::vector<std::string> built_isas();
+std::vector<std::string> supported_isas();
+
+}  // namespace iss

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// One LSTM time step, forward and backward. The forward product leaves i, f, g, o of the same units
+// in one register tile, so the cell is finished there and the gates never travel through memory
+// (unless training wants them saved).
+
+template <typename T>
+void lstm_step(const LstmStepArgs<T>& args) {
+  using V = Vec<T>;
+  constexpr int64_t kLanes = V::kLanes;
+  const int64_t hidden = args.hidden;
+  const auto finish = [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row,
+                                                int64_t panel) {
+    for (int r = 0; r < Rows; ++r)
+      for (int p = 0; p < Panels; ++p) {
+        const int64_t unit = (panel + p) * kLanes;
+        const int64_t left = hidden - unit;  // the last panel may be partly empty
+        const auto load = [&](const T* from) {
+          return left >= kLanes ? V::load(from) : V::load(from, left);
+        };
+        const auto store = [&](V value, T* to) {
+          left >= kLanes ? value.store(to) : value.store(to, left);
+        };
+        const V* sum = tile.sum[r] + p * kPanelVectors;
+        const int64_t at_unit = (row + r) * hidden + unit;
+        const int64_t at_gate = (row + r) * 4 * hidden + unit;
+        const V i = sigmoid(sum[0] + load(args.gates_x + at_gate));
+        const V f = sigmoid(sum[1] + load(args.gates_x + at_gate + hidden));
+        const V g = tanh(sum[2] + load(args.gates_x + at_gate + 2 * hidden));
+        const V o = sigmoid(sum[3] + load(args.gates_x + at_gate + 3 * hidden));
+        const V c = fma(f, load(args.c_prev + at_unit), i * g);
+        store(c, args.c + at_unit);
+        store(o * tanh(c), args.h + at_unit);
+        if (args.gates != nullptr) {
+          store(i, args.gates + at_gate);
+          store(f, args.gates + at_gate + hidden);
+          store(g, args.gates + at_gate + 2 * hidden);
+          store(o, args.gates + at_gate + 3 * hidden);
+          store(c, args.cells + at_unit);
+        }
+      }
+  };
+  each_tile<T>(args.h_prev, args.rows, args.k, args.packed_w_hh, (hidden + kLanes - 1) / kLanes,
+               finish);
+}
+
+template <typename T>
+void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
+  using V = Vec<T>;
+  constexpr int64_t kLanes = V::kLanes;
+  const int64_t hidden = args.hidden;
+  const V one = V::set(1);
+  for (int64_t row = 0; row < args.rows; ++row)
+    for (int64_t unit = 0; unit < hidden; unit += kLanes) {
+      const int64_t left = hidden - unit;
+      const auto load = [&](const T* from) {
+        return left >= kLanes ? V::load(from) : V::load(from, left);
+      };
+      const auto store = [&](V value, T* to) {
+        left >= kLanes ? value.store(to) : value.store(to, left);
+      };
+      const int64_t at_unit = row * hidden + unit;
+      const int64_t at_gate = row * 4 * hidden + unit;
+      const V i = load(args.gates + at_gate);
+      const V f = load(args.gates + at_gate + hidden);
+      const V g = load(args.gates + at_gate + 2 * hidden);
+      const V o = load(args.gates + at_gate + 3 * hidden);
+      const V dh = load(args.dh + at_unit);
+      const V tanh_c = tanh(load(args.cells + at_unit));
+      const V dc = fma(dh * o, one - tanh_c * tanh_c, load(args.dc + at_unit));
+      store(dc * g * i * (one - i), args.dgates + at_gate);
+      store(dc * load(args.c_prev + at_unit) * f * (one - f), args.dgates + at_gate + hidden);
+      store(dc * i * (one - g * g), args.dgates + at_gate + 2 * hidden);
+      store(dh * tanh_c * o * (one - o), args.dgates + at_gate + 3 * hidden);
+      store(dc * f, args.dc + at_unit);
+    }
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of the ISA that this is compiled for; constant, so it is no code of that ISA itself.
+
+template <typename T>
+constexpr Kernels<T> table() {
+  return {
+      .lanes = Vec<T>::kLanes,
+      .tile_rows = Vec<T>::kTileRows,
+      .pack = &pack<T>,
+      .matmul = &matmul<T>,
+      .lstm_step = &lstm_step<T>,
+      .lstm_step_backward = &lstm_step_backward<T>,
+      .squares = &squares<T>,
+      .add_scaled = &add_scaled<T>,
+      .threshold = &threshold<T>,
+  };
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec<float> of 8 lanes and Vec<double> of 4, for AVX2 with FMA. The only AVX2 intrinsics.
+
+template <typename T>
+struct Vec;
+
+// Lanes below n: a sliding window over n ones followed by zeros.
+alignas(64) constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+inline __m256i first_lanes(int64_t bytes4) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - bytes4));
+}
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kTileRows = 3;  // 3 rows x 4 accumulators + 3 broadcasts of 16 registers
+  __m256 v;
+
+  static Vec set(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first_lanes(n), v); }
+  float sum() const {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int64_t kLanes = 4;
+  static constexpr int kTileRows = 3;
+  __m256d v;
+
+  static Vec set(double x) { return {_mm256_set1_pd(x)}; }
+  static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static Vec load(const double* p, int64_t n) {
+    return {_mm256_maskload_pd(p, first_lanes(2 * n))};
+  }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+  void store(double* p, int64_t n) const { _mm256_maskstore_pd(p, first_lanes(2 * n), v); }
+  double sum() const {
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+};
+
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec<float> zero_below(Vec<float> x, Vec<float> limit) {
+  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v);
+  return {_mm256_andnot_ps(_mm256_cmp_ps(size, limit.v, _CMP_LT_OQ), x.v)};
+}
+inline Vec<float> exp2_of(Vec<float> shifted) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(127 << 23)))};
+}
+
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return {_mm256_sub_pd(a.v, b.v)}; }
+inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return {_mm256_div_pd(a.v, b.v)}; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm256_fmadd_pd(a.v, b.v, c.v)};
+}
+inline Vec<double> min(Vec<double> a, Vec<double> b) { return {_mm256_min_pd(a.v, b.v)}; }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline Vec<double> zero_below(Vec<double> x, Vec<double> limit) {
+  const __m256d size = _mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v);
+  return {_mm256_andnot_pd(_mm256_cmp_pd(size, limit.v, _CMP_LT_OQ), x.v)};
+}
+inline Vec<double> exp2_of(Vec<double> shifted) {
+  const __m256i n = _mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52);
+  return {_mm256_castsi256_pd(_mm256_add_epi64(n, _mm256_set1_epi64x(1023ll << 52)))};
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec<T> with one lane: the fallback that runs everywhere, and the plainest reading of the interface
+// that every vec_*-inl.h gives.
+
+template <typename T>
+struct Vec {
+  static constexpr int64_t kLanes = 1;
+  static constexpr int kTileRows = 2;  // 2 rows x 4 accumulators of 16 registers
+  T v;
+
+  static Vec set(T x) { return {x}; }
+  static Vec load(const T* p) { return {*p}; }
+  static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes, rest 0
+  void store(T* p) const { *p = v; }
+  void store(T* p, int64_t) const { *p = v; }
+  T sum() const { return v; }
+};
+
+template <typename T>
+Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return {a.v + b.v};
+}
+template <typename T>
+Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return {a.v - b.v};
+}
+template <typename T>
+Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return {a.v * b.v};
+}
+template <typename T>
+Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return {a.v / b.v};
+}
+// a * b + c. Two roundings here: without FMA hardware, std::fma is a slow call.
+template <typename T>
+Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return {a.v * b.v + c.v};
+}
+// b where either is NaN, as in SSE; so a NaN that comes second passes.
+template <typename T>
+Vec<T> min(Vec<T> a, Vec<T> b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+template <typename T>
+Vec<T> max(Vec<T> a, Vec<T> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+// x where |x| >= limit or x is NaN, else 0.
+template <typename T>
+Vec<T> zero_below(Vec<T> x, Vec<T> limit) {
+  return {x.v < limit.v && -x.v < limit.v ? T(0) : x.v};
+}
+// 2^n for the integer n in the low bits of `shifted` (math-inl.h, kShift).
+inline Vec<float> exp2_of(Vec<float> shifted) {
+  return {std::bit_cast<float>((std::bit_cast<uint32_t>(shifted.v) << 23) + (127u << 23))};
+}
+inline Vec<double> exp2_of(Vec<double> shifted) {
+  return {std::bit_cast<double>((std::bit_cast<uint64_t>(shifted.v) << 52) + (1023ull << 52))};
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every schema: the only TORCH_LIBRARY. Fake kernels and derivatives are in iss_kernels/ops.py, the
+// definition of each op in iss_kernels/reference.py.
+//
+// Letters: T steps, B batch, I input size, H hidden size, P output size (H, or proj_size), N rows of
+// a packed sequence (T * B for a padded one), R and C rows and columns of a weight.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(iss_kernels, library) {
+  // x [T, B, I], or [N, I] with batch_sizes [T]; h0 [B, P], c0 [B, H]; w_ih [4H, I], w_hh [4H, P],
+  // b_ih and b_hh [4H], w_hr [P, H]; gates in the order i, f, g, o.
+  // -> y [T, B, P] or [N, P], h_n [B, P], c_n [B, H]; with `save`, what lstm_backward needs: the
+  // activated gates [N, 4H] and the cells [N, H]; without, those two have no rows.
+  library.def(
+      "lstm_forward(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
+      "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, bool reverse, bool save) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  // The gradient d of each output -> the gradient of x, h0, c0, w_ih, w_hh, either bias, w_hr (empty
+  // without one).
+  library.def(
+      "lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, "
+      "Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor y, "
+      "Tensor gates, Tensor cells, bool reverse) "
+      "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)");
+
+  // weights[i] [R, C] with row_units[i] [R] and column_units[i] [C] (int32; -1: no unit).
+  // -> norms [units]
+  library.def(
+      "group_norms_forward(Tensor[] weights, Tensor[] row_units, Tensor[] column_units, int units, "
+      "float eps, bool paper_overlap) -> Tensor norms");
+  // -> dweights[i] [R, C]
+  library.def(
+      "group_norms_backward(Tensor dnorms, Tensor norms, Tensor[] weights, Tensor[] row_units, "
+      "Tensor[] column_units, float eps, bool paper_overlap) -> Tensor[] dweights");
+  // outputs[i][r, c] += weights[i][r, c] * (factors[row unit] + factors[column unit])
+  library.def(
+      "add_scaled_by_units_(Tensor(a!)[] outputs, Tensor[] weights, Tensor[] row_units, "
+      "Tensor[] column_units, Tensor factors, bool paper_overlap) -> ()");
+  // weights[i][r, c] = 0 where its size is below threshold and it belongs to a unit
+  library.def(
+      "threshold_(Tensor(a!)[] weights, Tensor[] row_units, Tensor[] column_units, "
+      "float threshold) -> ()");
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an LSTM kernel is told: plain structs of raw pointers, no torch.
+//
+// Letters: T steps, B batch, I input size, H hidden (cell) size, P output size (H, or proj_size), n
+// rows of one call. Gates in torch's order i, f, g, o; weights as nn.LSTM stores them. Row-major.
+#pragma once
+
+#include <cstdint>
+
+namespace iss {
+
+// A matrix B [K, columns] to be multiplied from the right, cut into panels of 4 vectors of columns:
+// packed [panel][K][4][lanes], zero where a panel reaches past the last column. With `gates` the
+// columns are 4H gate rows, and the 4 vectors of a panel are the i, f, g, o of the same units, so
+// that one panel is all that those units need.
+template <typename T>
+struct PackArgs {
+  int64_t k, columns;
+  bool gates;
+  const T* b;  // element (k, column) at b[k * stride_k + column * stride_column]
+  int64_t stride_k, stride_column;
+  T* packed;  // [packed_size(k, columns)]
+};
+
+// out = a @ B, with B packed without `gates`.
+template <typename T>
+struct MatmulArgs {
+  int64_t rows, k, columns;
+  const T* a;       // [rows, K]
+  const T* packed;  // PackArgs::packed
+  T* out;           // [rows, columns]
+};
+
+// One time step. gates may be gates_x itself, c may be c_prev.
+template <typename T>
+struct LstmStepArgs {
+  int64_t rows, hidden, k;  // n, H, P
+  const T* h_prev;          // [n, P]
+  const T* c_prev;          // [n, H]
+  const T* packed_w_hh;     // w_hh.T [P, 4H], packed with `gates`
+  const T* gates_x;         // [n, 4H]  x_t @ w_ih.T + b_ih + b_hh
+  T* c;                     // [n, H]
+  T* h;                     // [n, H]   o * tanh(c): the output, or what w_hr projects
+  T* gates;                 // [n, 4H]  i, f, g, o after activation; nullptr when not training
+  T* cells;                 // [n, H]   a copy of c; nullptr when not training
+};
+
+// The pointwise half of one time step's gradient. dc may be dc_prev.
+template <typename T>
+struct LstmStepBackwardArgs {
+  int64_t rows, hidden;  // n, H
+  const T* dh;           // [n, H]  gradient of o * tanh(c)
+  const T* gates;        // [n, 4H] as saved by the forward step
+  const T* cells;        // [n, H]
+  const T* c_prev;       // [n, H]
+  T* dc;                 // [n, H]  in: gradient of c_t; out: gradient of c_{t-1}
+  T* dgates;             // [n, 4H] gradient before the activations
+};
+
+}  // namespace iss

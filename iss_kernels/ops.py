@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations: a typed wrapper each, with shape inference and derivatives where compiled.
+
+The only file that names torch.ops. Each block has the same order: wrapper, fake, setup_context,
+backward, registration. First derivatives are ops of their own; second derivatives differentiate
+the reference, slowly but right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from iss_kernels import backend, reference
+
+_Tensors = Sequence[Tensor]
+
+
+def _second_derivatives(
+    vjp: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Derivatives of vjp (a first derivative written in plain torch) with respect to `inputs`."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        outputs = vjp(*leaves)
+        pairs = [
+            (y, g)
+            for y, g in zip(outputs, cotangents, strict=True)
+            if y is not None and g is not None
+        ]
+        given = [t for t in leaves if t is not None]
+        grads = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs], given, [g for _, g in pairs], allow_unused=True
+            )
+        )
+    return [None if t is None else next(grads) for t in leaves]
+
+
+# -------------------------------------------------------------------------------------------------
+# lstm
+
+
+def lstm(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One LSTM layer in one direction over all time steps. Shapes, returns: `reference.lstm`.
+
+    Raises RuntimeError for a wrong shape, dtype or device, naming the argument.
+    """
+    arguments = (x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse)
+    if backend.backend() == "reference":
+        return reference.lstm(*arguments)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, h_n, c_n, _, _ = torch.ops.iss_kernels.lstm_forward(*arguments, save)
+    return y, h_n, c_n
+
+
+def _lstm_forward_fake(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    rows = x.shape[:-1].numel() if save else 0
+    return (
+        x.new_empty((*x.shape[:-1], h0.shape[1])),
+        torch.empty_like(h0, memory_format=torch.contiguous_format),
+        torch.empty_like(c0, memory_format=torch.contiguous_format),
+        x.new_empty((rows, w_hh.shape[0])),
+        x.new_empty((rows, c0.shape[1])),
+    )
+
+
+def _lstm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, save = inputs
+    y, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells)
+    ctx.reverse, ctx.save = reverse, save
+
+
+def _lstm_backward(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if not ctx.save:
+        raise RuntimeError("lstm_forward: expected save=True where a gradient is asked for")
+    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells = ctx.saved_tensors
+    dy = torch.zeros_like(y) if dy is None else dy
+    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+    dc_n = torch.zeros_like(c0) if dc_n is None else dc_n
+    dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = torch.ops.iss_kernels.lstm_backward(
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells,
+        ctx.reverse,
+    )  # fmt: skip
+    db_ih, db_hh = (None if b is None else db for b in (b_ih, b_hh))
+    dw_hr = None if w_hr is None else dw_hr
+    return dx, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, None, None
+
+
+def _lstm_backward_fake(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    shapes = [t.shape for t in (x, h0, c0, w_ih, w_hh)] + [w_hh.shape[:1]]
+    shapes.append(w_hh.new_empty(0).shape if w_hr is None else w_hr.shape)
+    return tuple(x.new_empty(shape) for shape in shapes)
+
+
+def _lstm_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, _, _, _, reverse = inputs  # y, gates and cells follow from the rest
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.reverse = reverse
+
+
+def _lstm_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, b_ih, b_hh, w_hr = ctx.saved_tensors
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh = inputs
+    # db is the gradient of either bias, so one bias (zero where there is none) stands for both.
+    bias = sum((b for b in (b_ih, b_hh) if b is not None), w_hh.new_zeros(w_hh.shape[0]))
+
+    def vjp(
+        dy: Tensor, dh_n: Tensor, dc_n: Tensor, *primals: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, h0, c0, w_ih, w_hh, bias, w_hr = primals
+        outputs = reference.lstm(x, batch_sizes, h0, c0, w_ih, w_hh, bias, None, w_hr, ctx.reverse)  # type: ignore[arg-type]
+        given = [t for t in primals if t is not None]
+        grads = torch.autograd.grad(
+            outputs, given, (dy, dh_n, dc_n), create_graph=True, materialize_grads=True
+        )
+        return (*grads, None) if w_hr is None else grads
+
+    second = _second_derivatives(
+        vjp, (dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, w_hr), cotangents
+    )
+    ddy, ddh_n, ddc_n, dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = second
+    db_ih, db_hh = (None if b is None else db for b in (b_ih, b_hh))
+    return (
+        ddy, ddh_n, ddc_n, dx, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, None, None, None,
+        None,
+    )  # fmt: skip
+
+
+if backend.is_built():
+    register_fake("iss_kernels::lstm_forward", _lstm_forward_fake)
+    register_fake("iss_kernels::lstm_backward", _lstm_backward_fake)
+    register_autograd(
+        "iss_kernels::lstm_forward", _lstm_backward, setup_context=_lstm_setup_context
+    )
+    register_autograd(
+        "iss_kernels::lstm_backward",
+        _lstm_double_backward,
+        setup_context=_lstm_backward_setup_context,
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# group_norms
+
+
+def group_norms(
+    weights: _Tensors,
+    row_units: _Tensors,
+    column_units: _Tensors,
+    units: int,
+    eps: float,
+    paper_overlap: bool,
+) -> Tensor:
+    """Norm of every unit's group over all weights, [units]. Shapes: `reference.group_norms`."""
+    arguments = (list(weights), list(row_units), list(column_units), units, eps, paper_overlap)
+    if backend.backend() == "reference":
+        return reference.group_norms(*arguments)
+    norms: Tensor = torch.ops.iss_kernels.group_norms_forward(*arguments)
+    return norms
+
+
+def _group_norms_forward_fake(
+    weights: _Tensors,
+    row_units: _Tensors,
+    column_units: _Tensors,
+    units: int,
+    eps: float,
+    paper_overlap: bool,
+) -> Tensor:
+    return weights[0].new_empty(units)
+
+
+def _group_norms_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weights, row_units, column_units, _, ctx.eps, ctx.paper_overlap = inputs
+    ctx.count = len(weights)
+    ctx.save_for_backward(output, *weights, *row_units, *column_units)
+
+
+def _group_norms_backward(ctx: Any, dnorms: Tensor) -> tuple[Any, ...]:
+    norms, *tensors = ctx.saved_tensors
+    lists = [tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3)]
+    dweights = torch.ops.iss_kernels.group_norms_backward(
+        dnorms, norms, *lists, ctx.eps, ctx.paper_overlap
+    )
+    return dweights, None, None, None, None, None
+
+
+def _group_norms_backward_fake(
+    dnorms: Tensor,
+    norms: Tensor,
+    weights: _Tensors,
+    row_units: _Tensors,
+    column_units: _Tensors,
+    eps: float,
+    paper_overlap: bool,
+) -> list[Tensor]:
+    return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+
+
+def _group_norms_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dnorms, _, weights, row_units, column_units, ctx.eps, ctx.paper_overlap = inputs
+    ctx.count = len(weights)
+    ctx.save_for_backward(dnorms, *weights, *row_units, *column_units)
+
+
+def _group_norms_double_backward(ctx: Any, cotangents: _Tensors) -> tuple[Any, ...]:
+    dnorms, *tensors = ctx.saved_tensors
+    weights, rows, columns = (tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3))
+
+    def vjp(dnorms: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+        norms = reference.group_norms(
+            weights, rows, columns, len(dnorms), ctx.eps, ctx.paper_overlap
+        )
+        return torch.autograd.grad(norms, weights, dnorms, create_graph=True)
+
+    ddnorms, *dweights = _second_derivatives(vjp, (dnorms, *weights), cotangents)
+    return ddnorms, None, dweights, None, None, None, None
+
+
+if backend.is_built():
+    register_fake("iss_kernels::group_norms_forward", _group_norms_forward_fake)
+    register_fake("iss_kernels::group_norms_backward", _group_norms_backward_fake)
+    register_autograd(
+        "iss_kernels::group_norms_forward",
+        _group_norms_backward,
+        setup_context=_group_norms_setup_context,
+    )
+    register_autograd(
+        "iss_kernels::group_norms_backward",
+        _group_norms_double_backward,
+        setup_context=_group_norms_backward_setup_context,
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# In place, without derivatives: what a training loop does between steps.
+
+
+@torch.no_grad()
+def add_scaled_by_units_(
+    outputs: _Tensors,
+    weights: _Tensors,
+    row_units: _Tensors,
+    column_units: _Tensors,
+    factors: Tensor,
+    paper_overlap: bool,
+) -> None:
+    """outputs[i] += `reference.scaled_by_units`(weights[i], ..., factors), in one pass each.
+
+    With factors = strength / norms this adds the penalty's gradient.
+    """
+    arguments = (list(weights), list(row_units), list(column_units))
+    if backend.backend() == "extension":
+        torch.ops.iss_kernels.add_scaled_by_units_(
+            list(outputs), *arguments, factors, paper_overlap
+        )
+        return
+    for output, weight, rows, columns in zip(outputs, *arguments, strict=True):
+        output += reference.scaled_by_units(weight, rows, columns, factors, paper_overlap)
+
+
+@torch.no_grad()
+def threshold_(
+    weights: _Tensors, row_units: _Tensors, column_units: _Tensors, threshold: float
+) -> None:
+    """weights[i] = `reference.thresholded`(weights[i], ..., threshold), in place."""
+    arguments = (list(weights), list(row_units), list(column_units))
+    if backend.backend() == "extension":
+        torch.ops.iss_kernels.threshold_(*arguments, threshold)
+        return
+    for weight, rows, columns in zip(*arguments, strict=True):
+        weight.copy_(reference.thresholded(weight, rows, columns, threshold))

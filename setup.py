@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the one extension, iss_kernels._C: CPU kernels always, CUDA ones where they can be.
+
+ISS_KERNELS_CUDA=0|1 turns CUDA off or demands it; unset, it is built when torch is a CUDA build and
+nvcc is found (no GPU is needed to build). ISS_KERNELS_DEBUG=1 builds without optimisation.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError:
+    sys.exit(
+        "iss_kernels: the extension is built against the torch it will run with, and torch is not "
+        "installed here: pip install 'torch>=2.10', then pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).parent
+DEBUG = os.environ.get("ISS_KERNELS_DEBUG") == "1"
+
+
+def cuda_enabled() -> bool:
+    choice = os.environ.get("ISS_KERNELS_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"iss_kernels: expected ISS_KERNELS_CUDA to be 0, 1 or unset, got {choice!r}")
+    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    if choice == "1" and not possible:
+        sys.exit("iss_kernels: ISS_KERNELS_CUDA=1 needs a CUDA build of torch and nvcc; not found")
+    # An empty csrc/cuda means that this version has no CUDA kernels yet.
+    return choice != "0" and possible and any((ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for glob in patterns for p in ROOT.glob(glob))
+
+
+class Build(BuildExtension):
+    def run(self) -> None:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler.split()[0]) is None:
+            sys.exit(
+                f"iss_kernels: no C++ compiler: '{compiler}' is not on the PATH; install one "
+                "(Debian: apt install g++; macOS: xcode-select --install) or set CXX"
+            )
+        super().run()
+
+
+cuda = cuda_enabled()
+# Never -march or -mavx2: code for one instruction set sits in target regions (csrc/README.md), and
+# FMA is used only where it is written (-ffp-contract=off), so every ISA computes what is read.
+cxx = ["-std=c++20", "-O0" if DEBUG else "-O3", "-g1", "-ffp-contract=off", "-fvisibility=hidden"]
+cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+extension = (CUDAExtension if cuda else CppExtension)(
+    name="iss_kernels._C",
+    sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.c*"] if cuda else [])),
+    include_dirs=[str(ROOT / "csrc")],
+    define_macros=[("ISS_WITH_CUDA", "1")] if cuda else [],
+    extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]} if cuda else cxx,
+)
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
