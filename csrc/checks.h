@@ -4,9 +4,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace iss {
@@ -14,9 +16,13 @@ namespace iss {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline std::string dtype(const Tensor& t) {
+  return std::string(c10::getDtypeNames(t.scalar_type()).first);
+}
+
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  TORCH_CHECK(t.dtype() == x.dtype(), op, ": expected ", name, " of dtype ", x.dtype(), ", got ",
-              t.dtype());
+  TORCH_CHECK(t.dtype() == x.dtype(), op, ": expected ", name, " of dtype ", dtype(x), ", got ",
+              dtype(t));
   TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on ", x.device(), ", got ",
               t.device());
 }
@@ -30,13 +36,13 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
 
 inline void check_floating(const char* op, const char* name, const Tensor& t) {
   TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": expected ",
-              name, " of dtype float32 or float64, got ", t.dtype());
+              name, " of dtype float32 or float64, got ", dtype(t));
 }
 
 inline void check_batch_sizes(const char* op, const Tensor& sizes, int64_t rows, int64_t batch) {
   TORCH_CHECK(sizes.dim() == 1 && sizes.scalar_type() == at::kLong && sizes.device().is_cpu(), op,
               ": expected batch_sizes to be 1-D int64 on the CPU, got ", sizes.dim(), "-D ",
-              sizes.dtype(), " on ", sizes.device());
+              dtype(sizes), " on ", sizes.device());
   int64_t sum = 0, last = batch;
   const Tensor contiguous = sizes.contiguous();
   for (int64_t t = 0; t < contiguous.numel(); ++t) {
@@ -80,7 +86,6 @@ inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& ba
 inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
                            const std::vector<Tensor>& row_units,
                            const std::vector<Tensor>& column_units) {
-  TORCH_CHECK(!weights.empty(), op, ": expected at least one weight, got none");
   TORCH_CHECK(weights.size() == row_units.size() && weights.size() == column_units.size(), op,
               ": expected row_units and column_units for each of ", weights.size(),
               " weights, got ", row_units.size(), " and ", column_units.size());
@@ -91,8 +96,8 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
     TORCH_CHECK(weight.dim() == 2, op, ": expected weights of shape [R, C], got ", weight.sizes());
     const auto check_units = [&](const char* name, const Tensor& units, const char* letters,
                                  int64_t size) {
-      TORCH_CHECK(units.scalar_type() == at::kInt, op, ": expected ", name,
-                  " of dtype int32, got ", units.dtype());
+      TORCH_CHECK(units.scalar_type() == at::kInt, op, ": expected ", name, " of dtype int32, got ",
+                  dtype(units));
       TORCH_CHECK(units.device() == weight.device(), op, ": expected ", name, " on ",
                   weight.device(), ", got ", units.device());
       check_shape(op, name, units, letters, {size});

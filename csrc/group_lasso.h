@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a group-lasso kernel is told: a weight is a matrix whose rows and columns each carry the id of
-// the unit they belong to, or -1. Everything the regulariser does is one walk over such a matrix.
+// What a group-lasso kernel is told: a weight is a matrix whose rows and columns each carry the id
+// of the unit they belong to, or -1. Everything the regulariser does is one walk over such a
+// matrix.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@ struct LabelledRows {
   bool paper_overlap;           // count an element whose row and column share a unit twice
 };
 
-// Adds up squares: row_sums[r] = sum_c w^2, column_sums[c] = sum_r w^2 without what row_sums counts.
+// Adds up squares: row_sums[r] = sum_c w^2, column_sums[c] = sum_r w^2 without what row_sums
+// counts.
 template <typename T>
 struct SquaresArgs {
   LabelledRows<T> rows;

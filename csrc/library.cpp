@@ -2,8 +2,8 @@
 // Every schema: the only TORCH_LIBRARY. Fake kernels and derivatives are in iss_kernels/ops.py, the
 // definition of each op in iss_kernels/reference.py.
 //
-// Letters: T steps, B batch, I input size, H hidden size, P output size (H, or proj_size), N rows of
-// a packed sequence (T * B for a padded one), R and C rows and columns of a weight.
+// Letters: T steps, B batch, I input size, H hidden size, P output size (H, or proj_size), N rows
+// of a packed sequence (T * B for a padded one), R and C rows and columns of a weight.
 
 #include <torch/library.h>
 
@@ -16,13 +16,15 @@ TORCH_LIBRARY(iss_kernels, library) {
       "lstm_forward(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, bool reverse, bool save) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
-  // The gradient d of each output -> the gradient of x, h0, c0, w_ih, w_hh, either bias, w_hr (empty
-  // without one).
+  // The gradient d of each output -> the gradient of x, h0, c0, w_ih, w_hh, either bias, w_hr
+  // (empty without one).
   library.def(
-      "lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, "
+      "lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor? batch_sizes, Tensor "
+      "h0, "
       "Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor y, "
       "Tensor gates, Tensor cells, bool reverse) "
-      "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor dw_hr)");
+      "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor "
+      "dw_hr)");
 
   // weights[i] [R, C] with row_units[i] [R] and column_units[i] [C] (int32; -1: no unit).
   // -> norms [units]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is not an op, bound with pybind11: what was built, and the choice of instruction set. Importing
-// the module also runs the registrations of library.cpp and of the host files.
+// What is not an op, bound with pybind11: what was built, and the choice of instruction set.
+// Importing the module also runs the registrations of library.cpp and of the host files.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -7,6 +7,8 @@ import importlib
 import warnings
 from typing import Any
 
+import torch  # first: the extension links to its libraries
+
 BACKENDS = ("extension", "reference")
 
 _C: Any = None
@@ -60,8 +62,6 @@ class use_backend:  # noqa: N801  (reads as a function; usable as a context mana
 
 def build_info() -> dict[str, Any]:
     """What was built and what runs: version, backend, torch, ISAs built, supported and in use."""
-    import torch
-
     from iss_kernels import __version__
 
     compiled = _C.build_info() if _C is not None else {"extension": _why_not}

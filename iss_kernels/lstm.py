@@ -235,12 +235,12 @@ class ISSLSTM(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """All layers; states: (h [B, P], c [B, H]) by layer and direction."""
         kind = x.device.type
-        cast_to = None
-        if torch.is_autocast_enabled(kind):
-            cast_to = torch.get_autocast_dtype(kind)
-            dtype = cast(Tensor, self.weight_ih_l0).dtype
-            x = x.to(dtype)
-            states = [(h.to(dtype), c.to(dtype)) for h, c in states]
+        if _autocast_enabled(kind):
+            dtype, cast_to = self._dtype(), torch.get_autocast_dtype(kind)
+            with torch.autocast(kind, enabled=False):
+                states = [(h.to(dtype), c.to(dtype)) for h, c in states]
+                y, states = self._run(x.to(dtype), batch_sizes, states)
+            return y.to(cast_to), [(h.to(cast_to), c.to(cast_to)) for h, c in states]
         directions = len(self.sizes[0])
         final = []
         for layer in range(self.num_layers):
@@ -257,8 +257,6 @@ class ISSLSTM(nn.Module):
                 outputs.append(y)
                 final.append((h, c))
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if cast_to is not None:
-            return x.to(cast_to), [(h.to(cast_to), c.to(cast_to)) for h, c in final]
         return x, final
 
     def _parameters_of(
@@ -271,9 +269,12 @@ class ISSLSTM(nn.Module):
         b_ih, b_hh = w[2:] if self.bias else (None, None)
         return w[0], w[1], b_ih, b_hh, w_hr
 
+    def _dtype(self) -> torch.dtype:
+        return cast(Tensor, self.weight_ih_l0).dtype
+
     def _check_input(self, x: Tensor, dim: int) -> None:
-        dtype = self.weight_ih_l0.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        dtype = self._dtype()
+        if x.dtype != dtype and not _autocast_enabled(x.device.type):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert "
                 f"input: input.to({dtype}), or convert model: model.to({x.dtype})"
@@ -334,17 +335,22 @@ class ISSLSTM(nn.Module):
                 else "For unbatched 2-D input, hx and cx should also be 2-D but got "
                 f"({dims}) tensors"
             )
-        directions = len(self.sizes[0])
         flat: list[Tensor] = []
-        for layer in state if len(state) == self.num_layers else ():
-            flat += list(layer.unbind(0)) if isinstance(layer, Tensor) else list(layer)
-        flat = flat if batched else [s.unsqueeze(0) for s in flat]
+        if not isinstance(state, Tensor) and len(state) == self.num_layers:
+            for layer in state:
+                flat += layer.unbind(0) if isinstance(layer, Tensor) else layer
+        if not batched:
+            flat = [s.unsqueeze(0) for s in flat]
         expected_shapes = [(batch, size) for size in sizes]
-        if [tuple(s.shape) for s in flat] != expected_shapes:
-            got = [tuple(s.shape) for s in flat] or f"{len(state)} entries"
+        shapes = [tuple(s.shape) for s in flat]
+        if shapes != expected_shapes:
+            if isinstance(state, Tensor):
+                got = f"a tensor of size {list(state.shape)}"
+            else:
+                got = str(shapes) if shapes else f"{len(state)} entries"
             raise RuntimeError(
                 f"Expected hidden[{which}] to be a tuple of {self.num_layers} layers with "
-                f"{directions} states of sizes {expected_shapes}, got {got}"
+                f"{len(self.sizes[0])} states of sizes {expected_shapes}, got {got}"
             )
         return flat
 
@@ -371,6 +377,10 @@ class ISSLSTM(nn.Module):
             same = len({s.shape for s in of_layer}) == 1
             layers.append(torch.stack(of_layer) if same else of_layer)
         return tuple(layers)
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _converted(old: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -404,7 +414,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     new = {m: ISSLSTM.from_torch(m) for m in model.modules() if type(m) is nn.LSTM}
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if child in new:
+        for name, child in module._modules.items():  # named_children() skips what it has seen
+            if type(child) is nn.LSTM:
                 setattr(module, name, new[child])
-    return new.get(model, model) if type(model) is nn.LSTM else model
+    return new[model] if type(model) is nn.LSTM else model

@@ -236,7 +236,8 @@ def _group_norms_backward(ctx: Any, dnorms: Tensor) -> tuple[Any, ...]:
     dweights = torch.ops.iss_kernels.group_norms_backward(
         dnorms, norms, *lists, ctx.eps, ctx.paper_overlap
     )
-    return dweights, None, None, None, None, None
+    no_labels = [None] * ctx.count
+    return dweights, no_labels, no_labels, None, None, None
 
 
 def _group_norms_backward_fake(
@@ -268,7 +269,8 @@ def _group_norms_double_backward(ctx: Any, cotangents: _Tensors) -> tuple[Any, .
         return torch.autograd.grad(norms, weights, dnorms, create_graph=True)
 
     ddnorms, *dweights = _second_derivatives(vjp, (dnorms, *weights), cotangents)
-    return ddnorms, None, dweights, None, None, None, None
+    no_labels = [None] * ctx.count
+    return ddnorms, None, dweights, no_labels, no_labels, None, None
 
 
 if backend.is_built():

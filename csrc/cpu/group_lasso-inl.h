@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The walks over a labelled matrix: each weight is read once. Elements whose row and column belong to
-// the same unit (one a row, as a rule) are taken care of beside the vector loop: the loop runs over
-// whole rows, and what it did to those columns is undone.
+// The walks over a labelled matrix: each weight is read once. Elements whose row and column belong
+// to the same unit (one a row, as a rule) are taken care of beside the vector loop: the loop runs
+// over whole rows, and what it did to those columns is undone.
 
 // Calls visit(column) for the columns that belong to row's own unit.
 template <typename T, typename Visit>

@@ -21,7 +21,8 @@
 namespace iss {
 namespace {
 
-// Also bounds the rounding of a column sum: at most this many terms are added in the weight's dtype.
+// Also bounds the rounding of a column sum: at most this many terms are added in the weight's
+// dtype.
 constexpr int64_t kBlockRows = 64;
 
 std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
@@ -145,8 +146,7 @@ void add_scaled_by_units_cpu_(const std::vector<Tensor>& outputs,
     check_shape(op, "outputs", outputs[m], "[R, C]", weights[m].sizes());
   }
   check_like(op, "factors", factors, weights[0]);
-  TORCH_CHECK(factors.dim() == 1, op, ": expected factors of shape [units], got ",
-              factors.sizes());
+  TORCH_CHECK(factors.dim() == 1, op, ": expected factors of shape [units], got ", factors.sizes());
   const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
                             columns = contiguous(column_units);
   const std::vector<Labelled> labels = labelled(op, rows, columns, factors.size(0));
@@ -162,12 +162,11 @@ void add_scaled_by_units_cpu_(const std::vector<Tensor>& outputs,
     each_block(labels, [&](size_t m, int64_t b) {
       const std::vector<scalar_t> row_factors = spread(labels[m].row_units, labels[m].rows);
       std::vector<scalar_t> column_factors = spread(labels[m].column_units, labels[m].columns);
-      cpu_kernels().of<scalar_t>().add_scaled(
-          {.rows = labels[m].block<scalar_t>(b, paper_overlap),
-           .weight = matrices[m].const_data_ptr<scalar_t>(),
-           .row_factors = row_factors.data(),
-           .column_factors = column_factors.data(),
-           .output = outputs[m].mutable_data_ptr<scalar_t>()});
+      cpu_kernels().of<scalar_t>().add_scaled({.rows = labels[m].block<scalar_t>(b, paper_overlap),
+                                               .weight = matrices[m].const_data_ptr<scalar_t>(),
+                                               .row_factors = row_factors.data(),
+                                               .column_factors = column_factors.data(),
+                                               .output = outputs[m].mutable_data_ptr<scalar_t>()});
     });
   });
 }

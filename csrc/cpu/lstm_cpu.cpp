@@ -11,6 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -25,6 +26,11 @@ namespace iss {
 namespace {
 
 constexpr auto kContiguous = at::MemoryFormat::Contiguous;
+
+// The GEMMs below run in the dtype of their arguments, also where autocast is on.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 // Which rows of the [N, ...] buffers belong to which step, in the order that the direction takes.
 struct Sequence {
@@ -51,16 +57,16 @@ struct Sequence {
 
   int64_t step(int64_t k) const { return reverse ? steps - 1 - k : k; }
 
-  // The rows [begin, end) of the batch at the k-th step taken, in at most two pieces: those that come
-  // from the step before (previous: their row there) and those that start here (previous: -1).
+  // The rows [begin, end) of the batch at the k-th step taken, in at most two pieces: those that
+  // come from the step before (previous: their row there) and those that start here (previous: -1).
   // visit(batch_row, rows, row, previous)
   template <typename Visit>
   void each_piece(int64_t k, int64_t begin, int64_t end, const Visit& visit) const {
     const int64_t now = step(k), before = k > 0 ? step(k - 1) : -1;
     end = std::min(end, sizes[now]);
-    const int64_t middle = before < 0 ? begin : std::clamp(sizes[before], begin, std::max(begin, end));
-    if (begin < middle)
-      visit(begin, middle - begin, offsets[now] + begin, offsets[before] + begin);
+    const int64_t middle =
+        before < 0 ? begin : std::clamp(sizes[before], begin, std::max(begin, end));
+    if (begin < middle) visit(begin, middle - begin, offsets[now] + begin, offsets[before] + begin);
     if (middle < end) visit(middle, end - middle, offsets[now] + middle, int64_t{-1});
   }
 
@@ -103,8 +109,8 @@ template <typename T, typename Body>
 void split_batch(const Sequence& sequence, int64_t multiplies_per_row, const Body& body) {
   // Under about 20 us of work, waking a thread costs more than it brings.
   constexpr int64_t kWorthAThread = 1 << 18;
-  const int64_t per_batch_row =
-      std::max<int64_t>(1, sequence.rows * multiplies_per_row / std::max<int64_t>(1, sequence.batch));
+  const int64_t per_batch_row = std::max<int64_t>(
+      1, sequence.rows * multiplies_per_row / std::max<int64_t>(1, sequence.batch));
   const int64_t grain = std::max(cpu_kernels().of<T>().tile_rows, kWorthAThread / per_batch_row);
   at::parallel_for(0, sequence.batch, grain, body);
 }
@@ -216,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
     const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0,
     const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, bool reverse, bool save) {
+  const NoAutocast no_autocast;
   check_lstm("lstm_forward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence(x, batch_sizes, h0.size(0), reverse);
@@ -230,8 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
   // The activated gates replace the projected inputs in place.
   const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
   const Tensor bias = b_ih && b_hh ? *b_ih + *b_hh : b_ih ? *b_ih : b_hh ? *b_hh : Tensor();
-  const Tensor gates_x =
-      bias.defined() ? at::addmm(bias, rows, w_ih.t()) : at::mm(rows, w_ih.t());
+  const Tensor gates_x = bias.defined() ? at::addmm(bias, rows, w_ih.t()) : at::mm(rows, w_ih.t());
   const Tensor gates = save ? gates_x : at::empty({0, 4 * hidden}, x.options());
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lstm_forward", [&] {
@@ -247,6 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
     bool reverse) {
+  const NoAutocast no_autocast;
   check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence(x, batch_sizes, h0.size(0), reverse);

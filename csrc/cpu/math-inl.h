@@ -5,9 +5,9 @@
 template <typename T>
 struct ExpConstants;
 
-// kShift: adding 1.5 * 2^(mantissa bits) leaves round(x) in the low bits. ln 2 = kLn2Hi + kLn2Lo with
-// few enough bits in kLn2Hi that n * kLn2Hi is exact. kTerms: r^2/2! ... r^kTerms/kTerms! of the
-// exponential series; with |r| <= ln(2)/2 the first term left out is below half an ulp of r.
+// kShift: adding 1.5 * 2^(mantissa bits) leaves round(x) in the low bits. ln 2 = kLn2Hi + kLn2Lo
+// with few enough bits in kLn2Hi that n * kLn2Hi is exact. kTerms: r^2/2! ... r^kTerms/kTerms! of
+// the exponential series; with |r| <= ln(2)/2 the first term left out is below half an ulp of r.
 template <>
 struct ExpConstants<float> {
   static constexpr float kLimit = 87.0f, kShift = 0x1.8p23f;

@@ -83,16 +83,16 @@ template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
   const int64_t panels = (args.columns + kPanelColumns<T> - 1) / kPanelColumns<T>;
-  each_tile<T>(args.a, args.rows, args.k, args.packed, panels,
-               [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row,
-                                         int64_t panel) {
-                 for (int r = 0; r < Rows; ++r)
-                   for (int j = 0; j < Panels * kPanelVectors; ++j) {
-                     const int64_t column = panel * kPanelColumns<T> + j * kLanes;
-                     const int64_t left = args.columns - column;
-                     if (left <= 0) break;
-                     T* out = args.out + (row + r) * args.columns + column;
-                     left >= kLanes ? tile.sum[r][j].store(out) : tile.sum[r][j].store(out, left);
-                   }
-               });
+  each_tile<T>(
+      args.a, args.rows, args.k, args.packed, panels,
+      [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row, int64_t panel) {
+        for (int r = 0; r < Rows; ++r)
+          for (int j = 0; j < Panels * kPanelVectors; ++j) {
+            const int64_t column = panel * kPanelColumns<T> + j * kLanes;
+            const int64_t left = args.columns - column;
+            if (left <= 0) break;
+            T* out = args.out + (row + r) * args.columns + column;
+            left >= kLanes ? tile.sum[r][j].store(out) : tile.sum[r][j].store(out, left);
+          }
+      });
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<T> with one lane: the fallback that runs everywhere, and the plainest reading of the interface
-// that every vec_*-inl.h gives.
+// Vec<T> with one lane: the fallback that runs everywhere, and the plainest reading of the
+// interface that every vec_*-inl.h gives.
 
 template <typename T>
 struct Vec {

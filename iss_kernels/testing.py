@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes, inputs and the error bound that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One LSTM problem: T steps, B batch, I inputs, H cells, P projected outputs (0: none).
+
+    lengths: rows still running at each step, for a packed batch; None for a padded one.
+    """
+
+    name: str
+    T: int
+    B: int
+    I: int  # noqa: E741  (the letter of the shape alphabet)
+    H: int
+    P: int = 0
+    batch_sizes: tuple[int, ...] | None = None
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("one", 1, 1, 1, 1),  # every loop runs zero or one time
+    Case("one_step", 1, 5, 4, 16),
+    Case("one_row", 6, 1, 4, 40),  # batch 1: two panels at a time, and one left over
+    Case("tail_avx2", 3, 2, 5, 17),  # 2 * 8 + 1 units
+    Case("tail_avx512", 4, 7, 5, 31),  # 2 * 16 - 1 units, 7 rows: every height of tile
+    Case("wide_input", 7, 3, 24, 16),  # I != H: catches swapped sizes
+    Case("projected", 5, 4, 6, 19, P=5),
+    Case("packed", 5, 6, 3, 9, batch_sizes=(6, 6, 4, 1, 1)),
+    Case("packed_projected", 4, 3, 3, 10, P=7, batch_sizes=(3, 2, 2, 1)),
+    Case("no_rows", 4, 0, 3, 5),
+    Case("no_steps", 0, 3, 4, 5),
+    Case("two_threads", 30, 8, 20, 64),  # enough work that the batch is split
+    Case("ptb_medium", 35, 20, 650, 650, slow=True),
+]
+
+
+def make_inputs(case: Case, dtype: torch.dtype, reverse: bool = False) -> dict[str, Any]:
+    """Arguments of `ops.lstm` for a case: unit-scale inputs, weights as nn.LSTM draws them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        # Rounded to float32, so that one problem is exactly the same in every dtype.
+        return (values * scale).float().to(dtype)
+
+    out, scale = case.P or case.H, case.H**-0.5
+    packed = case.batch_sizes is not None
+    rows = (sum(case.batch_sizes),) if case.batch_sizes is not None else (case.T, case.B)
+    return {
+        "x": normal(*rows, case.I),
+        "batch_sizes": torch.tensor(case.batch_sizes) if packed else None,
+        "h0": normal(case.B, out),
+        "c0": normal(case.B, case.H),
+        "w_ih": normal(4 * case.H, case.I, scale=scale),
+        "w_hh": normal(4 * case.H, out, scale=scale),
+        "b_ih": normal(4 * case.H, scale=scale),
+        "b_hh": normal(4 * case.H, scale=scale),
+        "w_hr": normal(out, case.H, scale=scale) if case.P else None,
+        "reverse": reverse,
+    }
+
+
+def max_error(values: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference from `truth`; 0 where there is nothing to compare."""
+    if values.shape != truth.shape:
+        raise AssertionError(f"expected shape {tuple(truth.shape)}, got {tuple(values.shape)}")
+    if not values.isfinite().all():
+        return float("inf")
+    difference = (values.detach().double() - truth.detach().double()).abs()
+    return float(difference.max()) if truth.numel() else 0.0
+
+
+def assert_no_worse_than_torch(
+    ours: Tensor, torchs: Tensor, truth: Tensor, floor_eps: float = 8
+) -> None:
+    """Our error against `truth` is at most twice torch's own, plus a floor.
+
+    The floor is floor_eps units of rounding of the largest value: what is left where torch happens
+    to be exact, or where a short sum leaves both with an error of an ulp or two.
+    """
+    scale = max(1.0, float(truth.detach().abs().max()) if truth.numel() else 0.0)
+    floor = floor_eps * torch.finfo(ours.dtype).eps * scale
+    error, allowed = max_error(ours, truth), 2 * max_error(torchs, truth) + floor
+    if not error <= allowed:
+        raise AssertionError(
+            f"error {error:.3g}, allowed {allowed:.3g} (2 x torch's + {floor:.3g})"
+        )

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: for the mistakes nn.LSTM knows, its own errors; for the rest, one sentence each."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from iss_kernels import ISSLSTM, ops, use_backend
+from iss_kernels.backend import use_isa
+from iss_kernels.testing import Case, make_inputs
+
+X = torch.randn(5, 2, 3)
+
+
+def states(layers=2, batch=2, hidden=4):
+    return torch.randn(layers, batch, hidden), torch.randn(layers, batch, hidden)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_size": 4.0},
+        {"hidden_size": -1},
+        {"hidden_size": 0},
+        {"hidden_size": 4, "input_size": 0},
+        {"hidden_size": 4, "input_size": 3.0},
+        {"hidden_size": 4, "proj_size": 4},
+        {"hidden_size": 4, "proj_size": -1},
+        {"hidden_size": 4, "num_layers": 0},
+        {"hidden_size": 4, "dropout": 2},
+        {"hidden_size": 4, "dropout": True},
+        {"hidden_size": 4, "dropout": "a"},
+        {"hidden_size": 4, "bias": 1},
+        {"hidden_size": 4, "batch_first": None},
+    ],
+    ids=str,
+)
+def test_constructor_raises_what_nn_lstm_raises(options):
+    options = {"input_size": 3} | options
+    with pytest.raises(Exception) as torchs:
+        nn.LSTM(**options)
+    with pytest.raises(torchs.type) as ours:
+        ISSLSTM(**options)
+    assert str(ours.value) == str(torchs.value)
+
+
+def test_dropout_over_one_layer_warns_as_nn_lstm_does():
+    with pytest.warns(UserWarning) as torchs:
+        nn.LSTM(3, 4, dropout=0.5)
+    with pytest.warns(UserWarning) as ours:
+        ISSLSTM(3, 4, dropout=0.5)
+    assert str(ours[0].message) == str(torchs[0].message)
+    assert ours[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (X.double(),),
+        (X.long(),),
+        (torch.randn(5),),
+        (torch.randn(5, 2, 3, 1),),
+        (torch.randn(5, 2, 4),),
+        (torch.randn(5, 4),),
+        (torch.randn(0, 2, 3),),
+        (torch.randn(0, 3),),
+        (X, states(layers=1)),
+        (X, states(batch=3)),
+        (X, states(hidden=5)),
+        (X, (states()[0], states(hidden=5)[1])),
+        (X, (torch.randn(2, 4), torch.randn(2, 4))),
+        (X[:, 0], states()),
+    ],
+    ids=lambda args: " ".join(str(list(getattr(a, "shape", "hx"))) for a in args),
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_forward_raises_what_nn_lstm_raises(args, batch_first):
+    if args[0].shape[0] == 0 and batch_first and args[0].dim() == 3:
+        args = (args[0].transpose(0, 1), *args[1:])
+    torchs = nn.LSTM(3, 4, 2, batch_first=batch_first)
+    ours = ISSLSTM(3, 4, 2, batch_first=batch_first)
+    with pytest.raises(Exception) as expected:
+        torchs(*args)
+    with pytest.raises(expected.type) as got:
+        ours(*args)
+    assert str(got.value) == str(expected.value)
+
+
+UNEQUAL = ISSLSTM(3, [4, (2, 5)], num_layers=2, bidirectional=True)
+CALLS = {
+    "hidden_size has the wrong number of layers": (
+        lambda: ISSLSTM(3, [4, 2]),
+        ValueError,
+        "ISSLSTM: expected hidden_size with one entry for each of 1 layers, got 2: [4, 2]",
+    ),
+    "a pair where there is one direction": (
+        lambda: ISSLSTM(3, [(4, 2)]),
+        ValueError,
+        "ISSLSTM: expected hidden_size to hold ints, got [(4, 2)]",
+    ),
+    "three sizes for two directions": (
+        lambda: ISSLSTM(3, [(4, 2, 3)], bidirectional=True),
+        ValueError,
+        "ISSLSTM: expected hidden_size to hold ints or (forward, backward) pairs, got [(4, 2, 3)]",
+    ),
+    "a float inside a list": (
+        lambda: ISSLSTM(3, [4.0]),
+        TypeError,
+        "hidden_size should be of type int, got: float",
+    ),
+    "to_torch of unequal sizes": (
+        UNEQUAL.to_torch,
+        ValueError,
+        "to_torch: expected equal sizes in all layers, all that nn.LSTM can hold, "
+        "got hidden_size=[4, (2, 5)], proj_size=0",
+    ),
+    "from_torch of something else": (
+        lambda: ISSLSTM.from_torch(nn.GRU(3, 4)),
+        TypeError,
+        "from_torch: expected a torch.nn.LSTM, got GRU",
+    ),
+    "hx of one tensor where sizes differ": (
+        lambda: UNEQUAL(X, (torch.randn(4, 2, 4), torch.randn(4, 2, 4))),
+        RuntimeError,
+        "Expected hidden[0] to be a tuple of 2 layers with 2 states of sizes "
+        "[(2, 4), (2, 4), (2, 2), (2, 5)], got a tensor of size [4, 2, 4]",
+    ),
+    "hx of a wrong size where sizes differ": (
+        lambda: UNEQUAL(X, ((torch.randn(2, 2, 4), torch.randn(2, 2, 2)), ())),
+        RuntimeError,
+        "Expected hidden[0] to be a tuple of 2 layers with 2 states of sizes "
+        "[(2, 4), (2, 4), (2, 2), (2, 5)], got [(2, 4), (2, 4), (2, 2), (2, 2)]",
+    ),
+    "no hx inside the tuple": (
+        lambda: ISSLSTM(3, 4)(X, (None, None)),
+        RuntimeError,
+        "For batched 3-D input, hx and cx should also be 3-D but got (NoneType, NoneType) tensors",
+    ),
+    "packed hx of a wrong batch": (
+        lambda: ISSLSTM(3, 4, 2)(PackedSequence(X[:, 0], torch.tensor([2, 2, 1])), states(batch=3)),
+        RuntimeError,
+        "Expected hidden[0] size (2, 2, 4), got [2, 3, 4]",
+    ),
+    "packed input of a wrong size": (
+        lambda: ISSLSTM(4, 4)(PackedSequence(X[:, 0], torch.tensor([2, 2, 1]))),
+        RuntimeError,
+        "input.size(-1) must be equal to input_size. Expected 4, got 3",
+    ),
+    "a dtype that has no kernel yet": (
+        lambda: ISSLSTM(3, 4, dtype=torch.bfloat16)(X.bfloat16()),
+        RuntimeError,
+        "lstm_forward: expected x of dtype float32 or float64, got bfloat16",
+    ),
+    "an unknown backend": (
+        lambda: use_backend("cuda"),
+        ValueError,
+        "use_backend: expected name to be one of ('extension', 'reference'), got 'cuda'",
+    ),
+    "an unknown ISA": (
+        lambda: use_isa("mmx"),
+        ValueError,
+        "use_isa: expected one of avx2, scalar, got mmx",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_one_sentence(name):
+    call, error, message = CALLS[name]
+    with pytest.raises(error) as got:
+        call()
+    assert str(got.value).splitlines()[0] == message
+
+
+LSTM_INPUTS = make_inputs(Case("errors", 3, 2, 5, 4, P=3), torch.float32)
+PACKED = make_inputs(Case("errors", 3, 2, 5, 4, batch_sizes=(2, 2, 1)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes", "message"),
+    [
+        (LSTM_INPUTS, {"x": torch.randn(3, 2)}, "expected x of shape [T, B, I], got [3, 2]"),
+        (PACKED, {"x": torch.randn(3, 2, 5)}, "expected x of shape [N, I], got [3, 2, 5]"),
+        (LSTM_INPUTS, {"h0": torch.randn(3)}, "expected h0 [B, P] and c0 [B, H], got [3] and [2, 4]"),
+        (LSTM_INPUTS, {"h0": torch.randn(1, 3)}, "expected h0 of shape [B, P] = [2, 3], got [1, 3]"),
+        (LSTM_INPUTS, {"c0": torch.randn(1, 4)}, "expected c0 of shape [B, H] = [2, 4], got [1, 4]"),
+        (LSTM_INPUTS, {"w_ih": torch.randn(16, 6)}, "expected w_ih of shape [4H, I] = [16, 5], got [16, 6]"),
+        (LSTM_INPUTS, {"w_hh": torch.randn(16, 4)}, "expected w_hh of shape [4H, P] = [16, 3], got [16, 4]"),
+        (LSTM_INPUTS, {"b_ih": torch.randn(15)}, "expected b_ih of shape [4H] = [16], got [15]"),
+        (LSTM_INPUTS, {"b_hh": torch.randn(17)}, "expected b_hh of shape [4H] = [16], got [17]"),
+        (LSTM_INPUTS, {"w_hr": torch.randn(4, 3)}, "expected w_hr of shape [P, H] = [3, 4], got [4, 3]"),
+        (LSTM_INPUTS, {"w_hr": None}, "expected h0 of shape [B, H] = [2, 4] where there is no w_hr, got [2, 3]"),
+        (LSTM_INPUTS, {"w_ih": torch.randn(16, 5).double()}, "expected w_ih of dtype float32, got float64"),
+        (LSTM_INPUTS, {"x": torch.ones(3, 2, 5).int()}, "expected x of dtype float32 or float64, got int32"),
+        (PACKED, {"batch_sizes": torch.tensor([2, 2, 2])}, "expected batch_sizes to add up to N = 5, got 6"),
+        (PACKED, {"batch_sizes": torch.tensor([2, 1, 2])}, "expected batch_sizes to start at B = 2 and never grow, got 2 at step 2"),
+        (PACKED, {"batch_sizes": torch.tensor([3, 2])}, "expected batch_sizes to start at B = 2 and never grow, got 3 at step 0"),
+        (PACKED, {"batch_sizes": torch.tensor([2.0])}, "expected batch_sizes to be 1-D int64 on the CPU, got 1-D float32 on cpu"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_lstm_op(inputs, changes, message):
+    with pytest.raises(RuntimeError) as got:
+        ops.lstm(**(inputs | changes))
+    assert str(got.value).splitlines()[0] == "lstm_forward: " + message
+
+
+WEIGHT = torch.randn(4, 3)
+ROWS, COLUMNS = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("weights", "rows", "columns", "message"),
+    [
+        ([WEIGHT], [ROWS], [], "expected row_units and column_units for each of 1 weights, got 1 and 0"),
+        ([WEIGHT.half()], [ROWS], [COLUMNS], "expected weights of dtype float32 or float64, got float16"),
+        ([WEIGHT, WEIGHT.double()], [ROWS] * 2, [COLUMNS] * 2, "expected weights of dtype float32, got float64"),
+        ([WEIGHT[0]], [ROWS], [COLUMNS], "expected weights of shape [R, C], got [3]"),
+        ([WEIGHT], [ROWS.long()], [COLUMNS], "expected row_units of dtype int32, got int64"),
+        ([WEIGHT], [COLUMNS], [COLUMNS], "expected row_units of shape [R] = [4], got [3]"),
+        ([WEIGHT], [ROWS], [ROWS], "expected column_units of shape [C] = [3], got [4]"),
+        ([WEIGHT], [ROWS + 2], [COLUMNS], "expected row_units to be -1 or below units = 2, got 2"),
+        ([WEIGHT], [ROWS], [COLUMNS - 2], "expected column_units to be -1 or below units = 2, got -2"),
+    ],
+)  # fmt: skip
+def test_group_norms_op(weights, rows, columns, message):
+    with pytest.raises(RuntimeError) as got:
+        ops.group_norms(weights, rows, columns, 2, 1e-8, False)
+    assert str(got.value).splitlines()[0] == "group_norms_forward: " + message
+
+
+def test_in_place_ops_take_contiguous_tensors_and_change_nothing_otherwise():
+    strided = torch.randn(4, 6)[:, ::2]
+    before = strided.clone()
+    with pytest.raises(RuntimeError, match=r"threshold_: expected weights to be contiguous, got"):
+        ops.threshold_([strided], [ROWS], [COLUMNS], 9.0)
+    with pytest.raises(RuntimeError, match=r"add_scaled_by_units_: expected outputs to be contig"):
+        ops.add_scaled_by_units_([strided], [WEIGHT], [ROWS], [COLUMNS], torch.ones(1), False)
+    with pytest.raises(RuntimeError, match=r"expected 1 outputs, one for each weight, got 0"):
+        ops.add_scaled_by_units_([], [WEIGHT], [ROWS], [COLUMNS], torch.ones(1), False)
+    assert torch.equal(strided, before)

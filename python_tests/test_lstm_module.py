@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ISSLSTM is nn.LSTM: torch's module inputs, ONNX's cases, every input form; and what it adds."""
+
+import copy
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.testing._internal.common_modules import module_db
+
+from iss_kernels import ISSLSTM, accelerate
+from iss_kernels.testing import assert_no_worse_than_torch
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
+
+(LSTM_INFO,) = (info for info in module_db if info.module_cls is nn.LSTM)
+
+
+def module_inputs(dtype, training):
+    return LSTM_INFO.module_inputs_func(
+        LSTM_INFO, device="cpu", dtype=dtype, requires_grad=True, training=training
+    )
+
+
+def pair(*args, dtype=torch.float32, **kwargs):
+    """nn.LSTM and an ISSLSTM with the same parameters."""
+    torch.manual_seed(3)
+    torchs = nn.LSTM(*args, dtype=dtype, **kwargs)
+    ours = ISSLSTM(*args, dtype=dtype, **kwargs)
+    ours.load_state_dict(torchs.state_dict())
+    return torchs, ours
+
+
+def tensors_in(result):
+    """All tensors of an LSTM's result or arguments, in order."""
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    if torch.is_tensor(result):
+        return [result]
+    return [t for part in result or () for t in tensors_in(part)]
+
+
+def with_gradients(module, args, dtype=None):
+    """Outputs of module(*args), then the gradients of args and parameters."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors_in(args)]
+    leaves = leaves if dtype is None else [t.to(dtype).detach().requires_grad_() for t in leaves]
+    new = iter(leaves)
+
+    def rebuilt(a):
+        if torch.is_tensor(a):
+            return next(new)
+        if isinstance(a, PackedSequence):
+            return PackedSequence(next(new), *a[1:])
+        return tuple(map(rebuilt, a))
+
+    module.zero_grad()
+    torch.manual_seed(5)
+    outputs = tensors_in(module(*map(rebuilt, args)))
+    torch.manual_seed(7)
+    sum((y * torch.randn(y.shape).to(y.dtype)).sum() for y in outputs).backward()
+    return [*outputs, *(t.grad for t in leaves), *(p.grad for p in module.parameters())]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("index", range(len(module_inputs(torch.float32, True))))
+def test_torchs_own_module_inputs(implementation, dtype, training, index):
+    """Outputs and all gradients: error at most twice nn.LSTM's; float64 to rounding."""
+    given = module_inputs(dtype, training)[index]
+    options = given.constructor_input
+    torchs, ours = pair(*options.args, dtype=dtype, **options.kwargs)
+    torchs.train(training), ours.train(training)
+    args = given.forward_input.args
+    results = with_gradients(ours, args), with_gradients(torchs, args)
+    if dtype == torch.float64:
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        return
+    truth = with_gradients(copy.deepcopy(torchs).double(), args, torch.float64)
+    for a, b, t in zip(*results, truth, strict=True):
+        assert a.dtype == b.dtype
+        assert_no_worse_than_torch(a, b, t)
+
+
+FORMS = list(itertools.product([False, True], [False, True], [0, 3], [1, 2]))
+
+
+@pytest.mark.parametrize(("batch_first", "bidirectional", "proj_size", "num_layers"), FORMS)
+def test_every_batched_input_form(batch_first, bidirectional, proj_size, num_layers):
+    torchs, ours = pair(
+        5, 6, num_layers, batch_first=batch_first, bidirectional=bidirectional, proj_size=proj_size,
+        dtype=torch.float64,
+    )  # fmt: skip
+    directions = 2 if bidirectional else 1
+
+    def states(batch):
+        shape = (num_layers * directions, batch)
+        return (torch.randn(*shape, proj_size or 6).double(), torch.randn(*shape, 6).double())
+
+    def batch_of(t, b):
+        return torch.randn(*((b, t) if batch_first else (t, b)), 5).double()
+
+    ragged = [torch.randn(n, 5).double() for n in (2, 7, 4)]
+    sorted_ = sorted(ragged, key=len, reverse=True)
+    for args in (
+        (batch_of(4, 3),),
+        (batch_of(4, 3), states(3)),
+        (batch_of(1, 3), list(states(3))),  # hx as a list
+        (batch_of(5, 0), states(0)),
+        (batch_of(5, 0),),
+        (pack_sequence(ragged, enforce_sorted=False),),
+        (pack_sequence(ragged, enforce_sorted=False), states(3)),
+        (pack_sequence(sorted_), states(3)),
+        (pack_padded_sequence(batch_of(4, 2), torch.tensor([4, 1]), batch_first), states(2)),
+        (batch_of(4, 6)[:, ::2] if not batch_first else batch_of(6, 4)[:, ::2],),  # strided
+    ):
+        for a, b in zip(with_gradients(ours, args), with_gradients(torchs, args), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        if isinstance(args[0], PackedSequence):
+            for a, b in zip(ours(*args)[0][1:], torchs(*args)[0][1:], strict=True):
+                assert a is b is None or torch.equal(a, b)
+
+
+def test_dropout_between_layers_draws_the_same_masks_as_nn_lstm():
+    torchs, ours = pair(5, 6, 3, dropout=0.5, dtype=torch.float64)
+    x = torch.randn(4, 3, 5).double()
+    for a, b in zip(with_gradients(ours, (x,)), with_gradients(torchs, (x,)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torchs.eval(), ours.eval()
+    torch.testing.assert_close(ours(x)[0], torchs(x)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_same_seed_initialises_the_same_parameters():
+    for options in ({}, {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": False}):
+        torch.manual_seed(11)
+        torchs = nn.LSTM(3, 5, **options)
+        torch.manual_seed(11)
+        ours = ISSLSTM(3, 5, **options)
+        a, b = dict(ours.named_parameters()), dict(torchs.named_parameters())
+        assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+        assert [[p.shape for p in layer] for layer in ours.all_weights] == [
+            [p.shape for p in layer] for layer in torchs.all_weights
+        ]
+        assert ours.extra_repr() == torchs.extra_repr()
+
+
+def test_state_dicts_load_both_ways():
+    torchs, ours = nn.LSTM(3, 4, 2), ISSLSTM(3, 4, 2)
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(ours(x), torchs(x))
+    ours.load_state_dict(nn.LSTM(3, 4, 2).state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"proj_size": 2, "bidirectional": True}])
+def test_from_torch_and_to_torch_share_the_parameters(options):
+    torchs = nn.LSTM(3, 4, num_layers=2, dropout=0.25, batch_first=True, **options).eval()
+    ours = ISSLSTM.from_torch(torchs)
+    back = ours.to_torch()
+    assert type(back) is nn.LSTM and not ours.training and not back.training
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(ours(x), torchs(x))
+    torch.testing.assert_close(back(x), torchs(x))
+    for name, parameter in torchs.named_parameters():
+        assert ours.get_parameter(name) is parameter and back.get_parameter(name) is parameter
+
+
+def test_accelerate_replaces_every_nn_lstm_and_keeps_the_state_dict():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.LSTM(3, 4)
+            self.inner = nn.ModuleList([nn.LSTM(4, 4), nn.Linear(4, 2)])
+            self.again = self.first  # one module in two places stays one
+
+        def forward(self, x):
+            return self.inner[1](self.inner[0](self.first(x)[0])[0])
+
+    model = Model()
+    calls = []
+    model.first.register_forward_hook(lambda *_: calls.append(1))
+    x, before = torch.randn(5, 2, 3), copy.deepcopy(model.state_dict())
+    expected = model(x)
+    assert accelerate(model) is model
+    assert type(model.first) is ISSLSTM and model.again is model.first
+    assert type(model.inner[0]) is ISSLSTM
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 2
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    assert type(accelerate(nn.LSTM(2, 3))) is ISSLSTM
+
+
+def test_deepcopy_and_pickle():
+    ours = ISSLSTM(3, [4, 2], num_layers=2)
+    x = torch.randn(5, 2, 3)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(twin(x)[0], ours(x)[0])
+        assert twin.weight_ih_l0 is not ours.weight_ih_l0 and twin.sizes == ours.sizes
+
+
+def test_device_dtype_and_flatten_parameters():
+    ours = ISSLSTM(3, 4, device="meta", dtype=torch.float64)
+    assert ours.weight_ih_l0.is_meta and ours.weight_ih_l0.dtype == torch.float64
+    ISSLSTM(3, 4).flatten_parameters()
+    y, (h, c) = ours(torch.empty(5, 2, 3, device="meta", dtype=torch.float64))
+    assert y.shape == (5, 2, 4) and h.shape == c.shape == (1, 2, 4)
+
+
+def test_autocast_returns_what_nn_lstm_returns(implementation):
+    torchs, ours = pair(3, 4, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x in (torch.randn(5, 2, 3), torch.randn(5, 2, 3).bfloat16()):
+            for a, b in zip(tensors_in(ours(x)), tensors_in(torchs(x)), strict=True):
+                assert a.dtype == b.dtype == torch.bfloat16
+                # nn.LSTM computes in bfloat16 all the way: its steps of 2^-8 add up.
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
+        sum(t.float().sum() for t in tensors_in(ours(x))).backward()
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+# -- beyond nn.LSTM --------------------------------------------------------------------------------
+
+
+def chained(ours, x, hx):
+    """The same network out of one-layer, one-direction nn.LSTMs."""
+    h_n, c_n = [], []
+    for layer, sizes in enumerate(ours.sizes):
+        outputs = []
+        for direction, (h, p) in enumerate(sizes):
+            suffix = f"_l{layer}" + "_reverse" * direction
+            single = nn.LSTM(x.shape[-1], h, proj_size=p if p != h else 0, dtype=x.dtype)
+            for name in dict(single.named_parameters()):
+                setattr(single, name, ours.get_parameter(name.replace("_l0", suffix)))
+            state = None if hx is None else tuple(part[layer][direction][None] for part in hx)
+            y, (h_last, c_last) = single(x.flip(0) if direction else x, state)
+            outputs.append(y.flip(0) if direction else y)
+            h_n.append(h_last[0])
+            c_n.append(c_last[0])
+        x = torch.cat(outputs, -1)
+    return [x, *h_n, *c_n]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "proj", "bidirectional"),
+    [([5, 3], 0, False), ([4, (2, 6)], 0, True), ([(5, 4), 6], [(2, 3), 2], True),
+     (4, [2, 3], False)],
+)  # fmt: skip
+def test_a_size_per_layer_and_direction(hidden, proj, bidirectional):
+    ours = ISSLSTM(
+        3, hidden, num_layers=2, proj_size=proj, bidirectional=bidirectional, dtype=torch.float64
+    )
+    x = torch.randn(6, 4, 3).double()
+    y, (h, c) = ours(x)
+    assert isinstance(h, tuple) and isinstance(c, tuple)
+    for a, b in zip(
+        tensors_in((y, (h, c))), _stacked_as(chained(ours, x, None), y, h, c), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    again = ours(x, (h, c))  # hx takes the form that h_n, c_n come in
+    for a, b in zip(tensors_in(again), _stacked_as(chained(ours, x, (h, c)), y, h, c), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    alone, (h_1, _) = ours(x[:, 1])
+    torch.testing.assert_close(alone, y[:, 1], rtol=1e-12, atol=1e-12)
+    for a, b in zip(tensors_in(h_1), tensors_in(h), strict=True):
+        torch.testing.assert_close(a, b[..., 1, :], rtol=1e-12, atol=1e-12)
+
+
+def _stacked_as(flat, y, h, c):
+    """`chained`'s flat list, stacked where ISSLSTM stacks the directions of a layer."""
+    states, result = iter(flat[1:]), [flat[0]]
+    for part in (h, c):
+        for layer in part:
+            if torch.is_tensor(layer):
+                result.append(torch.stack([next(states) for _ in layer]))
+            else:
+                result += [next(states) for _ in layer]
+    return result
+
+
+def test_equal_sizes_in_a_list_are_nn_lstms():
+    ours = ISSLSTM(3, [4, 4], num_layers=2)
+    assert ours.hidden_size == 4 and isinstance(ours.to_torch(), nn.LSTM)
+    assert repr(ours) == "ISSLSTM(3, 4, num_layers=2)"
+    assert repr(ISSLSTM(3, [4, 2], num_layers=2)) == "ISSLSTM(3, [4, 2], num_layers=2)"
+
+
+def test_packed_and_unequal_sizes_together():
+    ours = ISSLSTM(3, [4, 2], num_layers=2, dtype=torch.float64)
+    ragged = [torch.randn(n, 3).double() for n in (2, 5, 3)]
+    packed, (h, _) = ours(pack_sequence(ragged, enforce_sorted=False))
+    for i, x in enumerate(ragged):
+        y, (h_one, _) = ours(x)
+        for a, b in zip(h_one, h, strict=True):
+            torch.testing.assert_close(a, b[:, i])
+
+
+# -- ONNX ------------------------------------------------------------------------------------------
+
+
+def onnx_cases():
+    from onnx.backend.test.case.node import collect_testcases
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it makes the cases of every operator, casts included
+        cases = collect_testcases("LSTM")
+    return [c for c in cases if c.name.startswith("test_lstm")]
+
+
+@pytest.mark.parametrize("case", onnx_cases(), ids=lambda c: c.name)
+def test_onnxs_lstm_cases(implementation, case):
+    from onnx import helper
+
+    node = case.model.graph.node[0]
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    (inputs, outputs), *_ = case.data_sets
+    named = {k: torch.tensor(v) for k, v in zip(filter(None, node.input), inputs, strict=True)}
+    if "P" in named:
+        pytest.skip("peepholes: nn.LSTM has none")
+    x, w, r = named["X"], named["W"], named["R"]
+    batch_first = attributes.get("layout", 0) == 1
+    hidden = attributes["hidden_size"]
+
+    def reordered(t):  # ONNX's gates are i, o, f, c
+        i, o, f, c = t.chunk(4)
+        return torch.cat([i, f, c, o])
+
+    direction = attributes.get("direction", b"forward").decode()
+    bidirectional = direction == "bidirectional"
+    lstm = ISSLSTM(x.shape[-1], hidden, batch_first=batch_first, bidirectional=bidirectional)
+    biases = named.get("B", torch.zeros(len(w), 8 * hidden))
+    with torch.no_grad():
+        for d, suffix in enumerate(("", "_reverse")[: len(w)]):
+            tensors = (w[d], r[d], *biases[d].chunk(2))
+            for name, value in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), tensors):  # noqa: B905
+                lstm.get_parameter(f"{name}_l0{suffix}").copy_(reordered(value))
+        time = 1 if batch_first else 0
+        y, (h, c) = lstm(x.flip(time) if direction == "reverse" else x)
+    y = y.flip(time) if direction == "reverse" else y
+    # ONNX: Y [T, D, B, H], or [B, T, D, H] with layout 1; Y_h [D, B, H] or [B, D, H].
+    y = y.unflatten(-1, (len(w), hidden))
+    got = {
+        "Y": y if batch_first else y.transpose(1, 2),
+        "Y_h": h.transpose(0, 1) if batch_first else h,
+        "Y_c": c.transpose(0, 1) if batch_first else c,
+    }
+    for name, expected in zip(filter(None, node.output), outputs, strict=True):
+        torch.testing.assert_close(got[name], torch.tensor(expected), rtol=1e-5, atol=1e-6)

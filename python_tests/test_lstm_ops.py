@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lstm_forward and lstm_backward: every ISA and dtype against torch's own error."""
+
+import mpmath
+import pytest
+import torch
+from test_reference import torch_lstm
+
+from iss_kernels import ops, reference
+from iss_kernels.backend import supported_isas, use_isa
+from iss_kernels.testing import CASES, Case, assert_no_worse_than_torch, make_inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
+
+ALL = [pytest.param(c, marks=[pytest.mark.slow] * c.slow, id=c.name) for c in CASES]
+SOME = [c for c in CASES if c.name in ("tail_avx512", "projected", "packed", "packed_projected")]
+
+
+def run(function, case, dtype, reverse):
+    """Outputs and the gradients of everything, for cotangents that are the same in every dtype."""
+    inputs = make_inputs(case, dtype, reverse)
+    leaves = [t for t in inputs.values() if torch.is_tensor(t) and t.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    outputs = function(inputs)
+    torch.manual_seed(1)
+    cotangents = [torch.randn(y.shape).to(dtype) for y in outputs]
+    given = [(y, d) for y, d in zip(outputs, cotangents, strict=True) if y.requires_grad]
+    ys, dys = zip(*given, strict=True)
+    grads = torch.autograd.grad(ys, leaves, dys, materialize_grads=True)
+    return [t.detach() for t in (*outputs, *grads)]
+
+
+def ours(inputs):
+    return ops.lstm(**inputs)
+
+
+def by_reference(inputs):
+    return reference.lstm(**inputs)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("case", ALL)
+def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(isa, case, dtype, reverse):
+    torchs = torch_lstm if case.T > 0 else by_reference  # nn.LSTM takes no empty sequence
+    result = run(lambda i: ours(i), case, dtype, reverse)
+    same_dtype = run(torchs, case, dtype, reverse)
+    if dtype == torch.float64:  # no truth beyond float64 at hand: the two may differ by rounding
+        for a, b in zip(result, same_dtype, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        return
+    truth = run(torchs, case, torch.float64, reverse)
+    for a, b, t in zip(result, same_dtype, truth, strict=True):
+        assert_no_worse_than_torch(a, b, t)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_activations_are_right_to_a_few_ulp(isa, dtype, name):
+    """Through the op with H = 1 and no recurrence: a saved gate is the activation of its input."""
+    x = torch.cat([torch.linspace(-80, 80, 4001), torch.logspace(-12, 1.9, 500)])
+    # Beyond exp's range the result is that at its end: 0 and 1 to within exp(-87).
+    x = torch.cat([x, -x, torch.tensor([0.0, 90, -90, 1e30, -1e30])]).to(dtype)
+    zeros, w_ih = torch.zeros(len(x), 1, dtype=dtype), torch.zeros(4, 1, dtype=dtype)
+    gate = 3 if name == "sigmoid" else 2
+    w_ih[gate] = 1
+    *_, gates, _ = torch.ops.iss_kernels.lstm_forward(
+        x.view(1, -1, 1), None, zeros, zeros, w_ih, torch.zeros(4, 1, dtype=dtype), None, None,
+        None, False, True,
+    )  # fmt: skip
+    exact = {"sigmoid": lambda v: 1 / (1 + mpmath.exp(-v)), "tanh": mpmath.tanh}[name]
+    eps = torch.finfo(dtype).eps
+    with mpmath.workdps(40):
+        for value, result in zip(x.tolist(), gates[:, gate].tolist(), strict=True):
+            truth = exact(mpmath.mpf(value))
+            assert abs(result - truth) <= 4 * eps * abs(truth) + 2e-38
+
+
+def test_nan_and_infinity_pass_as_in_torch(isa, dtype):
+    case = Case("nan", 3, 5, 4, 11)
+    inputs = make_inputs(case, dtype)
+    inputs["x"][1, 2, 0] = float("nan")
+    inputs["x"][0, 4, 1] = float("inf")
+    inputs["h0"][0, 0] = float("-inf")
+    for a, b in zip(ours(inputs), by_reference(inputs), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_gradcheck_and_gradgradcheck(isa, case):
+    small = Case("small", 3, case.B if case.batch_sizes else 2, 2, 3, 2 if case.P else 0,
+                 case.batch_sizes and (case.B, 2, 1))  # fmt: skip
+    inputs = make_inputs(small, torch.float64, reverse=True)
+    names = [k for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point()]
+    leaves = [inputs[k].requires_grad_() for k in names]
+
+    def function(*tensors):
+        return ops.lstm(**(inputs | dict(zip(names, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_the_same_input_gives_the_same_bits(isa, dtype, case):
+    first = run(ours, case, dtype, False)
+    for _ in range(3):
+        assert all(map(torch.equal, first, run(ours, case, dtype, False)))
+
+
+def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_threads):
+    case = Case("rows", 30, 13, 8, 70)
+    inputs = make_inputs(case, dtype)
+    y, h_n, c_n = ours(inputs)
+    for row in (0, 5, 12):
+        one = {k: inputs[k][row : row + 1] for k in ("h0", "c0")}
+        one_y, one_h, one_c = ours(inputs | one | {"x": inputs["x"][:, row : row + 1]})
+        # The kernels give the same bits; the input projection is torch's GEMM, which need not.
+        torch.testing.assert_close(one_y[:, 0], y[:, row], rtol=1e-6, atol=1e-6)
+    torch.set_num_threads(1)
+    alone = ours(inputs)
+    for a, b in zip(alone, (y, h_n, c_n), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_isas_agree_to_rounding(dtype):
+    case = Case("isas", 12, 6, 10, 45)
+    results = []
+    for name in supported_isas():
+        with use_isa(name):
+            results.append(run(ours, case, dtype, False))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=0, atol=64 * torch.finfo(dtype).eps * b.abs().max()
+            )
+
+
+def test_non_contiguous_arguments_give_the_same_result(isa, dtype):
+    inputs = make_inputs(Case("strided", 4, 5, 6, 13, P=4), dtype)
+
+    def strided(t):
+        if not torch.is_tensor(t) or not t.is_floating_point():
+            return t
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+
+    for a, b in zip(ours({k: strided(v) for k, v in inputs.items()}), ours(inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_written_outside_the_outputs(isa, dtype):
+    """c_n, h_n and y of neighbouring sizes stay inside their own allocation (guard bands)."""
+    case = Case("guard", 3, 4, 5, 9)
+    inputs = make_inputs(case, dtype)
+    originals = {k: v.clone() for k, v in inputs.items() if torch.is_tensor(v)}
+    guarded = {}
+    for key, value in originals.items():
+        wide = torch.full((value.numel() + 64,), 7.0, dtype=dtype)
+        wide[32:-32] = value.flatten()
+        guarded[key] = wide
+    views = {k: w[32:-32].view(originals[k].shape).requires_grad_() for k, w in guarded.items()}
+    torch.stack([t.sum() for t in ours(inputs | views)]).sum().backward()
+    for key, wide in guarded.items():
+        assert bool((wide[:32] == 7).all()) and bool((wide[-32:] == 7).all())
+        assert torch.equal(wide[32:-32].view(originals[key].shape), originals[key])

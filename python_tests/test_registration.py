@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every registered op passes opcheck; compilation works over whole modules."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from iss_kernels import ISSLSTM
+from iss_kernels.testing import CASES, Case, make_inputs
+
+lib = torch.ops.iss_kernels
+
+
+def lstm_samples():
+    yield make_inputs(Case("tiny", 2, 1, 2, 3, P=2), torch.float64)
+    for name in ("tail_avx2", "projected", "packed", "packed_projected", "no_rows"):
+        case = next(c for c in CASES if c.name == name)
+        yield make_inputs(case, torch.float64, reverse=case.batch_sizes is not None)
+
+
+def group_sample():
+    weights = [torch.randn(6, 7, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)]
+    rows = [torch.tensor([0, 1, 2, 0, 1, -1]), torch.tensor([-1] * 5)]
+    columns = [torch.tensor([0, 1, 2, 3, 3, -1, 0]), torch.tensor([3, 1, 2, 0, -1, -1])]
+    return weights, [r.int() for r in rows], [c.int() for c in columns]
+
+
+def require_grad(inputs):
+    for value in inputs:
+        if torch.is_tensor(value) and value.is_floating_point():
+            value.requires_grad_()
+    return inputs
+
+
+def check_lstm_forward():
+    for inputs in lstm_samples():
+        opcheck(lib.lstm_forward, (*require_grad(list(inputs.values())), True))
+        opcheck(lib.lstm_forward, (*make_inputs(CASES[0], torch.float32).values(), False))
+
+
+def check_lstm_backward():
+    for inputs in lstm_samples():
+        *tensors, reverse = inputs.values()
+        outputs = lib.lstm_forward(*inputs.values(), True)
+        cotangents = [torch.randn_like(t) for t in outputs[:3]]
+        arguments = [*cotangents, *tensors, outputs[0], *outputs[3:], reverse]
+        opcheck(lib.lstm_backward, arguments)
+        # The second derivative runs the reference, whose steps over a packed batch depend on data:
+        # eager mode has it (gradgradcheck in test_lstm_ops.py), a traced graph cannot.
+        if inputs["x"].shape[:2] == (2, 1):
+            opcheck(lib.lstm_backward, require_grad(arguments))
+
+
+def check_group_norms_forward():
+    weights, rows, columns = group_sample()
+    for overlap in (False, True):
+        opcheck(lib.group_norms_forward, (require_grad(weights), rows, columns, 5, 1e-8, overlap))
+
+
+def check_group_norms_backward():
+    weights, rows, columns = group_sample()
+    norms = lib.group_norms_forward(weights, rows, columns, 5, 1e-8, False)
+    dnorms = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    arguments = (dnorms, norms, require_grad(weights), rows, columns, 1e-8, False)
+    opcheck(lib.group_norms_backward, arguments)
+
+
+def check_add_scaled_by_units_():
+    weights, rows, columns = group_sample()
+    outputs = [torch.randn_like(w) for w in weights]
+    factors = torch.randn(5, dtype=torch.float64)
+    opcheck(lib.add_scaled_by_units_, (outputs, weights, rows, columns, factors, False))
+
+
+def check_threshold_():
+    opcheck(lib.threshold_, (*group_sample(), 0.5))
+
+
+def registered():
+    names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    return sorted(name[len("iss_kernels::") :] for name in names if name.startswith("iss_kernels:"))
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
+@pytest.mark.parametrize("name", registered())
+def test_opcheck(name):
+    """One check_<op> above for every op that the dispatcher knows: none can be forgotten."""
+    globals()[f"check_{name}"]()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "batch_first": True}, {"proj_size": 3, "bias": False}]
+)
+def test_a_module_compiles_as_one_graph(options, training):
+    module = ISSLSTM(4, 7, num_layers=2, **options).train(training)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for shape in ((5, 3, 4), (6, 2, 4), (6, 4)):
+        results = []
+        for function in (module, compiled):
+            x = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).requires_grad_()
+            y, (h, c) = function(x)
+            module.zero_grad()
+            (y.sum() + h.square().sum() + c.sum()).backward()
+            results.append([y, h, c, x.grad, *(p.grad for p in module.parameters())])
+        torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+
+
+def test_unequal_sizes_compile_as_one_graph():
+    module = ISSLSTM(4, [(3, 5), 2], num_layers=2, bidirectional=True)
+    x = torch.randn(3, 2, 4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+def test_inductor_compiles_a_module():
+    module = ISSLSTM(4, 7).eval()
+    x = torch.randn(5, 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
+    torch._dynamo.reset()
+
+
+def test_a_gradient_without_saved_gates_is_refused():
+    inputs = make_inputs(Case("small", 2, 2, 2, 2), torch.float64)
+    outputs = lib.lstm_forward(*require_grad(list(inputs.values())), False)
+    with pytest.raises(RuntimeError, match="expected save=True where a gradient is asked for"):
+        outputs[0].sum().backward()
