@@ -12,27 +12,32 @@ template <typename T, int Rows, int Panels>
 struct Tile {
   Vec<T> sum[Rows][Panels * kPanelVectors];
 
-  // sum = a[0:Rows, 0:k] @ panels, with panels[p] at panels + p * k * kPanelColumns.
-  void multiply(const T* a, int64_t k, const T* panels) {
+  // sum = a[0:Rows, 0:k] @ panels, with panels[p] at panels + p * k * kPanelColumns. Not inlined:
+  // next to the code that finishes a tile, the compiler would keep that code's constants in
+  // registers and the sums in memory.
+  __attribute__((noinline)) void multiply(const T* a, int64_t k, const T* panels) {
+    constexpr int kVectors = Panels * kPanelVectors;
+    Vec<T> local[Rows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < Panels * kPanelVectors; ++j) sum[r][j] = Vec<T>::set(0);
+      for (int j = 0; j < kVectors; ++j) local[r][j] = Vec<T>::set(0);
     for (int64_t i = 0; i < k; ++i) {
       Vec<T> x[Rows];
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(a[r * k + i]);
 #pragma GCC unroll 16
-      for (int p = 0; p < Panels; ++p)
+      for (int j = 0; j < kVectors; ++j) {
+        const int64_t panel = j / kPanelVectors, vector = j % kPanelVectors;
+        const T* at = panels + (panel * k + i) * kPanelColumns<T> + vector * Vec<T>::kLanes;
 #pragma GCC unroll 16
-        for (int j = 0; j < kPanelVectors; ++j) {
-          const Vec<T> b =
-              Vec<T>::load(panels + (p * k + i) * kPanelColumns<T> + j * Vec<T>::kLanes);
-#pragma GCC unroll 16
-          for (int r = 0; r < Rows; ++r)
-            sum[r][p * kPanelVectors + j] = fma(x[r], b, sum[r][p * kPanelVectors + j]);
-        }
+        for (int r = 0; r < Rows; ++r) local[r][j] = fma(x[r], Vec<T>::load(at), local[r][j]);
+      }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = local[r][j];
   }
 };
 
