@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from iss_kernels import ISSLSTM, ops, use_backend
-from iss_kernels.backend import use_isa
+from iss_kernels.backend import build_info, use_isa
 from iss_kernels.testing import Case, make_inputs
 
 X = torch.randn(5, 2, 3)
@@ -160,7 +160,7 @@ CALLS = {
     "an unknown ISA": (
         lambda: use_isa("mmx"),
         ValueError,
-        "use_isa: expected one of avx2, scalar, got mmx",
+        f"use_isa: expected one of {', '.join(build_info()['isas_built'])}, got mmx",
     ),
 }
 

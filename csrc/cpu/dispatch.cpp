@@ -12,6 +12,7 @@ namespace iss {
 extern const CpuKernels kScalarKernels;
 #if defined(__x86_64__)
 extern const CpuKernels kAvx2Kernels;
+extern const CpuKernels kAvx512Kernels;
 #endif
 
 namespace {
@@ -19,6 +20,7 @@ namespace {
 // Every ISA that is built, best first. A new one is its isa_*.cpp, its vec_*-inl.h and a line here.
 const CpuKernels* const kBuilt[] = {
 #if defined(__x86_64__)
+    &kAvx512Kernels,
     &kAvx2Kernels,
 #endif
     &kScalarKernels,

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/kernels.h"
+#include "cpu/target.h"
+
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined inputs of its own AVX-512 intrinsics for mistakes (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+ISS_TARGET_BEGIN("avx512f,avx512dq")
+namespace iss {
+namespace {
+#include "cpu/vec_avx512-inl.h"
+#include "cpu/math-inl.h"
+#include "cpu/matmul-inl.h"
+#include "cpu/lstm_step-inl.h"
+#include "cpu/group_lasso-inl.h"
+#include "cpu/table-inl.h"
+}  // namespace
+ISS_TARGET_END
+
+extern const CpuKernels kAvx512Kernels;
+const CpuKernels kAvx512Kernels = {
+    .isa = "avx512",
+    .supported =
+        [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"); },
+    .f32 = table<float>(),
+    .f64 = table<double>(),
+};
+}  // namespace iss
+#endif

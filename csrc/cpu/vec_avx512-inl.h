@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec<float> of 16 lanes and Vec<double> of 8, for AVX-512 F and DQ. The only AVX-512 intrinsics.
+
+template <typename T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t kLanes = 16;
+  static constexpr int kTileRows = 6;  // 6 rows x 4 accumulators + 6 broadcasts of 32 registers
+  __m512 v;
+
+  static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Vec set(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  float sum() const { return _mm512_reduce_add_ps(v); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kTileRows = 6;
+  __m512d v;
+
+  static __mmask8 first(int64_t n) { return static_cast<__mmask8>((1u << n) - 1); }
+  static Vec set(double x) { return {_mm512_set1_pd(x)}; }
+  static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Vec load(const double* p, int64_t n) { return {_mm512_maskz_loadu_pd(first(n), p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+  void store(double* p, int64_t n) const { _mm512_mask_storeu_pd(p, first(n), v); }
+  double sum() const { return _mm512_reduce_add_pd(v); }
+};
+
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec<float> zero_below(Vec<float> x, Vec<float> limit) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), limit.v, _CMP_NLT_UQ);
+  return {_mm512_maskz_mov_ps(keep, x.v)};
+}
+inline Vec<float> exp2_of(Vec<float> shifted) {
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(127 << 23)))};
+}
+
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return {_mm512_div_pd(a.v, b.v)}; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm512_fmadd_pd(a.v, b.v, c.v)};
+}
+inline Vec<double> min(Vec<double> a, Vec<double> b) { return {_mm512_min_pd(a.v, b.v)}; }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.v, b.v)}; }
+inline Vec<double> zero_below(Vec<double> x, Vec<double> limit) {
+  const __mmask8 keep = _mm512_cmp_pd_mask(_mm512_abs_pd(x.v), limit.v, _CMP_NLT_UQ);
+  return {_mm512_maskz_mov_pd(keep, x.v)};
+}
+inline Vec<double> exp2_of(Vec<double> shifted) {
+  const __m512i n = _mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52);
+  return {_mm512_castsi512_pd(_mm512_add_epi64(n, _mm512_set1_epi64(1023ll << 52)))};
+}
