@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -383,6 +383,20 @@ def _autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """Give a new LSTM (made on the meta device) these parameters, and dropout, hooks, mode of `old`.
+
+    dropout is set here since the constructor warns of it over a single layer.
+    """
+    new.dropout = old.dropout
+    for name, value in old.__dict__.items():
+        if name.endswith("_hooks"):
+            setattr(new, name, value)
+    for name, parameter in parameters.items():
+        setattr(new, name, parameter)
+    return new.train(old.training)
+
+
 def _converted(old: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """An LSTM of class `cls` that takes over the parameters, hooks and mode of `old`."""
     options = {
@@ -390,20 +404,14 @@ def _converted(old: nn.Module, cls: type[nn.Module]) -> nn.Module:
         for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first",
                      "bidirectional", "proj_size")
     }  # fmt: skip
-    new = cls(**options, device="meta")
-    new.dropout = old.dropout
-    for name, value in old.__dict__.items():
-        if name.endswith("_hooks"):
-            setattr(new, name, value)
-    for name, parameter in old.named_parameters(recurse=False):
-        setattr(new, name, parameter)
+    new = take_over(cls(**options, device="meta"), old, dict(old.named_parameters(recurse=False)))
     missing = [name for name, parameter in new.named_parameters() if parameter.is_meta]
     if missing:
         raise ValueError(
             f"from_torch: expected an LSTM with its own parameters, but {missing[0]} is not one "
             "(a parametrisation such as weight_norm?); remove it first"
         )
-    return new.train(old.training)
+    return new
 
 
 def accelerate(model: nn.Module) -> nn.Module:

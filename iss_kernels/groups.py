@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights leave with which unit: matrices whose rows and columns carry unit ids.
+
+`find_groups` (find.py) makes these for a model; the lasso, `shrink` and the pictures all walk the
+same labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+class GroupError(ValueError):
+    """The model cannot be followed; the message names the LSTM layer and the operation."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Units that can leave one by one: those of one layer and direction of one LSTM.
+
+    name: "rnn.l0" or "rnn.l0_reverse" where `lstm` is "rnn", the LSTM's name in the model; with a
+    projection there are two families, "rnn.l0.cell" and "rnn.l0.output".
+    """
+
+    name: str
+    lstm: str
+    start: int
+    size: int
+
+    @property
+    def units(self) -> range:
+        """Ids of its units."""
+        return range(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class LabelledWeight:
+    """A weight matrix [R, C] by its parameter name, with row_units [R] and column_units [C].
+
+    Both int32: the unit that a row or column belongs to, -1 for none.
+    """
+
+    name: str
+    row_units: Tensor
+    column_units: Tensor
+
+
+@dataclass
+class Groups:
+    """The units of a model and the weights that leave with each (Wen et al. 2018, section 3.1).
+
+    Parameters are looked up by name in `model` whenever they are used, so moving it or loading a
+    state_dict leaves nothing stale. tied: names of families that must keep one common size, because
+    the model's code reads the final states of them all from one tensor.
+    """
+
+    model: nn.Module
+    families: list[Family]
+    weights: list[LabelledWeight]
+    tied: list[list[str]] = field(default_factory=list)
+
+    @property
+    def units(self) -> int:
+        """Number of units in all families."""
+        return self.families[-1].units.stop
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The labelled weights themselves, in the order of `weights`."""
+        return [self.model.get_parameter(weight.name) for weight in self.weights]
+
+    def by_family(self, values: Tensor) -> dict[str, Tensor]:
+        """Cut values: [units] into {family name: [size]}."""
+        return {f.name: values[f.start : f.start + f.size] for f in self.families}
+
+    @torch.no_grad()
+    def dead(self) -> dict[str, Tensor]:
+        """{family name: bool [size]}: True where removing the unit changes no answer.
+
+        A unit is dead when all its outgoing weights, the columns labelled with it, are exactly
+        zero: then its value reaches nothing, whatever its gates and biases hold.
+        """
+        alive = torch.zeros(self.units, dtype=torch.bool)
+        for weight, parameter in zip(self.weights, self.parameters(), strict=True):
+            columns = weight.column_units
+            alive[columns[(columns >= 0) & (parameter != 0).any(0).cpu()].long()] = True
+        return self.by_family(~alive)
+
+    def __str__(self) -> str:
+        table = [("family", "units", "read by")]
+        for family in self.families:
+            readers = [w.name for w in self.weights if family.start in w.column_units]
+            table.append((family.name, str(family.size), ", ".join(readers)))
+        width = max(len(name) for name, _, _ in table)
+        return "\n".join(f"{name:<{width}}  {size:>5}  {readers}" for name, size, readers in table)

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shrunken model gives the answers of the model it came from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from iss_kernels.find import find_groups
+from iss_kernels.group_lasso import GroupLasso
+from iss_kernels.groups import Groups
+from iss_kernels.lstm import ISSLSTM
+from iss_kernels.shrink import shrink
+
+# nn.LSTM says this itself, once.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+class Net(nn.Module):
+    """Modules, and a function of the model and its inputs as forward."""
+
+    def __init__(self, run: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(self, *inputs)
+
+
+def tag(m: Any, x: Tensor) -> Any:
+    """Label every step, and return the final states too."""
+    y, states = m.rnn(x)
+    return m.head(y), states
+
+
+def tag_packed(m: Any, x: Tensor) -> Any:
+    packed = pack_padded_sequence(x, torch.tensor([5, 7, 2]), enforce_sorted=False)
+    y, states = m.rnn(packed)
+    return m.head(pad_packed_sequence(y)[0]), states
+
+
+def tagger(**options: Any) -> Net:
+    rnn = nn.LSTM(5, 8, **options)
+    outputs = (options.get("proj_size") or 8) * (2 if options.get("bidirectional") else 1)
+    return Net(tag, rnn=rnn, head=nn.Linear(outputs, 3))
+
+
+def in_chunks(m: Any, x: Tensor) -> Tensor:
+    """Truncated sequences, carrying the state over, and a branch on the data."""
+    states, answers = None, []
+    for part in x.split(3):
+        y, states = m.rnn(part, states)
+        answers += [m.head(step) if len(part) > 1 else m.head(step.relu()) for step in y]
+    return torch.stack(answers)
+
+
+LSTMS: dict[str, Callable[[], nn.Module]] = {
+    "one layer": lambda: tagger(),
+    "two layers": lambda: tagger(num_layers=2),
+    "bidirectional": lambda: tagger(num_layers=2, bidirectional=True),
+    "projected": lambda: tagger(num_layers=2, proj_size=5),
+    "projected bidirectional": lambda: tagger(num_layers=2, proj_size=5, bidirectional=True),
+    "no bias": lambda: tagger(num_layers=2, bias=False),
+    "batch first": lambda: tagger(num_layers=2, batch_first=True, bidirectional=True),
+    "packed": lambda: Net(
+        tag_packed, rnn=nn.LSTM(5, 8, 2, bidirectional=True), head=nn.Linear(16, 3)
+    ),
+    "unequal": lambda: Net(
+        tag, rnn=ISSLSTM(5, [(6, 9), (7, 8)], 2, bidirectional=True), head=nn.Linear(15, 3)
+    ),
+}
+MODELS: dict[str, Callable[[], nn.Module]] = LSTMS | {
+    "language model": lambda: Net(
+        lambda m, x: m.head(m.drop(m.rnn(m.embed(x[..., 0].abs().long()))[0])),
+        embed=nn.Embedding(9, 4),
+        rnn=nn.LSTM(4, 8, 2, dropout=0.5),
+        drop=nn.Dropout(0.5),
+        head=nn.Linear(8, 9),
+    ),
+    "two consumers": lambda: Net(
+        lambda m, x: [
+            (y := m.rnn(x)[0], m.a(y), m.b(torch.cat([x, y.tanh()], -1)))[i] for i in (1, 2)
+        ],
+        rnn=nn.LSTM(5, 8),
+        a=nn.Linear(8, 3),
+        b=nn.Linear(13, 2),
+    ),
+    "classifier": lambda: Net(
+        lambda m, x: m.head(m.rnn(x)[1][0][-1]), rnn=nn.LSTM(5, 8), head=nn.Linear(8, 3)
+    ),
+    "deep bidirectional classifier": lambda: Net(
+        lambda m, x: m.head(torch.cat([m.rnn(x)[1][0][-2], m.rnn(x)[1][0][-1]], 1)),
+        rnn=nn.LSTM(5, 8, 2, bidirectional=True),
+        head=nn.Linear(16, 3),
+    ),
+    "mean over time": lambda: Net(
+        lambda m, x: m.head(m.rnn(x)[0].mean(0)), rnn=nn.LSTM(5, 8), head=nn.Linear(8, 3)
+    ),
+    "flattened": lambda: Net(
+        lambda m, x: m.head(m.rnn(x)[0].transpose(0, 1).flatten(1)),
+        rnn=nn.LSTM(5, 8),
+        head=nn.Linear(56, 3),
+    ),
+    "between two LSTMs": lambda: Net(
+        lambda m, x: m.head(m.top(m.middle(m.rnn(x)[0]))[0]),
+        rnn=nn.LSTM(5, 8),
+        middle=nn.Linear(8, 4),
+        top=nn.LSTM(4, 6),
+        head=nn.Linear(6, 3),
+    ),
+    "LSTM on LSTM": lambda: Net(
+        lambda m, x: m.head(m.top(m.rnn(x)[0].flip(0))[0]),
+        rnn=nn.LSTM(5, 8, bidirectional=True),
+        top=nn.LSTM(16, 6),
+        head=nn.Linear(6, 3),
+    ),
+    "shared linear": lambda: Net(
+        lambda m, x: m.head((y := m.rnn(x)[0])[0]) + m.head(y[-1]),
+        rnn=nn.LSTM(5, 8),
+        head=nn.Linear(8, 3),
+    ),
+    "control flow": lambda: Net(in_chunks, rnn=nn.LSTM(5, 8, 2), head=nn.Linear(8, 3)),
+    "itself an LSTM": lambda: nn.LSTM(5, 8, 3),
+    "itself a projected LSTM": lambda: nn.LSTM(5, 8, proj_size=4),
+}
+
+
+def built(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Groups]:
+    torch.manual_seed(0)
+    model, x = MODELS[name]().to(dtype).eval(), 3 * torch.randn(7, 3, 5, dtype=dtype)
+    return model, x, find_groups(model, x)
+
+
+@torch.no_grad()
+def kill(groups: Groups, dead: Tensor, whole: bool = False) -> None:
+    """Zero the outgoing weights of the dead (bool [units]); the whole groups and biases too."""
+    padded = torch.cat([dead, torch.zeros(1, dtype=torch.bool)])
+    for weight, parameter in zip(groups.weights, groups.parameters(), strict=True):
+        parameter[:, padded[weight.column_units.long()]] = 0
+        if whole:
+            parameter[padded[weight.row_units.long()]] = 0
+            for kind in ("bias_ih", "bias_hh"):
+                name = weight.name.replace("weight_hh", kind)
+                if name != weight.name and name in dict(groups.model.named_parameters()):
+                    groups.model.get_parameter(name)[padded[weight.row_units.long()]] = 0
+
+
+def some(groups: Groups) -> Tensor:
+    """About half of the units of each family, not the first two but the third: bool [units]."""
+    dead = torch.rand(groups.units) < 0.5
+    for family in groups.families:
+        dead[family.start : family.start + 2] = False
+        dead[family.start + 2] = True
+    return dead
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else sum(map(tensors, tree), [])
+
+
+def answers(result: Any) -> list[Tensor]:
+    """The model's answers without final states."""
+    return tensors(result[0] if isinstance(result, tuple) else result)
+
+
+def same(one: Any, two: Any, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(one, two, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", MODELS)
+def test_removing_dead_units_changes_no_answer(name: str, dtype: torch.dtype) -> None:
+    model, x, groups = built(name, dtype)
+    dead = some(groups)
+    kill(groups, dead)
+    small, report = shrink(model, groups)
+    same(answers(small(x)), answers(model(x)), dtype)
+    assert report.parameters[1] < report.parameters[0]
+    if not groups.tied:
+        for family, mask in groups.by_family(~dead).items():
+            assert report.kept[family].tolist() == mask.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", LSTMS)
+def test_final_states_are_those_of_the_kept_units(name: str) -> None:
+    model, x, groups = built(name)
+    kill(groups, some(groups))
+    small, report = shrink(model, groups)
+    (_, big_states), (_, small_states) = model(x), small(x)
+    names = list(report.kept)
+    cells = [n for n in names if not n.endswith(".output")]
+    outputs = [n for n in names if not n.endswith(".cell")]
+    for big, little, of in zip(big_states, small_states, (outputs, cells), strict=True):
+        big, little = (
+            [s for t in tensors(state) for s in (t if t.dim() == 3 else [t])]
+            for state in (big, little)
+        )
+        for b, s, family in zip(big, little, of, strict=True):
+            same(s, b[:, report.kept[family]], torch.float64)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", MODELS)
+def test_further_training_is_the_same(name: str, dtype: torch.dtype) -> None:
+    """Units whose whole group and biases are zero get no gradient, so they stay dead."""
+    model, x, groups = built(name, dtype)
+    kill(groups, some(groups), whole=True)
+    small, _ = shrink(model, groups)
+    for one in (model, small):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(10):
+            optimizer.zero_grad()
+            sum(a.square().mean() for a in answers(one(x))).backward()
+            optimizer.step()
+    same(answers(small(x)), answers(model(x)), dtype)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_dead_gives_an_equal_model(name: str) -> None:
+    model, x, groups = built(name)
+    small, report = shrink(model, groups)
+    assert report.parameters[0] == report.parameters[1]
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(small.parameters(), model.parameters(), strict=True)
+    )
+    same(answers(small(x)), answers(model(x)), torch.float64)
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "projected", "classifier", "itself an LSTM"])
+def test_a_family_with_everything_dead_keeps_the_unit_of_largest_norm(name: str) -> None:
+    model, x, groups = built(name)
+    kill(groups, torch.ones(groups.units, dtype=torch.bool))
+    largest = {name: [int(n.argmax())] for name, n in GroupLasso(groups).norms().items()}
+    small, report = shrink(model, groups)
+    assert {name: kept.tolist() for name, kept in report.kept.items()} == largest
+    same(answers(small(x)), answers(model(x)), torch.float64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shrinking_leaves_the_model_alone_and_shares_no_storage(name: str) -> None:
+    model, x, groups = built(name)
+    kill(groups, some(groups))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    random = torch.get_rng_state()
+    small, _ = shrink(model, groups)
+    assert torch.equal(random, torch.get_rng_state())
+    assert kinds == [type(module) for module in model.modules()]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    old, new = ({p.untyped_storage().data_ptr() for p in m.parameters()} for m in (model, small))
+    assert not old & new
+
+
+def test_keep_takes_indices_or_masks_and_leaves_other_families_whole() -> None:
+    model, x, groups = built("two layers")
+    by_index, report = shrink(model, groups, keep={"rnn.l0": [4, 1]})
+    by_mask, _ = shrink(model, groups, keep={"rnn.l0": [u in (1, 4) for u in range(8)]})
+    assert report.kept["rnn.l0"].tolist() == [1, 4]
+    assert report.sizes == {"rnn.l0": (8, 2), "rnn.l1": (8, 8)}
+    assert all(map(torch.equal, by_index.state_dict().values(), by_mask.state_dict().values()))
+    kill(groups, torch.tensor([u not in (1, 4) for u in range(8)] + [False] * 8))
+    same(answers(by_index(x)), answers(model(x)), torch.float64)
+
+
+@torch.no_grad()
+def test_ratio_removes_the_units_of_smallest_norm() -> None:
+    model, _, groups = built("one layer")
+    for weight, parameter in zip(groups.weights, groups.parameters(), strict=True):
+        for unit in (0, 3, 6):
+            parameter[weight.row_units == unit] *= 0.01
+            parameter[:, weight.column_units == unit] *= 0.01
+    _, report = shrink(model, groups, ratio=0.45)  # 3.6 of 8 units
+    assert report.kept["rnn.l0"].tolist() == [1, 2, 4, 5, 7]
+    assert len(shrink(model, groups, ratio=1)[1].kept["rnn.l0"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("round_to", "size"), [(1, 3), (2, 4), (4, 4), (6, 6), (8, 8), (5, 5), (32, 8)]
+)
+def test_round_to_takes_units_back_up_to_the_old_size(round_to: int, size: int) -> None:
+    model, x, groups = built("one layer")
+    kill(groups, torch.tensor([0, 1, 1, 0, 1, 0, 1, 1], dtype=torch.bool))
+    small, report = shrink(model, groups, round_to=round_to)
+    assert len(report.kept["rnn.l0"]) == size
+    assert {0, 3, 5} <= set(report.kept["rnn.l0"].tolist())
+    same(answers(small(x)), answers(model(x)), torch.float64)
+
+
+def test_families_whose_states_are_read_as_one_tensor_keep_one_size() -> None:
+    model, x, groups = built("deep bidirectional classifier")
+    names = ["rnn.l0", "rnn.l0_reverse", "rnn.l1", "rnn.l1_reverse"]
+    assert groups.tied == [names]
+    small, report = shrink(model, groups, keep={name: range(2 + i) for i, name in enumerate(names)})
+    assert {after for _, after in report.sizes.values()} == {5}
+    small(x)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "deep" not in name])
+def test_a_shrunken_model_shrinks_again(name: str) -> None:
+    model, x, groups = built(name)
+    once, _ = shrink(model, groups, ratio=0.3)
+    groups = find_groups(once, x)
+    kill(groups, some(groups))
+    twice, report = shrink(once, groups)
+    assert report.parameters[1] < report.parameters[0]
+    same(answers(twice(x)), answers(once(x)), torch.float64)
+
+
+def test_the_new_model_keeps_mode_options_and_frozen_parameters() -> None:
+    model, _, groups = built("language model", torch.float32)
+    model.train()
+    model.get_submodule("drop").eval()
+    model.get_parameter("rnn.weight_hh_l1").requires_grad_(False)
+    model.get_submodule("rnn").register_forward_hook(lambda *_: None)
+    small, _ = shrink(model, groups, ratio=0.5)
+    rnn = small.get_submodule("rnn")
+    assert (rnn.dropout, rnn.training, small.get_submodule("drop").training) == (0.5, True, False)
+    assert [n for n, p in small.named_parameters() if not p.requires_grad] == ["rnn.weight_hh_l1"]
+    assert small.get_submodule("head").in_features == 4
+    assert len(rnn._forward_hooks) == 1
+
+
+def test_a_module_or_weight_under_two_names_stays_one() -> None:
+    rnn, a, b = nn.LSTM(5, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+    b.weight = a.weight
+    model = Net(lambda m, x: m.a(m.rnn(x)[0]) + m.b(m.again(x)[0]), rnn=rnn, again=rnn, a=a, b=b)
+    small, _ = shrink(model, find_groups(model, torch.randn(7, 3, 5)), ratio=0.5)
+    assert small.get_submodule("rnn") is small.get_submodule("again")
+    assert small.get_submodule("a").weight is small.get_submodule("b").weight
+    assert small.get_submodule("b").in_features == 4
+
+
+def test_the_report_is_a_table() -> None:
+    model, _, groups = built("two layers")
+    _, report = shrink(model, groups, keep={"rnn.l0": [0, 1]})
+    assert str(report).splitlines() == [
+        "                 before  after    left",
+        "rnn.l0                8      2   25.0%",
+        "rnn.l1                8      8  100.0%",
+        "LSTM parameters   1,056    456   43.2%",
+        "all parameters    1,083    483   44.6%",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": {}, "ratio": 0.5}, "shrink: expected keep or ratio, got both"),
+        ({"ratio": 1.5}, "shrink: expected ratio between 0 and 1, got 1.5"),
+        ({"round_to": 0}, "shrink: expected round_to >= 1, got 0"),
+        ({"keep": {"rnn": [0]}}, "shrink: expected keep for rnn.l0, got rnn"),
+        (
+            {"keep": {"rnn.l0": [8]}},
+            "shrink: expected keep for rnn.l0 as a mask of 8 or indices below 8, got [8]",
+        ),
+        (
+            {"keep": {"rnn.l0": [True]}},
+            "shrink: expected keep for rnn.l0 as a mask of 8 or indices below 8, got [True]",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    model, _, groups = built("one layer")
+    with pytest.raises(ValueError) as error:
+        shrink(model, groups, **options)
+    assert str(error.value) == message
+
+
+def test_groups_of_another_model_are_refused() -> None:
+    _, _, groups = built("one layer")
+    with pytest.raises(ValueError) as error:
+        shrink(tagger(num_layers=1, proj_size=3), groups)
+    assert str(error.value) == (
+        "shrink: expected the model of the groups, with rnn.weight_hh_l0 of shape [32, 8], "
+        "got [32, 3]"
+    )
