@@ -384,9 +384,9 @@ def _autocast_enabled(device_type: str) -> bool:
 
 
 def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """Give a new LSTM (made on the meta device) these parameters, and dropout, hooks, mode of `old`.
+    """Give a new LSTM these parameters, and the dropout, hooks and mode of `old`.
 
-    dropout is set here since the constructor warns of it over a single layer.
+    dropout is set here, since the constructor warns of it over a single layer.
     """
     new.dropout = old.dropout
     for name, value in old.__dict__.items():

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The phases of the demo: baseline, ISS, shrink, equality check, fine-tuning, timing, report.
+
+The two models start from the same weights and see the same text for the same number of epochs,
+fine-tuning included; only the second is told to do without the units it does not need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from iss_kernels import GroupLasso, Groups, build_info, find_groups, shrink
+from iss_kernels.demo import figures, report, timing
+from iss_kernels.demo.check import compare
+from iss_kernels.demo.model import LanguageModel, perplexity, strips
+from iss_kernels.demo.text import PARTS, Text
+from iss_kernels.demo.training import Recipe, Trainer, Watcher, train, zero_units_
+
+STAGES = ("baseline", "iss", "tune")
+
+
+class ResumeError(ValueError):
+    """There is no checkpoint to go on from, or not one of this run."""
+
+
+class Demo:
+    """One run of the demo; `run` does everything."""
+
+    def __init__(
+        self, recipe: Recipe, text: Text, seed: int, output: Path, watcher: Watcher
+    ) -> None:
+        self.recipe, self.text, self.seed, self.output, self.watcher = (
+            recipe, text, seed, output, watcher,
+        )  # fmt: skip
+        self.checkpoint = output / "checkpoint.pt"
+        self.options = {
+            "text": f"{text.description} ({text.fingerprint})",
+            "seed": seed,
+            "recipe": dataclasses.asdict(recipe),
+        }
+        self.finished: dict[str, dict[str, Any]] = {}  # stage -> "model", "history"
+        self.interrupted: dict[str, Any] = {}  # what the checkpoint holds of the stage in work
+        self.saved = False  # whether the checkpoint is one of this run
+
+    def run(self) -> dict[str, Any]:
+        """All phases; returns what result.json holds.
+
+        Raises KeyboardInterrupt after Ctrl-C, CheckError where big and small model differ.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        baseline, big = self._model(), self._model()
+        start = _norms(big)
+        self._learn("baseline", baseline)
+        self._learn("iss", big)
+
+        groups = self._groups(big)
+        # Their gates too: no answer depends on them, and the pictures show what left.
+        zero_units_(groups, torch.cat(list(groups.dead().values())))
+        shrunk, shrink_report = shrink(big, groups)
+        small = cast(LanguageModel, shrunk)
+        kept = list(shrink_report.kept.values())
+        difference = compare(big, small, kept, self.text.test)
+        self.watcher.note(f"{sum(map(len, kept))} units are left; the rest is out, same answers")
+        timings = timing.compare(big.lstm, small.lstm, kept[-1], self._example_vectors(small))
+        sparse = perplexity(big, self.text.test)
+
+        self._learn("tune", small)
+        result = {
+            "hidden_before": [self.recipe.hidden] * self.recipe.layers,
+            "hidden_after": [len(units) for units in kept],
+            "params_before": _count(big.lstm),
+            "params_after": _count(small.lstm),
+            "model_params_before": _count(big),
+            "model_params_after": _count(small),
+            "perplexity_before": perplexity(baseline, self.text.test),
+            "perplexity_iss": sparse,  # of the sparse model, before fine-tuning
+            "perplexity_after": perplexity(small, self.text.test),
+            "max_abs_diff": difference,
+            **timings,
+            **self._circumstances(),
+        }
+        pictures = report.Pictures(
+            start, _norms(baseline), _norms(big), figures.weight_pictures(groups)
+        )
+        write(self.output / "result.json", json.dumps(result, indent=1) + "\n")
+        write(self.output / "report.html", report.html(result, pictures, str(shrink_report)))
+        return result
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What was run, on what."""
+        parts = {part: len(getattr(self.text, part)) for part in PARTS}
+        return {
+            "text": self.text.description,
+            "words": {"vocabulary": len(self.text.vocabulary), **parts},
+            "seconds": round(sum(row["seconds"] for row in self.history()), 1),  # of training
+            "seed": self.seed,
+            "recipe": dataclasses.asdict(self.recipe),
+            "history": self.history(),
+            "machine": {**build_info(), "python": platform.python_version(), "cpu": _cpu()},
+        }
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every epoch so far, with its stage."""
+        return [
+            {"stage": stage, **row}
+            for stage in STAGES
+            for row in self.finished.get(stage, {}).get("history", [])
+        ]
+
+    # -- learning
+
+    def _model(self) -> LanguageModel:
+        """The model before any training: the same one whenever it is asked for."""
+        torch.manual_seed(self.seed)
+        r = self.recipe
+        return LanguageModel(len(self.text.vocabulary), r.embedding, r.hidden, r.layers, 0.0)
+
+    def _groups(self, model: LanguageModel) -> Groups:
+        return find_groups(model, self.text.test[:2, None])
+
+    def _learn(self, name: str, model: LanguageModel) -> None:
+        """Train a stage, or take over what a checkpoint holds of it."""
+        if name in self.finished:
+            model.load_state_dict(self.finished[name]["model"])
+            return
+        stage = getattr(self.recipe, name)
+        trainer = Trainer(model, self._groups(model), self.recipe, stage, self.text)
+        torch.manual_seed(self.seed + 1)
+        if self.interrupted:
+            trainer.load_state_dict(self.interrupted)
+            self.interrupted = {}
+        self.watcher.stage(name, trainer)
+        train(trainer, self.watcher, partial(self._save, trainer))
+        self.finished[name] = {"model": model.state_dict(), "history": trainer.history}
+
+    def _example_vectors(self, model: LanguageModel) -> Tensor:
+        """Embedded words of the test text, [L, B, E]: what the LSTMs are timed on."""
+        with torch.no_grad():
+            tokens = strips(self.text.test, max(timing.BATCHES))[: timing.STEPS]
+            vectors: Tensor = model.embedding(tokens)
+        return vectors
+
+    # -- checkpoints
+
+    def _save(self, trainer: Trainer) -> None:
+        """Keep what is finished and the stage in work; the file is whole at any moment."""
+        content = {
+            "options": self.options,
+            "finished": self.finished,
+            "trainer": trainer.state_dict(),
+        }
+        beside = self.checkpoint.with_suffix(".tmp")
+        torch.save(content, beside)
+        os.replace(beside, self.checkpoint)
+        self.saved = True
+
+    def resume(self) -> None:
+        """Take over the checkpoint; `run` goes on from there. Raises ResumeError."""
+        try:
+            content = torch.load(self.checkpoint, weights_only=True)
+            options = content["options"]
+        except FileNotFoundError:
+            raise ResumeError(f"no checkpoint to resume from: {self.checkpoint}") from None
+        # torch.load's errors for a damaged file have no common class.
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
+                pickle.UnpicklingError):  # fmt: skip
+            raise ResumeError(f"{self.checkpoint} is not a checkpoint of this demo") from None
+        for option, here in self.options.items():
+            if options[option] != here:
+                there = options[option]
+                if option == "recipe":
+                    there, here = there["name"], self.recipe.name
+                    if there == here:
+                        there, here = "another version's", "this one's"
+                raise ResumeError(
+                    f"{self.checkpoint} was made with other options ({option}: {there}; "
+                    f"now {here}): resume with the same ones, or start anew without --resume"
+                )
+        self.finished, self.interrupted = content["finished"], content["trainer"]
+        self.saved = True
+
+
+@torch.no_grad()
+def _norms(model: LanguageModel) -> list[list[float]]:
+    """Group norms by layer, in the order of the units."""
+    groups = find_groups(model, torch.zeros(2, 1, dtype=torch.long))
+    return [norms.tolist() for norms in GroupLasso(groups, 0.0).norms().values()]
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _cpu() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file as a whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)
