@@ -55,12 +55,15 @@ cuda = cuda_enabled()
 # Never -march or -mavx2: code for one instruction set sits in target regions (csrc/README.md), and
 # FMA is used only where it is written (-ffp-contract=off), so every ISA computes what is read.
 cxx = ["-std=c++20", "-O0" if DEBUG else "-O3", "-g1", "-ffp-contract=off", "-fvisibility=hidden"]
+# at::parallel_for is a plain loop in code that is compiled without OpenMP.
+openmp = ["-fopenmp"] if sys.platform == "linux" else []
 cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 extension = (CUDAExtension if cuda else CppExtension)(
     name="iss_kernels._C",
     sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.c*"] if cuda else [])),
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[("ISS_WITH_CUDA", "1")] if cuda else [],
-    extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++20", "-O3", "-lineinfo"]} if cuda else cxx,
+    extra_compile_args={"cxx": [*cxx, *openmp], "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
+    extra_link_args=openmp,
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -22,27 +22,34 @@ struct PackArgs {
   T* packed;  // [packed_size(k, columns)]
 };
 
-// out = a @ B, with B packed without `gates`.
+// Panels [begin, end) of a packed matrix: a thread's share of the columns or units.
+struct PanelRange {
+  int64_t begin, end;
+};
+
+// out = a @ B, with B packed without `gates`; the columns of `panels` are written.
 template <typename T>
 struct MatmulArgs {
   int64_t rows, k, columns;
+  PanelRange panels;
   const T* a;       // [rows, K]
   const T* packed;  // PackArgs::packed
   T* out;           // [rows, columns]
 };
 
-// One time step. gates may be gates_x itself, c may be c_prev.
+// One time step for the units of `panels`. gates may be gates_x itself, c may be c_prev.
 template <typename T>
 struct LstmStepArgs {
   int64_t rows, hidden, k;  // n, H, P
-  const T* h_prev;          // [n, P]
-  const T* c_prev;          // [n, H]
-  const T* packed_w_hh;     // w_hh.T [P, 4H], packed with `gates`
-  const T* gates_x;         // [n, 4H]  x_t @ w_ih.T + b_ih + b_hh
-  T* c;                     // [n, H]
-  T* h;                     // [n, H]   o * tanh(c): the output, or what w_hr projects
-  T* gates;                 // [n, 4H]  i, f, g, o after activation; nullptr when not training
-  T* cells;                 // [n, H]   a copy of c; nullptr when not training
+  PanelRange panels;
+  const T* h_prev;       // [n, P]
+  const T* c_prev;       // [n, H]
+  const T* packed_w_hh;  // w_hh.T [P, 4H], packed with `gates`
+  const T* gates_x;      // [n, 4H]  x_t @ w_ih.T + b_ih + b_hh
+  T* c;                  // [n, H]
+  T* h;                  // [n, H]   o * tanh(c): the output, or what w_hr projects
+  T* gates;              // [n, 4H]  i, f, g, o after activation; nullptr when not training
+  T* cells;              // [n, H]   a copy of c; nullptr when not training
 };
 
 // The pointwise half of one time step's gradient. dc may be dc_prev.

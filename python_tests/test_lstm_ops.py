@@ -122,6 +122,22 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_th
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [2, 7])  # 7: more than this machine may have cores
+@pytest.mark.parametrize("case", [
+    Case("one_row", 30, 1, 8, 200),
+    Case("few_rows", 20, 3, 8, 190, P=70),
+    Case("packed", 3, 4, 8, 260, batch_sizes=(4, 2, 1)),
+], ids=str)  # fmt: skip
+def test_threads_that_divide_the_units_give_the_same_bits(isa, dtype, two_threads, case, threads):
+    for reverse in (False, True):
+        inputs = make_inputs(case, dtype, reverse)
+        inputs["x"].zero_()  # the input projection is torch's GEMM, whose bits do depend on threads
+        torch.set_num_threads(1)
+        alone = ours(inputs)
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, ours(inputs), alone))
+
+
 def test_isas_agree_to_rounding(dtype):
     case = Case("isas", 12, 6, 10, 45)
     results = []

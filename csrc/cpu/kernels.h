@@ -23,11 +23,14 @@ struct Kernels {
   void (*add_scaled)(const AddScaledArgs<T>&);
   void (*threshold)(const ThresholdArgs<T>&);
 
+  // Panels that hold `columns` columns; with gates, `columns` units.
+  int64_t panels(int64_t columns, bool gates) const {
+    const int64_t per_panel = gates ? lanes : 4 * lanes;
+    return (columns + per_panel - 1) / per_panel;
+  }
   // Elements of PackArgs::packed for `columns` columns (4H with gates).
   int64_t packed_size(int64_t k, int64_t columns, bool gates) const {
-    const int64_t per_panel = gates ? lanes : 4 * lanes;
-    const int64_t wanted = gates ? columns / 4 : columns;
-    return (wanted + per_panel - 1) / per_panel * k * 4 * lanes;
+    return panels(gates ? columns / 4 : columns, gates) * k * 4 * lanes;
   }
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// lstm_forward and lstm_backward on the CPU. One GEMM projects the inputs of all steps; then every
-// thread takes some rows of the batch through all steps by itself, so no step waits for another
-// thread. A padded batch is a packed one whose steps all have B rows: there is one path.
+// lstm_forward and lstm_backward on the CPU. One GEMM projects the inputs of all steps; then each
+// thread takes its share of the batch, or of the units, through all steps in one parallel region. A
+// padded batch is a packed one whose steps all have B rows: there is one path.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -21,6 +21,8 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/packed.h"
+#include "cpu/team.h"
 
 namespace iss {
 namespace {
@@ -88,31 +90,44 @@ void copy_rows(const T* from, int64_t rows, int64_t columns, T* to) {
   if (rows * columns > 0) std::memcpy(to, from, rows * columns * sizeof(T));
 }
 
-// B.T for a weight [columns, K] (transposed) or B for a weight [K, columns], cut into panels.
-template <typename T>
-Tensor packed(const Tensor& weight, bool transposed, bool gates) {
-  const int64_t k = weight.size(transposed ? 1 : 0), columns = weight.size(transposed ? 0 : 1);
-  const Kernels<T>& kernels = cpu_kernels().of<T>();
-  Tensor result = at::empty({kernels.packed_size(k, columns, gates)}, weight.options());
-  kernels.pack({.k = k,
-                .columns = columns,
-                .gates = gates,
-                .b = data<T>(weight),
-                .stride_k = transposed ? 1 : columns,
-                .stride_column = transposed ? k : 1,
-                .packed = data<T>(result)});
-  return result;
-}
+// A share of the work: rows [begin, end) of the batch, and member `member` of the `members` threads
+// that divide the units of those rows among themselves and meet at barrier().
+template <typename Barrier>
+struct Share {
+  int64_t begin, end, member, members;
+  const Barrier& barrier;
 
-// Runs body(begin, end) over the rows of the batch, on as many threads as have enough to do.
+  PanelRange of(int64_t panels) const {
+    return {panels * member / members, panels * (member + 1) / members};
+  }
+};
+
+// Calls body(share) on as many threads as have enough to do. First choice: rows are divided, and no
+// step waits for another thread. Where there are too few rows to fill the register tile of every
+// thread, the units are divided instead, if a step is long enough to be worth a barrier.
 template <typename T, typename Body>
-void split_batch(const Sequence& sequence, int64_t multiplies_per_row, const Body& body) {
-  // Under about 20 us of work, waking a thread costs more than it brings.
-  constexpr int64_t kWorthAThread = 1 << 18;
-  const int64_t per_batch_row = std::max<int64_t>(
-      1, sequence.rows * multiplies_per_row / std::max<int64_t>(1, sequence.batch));
-  const int64_t grain = std::max(cpu_kernels().of<T>().tile_rows, kWorthAThread / per_batch_row);
-  at::parallel_for(0, sequence.batch, grain, body);
+void divide(const Sequence& sequence, int64_t multiplies_per_row, bool divide_units,
+            const Body& body) {
+  // Multiplies that take about 10 us (to wake a thread) and about 1 us (to meet at the barrier).
+  constexpr int64_t kWorthAThread = 1 << 18, kWorthABarrier = 1 << 15;
+  const int64_t rows = sequence.batch, threads = at::get_num_threads();
+  const int64_t work = sequence.rows * multiplies_per_row;
+  const int64_t tile = cpu_kernels().of<T>().tile_rows;
+  const int64_t by_work = std::min(threads, work / kWorthAThread);
+  const int64_t per_step = work / std::max<int64_t>(1, sequence.steps);
+  if (divide_units && by_work > 1 && rows < threads * tile &&
+      per_step >= threads * kWorthABarrier) {
+    run_team(by_work, [&](int64_t member, int64_t members, const auto& barrier) {
+      body(Share<std::decay_t<decltype(barrier)>>{0, rows, member, members, barrier});
+    });
+    return;
+  }
+  const int64_t fewest_rows = divide_units ? tile : 1;
+  const int64_t shares = std::clamp<int64_t>(std::min(by_work, rows / fewest_rows), 1, threads);
+  at::parallel_for(0, rows, (rows + shares - 1) / shares, [&](int64_t begin, int64_t end) {
+    const auto alone = [] {};
+    body(Share<decltype(alone)>{begin, end, 0, 1, alone});
+  });
 }
 
 template <typename T>
@@ -121,39 +136,48 @@ void forward(const Sequence& sequence, const Tensor& gates_x, const Tensor& h0, 
              const Tensor& gates, const Tensor& cells) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const int64_t hidden = c_n.size(1), output = h_n.size(1);
-  const Tensor packed_w_hh = packed<T>(w_hh, true, true);
-  const Tensor packed_w_hr = w_hr ? packed<T>(*w_hr, true, false) : Tensor();
+  const bool save = gates.numel() > 0;  // training: weights change before they are used again
+  const Tensor packed_w_hh = packed(w_hh, {.transposed = true, .gates = true}, !save);
+  const Tensor packed_w_hr =
+      w_hr ? packed(*w_hr, {.transposed = true, .gates = false}, !save) : Tensor();
   const Tensor unprojected = w_hr ? at::empty_like(c_n) : Tensor();
-  const bool save = gates.numel() > 0;
   const T* h0_data = data<T>(h0);
   T *y_data = data<T>(y), *h_data = data<T>(h_n), *c_data = data<T>(c_n);
 
-  split_batch<T>(sequence, 4 * hidden * output, [&](int64_t begin, int64_t end) {
-    for (int64_t k = 0; k < sequence.steps; ++k)
+  divide<T>(sequence, 4 * hidden * output, true, [&](const auto& share) {
+    for (int64_t k = 0; k < sequence.steps; ++k) {
       sequence.each_piece(
-          k, begin, end, [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
-            T* h = w_hr ? data<T>(unprojected) + b * hidden : y_data + row * output;
+          k, share.begin, share.end, [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
             kernels.lstm_step(
                 {.rows = rows,
                  .hidden = hidden,
                  .k = output,
+                 .panels = share.of(kernels.panels(hidden, true)),
                  .h_prev = previous < 0 ? h0_data + b * output : y_data + previous * output,
                  .c_prev = c_data + b * hidden,
                  .packed_w_hh = data<T>(packed_w_hh),
                  .gates_x = data<T>(gates_x) + row * 4 * hidden,
                  .c = c_data + b * hidden,
-                 .h = h,
+                 .h = w_hr ? data<T>(unprojected) + b * hidden : y_data + row * output,
                  .gates = save ? data<T>(gates) + row * 4 * hidden : nullptr,
                  .cells = save ? data<T>(cells) + row * hidden : nullptr});
-            if (w_hr)
-              kernels.matmul({.rows = rows,
-                              .k = hidden,
-                              .columns = output,
-                              .a = h,
-                              .packed = data<T>(packed_w_hr),
-                              .out = y_data + row * output});
           });
-    for (int64_t b = begin; b < end; ++b) {
+      share.barrier();
+      if (!w_hr) continue;
+      sequence.each_piece(k, share.begin, share.end,
+                          [&](int64_t b, int64_t rows, int64_t row, int64_t) {
+                            kernels.matmul({.rows = rows,
+                                            .k = hidden,
+                                            .columns = output,
+                                            .panels = share.of(kernels.panels(output, false)),
+                                            .a = data<T>(unprojected) + b * hidden,
+                                            .packed = data<T>(packed_w_hr),
+                                            .out = y_data + row * output});
+                          });
+      share.barrier();
+    }
+    if (share.member > 0) return;
+    for (int64_t b = share.begin; b < share.end; ++b) {
       const int64_t last = sequence.last_row(b);
       copy_rows(last < 0 ? h0_data + b * output : y_data + last * output, 1, output,
                 h_data + b * output);
@@ -168,15 +192,16 @@ void backward(const Sequence& sequence, const Tensor& dy, const Tensor& h0, cons
               const Tensor& h_prev, const Tensor& doutputs) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const int64_t hidden = dc.size(1), output = dh.size(1);
-  const Tensor packed_w_hh = packed<T>(w_hh, false, false);
-  const Tensor packed_w_hr = w_hr ? packed<T>(*w_hr, false, false) : Tensor();
+  const Tensor packed_w_hh = packed(w_hh, {.transposed = false, .gates = false}, false);
+  const Tensor packed_w_hr =
+      w_hr ? packed(*w_hr, {.transposed = false, .gates = false}, false) : Tensor();
   const Tensor dunprojected = w_hr ? at::empty_like(dc) : Tensor();
   const T *dy_data = data<T>(dy), *y_data = data<T>(y), *cells_data = data<T>(cells);
 
-  split_batch<T>(sequence, 8 * hidden * output, [&](int64_t begin, int64_t end) {
+  divide<T>(sequence, 4 * hidden * output, false, [&](const auto& share) {
     for (int64_t k = sequence.steps - 1; k >= 0; --k)
       sequence.each_piece(
-          k, begin, end, [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
+          k, share.begin, share.end, [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
             // On entry dh and dc hold what later steps (or dh_n, dc_n) ask of these rows.
             T* dh_rows = data<T>(dh) + b * output;
             for (int64_t e = 0; e < rows * output; ++e) dh_rows[e] += dy_data[row * output + e];
@@ -187,6 +212,7 @@ void backward(const Sequence& sequence, const Tensor& dy, const Tensor& h0, cons
               kernels.matmul({.rows = rows,
                               .k = output,
                               .columns = hidden,
+                              .panels = {0, kernels.panels(hidden, false)},
                               .a = dh_rows,
                               .packed = data<T>(packed_w_hr),
                               .out = out});
@@ -205,6 +231,7 @@ void backward(const Sequence& sequence, const Tensor& dy, const Tensor& h0, cons
             kernels.matmul({.rows = rows,
                             .k = 4 * hidden,
                             .columns = output,
+                            .panels = {0, kernels.panels(output, false)},
                             .a = dgates_rows,
                             .packed = data<T>(packed_w_hh),
                             .out = dh_rows});

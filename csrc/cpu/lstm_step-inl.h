@@ -39,8 +39,7 @@ void lstm_step(const LstmStepArgs<T>& args) {
         }
       }
   };
-  each_tile<T>(args.h_prev, args.rows, args.k, args.packed_w_hh, (hidden + kLanes - 1) / kLanes,
-               finish);
+  each_tile<T>(args.h_prev, args.rows, args.k, args.packed_w_hh, args.panels, finish);
 }
 
 template <typename T>

@@ -56,13 +56,13 @@ inline void each_row_tile(const T* a, int64_t first, int64_t rows, int64_t k, co
 }
 
 template <typename T, typename Finish>
-inline void each_tile(const T* a, int64_t rows, int64_t k, const T* packed, int64_t panels,
+inline void each_tile(const T* a, int64_t rows, int64_t k, const T* packed, PanelRange panels,
                       const Finish& finish) {
-  int64_t panel = 0;
+  int64_t panel = panels.begin;
   if (rows == 1)
-    for (; panel + 2 <= panels; panel += 2)
+    for (; panel + 2 <= panels.end; panel += 2)
       each_row_tile<T, 1, 2>(a, 0, rows, k, packed, panel, finish);
-  for (; panel < panels; ++panel)
+  for (; panel < panels.end; ++panel)
     each_row_tile<T, Vec<T>::kTileRows, 1>(a, 0, rows, k, packed, panel, finish);
 }
 
@@ -87,9 +87,8 @@ void pack(const PackArgs<T>& args) {
 template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
-  const int64_t panels = (args.columns + kPanelColumns<T> - 1) / kPanelColumns<T>;
   each_tile<T>(
-      args.a, args.rows, args.k, args.packed, panels,
+      args.a, args.rows, args.k, args.packed, args.panels,
       [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row, int64_t panel) {
         for (int r = 0; r < Rows; ++r)
           for (int j = 0; j < Panels * kPanelVectors; ++j) {

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// Threads that work on one sequence together: one parallel region for all its steps, with a barrier
+// that spins between them. A fork and join per step would cost more than a small step itself.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+namespace iss {
+
+class SpinBarrier {
+ public:
+  // Blocks until `parties` threads have called. Gives its core away when the wait gets long, as it
+  // does where there are more threads than cores.
+  void wait(int64_t parties) {
+    if (parties == 1) return;
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parties) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
+      if (spins > kSpins) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int64_t kSpins = 1 << 14;  // some 10 us: longer than a step that is worth a team
+  alignas(64) std::atomic<int64_t> arrived_ = 0;
+  alignas(64) std::atomic<int64_t> round_ = 0;
+};
+
+// Calls body(member, members, barrier) on up to `wanted` threads at once, where barrier() waits for
+// all members. There is one member inside another parallel region, and where torch has one thread.
+template <typename Body>
+void run_team(int64_t wanted, const Body& body) {
+  SpinBarrier shared;
+  at::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t end) {
+    // parallel_for gives each thread `share` of the indices; fewer threads than asked for get more.
+    const int64_t share = begin == 0 ? end : begin / at::get_thread_num();
+    const int64_t members = (wanted + share - 1) / share;
+    body(begin / share, members, [&] { shared.wait(members); });
+  });
+}
+
+}  // namespace iss

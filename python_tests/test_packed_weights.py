@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights are kept between calls, and never outlive the values they were packed from."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from iss_kernels import ISSLSTM, use_backend
+
+X = torch.randn(5, 2, 3, dtype=torch.float64)
+
+
+def change_in_place(lstm):
+    with torch.no_grad():
+        lstm.weight_hh_l0.mul_(1.5)
+
+
+def change_through_data(lstm):
+    lstm.weight_hh_l0.data[0, 0] += 1.0  # torch does not count this as a new version
+
+
+def change_through_numpy(lstm):
+    lstm.weight_hh_l0.detach().numpy()[-1, -1] *= -1
+
+
+def change_signs_of_a_column(lstm):
+    # Only top bits change, an even number of times: what a weaker fingerprint would not notice.
+    lstm.weight_hh_l0.data[:, 1] *= -1
+
+
+def swap_rows(lstm):
+    lstm.weight_hh_l0.data.copy_(lstm.weight_hh_l0.data.flip(0))
+
+
+def assign_data(lstm):
+    lstm.weight_hh_l0.data = torch.randn_like(lstm.weight_hh_l0)
+
+
+def assign_parameter(lstm):
+    lstm.weight_hh_l0 = torch.nn.Parameter(torch.randn_like(lstm.weight_hh_l0))
+
+
+def load_state_dict(lstm):
+    lstm.load_state_dict(ISSLSTM(3, 4, proj_size=2).to(lstm.weight_hh_l0.dtype).state_dict())
+
+
+def load_by_assignment(lstm):
+    other = ISSLSTM(3, 4, proj_size=2).to(lstm.weight_hh_l0.dtype)
+    lstm.load_state_dict(other.state_dict(), assign=True)
+
+
+def optimizer_step(lstm):
+    optimizer = torch.optim.SGD(lstm.parameters(), lr=0.5)
+    lstm(X.to(lstm.weight_hh_l0.dtype))[0].sum().backward()
+    optimizer.step()
+
+
+def change_the_projection(lstm):
+    lstm.weight_hr_l0.data.neg_()
+
+
+def to_and_back(lstm):
+    other = torch.float32 if lstm.weight_hh_l0.dtype == torch.float64 else torch.float64
+    lstm.to(other)
+    change_through_numpy(lstm)
+
+
+CHANGES = [
+    change_in_place, change_through_data, change_through_numpy, change_signs_of_a_column, swap_rows,
+    assign_data, assign_parameter, load_state_dict, load_by_assignment, optimizer_step,
+    change_the_projection, to_and_back,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_changed_weight_is_never_run_from_its_old_pack(isa, dtype, change):
+    lstm = ISSLSTM(3, 4, proj_size=2, dtype=dtype)
+    with torch.no_grad():
+        before = lstm(X.to(dtype))[0]
+        assert torch.equal(lstm(X.to(dtype))[0], before)
+    change(lstm)
+    x = X.to(lstm.weight_hh_l0.dtype)
+    with torch.no_grad():
+        after, fresh = lstm(x)[0], copy.deepcopy(lstm)(x)[0]
+        with use_backend("reference"):
+            expected = lstm(x)[0]
+    assert torch.equal(after, fresh)
+    torch.testing.assert_close(after, expected)
+    assert not torch.allclose(after, before.to(after.dtype))
+
+
+def test_models_that_come_and_go_do_not_share_packs():
+    """A new weight may get the address of one that is gone."""
+    for seed in range(50):
+        torch.manual_seed(seed)
+        lstm = ISSLSTM(3, 4, dtype=torch.float64)
+        with torch.no_grad():
+            y = lstm(X)[0]
+            with use_backend("reference"):
+                np.testing.assert_allclose(y, lstm(X)[0], rtol=1e-12, atol=1e-12)
