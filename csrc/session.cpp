@@ -5,8 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
-
 #include "cpu/kernels.h"
 
 namespace py = pybind11;

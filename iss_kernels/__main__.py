@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m iss_kernels demo | info`, also installed as `iss-kernels`.
+"""The command line: `python -m iss_kernels demo | bench | info`, also installed as `iss-kernels`.
 
 A wrong argument gets one sentence on stderr and exit code 2. A new command is one function and one
 line in COMMANDS.
@@ -8,6 +8,7 @@ line in COMMANDS.
 from __future__ import annotations
 
 import argparse
+import runpy
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -32,11 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     for name, (help_text, add_arguments, run) in COMMANDS.items():
         command = commands.add_parser(
-            name, help=help_text, description=help_text, allow_abbrev=False
+            name,
+            help=help_text,
+            description=help_text,
+            allow_abbrev=False,
+            add_help=name != "bench",
         )
         add_arguments(command)
         command.set_defaults(run=run, argv=argv)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _bench:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     code: int = args.run(args)
     return code
 
@@ -132,8 +140,27 @@ def _complain(sentence: str, code: int) -> int:
     return code
 
 
+# -- bench
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The script has its own, --help among them."""
+
+
+def _bench(args: argparse.Namespace) -> int:
+    script = Path(__file__).parents[1] / "bench" / "bench_lstm.py"
+    if not script.exists():
+        print(f"iss_kernels bench: runs in a source checkout; no {script}", file=sys.stderr)
+        return USAGE
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), *args.rest]
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "demo": ("do the whole job on real text and write a report", _demo_arguments, _demo),
+    "bench": ("check, then time ISSLSTM against nn.LSTM", _bench_arguments, _bench),
     "info": ("tell what was built and what runs", _info_arguments, _info),
 }
 

@@ -7,6 +7,7 @@ same labels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -87,6 +88,28 @@ class Groups:
             columns = weight.column_units
             alive[columns[(columns >= 0) & (parameter != 0).any(0).cpu()].long()] = True
         return self.by_family(~alive)
+
+    @torch.no_grad()
+    def zero_units_(self, units: Mapping[str, Tensor]) -> None:
+        """Set every weight of these units to zero, in place: then they are dead.
+
+        units: {family name: bool [size]}; families not named stay as they are. Raises ValueError
+        for a name or a size that the groups do not have.
+        """
+        sizes = {family.name: family.size for family in self.families}
+        chosen = self.by_family(torch.zeros(self.units, dtype=torch.bool))
+        for name, mask in units.items():
+            if name not in sizes or mask.shape != (sizes[name],) or mask.dtype != torch.bool:
+                expected = ", ".join(f"{family} [{size}]" for family, size in sizes.items())
+                raise ValueError(
+                    f"zero_units_: expected bool masks for {expected}, "
+                    f"got {name} {list(mask.shape)} {mask.dtype}"
+                )
+            chosen[name] = mask.cpu()
+        padded = torch.cat([*chosen.values(), torch.zeros(1, dtype=torch.bool)])  # [-1]: no unit
+        for weight, parameter in zip(self.weights, self.parameters(), strict=True):
+            rows, columns = padded[weight.row_units.long()], padded[weight.column_units.long()]
+            parameter.masked_fill_((rows[:, None] | columns[None, :]).to(parameter.device), 0)
 
     def __str__(self) -> str:
         table = [("family", "units", "read by")]

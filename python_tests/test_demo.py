@@ -128,7 +128,7 @@ def sparse_and_small() -> tuple[LanguageModel, LanguageModel, list[torch.Tensor]
     torch.manual_seed(0)
     big = LanguageModel(30, 8, 12, 2, dropout=0.0)
     groups = find_groups(big, torch.zeros(2, 1, dtype=torch.long))
-    training.zero_units_(groups, torch.arange(24) % 5 == 0)
+    groups.zero_units_(groups.by_family(torch.arange(24) % 5 == 0))
     small, report = shrink(big, groups)
     assert isinstance(small, LanguageModel)
     return big, small, list(report.kept.values())

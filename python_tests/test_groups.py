@@ -368,3 +368,40 @@ def test_groups_print_as_a_table() -> None:
         "rnn.l0      4  rnn.weight_hh_l0, top.weight_ih_l0",
         "top.l0      4  head.weight, top.weight_hh_l0",
     ]
+
+
+def test_zeroed_units_are_dead_and_the_others_are_not_touched() -> None:
+    model = Net(
+        lambda m, x: m.head(m.rnn(x)[0]),
+        rnn=nn.LSTM(5, 4, num_layers=2, bidirectional=True),
+        head=nn.Linear(8, 2),
+    )
+    groups = find_groups(model, X)
+    chosen = {"rnn.l0": torch.tensor([True, False, False, True])}
+    groups.zero_units_(chosen)
+    for name, dead in groups.dead().items():
+        assert dead.tolist() == chosen.get(name, torch.zeros(4, dtype=torch.bool)).tolist()
+    recurrent = model.rnn.weight_hh_l0.unflatten(0, (4, 4)) != 0
+    alive = ~chosen["rnn.l0"]
+    assert torch.equal(recurrent, (alive[:, None] & alive[None, :]).expand(4, 4, 4))
+    assert bool(model.rnn.bias_hh_l0.all())
+
+
+@pytest.mark.parametrize(
+    ("units", "got"),
+    [
+        ({"lstm.l7": torch.ones(4, dtype=torch.bool)}, "lstm.l7 [4] torch.bool"),
+        ({"l0": torch.ones(5, dtype=torch.bool)}, "l0 [5] torch.bool"),
+        ({"l0": torch.ones(4)}, "l0 [4] torch.float32"),
+    ],
+)
+def test_units_to_zero_that_are_not_there_are_one_error_and_change_nothing(
+    units: dict[str, Tensor], got: str
+) -> None:
+    model = nn.LSTM(5, 4, num_layers=2)
+    groups = find_groups(model, X)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError) as error:
+        groups.zero_units_(units)
+    assert str(error.value) == f"zero_units_: expected bool masks for l0 [4], got {got}"
+    assert all(map(torch.equal, before, model.parameters()))

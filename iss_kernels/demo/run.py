@@ -24,7 +24,7 @@ from iss_kernels.demo import figures, report, timing
 from iss_kernels.demo.check import compare
 from iss_kernels.demo.model import LanguageModel, perplexity, strips
 from iss_kernels.demo.text import PARTS, Text
-from iss_kernels.demo.training import Recipe, Trainer, Watcher, train, zero_units_
+from iss_kernels.demo.training import Recipe, Trainer, Watcher, train
 
 STAGES = ("baseline", "iss", "tune")
 
@@ -65,7 +65,7 @@ class Demo:
 
         groups = self._groups(big)
         # Their gates too: no answer depends on them, and the pictures show what left.
-        zero_units_(groups, torch.cat(list(groups.dead().values())))
+        groups.zero_units_(groups.dead())
         shrunk, shrink_report = shrink(big, groups)
         small = cast(LanguageModel, shrunk)
         kept = list(shrink_report.kept.values())
