@@ -5,7 +5,10 @@ import csv
 
 from iss_kernels.__main__ import main
 
-COLUMNS = "kernel provider mode T B I H dtype threads ms_p50 ms_p20 ms_p80 gflops device isa torch git date"
+COLUMNS = (
+    "kernel provider mode T B I H dtype threads ms_p50 ms_p20 ms_p80 gflops "
+    "device isa torch git date"
+)
 
 
 def test_bench_writes_a_row_for_every_provider(tmp_path, capsys, monkeypatch):
