@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import platform
 import statistics
 import subprocess
 import time
@@ -41,15 +40,6 @@ def interleaved_ms(
     return result
 
 
-def cpu_name() -> str:
-    """Model name of this machine's CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def machine() -> dict[str, str]:
     """What a row has to say to be comparable: device, ISA, versions, date."""
     git = subprocess.run(
@@ -59,9 +49,10 @@ def machine() -> dict[str, str]:
         text=True,
         check=False,
     )
+    info = iss_kernels.build_info()
     return {
-        "device": cpu_name(),
-        "isa": str(iss_kernels.build_info().get("isa", "none")),
+        "device": info["cpu"],
+        "isa": info.get("isa", "none"),
         "torch": torch.__version__,
         "git": git.stdout.strip(),
         "date": datetime.date.today().isoformat(),

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib
+import platform
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch  # first: the extension links to its libraries
@@ -60,8 +62,16 @@ class use_backend:  # noqa: N801  (reads as a function; usable as a context mana
         _backend = self._former
 
 
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def build_info() -> dict[str, Any]:
-    """What was built and what runs: version, backend, torch, ISAs built, supported and in use."""
+    """What was built, what runs, and where: version, backend, torch, CPU, threads, ISAs."""
     from iss_kernels import __version__
 
     compiled = _C.build_info() if _C is not None else {"extension": _why_not}
@@ -69,6 +79,7 @@ def build_info() -> dict[str, Any]:
         "version": __version__,
         "backend": _backend,
         "torch": torch.__version__,
+        "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         **compiled,
     }

@@ -106,7 +106,7 @@ class Demo:
             "seed": self.seed,
             "recipe": dataclasses.asdict(self.recipe),
             "history": self.history(),
-            "machine": {**build_info(), "python": platform.python_version(), "cpu": _cpu()},
+            "machine": {**build_info(), "python": platform.python_version()},
         }
 
     def history(self) -> list[dict[str, Any]]:
@@ -199,16 +199,6 @@ def _norms(model: LanguageModel) -> list[list[float]]:
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _cpu() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write(path: Path, content: str) -> None:
