@@ -68,7 +68,7 @@ def lstm(
         return reference.lstm(*arguments)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, h_n, c_n, _, _ = torch.ops.iss_kernels.lstm_forward(*arguments, save)
+    y, h_n, c_n, _, _ = torch.ops.iss_kernels.lstm_forward.default(*arguments, save)
     return y, h_n, c_n
 
 
@@ -113,7 +113,7 @@ def _lstm_backward(
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
     dc_n = torch.zeros_like(c0) if dc_n is None else dc_n
-    dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = torch.ops.iss_kernels.lstm_backward(
+    dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = torch.ops.iss_kernels.lstm_backward.default(
         dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells,
         ctx.reverse,
     )  # fmt: skip
@@ -209,7 +209,7 @@ def group_norms(
     arguments = (list(weights), list(row_units), list(column_units), units, eps, paper_overlap)
     if backend.backend() == "reference":
         return reference.group_norms(*arguments)
-    norms: Tensor = torch.ops.iss_kernels.group_norms_forward(*arguments)
+    norms: Tensor = torch.ops.iss_kernels.group_norms_forward.default(*arguments)
     return norms
 
 
@@ -233,7 +233,7 @@ def _group_norms_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor
 def _group_norms_backward(ctx: Any, dnorms: Tensor) -> tuple[Any, ...]:
     norms, *tensors = ctx.saved_tensors
     lists = [tensors[i * ctx.count : (i + 1) * ctx.count] for i in range(3)]
-    dweights = torch.ops.iss_kernels.group_norms_backward(
+    dweights = torch.ops.iss_kernels.group_norms_backward.default(
         dnorms, norms, *lists, ctx.eps, ctx.paper_overlap
     )
     no_labels = [None] * ctx.count
@@ -307,7 +307,7 @@ def add_scaled_by_units_(
     """
     arguments = (list(weights), list(row_units), list(column_units))
     if backend.backend() == "extension":
-        torch.ops.iss_kernels.add_scaled_by_units_(
+        torch.ops.iss_kernels.add_scaled_by_units_.default(
             list(outputs), *arguments, factors, paper_overlap
         )
         return
@@ -322,7 +322,7 @@ def threshold_(
     """weights[i] = `reference.thresholded`(weights[i], ..., threshold), in place."""
     arguments = (list(weights), list(row_units), list(column_units))
     if backend.backend() == "extension":
-        torch.ops.iss_kernels.threshold_(*arguments, threshold)
+        torch.ops.iss_kernels.threshold_.default(*arguments, threshold)
         return
     for weight, rows, columns in zip(*arguments, strict=True):
         weight.copy_(reference.thresholded(weight, rows, columns, threshold))
