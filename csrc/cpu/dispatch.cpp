@@ -13,6 +13,8 @@ extern const CpuKernels kScalarKernels;
 #if defined(__x86_64__)
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+#elif defined(__aarch64__)
+extern const CpuKernels kNeonKernels;
 #endif
 
 namespace {
@@ -22,6 +24,8 @@ const CpuKernels* const kBuilt[] = {
 #if defined(__x86_64__)
     &kAvx512Kernels,
     &kAvx2Kernels,
+#elif defined(__aarch64__)
+    &kNeonKernels,
 #endif
     &kScalarKernels,
 };

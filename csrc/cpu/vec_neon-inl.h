@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec<float> of 4 lanes and Vec<double> of 2, for NEON on aarch64. The only NEON intrinsics.
+
+template <typename T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t kLanes = 4;
+  static constexpr int kTileRows = 6;  // 6 rows x 4 accumulators + 6 broadcasts of 32 registers
+  float32x4_t v;
+
+  static Vec set(float x) { return {vdupq_n_f32(x)}; }
+  static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load(const float* p, int64_t n) {
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  void store(float* p) const { vst1q_f32(p, v); }
+  void store(float* p, int64_t n) const {
+    float lanes[kLanes];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  float sum() const { return vaddvq_f32(v); }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int64_t kLanes = 2;
+  static constexpr int kTileRows = 6;
+  float64x2_t v;
+
+  static Vec set(double x) { return {vdupq_n_f64(x)}; }
+  static Vec load(const double* p) { return {vld1q_f64(p)}; }
+  static Vec load(const double* p, int64_t n) {
+    double lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  void store(double* p) const { vst1q_f64(p, v); }
+  void store(double* p, int64_t n) const {
+    double lanes[kLanes];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  double sum() const { return vaddvq_f64(v); }
+};
+
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {vaddq_f32(a.v, b.v)}; }
+inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {vsubq_f32(a.v, b.v)}; }
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {vmulq_f32(a.v, b.v)}; }
+inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return {vdivq_f32(a.v, b.v)}; }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {vfmaq_f32(c.v, a.v, b.v)};
+}
+// Not vminq and vmaxq: those give NaN where either is NaN, here b is asked for.
+inline Vec<float> min(Vec<float> a, Vec<float> b) {
+  return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)};
+}
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+  return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)};
+}
+inline Vec<float> zero_below(Vec<float> x, Vec<float> limit) {
+  const uint32x4_t below = vcltq_f32(vabsq_f32(x.v), limit.v);
+  return {vbslq_f32(below, vdupq_n_f32(0), x.v)};
+}
+inline Vec<float> exp2_of(Vec<float> shifted) {
+  const int32x4_t n = vshlq_n_s32(vreinterpretq_s32_f32(shifted.v), 23);
+  return {vreinterpretq_f32_s32(vaddq_s32(n, vdupq_n_s32(127 << 23)))};
+}
+
+inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return {vaddq_f64(a.v, b.v)}; }
+inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return {vsubq_f64(a.v, b.v)}; }
+inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return {vmulq_f64(a.v, b.v)}; }
+inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return {vdivq_f64(a.v, b.v)}; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {vfmaq_f64(c.v, a.v, b.v)};
+}
+inline Vec<double> min(Vec<double> a, Vec<double> b) {
+  return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)};
+}
+inline Vec<double> max(Vec<double> a, Vec<double> b) {
+  return {vbslq_f64(vcgtq_f64(a.v, b.v), a.v, b.v)};
+}
+inline Vec<double> zero_below(Vec<double> x, Vec<double> limit) {
+  const uint64x2_t below = vcltq_f64(vabsq_f64(x.v), limit.v);
+  return {vbslq_f64(below, vdupq_n_f64(0), x.v)};
+}
+inline Vec<double> exp2_of(Vec<double> shifted) {
+  const int64x2_t n = vshlq_n_s64(vreinterpretq_s64_f64(shifted.v), 52);
+  return {vreinterpretq_f64_s64(vaddq_s64(n, vdupq_n_s64(1023ll << 52)))};
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of every ISA that this program is built with and that runs here, against plain loops
+// in double. Free of torch, so that it also cross-compiles and runs under an emulator; test_isas.py
+// builds and runs it. Prints one line per ISA; exit code 1 where an error is too large.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using iss::Kernels;
+using Doubles = std::vector<double>;
+
+std::mt19937 random_bits(1);
+int failures = 0;
+
+template <typename T>
+std::vector<T> normal(int64_t count) {
+  std::normal_distribution<float> distribution;
+  std::vector<T> values(count);
+  for (T& value : values) value = distribution(random_bits);
+  return values;
+}
+
+// Rounding of T, times a number of operations, on values of size up to `size`.
+template <typename T>
+void expect(const char* what, const std::vector<T>& got, const Doubles& truth, double size) {
+  const double allowed = 64 * size * std::numeric_limits<T>::epsilon();
+  for (size_t i = 0; i < truth.size(); ++i)
+    if (!(std::abs(got[i] - truth[i]) <= allowed)) {
+      std::printf("%s[%zu]: expected %.17g, got %.17g\n", what, i, truth[i], double(got[i]));
+      ++failures;
+      return;
+    }
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+template <typename T>
+std::vector<T> packed(const Kernels<T>& kernels, const std::vector<T>& weight, int64_t k,
+                      int64_t columns, bool transposed, bool gates) {
+  std::vector<T> result(kernels.packed_size(k, columns, gates));
+  kernels.pack({.k = k,
+                .columns = columns,
+                .gates = gates,
+                .b = weight.data(),
+                .stride_k = transposed ? 1 : columns,
+                .stride_column = transposed ? k : 1,
+                .packed = result.data()});
+  return result;
+}
+
+template <typename T>
+void test_matmul(const Kernels<T>& kernels, int64_t rows, int64_t k, int64_t columns) {
+  const auto a = normal<T>(rows * k), b = normal<T>(k * columns);
+  const auto panels = packed(kernels, b, k, columns, false, false);
+  std::vector<T> out(rows * columns + 1, T(7));
+  const int64_t count = kernels.panels(columns, false);
+  for (int64_t half : {int64_t{0}, count / 2})  // as two threads would divide the columns
+    kernels.matmul(
+        {.rows = rows,
+         .k = k,
+         .columns = columns,
+         .panels = half == 0 ? iss::PanelRange{0, count / 2} : iss::PanelRange{count / 2, count},
+         .a = a.data(),
+         .packed = panels.data(),
+         .out = out.data()});
+  if (count / 2 == 0)
+    kernels.matmul({rows, k, columns, {0, count}, a.data(), panels.data(), out.data()});
+  Doubles truth(rows * columns);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t i = 0; i < k; ++i)
+        truth[r * columns + c] += double(a[r * k + i]) * b[i * columns + c];
+  expect("matmul", out, truth, std::sqrt(double(k)));
+  if (out.back() != T(7)) std::printf("matmul: wrote past its end\n"), ++failures;
+}
+
+template <typename T>
+void test_lstm(const Kernels<T>& kernels, int64_t rows, int64_t hidden, int64_t output) {
+  const auto h_prev = normal<T>(rows * output), c_prev = normal<T>(rows * hidden);
+  const auto w_hh = normal<T>(4 * hidden * output), gates_x = normal<T>(rows * 4 * hidden);
+  const auto panels = packed(kernels, w_hh, output, 4 * hidden, true, true);
+  std::vector<T> c = c_prev, h(rows * hidden), gates = gates_x, cells(rows * hidden);
+  kernels.lstm_step({.rows = rows,
+                     .hidden = hidden,
+                     .k = output,
+                     .panels = {0, kernels.panels(hidden, true)},
+                     .h_prev = h_prev.data(),
+                     .c_prev = c.data(),
+                     .packed_w_hh = panels.data(),
+                     .gates_x = gates.data(),
+                     .c = c.data(),
+                     .h = h.data(),
+                     .gates = gates.data(),
+                     .cells = cells.data()});
+  const auto dh = normal<T>(rows * hidden), dc_next = normal<T>(rows * hidden);
+  std::vector<T> dc = dc_next, dgates(rows * 4 * hidden);
+  kernels.lstm_step_backward({.rows = rows,
+                              .hidden = hidden,
+                              .dh = dh.data(),
+                              .gates = gates.data(),
+                              .cells = cells.data(),
+                              .c_prev = c_prev.data(),
+                              .dc = dc.data(),
+                              .dgates = dgates.data()});
+  Doubles true_c(rows * hidden), true_h = true_c, true_dc = true_c, true_dgates(rows * 4 * hidden);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t u = 0; u < hidden; ++u) {
+      double gate[4];
+      for (int64_t g = 0; g < 4; ++g) {
+        gate[g] = gates_x[r * 4 * hidden + g * hidden + u];
+        for (int64_t i = 0; i < output; ++i)
+          gate[g] += double(h_prev[r * output + i]) * w_hh[(g * hidden + u) * output + i];
+        gate[g] = g == 2 ? std::tanh(gate[g]) : sigmoid(gate[g]);
+      }
+      const auto [i, f, g, o] = gate;
+      const int64_t at = r * hidden + u;
+      const double tanh_c = std::tanh(true_c[at] = f * c_prev[at] + i * g);
+      true_h[at] = o * tanh_c;
+      const double d = dc_next[at] + dh[at] * o * (1 - tanh_c * tanh_c);
+      true_dc[at] = d * f;
+      const double by_gate[4] = {d * g * i * (1 - i), d * c_prev[at] * f * (1 - f),
+                                 d * i * (1 - g * g), dh[at] * tanh_c * o * (1 - o)};
+      for (int64_t k = 0; k < 4; ++k) true_dgates[r * 4 * hidden + k * hidden + u] = by_gate[k];
+    }
+  const double size = 4 + std::sqrt(double(output));
+  expect("lstm_step c", c, true_c, size);
+  expect("lstm_step h", h, true_h, size);
+  expect("lstm_step_backward dc", dc, true_dc, size);
+  expect("lstm_step_backward dgates", dgates, true_dgates, size);
+}
+
+template <typename T>
+void test_group_lasso(const Kernels<T>& kernels, int64_t rows, int64_t columns, bool overlap) {
+  constexpr int64_t kUnits = 5;
+  std::vector<int32_t> row_units(rows), column_units(columns);
+  for (auto* units : {&row_units, &column_units})
+    for (int32_t& unit : *units) unit = int32_t(random_bits() % (kUnits + 1)) - 1;
+  std::vector<int64_t> starts{0}, unit_columns;
+  for (int32_t unit = 0; unit < kUnits; ++unit) {
+    for (int64_t c = 0; c < columns; ++c)
+      if (column_units[c] == unit) unit_columns.push_back(c);
+    starts.push_back(int64_t(unit_columns.size()));
+  }
+  const iss::LabelledRows<T> all = {0,
+                                    rows,
+                                    columns,
+                                    row_units.data(),
+                                    column_units.data(),
+                                    starts.data(),
+                                    unit_columns.data(),
+                                    overlap};
+  auto weight = normal<T>(rows * columns);
+  std::vector<T> row_sums(rows), column_sums(columns), output(rows * columns, T(1));
+  kernels.squares({all, weight.data(), row_sums.data(), column_sums.data()});
+  const auto factors = normal<T>(kUnits);
+  std::vector<T> row_factors, column_factors;
+  for (int32_t u : row_units) row_factors.push_back(u < 0 ? T(0) : factors[u]);
+  for (int32_t u : column_units) column_factors.push_back(u < 0 ? T(0) : factors[u]);
+  kernels.add_scaled(
+      {all, weight.data(), row_factors.data(), column_factors.data(), output.data()});
+  Doubles true_rows(rows), true_columns(columns), true_output(rows * columns), small;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) {
+      const double w = weight[r * columns + c];
+      const bool shared = row_units[r] >= 0 && row_units[r] == column_units[c] && !overlap;
+      true_rows[r] += w * w;
+      if (!shared) true_columns[c] += w * w;
+      true_output[r * columns + c] = 1 + w * (row_factors[r] + (shared ? T(0) : column_factors[c]));
+      const bool labelled = row_units[r] >= 0 || column_units[c] >= 0;
+      small.push_back(labelled && std::abs(w) < 0.5 ? 0 : w);
+    }
+  expect("squares of rows", row_sums, true_rows, double(columns));
+  expect("squares of columns", column_sums, true_columns, double(rows));
+  expect("add_scaled", output, true_output, 4);
+  kernels.threshold({all, weight.data(), T(0.5)});
+  expect("threshold", weight, small, 0);
+}
+
+template <typename T>
+void test(const Kernels<T>& kernels) {
+  for (int64_t rows : {1, 2, 5, 7})
+    for (int64_t size : {1, 3, 8, 17, 33}) {
+      test_matmul(kernels, rows, 9, 5 * size);
+      test_lstm(kernels, rows, size, size);
+      test_lstm(kernels, rows, size, 6);
+      test_group_lasso(kernels, 4 * rows, size, rows == 2);
+    }
+}
+
+}  // namespace
+
+int main() {
+  for (const auto& isa : iss::supported_isas()) {
+    const int before = failures;
+    iss::set_isa(isa);
+    test(iss::cpu_kernels().f32);
+    test(iss::cpu_kernels().f64);
+    std::printf("%s: %s\n", isa.c_str(), failures == before ? "passed" : "FAILED");
+  }
+  return failures > 0;
+}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels by themselves, without torch: built here, and for aarch64 under an emulator."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from iss_kernels.backend import supported_isas
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*sorted((ROOT / "csrc/cpu").glob("isa_*.cpp")), ROOT / "csrc/cpu/dispatch.cpp"]
+# -O1: the tiles are the same as at -O3, and it compiles in a few seconds.
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-I", str(ROOT / "csrc")]
+
+
+def build_and_run(compiler, runner, directory):
+    program = directory / "kernels_test"
+    test = Path(__file__).parent / "kernels_test.cpp"
+    sources = [str(path) for path in (*SOURCES, test)]
+    subprocess.run([compiler, *FLAGS, *sources, "-o", str(program)], check=True)
+    result = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.splitlines()
+
+
+def test_every_isa_of_this_machine(tmp_path):
+    lines = build_and_run("c++", [], tmp_path)
+    assert lines == [f"{isa}: passed" for isa in supported_isas()]
+
+
+def test_neon_under_an_emulator(tmp_path):
+    compiler, emulator = map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64"))
+    if compiler is None or emulator is None:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    lines = build_and_run(compiler, [emulator, "-L", "/usr/aarch64-linux-gnu"], tmp_path)
+    assert lines == ["neon: passed", "scalar: passed"]
+
+
+@pytest.mark.parametrize("kernel", ["lstm_step_backward", "matmul", "lstm_step", "squares"])
+def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, kernel):
+    """A program that cannot fail tests nothing: a copy with one broken operation must fail."""
+    changes = {
+        "lstm_step_backward": ("lstm_step-inl.h", "one - tanh_c * tanh_c", "one"),
+        "matmul": ("matmul-inl.h", "const int64_t left = args.columns - column;",
+                   "const int64_t left = args.columns - column - 1;"),
+        "lstm_step": ("lstm_step-inl.h", "fma(f, load(args.c_prev + at_unit), i * g)", "i * g"),
+        "squares": ("group_lasso-inl.h", "args.column_sums[c] -= weight[c] * weight[c];", ""),
+    }  # fmt: skip
+    name, right, wrong = changes[kernel]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc/cpu" / name
+    text = path.read_text()
+    assert text.count(right) == 1
+    path.write_text(text.replace(right, wrong))
+    program = tmp_path / "kernels_test"
+    sources = [tmp_path / "csrc/cpu/isa_scalar.cpp", tmp_path / "csrc/cpu/dispatch.cpp"]
+    # Only the scalar table is built in: the others are declared, and defined away.
+    (tmp_path / "csrc/cpu/dispatch.cpp").write_text(
+        (tmp_path / "csrc/cpu/dispatch.cpp").read_text().replace("__x86_64__", "NOT_HERE")
+    )
+    flags = [*FLAGS[:-1], str(tmp_path / "csrc"), "-w"]
+    test = Path(__file__).parent / "kernels_test.cpp"
+    subprocess.run(["c++", *flags, *map(str, sources), str(test), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "scalar: FAILED" in result.stdout
