@@ -21,11 +21,11 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc python_tests -name "*.cpp" -o -name "*.h" | xargs $(BIN)/clang-format --dry-run --Werror
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc python_tests -name "*.cpp" -o -name "*.h" | xargs $(BIN)/clang-format -i
 clean:
 	rm -rf .venv build *.egg-info iss_kernels/_C*.so
 

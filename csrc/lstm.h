@@ -27,13 +27,14 @@ struct PanelRange {
   int64_t begin, end;
 };
 
-// out = a @ B, with B packed without `gates`; the columns of `panels` are written.
+// out = a @ B + bias, with B packed without `gates`; the columns of `panels` are written.
 template <typename T>
 struct MatmulArgs {
   int64_t rows, k, columns;
   PanelRange panels;
   const T* a;       // [rows, K]
   const T* packed;  // PackArgs::packed
+  const T* bias;    // [columns], or nullptr
   T* out;           // [rows, columns]
 };
 

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -59,23 +60,24 @@ std::vector<T> packed(const Kernels<T>& kernels, const std::vector<T>& weight, i
 template <typename T>
 void test_matmul(const Kernels<T>& kernels, int64_t rows, int64_t k, int64_t columns) {
   const auto a = normal<T>(rows * k), b = normal<T>(k * columns);
+  const auto bias = normal<T>(columns);
   const auto panels = packed(kernels, b, k, columns, false, false);
   std::vector<T> out(rows * columns + 1, T(7));
   const int64_t count = kernels.panels(columns, false);
-  for (int64_t half : {int64_t{0}, count / 2})  // as two threads would divide the columns
-    kernels.matmul(
-        {.rows = rows,
-         .k = k,
-         .columns = columns,
-         .panels = half == 0 ? iss::PanelRange{0, count / 2} : iss::PanelRange{count / 2, count},
-         .a = a.data(),
-         .packed = panels.data(),
-         .out = out.data()});
-  if (count / 2 == 0)
-    kernels.matmul({rows, k, columns, {0, count}, a.data(), panels.data(), out.data()});
+  for (const auto [begin, end] :
+       {std::pair{int64_t{0}, count / 2},
+        std::pair{count / 2, count}})  // as two threads would divide the columns
+    kernels.matmul({.rows = rows,
+                    .k = k,
+                    .columns = columns,
+                    .panels = {begin, end},
+                    .a = a.data(),
+                    .packed = panels.data(),
+                    .bias = bias.data(),
+                    .out = out.data()});
   Doubles truth(rows * columns);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c)
+    for (int64_t c = 0; c < columns; truth[r * columns + c] += bias[c], ++c)
       for (int64_t i = 0; i < k; ++i)
         truth[r * columns + c] += double(a[r * k + i]) * b[i * columns + c];
   expect("matmul", out, truth, std::sqrt(double(k)));

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// lstm_forward and lstm_backward on the CPU. One GEMM projects the inputs of all steps; then each
-// thread takes its share of the batch, or of the units, through all steps in one parallel region. A
-// padded batch is a packed one whose steps all have B rows: there is one path.
+// lstm_forward and lstm_backward on the CPU. One product projects the inputs of all steps; then
+// each thread takes its share of the batch, or of the units, through all steps in one parallel
+// region. A padded batch is a packed one whose steps all have B rows: there is one path.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -90,6 +89,9 @@ void copy_rows(const T* from, int64_t rows, int64_t columns, T* to) {
   if (rows * columns > 0) std::memcpy(to, from, rows * columns * sizeof(T));
 }
 
+// Multiplies that take about 10 us: what it costs to wake a thread.
+constexpr int64_t kWorthAThread = 1 << 18;
+
 // A share of the work: rows [begin, end) of the batch, and member `member` of the `members` threads
 // that divide the units of those rows among themselves and meet at barrier().
 template <typename Barrier>
@@ -108,8 +110,7 @@ struct Share {
 template <typename T, typename Body>
 void divide(const Sequence& sequence, int64_t multiplies_per_row, bool divide_units,
             const Body& body) {
-  // Multiplies that take about 10 us (to wake a thread) and about 1 us (to meet at the barrier).
-  constexpr int64_t kWorthAThread = 1 << 18, kWorthABarrier = 1 << 15;
+  constexpr int64_t kWorthABarrier = 1 << 15;  // multiplies that take about 1 us
   const int64_t rows = sequence.batch, threads = at::get_num_threads();
   const int64_t work = sequence.rows * multiplies_per_row;
   const int64_t tile = cpu_kernels().of<T>().tile_rows;
@@ -127,6 +128,37 @@ void divide(const Sequence& sequence, int64_t multiplies_per_row, bool divide_un
   at::parallel_for(0, rows, (rows + shares - 1) / shares, [&](int64_t begin, int64_t end) {
     const auto alone = [] {};
     body(Share<decltype(alone)>{begin, end, 0, 1, alone});
+  });
+}
+
+// gates_x = x @ w_ih.T + bias for all rows at once: [N, I] -> [N, 4H].
+template <typename T>
+void project(const Tensor& x, const Tensor& w_ih, const Tensor& bias, bool keep,
+             const Tensor& gates_x) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const int64_t rows = x.size(0), k = x.size(1), columns = gates_x.size(1);
+  const Tensor packed_w_ih = packed(w_ih, {.transposed = true, .gates = false}, keep);
+  const int64_t panels = kernels.panels(columns, false);
+  // Few enough rows that they stay in the cache while the panels pass by; a multiple of every tile.
+  constexpr int64_t kBlockRows = 60;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  // Where there are fewer blocks than threads, each block's columns are divided.
+  const int64_t threads =
+      std::clamp<int64_t>(rows * k * columns / kWorthAThread, 1, at::get_num_threads());
+  const int64_t parts = blocks == 0 ? 1 : std::min(panels, (threads + blocks - 1) / blocks);
+  const int64_t grain = (blocks * parts + threads - 1) / threads;
+  at::parallel_for(0, blocks * parts, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / parts * kBlockRows, part = task % parts;
+      kernels.matmul({.rows = std::min(kBlockRows, rows - row),
+                      .k = k,
+                      .columns = columns,
+                      .panels = {panels * part / parts, panels * (part + 1) / parts},
+                      .a = data<T>(x) + row * k,
+                      .packed = data<T>(packed_w_ih),
+                      .bias = bias.defined() ? data<T>(bias) : nullptr,
+                      .out = data<T>(gates_x) + row * columns});
+    }
   });
 }
 
@@ -172,6 +204,7 @@ void forward(const Sequence& sequence, const Tensor& gates_x, const Tensor& h0, 
                                             .panels = share.of(kernels.panels(output, false)),
                                             .a = data<T>(unprojected) + b * hidden,
                                             .packed = data<T>(packed_w_hr),
+                                            .bias = nullptr,
                                             .out = y_data + row * output});
                           });
       share.barrier();
@@ -215,6 +248,7 @@ void backward(const Sequence& sequence, const Tensor& dy, const Tensor& h0, cons
                               .panels = {0, kernels.panels(hidden, false)},
                               .a = dh_rows,
                               .packed = data<T>(packed_w_hr),
+                              .bias = nullptr,
                               .out = out});
               dh_cell = out;
             }
@@ -234,6 +268,7 @@ void backward(const Sequence& sequence, const Tensor& dy, const Tensor& h0, cons
                             .panels = {0, kernels.panels(output, false)},
                             .a = dgates_rows,
                             .packed = data<T>(packed_w_hh),
+                            .bias = nullptr,
                             .out = dh_rows});
             copy_rows(previous < 0 ? data<T>(h0) + b * output : y_data + previous * output, rows,
                       output, data<T>(h_prev) + row * output);
@@ -262,12 +297,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
   const Tensor cells = at::empty({save ? sequence.rows : 0, hidden}, x.options());
 
   // The activated gates replace the projected inputs in place.
-  const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
-  const Tensor bias = b_ih && b_hh ? *b_ih + *b_hh : b_ih ? *b_ih : b_hh ? *b_hh : Tensor();
-  const Tensor gates_x = bias.defined() ? at::addmm(bias, rows, w_ih.t()) : at::mm(rows, w_ih.t());
+  const Tensor gates_x = at::empty({sequence.rows, 4 * hidden}, x.options());
   const Tensor gates = save ? gates_x : at::empty({0, 4 * hidden}, x.options());
+  const Tensor rows = x.reshape({sequence.rows, x.size(-1)}).contiguous();
+  const Tensor bias = b_ih && b_hh ? *b_ih + *b_hh : b_ih ? *b_ih : b_hh ? *b_hh : Tensor();
 
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "lstm_forward", [&] {
+    project<scalar_t>(rows, w_ih.contiguous(), bias.defined() ? bias.contiguous() : bias, !save,
+                      gates_x);
     forward<scalar_t>(sequence, gates_x, h0.contiguous(), w_hh.contiguous(), contiguous(w_hr), y,
                       h_n, c_n, gates, cells);
   });

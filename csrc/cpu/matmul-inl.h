@@ -96,7 +96,12 @@ void matmul(const MatmulArgs<T>& args) {
             const int64_t left = args.columns - column;
             if (left <= 0) break;
             T* out = args.out + (row + r) * args.columns + column;
-            left >= kLanes ? tile.sum[r][j].store(out) : tile.sum[r][j].store(out, left);
+            Vec<T> value = tile.sum[r][j];
+            if (args.bias != nullptr) {
+              const T* bias = args.bias + column;
+              value = value + (left >= kLanes ? Vec<T>::load(bias) : Vec<T>::load(bias, left));
+            }
+            left >= kLanes ? value.store(out) : value.store(out, left);
           }
       });
 }
