@@ -106,9 +106,10 @@ struct Share {
 
 // Calls body(share) on as many threads as have enough to do. First choice: rows are divided, and no
 // step waits for another thread. Where there are too few rows to fill the register tile of every
-// thread, the units are divided instead, if a step is long enough to be worth a barrier.
+// thread, the units are divided instead (panels of them; 0: not at all), among as many threads as
+// one step gives enough to do between two barriers.
 template <typename T, typename Body>
-void divide(const Sequence& sequence, int64_t multiplies_per_row, bool divide_units,
+void divide(const Sequence& sequence, int64_t multiplies_per_row, int64_t panels,
             const Body& body) {
   constexpr int64_t kWorthABarrier = 1 << 15;  // multiplies that take about 1 us
   const int64_t rows = sequence.batch, threads = at::get_num_threads();
@@ -116,14 +117,14 @@ void divide(const Sequence& sequence, int64_t multiplies_per_row, bool divide_un
   const int64_t tile = cpu_kernels().of<T>().tile_rows;
   const int64_t by_work = std::min(threads, work / kWorthAThread);
   const int64_t per_step = work / std::max<int64_t>(1, sequence.steps);
-  if (divide_units && by_work > 1 && rows < threads * tile &&
-      per_step >= threads * kWorthABarrier) {
-    run_team(by_work, [&](int64_t member, int64_t members, const auto& barrier) {
+  const int64_t members = std::min({by_work, panels, per_step / kWorthABarrier});
+  if (members > 1 && rows < threads * tile) {
+    run_team(members, [&](int64_t member, int64_t members, const auto& barrier) {
       body(Share<std::decay_t<decltype(barrier)>>{0, rows, member, members, barrier});
     });
     return;
   }
-  const int64_t fewest_rows = divide_units ? tile : 1;
+  const int64_t fewest_rows = panels > 0 ? tile : 1;
   const int64_t shares = std::clamp<int64_t>(std::min(by_work, rows / fewest_rows), 1, threads);
   at::parallel_for(0, rows, (rows + shares - 1) / shares, [&](int64_t begin, int64_t end) {
     const auto alone = [] {};
@@ -176,7 +177,7 @@ void forward(const Sequence& sequence, const Tensor& gates_x, const Tensor& h0, 
   const T* h0_data = data<T>(h0);
   T *y_data = data<T>(y), *h_data = data<T>(h_n), *c_data = data<T>(c_n);
 
-  divide<T>(sequence, 4 * hidden * output, true, [&](const auto& share) {
+  divide<T>(sequence, 4 * hidden * output, kernels.panels(hidden, true), [&](const auto& share) {
     for (int64_t k = 0; k < sequence.steps; ++k) {
       sequence.each_piece(
           k, share.begin, share.end, [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
@@ -231,7 +232,7 @@ void backward(const Sequence& sequence, const Tensor& dy, const Tensor& h0, cons
   const Tensor dunprojected = w_hr ? at::empty_like(dc) : Tensor();
   const T *dy_data = data<T>(dy), *y_data = data<T>(y), *cells_data = data<T>(cells);
 
-  divide<T>(sequence, 4 * hidden * output, false, [&](const auto& share) {
+  divide<T>(sequence, 4 * hidden * output, 0, [&](const auto& share) {
     for (int64_t k = sequence.steps - 1; k >= 0; --k)
       sequence.each_piece(
           k, share.begin, share.end, [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
