@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import statistics
 import subprocess
 import time
@@ -40,6 +41,7 @@ def interleaved_ms(
     return result
 
 
+@functools.cache  # one process measures one machine: asked for every row
 def machine() -> dict[str, str]:
     """What a row has to say to be comparable: device, ISA, versions, date."""
     git = subprocess.run(

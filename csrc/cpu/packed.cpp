@@ -2,7 +2,6 @@
 
 #include "cpu/packed.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <bit>
@@ -15,14 +14,15 @@
 namespace iss {
 namespace {
 
-// 64 bits of all values, in eight independent chains so that it runs at the speed of the cache.
-// Each word is mixed in by a multiplication and a rotation: an odd factor alone would never carry
-// the topmost bit, the sign of every other float, to another place.
-uint64_t fingerprint(const void* data, int64_t bytes) {
+// 64 bits of all values and the shape, in eight independent chains so that it runs at the speed of
+// the cache. Each word is mixed in by a multiplication and a rotation: an odd factor alone would
+// never carry the topmost bit, the sign of every other float, to another place.
+uint64_t fingerprint(const at::Tensor& weight) {
   constexpr int kChains = 8;
   constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio, odd
   uint64_t chains[kChains] = {1, 2, 3, 4, 5, 6, 7, 8};
-  const char* at = static_cast<const char*>(data);
+  const char* at = static_cast<const char*>(weight.const_data_ptr());
+  int64_t bytes = weight.nbytes();
   const auto mix = [](uint64_t hash, uint64_t word) {
     return std::rotl((hash ^ word) * kFactor, 31);
   };
@@ -32,7 +32,7 @@ uint64_t fingerprint(const void* data, int64_t bytes) {
       std::memcpy(&word, at + 8 * i, 8);
       chains[i] = mix(chains[i], word);
     }
-  uint64_t hash = static_cast<uint64_t>(bytes);
+  uint64_t hash = static_cast<uint64_t>(weight.size(0));
   for (; bytes > 0; bytes -= 4, at += 4) {
     uint32_t word;
     std::memcpy(&word, at, 4);
@@ -84,7 +84,7 @@ at::Tensor packed(const at::Tensor& weight, Layout layout, bool keep) {
                                               : pack<double>(weight, layout);
   };
   if (!keep) return fresh();
-  const uint64_t now = fingerprint(weight.const_data_ptr(), weight.nbytes());
+  const uint64_t now = fingerprint(weight);
   const auto is_it = [&](const Entry& entry) {
     return entry.address == weight.unsafeGetTensorImpl() && entry.layout == layout &&
            entry.kernels == &cpu_kernels() && entry.packed.dtype() == weight.dtype();

@@ -155,14 +155,15 @@ class Trainer:
         return self.stage.learning_rate * start * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _step(self, learning_rate: float) -> None:
-        recipe = self.recipe
-        ramp = min(1.0, self.done / self.batches / recipe.ramp) if recipe.ramp else 1.0
-        lasso = GroupLasso(self.groups, self.stage.strength * ramp)
-        if self.stage.strength and recipe.method == "gradient":
+        recipe, lasso = self.recipe, None
+        if self.stage.strength:
+            ramp = min(1.0, self.done / self.batches / recipe.ramp) if recipe.ramp else 1.0
+            lasso = GroupLasso(self.groups, self.stage.strength * ramp)
+        if lasso is not None and recipe.method == "gradient":
             lasso.add_gradients_()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
-        if self.stage.strength and recipe.method == "proximal":
+        if lasso is not None and recipe.method == "proximal":
             lasso.proximal_(learning_rate)
         if self.zeroed.any():
             self.groups.zero_units_(self.groups.by_family(self.zeroed))
