@@ -9,17 +9,35 @@
 
 namespace iss {
 
+// How the elements of a packed matrix are stored: as T, or smaller and widened as they are loaded.
+// kInt8 has one scale per column, and the rows that it multiplies are quantised on the fly. All but
+// kSame go with T = float.
+enum class Format { kSame, kFloat16, kBfloat16, kInt8 };
+struct Float16 {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
 // A matrix B [K, columns] to be multiplied from the right, cut into panels of 4 vectors of columns:
 // packed [panel][K][4][lanes], zero where a panel reaches past the last column. With `gates` the
 // columns are 4H gate rows, and the 4 vectors of a panel are the i, f, g, o of the same units, so
-// that one panel is all that those units need.
-template <typename T>
+// that one panel is all that those units need. kInt8: [panel][K / depth][4][lanes][depth], then the
+// panel's scales, float [4][lanes], and what its sums start from, int32 [4][lanes].
 struct PackArgs {
   int64_t k, columns;
   bool gates;
-  const T* b;  // element (k, column) at b[k * stride_k + column * stride_column]
+  Format format;
+  const void* b;  // element (k, column) at b[k * stride_k + column * stride_column]
   int64_t stride_k, stride_column;
-  T* packed;  // [packed_size(k, columns)]
+  const float* scales;  // [columns]; kInt8 alone
+  void* packed;         // [Kernels::packed_bytes(...)]
+};
+
+struct Packed {
+  Format format;
+  const void* panels;  // PackArgs::packed
 };
 
 // Panels [begin, end) of a packed matrix: a thread's share of the columns or units.
@@ -32,10 +50,13 @@ template <typename T>
 struct MatmulArgs {
   int64_t rows, k, columns;
   PanelRange panels;
-  const T* a;       // [rows, K]
-  const T* packed;  // PackArgs::packed
-  const T* bias;    // [columns], or nullptr
-  T* out;           // [rows, columns]
+  const T* a;  // [rows, K], a_stride elements from row to row
+  int64_t a_stride;
+  Packed b;
+  const T* bias;  // [columns], or nullptr
+  T* out;         // [rows, columns], out_stride elements from row to row
+  int64_t out_stride;
+  void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; kInt8 alone
 };
 
 // One time step for the units of `panels`. gates may be gates_x itself, c may be c_prev.
@@ -43,14 +64,17 @@ template <typename T>
 struct LstmStepArgs {
   int64_t rows, hidden, k;  // n, H, P
   PanelRange panels;
-  const T* h_prev;       // [n, P]
-  const T* c_prev;       // [n, H]
-  const T* packed_w_hh;  // w_hh.T [P, 4H], packed with `gates`
-  const T* gates_x;      // [n, 4H]  x_t @ w_ih.T + b_ih + b_hh
-  T* c;                  // [n, H]
-  T* h;                  // [n, H]   o * tanh(c): the output, or what w_hr projects
-  T* gates;              // [n, 4H]  i, f, g, o after activation; nullptr when not training
-  T* cells;              // [n, H]   a copy of c; nullptr when not training
+  const T* h_prev;  // [n, P], h_prev_stride elements from row to row
+  int64_t h_prev_stride;
+  const T* c_prev;   // [n, H]
+  Packed w_hh;       // w_hh.T [P, 4H], packed with `gates`
+  const T* gates_x;  // [n, 4H]  x_t @ w_ih.T + b_ih + b_hh
+  T* c;              // [n, H]
+  T* h;              // [n, H]   o * tanh(c): the output, or what w_hr projects
+  int64_t h_stride;  // elements from row to row of h
+  T* gates;          // [n, 4H]  i, f, g, o after activation; nullptr when not training
+  T* cells;          // [n, H]   a copy of c; nullptr when not training
+  void* scratch;     // as in MatmulArgs
 };
 
 // The pointwise half of one time step's gradient. dc may be dc_prev.

@@ -3,6 +3,7 @@
 // in double. Free of torch, so that it also cross-compiles and runs under an emulator; test_isas.py
 // builds and runs it. Prints one line per ISA; exit code 1 where an error is too large.
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,6 +16,7 @@
 
 namespace {
 
+using iss::Format;
 using iss::Kernels;
 using Doubles = std::vector<double>;
 
@@ -43,26 +45,74 @@ void expect(const char* what, const std::vector<T>& got, const Doubles& truth, d
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
+// A weight [k, columns] stored in a format, and the values that it then holds.
 template <typename T>
-std::vector<T> packed(const Kernels<T>& kernels, const std::vector<T>& weight, int64_t k,
-                      int64_t columns, bool transposed, bool gates) {
-  std::vector<T> result(kernels.packed_size(k, columns, gates));
-  kernels.pack({.k = k,
-                .columns = columns,
-                .gates = gates,
-                .b = weight.data(),
-                .stride_k = transposed ? 1 : columns,
-                .stride_column = transposed ? k : 1,
-                .packed = result.data()});
-  return result;
+struct Weight {
+  Format format;
+  std::vector<T> values;       // what the kernel multiplies by
+  std::vector<uint16_t> half;  // kFloat16, kBfloat16
+  std::vector<int8_t> bytes;   // kInt8
+  std::vector<float> scales;   // kInt8, by column
+
+  Weight(Format format, int64_t k, int64_t columns, bool transposed)
+      : format(format), values(normal<T>(k * columns)), scales(columns) {
+    for (float& scale : scales) scale = 0.01f + 0.001f * (random_bits() % 8);
+    for (int64_t at = 0; at < k * columns; ++at) {
+      const int64_t column = transposed ? at / k : at % columns;
+      float value = values[at];
+      if (format == Format::kBfloat16) {
+        half.push_back(std::bit_cast<uint32_t>(value) >> 16);
+        value = std::bit_cast<float>(uint32_t{half.back()} << 16);
+      } else if (format == Format::kFloat16) {
+        // From bits: subnormals (exponent 0) and numbers below 2 (exponent <= 15).
+        half.push_back(random_bits() % (16 << 10) | (random_bits() % 2) << 15);
+        const int exponent = half.back() >> 10 & 31, mantissa = half.back() & 1023;
+        value =
+            exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+        if (half.back() >> 15) value = -value;
+      } else if (format == Format::kInt8) {
+        bytes.push_back(static_cast<int8_t>(static_cast<int>(random_bits() % 255) - 127));
+        value = bytes.back() * scales[column];
+      }
+      if (format != Format::kSame) values[at] = value;
+    }
+  }
+
+  std::vector<char> packed(const Kernels<T>& kernels, int64_t k, int64_t columns, bool transposed,
+                           bool gates) const {
+    std::vector<char> result(kernels.packed_bytes(k, columns, gates, format) + 1, 'x');
+    const void* b = format == Format::kSame   ? static_cast<const void*>(values.data())
+                    : format == Format::kInt8 ? static_cast<const void*>(bytes.data())
+                                              : half.data();
+    kernels.pack({.k = k,
+                  .columns = columns,
+                  .gates = gates,
+                  .format = format,
+                  .b = b,
+                  .stride_k = transposed ? 1 : columns,
+                  .stride_column = transposed ? k : 1,
+                  .scales = scales.data(),
+                  .packed = result.data()});
+    if (result.back() != 'x') std::printf("pack: wrote past its end\n"), ++failures;
+    return result;
+  }
+};
+
+// kInt8 rounds each row to 127 steps of its largest value: to the side of what T itself loses.
+double size_of_error(Format format, double size) {
+  return format == Format::kInt8 ? 2e4 * size : size;
 }
 
 template <typename T>
-void test_matmul(const Kernels<T>& kernels, int64_t rows, int64_t k, int64_t columns) {
-  const auto a = normal<T>(rows * k), b = normal<T>(k * columns);
+void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t k,
+                 int64_t columns) {
+  const int64_t a_stride = k + 2, out_stride = columns + 3;
+  const auto a = normal<T>(rows * a_stride);
+  const Weight<T> b(format, k, columns, false);
   const auto bias = normal<T>(columns);
-  const auto panels = packed(kernels, b, k, columns, false, false);
-  std::vector<T> out(rows * columns + 1, T(7));
+  const auto panels = b.packed(kernels, k, columns, false, false);
+  std::vector<char> scratch(kernels.scratch_bytes(rows, k));
+  std::vector<T> out(rows * out_stride, T(7));
   const int64_t count = kernels.panels(columns, false);
   for (const auto [begin, end] :
        {std::pair{int64_t{0}, count / 2},
@@ -72,36 +122,46 @@ void test_matmul(const Kernels<T>& kernels, int64_t rows, int64_t k, int64_t col
                     .columns = columns,
                     .panels = {begin, end},
                     .a = a.data(),
-                    .packed = panels.data(),
+                    .a_stride = a_stride,
+                    .b = {format, panels.data()},
                     .bias = bias.data(),
-                    .out = out.data()});
-  Doubles truth(rows * columns);
+                    .out = out.data(),
+                    .out_stride = out_stride,
+                    .scratch = scratch.data()});
+  Doubles truth(rows * out_stride, 7);  // what lies between the rows stays
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; truth[r * columns + c] += bias[c], ++c)
+    for (int64_t c = 0; c < columns; ++c) {
+      double& sum = truth[r * out_stride + c] = bias[c];
       for (int64_t i = 0; i < k; ++i)
-        truth[r * columns + c] += double(a[r * k + i]) * b[i * columns + c];
-  expect("matmul", out, truth, std::sqrt(double(k)));
-  if (out.back() != T(7)) std::printf("matmul: wrote past its end\n"), ++failures;
+        sum += double(a[r * a_stride + i]) * b.values[i * columns + c];
+    }
+  expect("matmul", out, truth, size_of_error(format, std::sqrt(double(k))));
 }
 
 template <typename T>
-void test_lstm(const Kernels<T>& kernels, int64_t rows, int64_t hidden, int64_t output) {
+void test_lstm(const Kernels<T>& kernels, Format format, int64_t rows, int64_t hidden,
+               int64_t output) {
   const auto h_prev = normal<T>(rows * output), c_prev = normal<T>(rows * hidden);
-  const auto w_hh = normal<T>(4 * hidden * output), gates_x = normal<T>(rows * 4 * hidden);
-  const auto panels = packed(kernels, w_hh, output, 4 * hidden, true, true);
+  const auto gates_x = normal<T>(rows * 4 * hidden);
+  const Weight<T> w_hh(format, output, 4 * hidden, true);
+  const auto panels = w_hh.packed(kernels, output, 4 * hidden, true, true);
+  std::vector<char> scratch(kernels.scratch_bytes(rows, output));
   std::vector<T> c = c_prev, h(rows * hidden), gates = gates_x, cells(rows * hidden);
   kernels.lstm_step({.rows = rows,
                      .hidden = hidden,
                      .k = output,
                      .panels = {0, kernels.panels(hidden, true)},
                      .h_prev = h_prev.data(),
+                     .h_prev_stride = output,
                      .c_prev = c.data(),
-                     .packed_w_hh = panels.data(),
+                     .w_hh = {format, panels.data()},
                      .gates_x = gates.data(),
                      .c = c.data(),
                      .h = h.data(),
+                     .h_stride = hidden,
                      .gates = gates.data(),
-                     .cells = cells.data()});
+                     .cells = cells.data(),
+                     .scratch = scratch.data()});
   const auto dh = normal<T>(rows * hidden), dc_next = normal<T>(rows * hidden);
   std::vector<T> dc = dc_next, dgates(rows * 4 * hidden);
   kernels.lstm_step_backward({.rows = rows,
@@ -119,7 +179,7 @@ void test_lstm(const Kernels<T>& kernels, int64_t rows, int64_t hidden, int64_t 
       for (int64_t g = 0; g < 4; ++g) {
         gate[g] = gates_x[r * 4 * hidden + g * hidden + u];
         for (int64_t i = 0; i < output; ++i)
-          gate[g] += double(h_prev[r * output + i]) * w_hh[(g * hidden + u) * output + i];
+          gate[g] += double(h_prev[r * output + i]) * w_hh.values[(g * hidden + u) * output + i];
         gate[g] = g == 2 ? std::tanh(gate[g]) : sigmoid(gate[g]);
       }
       const auto [i, f, g, o] = gate;
@@ -132,7 +192,7 @@ void test_lstm(const Kernels<T>& kernels, int64_t rows, int64_t hidden, int64_t 
                                  d * i * (1 - g * g), dh[at] * tanh_c * o * (1 - o)};
       for (int64_t k = 0; k < 4; ++k) true_dgates[r * 4 * hidden + k * hidden + u] = by_gate[k];
     }
-  const double size = 4 + std::sqrt(double(output));
+  const double size = size_of_error(format, 4 + std::sqrt(double(output)));
   expect("lstm_step c", c, true_c, size);
   expect("lstm_step h", h, true_h, size);
   expect("lstm_step_backward dc", dc, true_dc, size);
@@ -190,9 +250,12 @@ template <typename T>
 void test(const Kernels<T>& kernels) {
   for (int64_t rows : {1, 2, 5, 7})
     for (int64_t size : {1, 3, 8, 17, 33}) {
-      test_matmul(kernels, rows, 9, 5 * size);
-      test_lstm(kernels, rows, size, size);
-      test_lstm(kernels, rows, size, 6);
+      for (Format format : {Format::kSame, Format::kFloat16, Format::kBfloat16, Format::kInt8}) {
+        if (format != Format::kSame && sizeof(T) > 4) continue;
+        test_matmul(kernels, format, rows, 9, 5 * size);
+        test_lstm(kernels, format, rows, size, size);
+        test_lstm(kernels, format, rows, size, 6);
+      }
       test_group_lasso(kernels, 4 * rows, size, rows == 2);
     }
 }

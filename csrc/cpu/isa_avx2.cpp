@@ -5,7 +5,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-ISS_TARGET_BEGIN("avx2,fma")
+ISS_TARGET_BEGIN("avx2,fma,f16c")
 namespace iss {
 namespace {
 #include "cpu/vec_avx2-inl.h"
@@ -20,7 +20,11 @@ ISS_TARGET_END
 extern const CpuKernels kAvx2Kernels;
 const CpuKernels kAvx2Kernels = {
     .isa = "avx2",
-    .supported = [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+    .supported =
+        [] {
+          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                 __builtin_cpu_supports("f16c");
+        },
     .f32 = table<float>(),
     .f64 = table<double>(),
 };

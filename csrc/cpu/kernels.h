@@ -2,8 +2,11 @@
 // The table of CPU kernels: one per instruction set, each filled by one isa_*.cpp.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "group_lasso.h"
@@ -15,7 +18,8 @@ template <typename T>
 struct Kernels {
   int64_t lanes;      // elements of a vector; a panel has 4 vectors
   int64_t tile_rows;  // rows that one matmul tile holds in registers
-  void (*pack)(const PackArgs<T>&);
+  int64_t depth;      // neighbours along K that one kInt8 instruction adds up
+  void (*pack)(const PackArgs&);
   void (*matmul)(const MatmulArgs<T>&);
   void (*lstm_step)(const LstmStepArgs<T>&);
   void (*lstm_step_backward)(const LstmStepBackwardArgs<T>&);
@@ -28,10 +32,16 @@ struct Kernels {
     const int64_t per_panel = gates ? lanes : 4 * lanes;
     return (columns + per_panel - 1) / per_panel;
   }
-  // Elements of PackArgs::packed for `columns` columns (4H with gates).
-  int64_t packed_size(int64_t k, int64_t columns, bool gates) const {
-    return panels(gates ? columns / 4 : columns, gates) * k * 4 * lanes;
+  // Bytes of PackArgs::packed for `columns` columns (4H with gates).
+  int64_t packed_bytes(int64_t k, int64_t columns, bool gates, Format format) const {
+    const int64_t elements = 4 * lanes * ((k + depth - 1) / depth * depth);
+    const int64_t panel = format == Format::kInt8   ? elements + 4 * lanes * 8
+                          : format == Format::kSame ? 4 * lanes * k * int64_t{sizeof(T)}
+                                                    : 4 * lanes * k * 2;
+    return panels(gates ? columns / 4 : columns, gates) * panel;
   }
+  // Bytes that a kernel needs to quantise `rows` rows of k elements.
+  int64_t scratch_bytes(int64_t rows, int64_t k) const { return rows * (4 + 2 * (k + depth)); }
 };
 
 struct CpuKernels {

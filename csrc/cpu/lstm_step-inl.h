@@ -9,7 +9,7 @@ void lstm_step(const LstmStepArgs<T>& args) {
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
   const auto finish = [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row,
-                                                int64_t panel) {
+                                                int64_t panel) __attribute__((noinline)) {
     for (int r = 0; r < Rows; ++r)
       for (int p = 0; p < Panels; ++p) {
         const int64_t unit = (panel + p) * kLanes;
@@ -29,7 +29,7 @@ void lstm_step(const LstmStepArgs<T>& args) {
         const V o = sigmoid(sum[3] + load(args.gates_x + at_gate + 3 * hidden));
         const V c = fma(f, load(args.c_prev + at_unit), i * g);
         store(c, args.c + at_unit);
-        store(o * tanh(c), args.h + at_unit);
+        store(o * tanh(c), args.h + (row + r) * args.h_stride + unit);
         if (args.gates != nullptr) {
           store(i, args.gates + at_gate);
           store(f, args.gates + at_gate + hidden);
@@ -39,7 +39,8 @@ void lstm_step(const LstmStepArgs<T>& args) {
         }
       }
   };
-  each_tile<T>(args.h_prev, args.rows, args.k, args.packed_w_hh, args.panels, finish);
+  each_tile<T>(args.h_prev, args.h_prev_stride, args.rows, args.k, args.w_hh, args.panels,
+               args.scratch, finish);
 }
 
 template <typename T>

@@ -11,97 +11,241 @@ constexpr int64_t kPanelColumns = kPanelVectors * Vec<T>::kLanes;
 template <typename T, int Rows, int Panels>
 struct Tile {
   Vec<T> sum[Rows][Panels * kPanelVectors];
+};
 
-  // sum = a[0:Rows, 0:k] @ panels, with panels[p] at panels + p * k * kPanelColumns. Not inlined:
-  // next to the code that finishes a tile, the compiler would keep that code's constants in
-  // registers and the sums in memory.
-  __attribute__((noinline)) void multiply(const T* a, int64_t k, const T* panels) {
+// B stored as W: T, or what a vector of T is widened from.
+template <typename T, typename W>
+struct Stored {
+  const T* a;
+  int64_t stride, k;
+  const W* panels;
+
+  // Not inlined: next to the code that finishes a tile, the compiler would keep that code's
+  // constants in registers and the sums in memory.
+  template <int Rows, int Panels>
+  __attribute__((noinline)) void multiply(int64_t row, int64_t panel,
+                                          Tile<T, Rows, Panels>& tile) const {
     constexpr int kVectors = Panels * kPanelVectors;
-    Vec<T> local[Rows][kVectors];
+    const T* const x_rows = a + row * stride;
+    const W* const weights = panels + panel * k * kPanelColumns<T>;
+    const int64_t x_stride = stride, steps = k;
+    Vec<T> sum[Rows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) local[r][j] = Vec<T>::set(0);
-    for (int64_t i = 0; i < k; ++i) {
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = Vec<T>::set(0);
+    for (int64_t i = 0; i < steps; ++i) {
       Vec<T> x[Rows];
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(a[r * k + i]);
+      for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(x_rows[r * x_stride + i]);
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
-        const int64_t panel = j / kPanelVectors, vector = j % kPanelVectors;
-        const T* at = panels + (panel * k + i) * kPanelColumns<T> + vector * Vec<T>::kLanes;
+        const int64_t next = j / kPanelVectors, vector = j % kPanelVectors;
+        const Vec<T> w =
+            Vec<T>::load(weights + (next * steps + i) * kPanelColumns<T> + vector * Vec<T>::kLanes);
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) local[r][j] = fma(x[r], Vec<T>::load(at), local[r][j]);
+        for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = local[r][j];
+      for (int j = 0; j < kVectors; ++j) tile.sum[r][j] = sum[r][j];
+  }
+};
+
+// B in 8 bits with a scale per column, times rows quantised to 8 bits with a scale each. The sums
+// are integers, so every ISA gets the same ones.
+struct Quantised {
+  using Activation = Dot::Activation;
+  static constexpr int64_t kColumns = kPanelColumns<float>;
+  const Activation* a;  // [rows, groups * kDepth]
+  const float* scales;  // [rows]
+  int64_t groups;
+  const char* panels;
+
+  static constexpr int64_t panel_bytes(int64_t groups) {
+    return kColumns * (groups * Dot::kDepth + 8);
+  }
+
+  Quantised(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, const void* packed,
+            void* scratch)
+      : groups((k + Dot::kDepth - 1) / Dot::kDepth), panels(static_cast<const char*>(packed)) {
+    float* const row_scales = static_cast<float*>(scratch);
+    Activation* to = reinterpret_cast<Activation*>(row_scales + rows);
+    scales = row_scales;
+    a = to;
+    for (int64_t r = 0; r < rows; ++r, to += groups * Dot::kDepth) {
+      const float* const from = rows_of_a + r * stride;
+      // Of floats without their sign, the larger has the larger bits; NaN's are the largest.
+      uint32_t largest = 0;
+      for (int64_t i = 0; i < k; ++i)
+        largest = std::max(largest, std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu);
+      const float size = std::bit_cast<float>(largest);
+      row_scales[r] = size / 127;
+      const float inverse = size > 0 ? 127 / size : 0;
+      // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+      constexpr float kShift = 0x1.8p23f;
+      for (int64_t i = 0; i < k; ++i)
+        to[i] = static_cast<Activation>(std::bit_cast<int32_t>(from[i] * inverse + kShift) -
+                                        std::bit_cast<int32_t>(kShift) + Dot::kZero);
+      for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
+    }
+  }
+
+  template <int Rows, int Panels>
+  __attribute__((noinline)) void multiply(int64_t row, int64_t panel,
+                                          Tile<float, Rows, Panels>& tile) const {
+    constexpr int kVectors = Panels * kPanelVectors, kLanes = Vec<float>::kLanes;
+    const int64_t steps = groups, bytes = panel_bytes(groups);
+    const int8_t* const weights = reinterpret_cast<const int8_t*>(panels + panel * bytes);
+    const auto* const tail =
+        reinterpret_cast<const float*>(weights + kColumns * steps * Dot::kDepth);
+    const Activation* const x = a + row * steps * Dot::kDepth;
+    Dot sum[Rows][kVectors];
+    const auto of_vector = [&](const auto* at, int j) {
+      const int next = j / kPanelVectors, vector = j % kPanelVectors;
+      return reinterpret_cast<decltype(at)>(reinterpret_cast<const char*>(at) + next * bytes) +
+             vector * kLanes;
+    };
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j)
+        sum[r][j] = Dot::load(reinterpret_cast<const int32_t*>(of_vector(tail + kColumns, j)));
+    for (int64_t i = 0; i < steps; ++i) {
+      const int8_t* const group = weights + i * kColumns * Dot::kDepth;
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) {
+        const int8_t* const at =
+            group + j / kPanelVectors * bytes + j % kPanelVectors * kLanes * Dot::kDepth;
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) sum[r][j].add(x + (r * steps + i) * Dot::kDepth, at);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j)
+        tile.sum[r][j] = sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
+                         Vec<float>::set(scales[row + r]);
   }
 };
 
 // Calls finish(tile, first_row, first_panel) for tiles that cover all rows and panels: as tall as
 // registers allow, and for a single row two panels wide, to keep enough sums in flight.
-template <typename T, int Rows, int Panels, typename Finish>
-inline void each_row_tile(const T* a, int64_t first, int64_t rows, int64_t k, const T* packed,
-                          int64_t panel, const Finish& finish) {
+template <typename T, int Rows, int Panels, typename Operands, typename Finish>
+inline void each_row_tile(const Operands& operands, int64_t first, int64_t rows, int64_t panel,
+                          const Finish& finish) {
   for (; first + Rows <= rows; first += Rows) {
     Tile<T, Rows, Panels> tile;
-    tile.multiply(a + first * k, k, packed + panel * k * kPanelColumns<T>);
+    operands.template multiply<Rows, Panels>(first, panel, tile);
     finish(tile, first, panel);
   }
-  if constexpr (Rows > 1)
-    each_row_tile<T, Rows - 1, Panels>(a, first, rows, k, packed, panel, finish);
+  if constexpr (Rows > 1) each_row_tile<T, Rows - 1, Panels>(operands, first, rows, panel, finish);
 }
 
-template <typename T, typename Finish>
-inline void each_tile(const T* a, int64_t rows, int64_t k, const T* packed, PanelRange panels,
-                      const Finish& finish) {
+template <typename T, typename Operands, typename Finish>
+inline void each_tile_of(const Operands& operands, int64_t rows, PanelRange panels,
+                         const Finish& finish) {
   int64_t panel = panels.begin;
   if (rows == 1)
     for (; panel + 2 <= panels.end; panel += 2)
-      each_row_tile<T, 1, 2>(a, 0, rows, k, packed, panel, finish);
+      each_row_tile<T, 1, 2>(operands, 0, rows, panel, finish);
   for (; panel < panels.end; ++panel)
-    each_row_tile<T, Vec<T>::kTileRows, 1>(a, 0, rows, k, packed, panel, finish);
+    each_row_tile<T, Vec<T>::kTileRows, 1>(operands, 0, rows, panel, finish);
 }
 
-template <typename T>
-void pack(const PackArgs<T>& args) {
+// The tiles of a [rows, k] @ b.
+template <typename T, typename Finish>
+inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
+                      PanelRange panels, void* scratch, const Finish& finish) {
+  const auto stored = [&]<typename W>(const W* weights) {
+    each_tile_of<T>(Stored<T, W>{a, stride, k, weights}, rows, panels, finish);
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (b.format == Format::kFloat16) return stored(static_cast<const Float16*>(b.panels));
+    if (b.format == Format::kBfloat16) return stored(static_cast<const Bfloat16*>(b.panels));
+    if (b.format == Format::kInt8)
+      return each_tile_of<T>(Quantised(a, rows, stride, k, b.panels, scratch), rows, panels,
+                             finish);
+  }
+  stored(static_cast<const T*>(b.panels));
+}
+
+// Calls visit(panel, slot, column) for each column of each panel, -1 where there is none. Slot
+// (vector j, lane l) holds gate j of unit first + l, or simply column first + slot.
+template <typename T, typename Visit>
+inline void each_column(const PackArgs& args, const Visit& visit) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
   const int64_t units = args.gates ? args.columns / kPanelVectors : args.columns;
   const int64_t per_panel = args.gates ? kLanes : kPanelColumns<T>;
-  for (int64_t first = 0; first < units; first += per_panel) {
-    T* panel = args.packed + first / per_panel * args.k * kPanelColumns<T>;
+  for (int64_t first = 0; first < units; first += per_panel)
     for (int64_t slot = 0; slot < kPanelColumns<T>; ++slot) {
-      // Slot (vector j, lane l) holds gate j of unit first + l, or simply column first + slot.
       const int64_t unit = first + (args.gates ? slot % kLanes : slot);
       const int64_t column = args.gates ? slot / kLanes * units + unit : unit;
-      for (int64_t i = 0; i < args.k; ++i)
-        panel[i * kPanelColumns<T> + slot] =
-            unit < units ? args.b[i * args.stride_k + column * args.stride_column] : T(0);
+      visit(first / per_panel, slot, unit < units ? column : -1);
     }
+}
+
+template <typename T, typename W>
+inline void pack_as(const PackArgs& args) {
+  each_column<T>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    W* to = static_cast<W*>(args.packed) + panel * args.k * kPanelColumns<T> + slot;
+    const W* from = static_cast<const W*>(args.b) + column * args.stride_column;
+    for (int64_t i = 0; i < args.k; ++i)
+      to[i * kPanelColumns<T>] = column < 0 ? W{} : from[i * args.stride_k];
+  });
+}
+
+inline void pack_int8(const PackArgs& args) {
+  const int64_t groups = (args.k + Dot::kDepth - 1) / Dot::kDepth;
+  each_column<float>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    char* const base = static_cast<char*>(args.packed) + panel * Quantised::panel_bytes(groups);
+    const int8_t* from = static_cast<const int8_t*>(args.b) + column * args.stride_column;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < groups * Dot::kDepth; ++i) {
+      const int8_t weight = column < 0 || i >= args.k ? 0 : from[i * args.stride_k];
+      base[(i / Dot::kDepth * Quantised::kColumns + slot) * Dot::kDepth + i % Dot::kDepth] = weight;
+      sum += weight;
+    }
+    float* const tail = reinterpret_cast<float*>(base + Quantised::kColumns * groups * Dot::kDepth);
+    tail[slot] = column < 0 ? 0 : args.scales[column];
+    reinterpret_cast<int32_t*>(tail + Quantised::kColumns)[slot] = -Dot::kZero * sum;
+  });
+}
+
+template <typename T>
+void pack(const PackArgs& args) {
+  switch (args.format) {
+    case Format::kSame:
+      return pack_as<T, T>(args);
+    case Format::kFloat16:
+    case Format::kBfloat16:
+      return pack_as<T, uint16_t>(args);
+    case Format::kInt8:
+      return pack_int8(args);
   }
 }
 
 template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
-  each_tile<T>(
-      args.a, args.rows, args.k, args.packed, args.panels,
-      [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row, int64_t panel) {
-        for (int r = 0; r < Rows; ++r)
-          for (int j = 0; j < Panels * kPanelVectors; ++j) {
-            const int64_t column = panel * kPanelColumns<T> + j * kLanes;
-            const int64_t left = args.columns - column;
-            if (left <= 0) break;
-            T* out = args.out + (row + r) * args.columns + column;
-            Vec<T> value = tile.sum[r][j];
-            if (args.bias != nullptr) {
-              const T* bias = args.bias + column;
-              value = value + (left >= kLanes ? Vec<T>::load(bias) : Vec<T>::load(bias, left));
-            }
-            left >= kLanes ? value.store(out) : value.store(out, left);
-          }
-      });
+  const auto finish = [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row,
+                                                int64_t panel) __attribute__((noinline)) {
+    for (int r = 0; r < Rows; ++r)
+      for (int j = 0; j < Panels * kPanelVectors; ++j) {
+        const int64_t column = panel * kPanelColumns<T> + j * kLanes;
+        const int64_t left = args.columns - column;
+        if (left <= 0) break;
+        T* out = args.out + (row + r) * args.out_stride + column;
+        Vec<T> value = tile.sum[r][j];
+        if (args.bias != nullptr) {
+          const T* bias = args.bias + column;
+          value = value + (left >= kLanes ? Vec<T>::load(bias) : Vec<T>::load(bias, left));
+        }
+        left >= kLanes ? value.store(out) : value.store(out, left);
+      }
+  };
+  each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, args.panels, args.scratch, finish);
 }

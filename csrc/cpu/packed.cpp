@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 #include <list>
@@ -33,29 +34,46 @@ uint64_t fingerprint(const at::Tensor& weight) {
       chains[i] = mix(chains[i], word);
     }
   uint64_t hash = static_cast<uint64_t>(weight.size(0));
-  for (; bytes > 0; bytes -= 4, at += 4) {
-    uint32_t word;
-    std::memcpy(&word, at, 4);
+  for (; bytes > 0; bytes -= 8, at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, at, std::min<int64_t>(bytes, 8));
     hash = mix(hash, word);
   }
   for (const uint64_t chain : chains) hash = mix(hash, chain);
   return hash;
 }
 
+Format format_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return Format::kFloat16;
+    case at::kBFloat16:
+      return Format::kBfloat16;
+    case at::kChar:
+      return Format::kInt8;
+    default:
+      return Format::kSame;
+  }
+}
+
 template <typename T>
-at::Tensor pack(const at::Tensor& weight, Layout layout) {
+at::Tensor panels_of(const at::Tensor& weight, Layout layout, Format format,
+                     const at::Tensor& scales) {
   const int64_t k = weight.size(layout.transposed ? 1 : 0);
   const int64_t columns = weight.size(layout.transposed ? 0 : 1);
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  at::Tensor result = at::empty({kernels.packed_size(k, columns, layout.gates)}, weight.options());
+  const at::Tensor result =
+      at::empty({kernels.packed_bytes(k, columns, layout.gates, format)}, at::kByte);
   if (result.numel() > 0)
     kernels.pack({.k = k,
                   .columns = columns,
                   .gates = layout.gates,
-                  .b = weight.const_data_ptr<T>(),
+                  .format = format,
+                  .b = weight.const_data_ptr(),
                   .stride_k = layout.transposed ? 1 : columns,
                   .stride_column = layout.transposed ? k : 1,
-                  .packed = result.mutable_data_ptr<T>()});
+                  .scales = scales.defined() ? scales.const_data_ptr<float>() : nullptr,
+                  .packed = result.mutable_data_ptr()});
   return result;
 }
 
@@ -65,9 +83,10 @@ struct Entry {
   c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> weight;
   const c10::TensorImpl* address;
   const CpuKernels* kernels;
+  at::ScalarType dtype;
   Layout layout;
   uint64_t fingerprint;
-  at::Tensor packed;
+  Matrix packed;
 };
 
 std::mutex entries_mutex;
@@ -78,16 +97,18 @@ std::list<Entry>& entries() {
 
 }  // namespace
 
-at::Tensor packed(const at::Tensor& weight, Layout layout, bool keep) {
-  const auto fresh = [&] {
-    return weight.scalar_type() == at::kFloat ? pack<float>(weight, layout)
-                                              : pack<double>(weight, layout);
-  };
-  if (!keep) return fresh();
+Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
+  const Format format = format_of(weight.scalar_type());
+  return {weight.scalar_type() == at::kDouble ? panels_of<double>(weight, layout, format, scales)
+                                              : panels_of<float>(weight, layout, format, scales),
+          format};
+}
+
+Matrix pack_once(const at::Tensor& weight, Layout layout) {
   const uint64_t now = fingerprint(weight);
   const auto is_it = [&](const Entry& entry) {
     return entry.address == weight.unsafeGetTensorImpl() && entry.layout == layout &&
-           entry.kernels == &cpu_kernels() && entry.packed.dtype() == weight.dtype();
+           entry.kernels == &cpu_kernels() && entry.dtype == weight.scalar_type();
   };
   {
     const std::lock_guard lock(entries_mutex);
@@ -100,12 +121,13 @@ at::Tensor packed(const at::Tensor& weight, Layout layout, bool keep) {
       ++entry;
     }
   }
-  const at::Tensor result = fresh();
+  const Matrix result = pack(weight, layout);
   const std::lock_guard lock(entries_mutex);
   entries().remove_if(is_it);
   entries().push_front(Entry{.weight = decltype(Entry::weight)(weight.getIntrusivePtr()),
                              .address = weight.unsafeGetTensorImpl(),
                              .kernels = &cpu_kernels(),
+                             .dtype = weight.scalar_type(),
                              .layout = layout,
                              .fingerprint = now,
                              .packed = result});

@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "lstm.h"
+
 namespace iss {
 
 // How a weight is read: as B = weight [K, columns], or as B = weight.T for a weight [columns, K].
@@ -12,10 +14,21 @@ struct Layout {
   bool operator==(const Layout&) const = default;
 };
 
-// The panels of a contiguous float32 or float64 weight for the ISA in use. With `keep` they are
-// remembered and found again while the weight has the same values. What decides is a fingerprint of
-// all values, taken on every call, and not the tensor's version: writing through .data, a NumPy
-// view or shared memory changes a weight without changing its version.
-at::Tensor packed(const at::Tensor& weight, Layout layout, bool keep);
+// A packed weight: panels for the ISA in use when it was packed.
+struct Matrix {
+  at::Tensor panels;
+  Format format = Format::kSame;
+
+  Packed view() const { return {format, panels.const_data_ptr()}; }
+};
+
+// Packs a contiguous weight: float64, float32, float16, bfloat16, or int8 with scales [rows of the
+// weight]. The format follows from its dtype.
+Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
+
+// The same, remembered and found again while the weight has the same values. What decides is a
+// fingerprint of all values, taken on every call, and not the tensor's version: writing through
+// .data, a NumPy view or shared memory changes a weight without changing its version.
+Matrix pack_once(const at::Tensor& weight, Layout layout);
 
 }  // namespace iss

@@ -6,6 +6,7 @@ constexpr Kernels<T> table() {
   return {
       .lanes = Vec<T>::kLanes,
       .tile_rows = Vec<T>::kTileRows,
+      .depth = Dot::kDepth,
       .pack = &pack<T>,
       .matmul = &matmul<T>,
       .lstm_step = &lstm_step<T>,

@@ -12,10 +12,18 @@
 
 namespace iss {
 
+// Returns when ready() is true. Gives its core away when the wait gets long, as it does where there
+// are more threads than cores.
+template <typename Ready>
+void spin_until(const Ready& ready) {
+  constexpr int64_t kSpins = 1 << 14;  // some 10 us: longer than a step that is worth a team
+  for (int64_t spins = 0; !ready(); ++spins)
+    if (spins > kSpins) std::this_thread::yield();
+}
+
 class SpinBarrier {
  public:
-  // Blocks until `parties` threads have called. Gives its core away when the wait gets long, as it
-  // does where there are more threads than cores.
+  // Blocks until `parties` threads have called.
   void wait(int64_t parties) {
     if (parties == 1) return;
     const int64_t round = round_.load(std::memory_order_relaxed);
@@ -24,12 +32,10 @@ class SpinBarrier {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins)
-      if (spins > kSpins) std::this_thread::yield();
+    spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
   }
 
  private:
-  static constexpr int64_t kSpins = 1 << 14;  // some 10 us: longer than a step that is worth a team
   alignas(64) std::atomic<int64_t> arrived_ = 0;
   alignas(64) std::atomic<int64_t> round_ = 0;
 };

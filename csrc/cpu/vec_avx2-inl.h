@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<float> of 8 lanes and Vec<double> of 4, for AVX2 with FMA. The only AVX2 intrinsics.
+// Vec<float> of 8 lanes and Vec<double> of 4, for AVX2 with FMA and F16C. The only AVX2 intrinsics.
 
 template <typename T>
 struct Vec;
@@ -18,6 +18,13 @@ struct Vec<float> {
 
   static Vec set(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const Float16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  static Vec load(const Bfloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first_lanes(n), v); }
@@ -82,3 +89,23 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   const __m256i n = _mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52);
   return {_mm256_castsi256_pd(_mm256_add_epi64(n, _mm256_set1_epi64x(1023ll << 52)))};
 }
+
+// As in vec_scalar-inl.h. The products are of 16-bit integers: those of 8 bits would saturate.
+struct Dot {
+  static constexpr int kDepth = 2;
+  static constexpr int32_t kZero = 0;
+  using Activation = int16_t;
+  __m256i v;
+
+  static Dot load(const int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+  void add(const Activation* a, const int8_t* w) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof(pair));
+    const __m256i weights =
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+    v = _mm256_add_epi32(v, _mm256_madd_epi16(_mm256_set1_epi32(pair), weights));
+  }
+  Vec<float> to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<float> of 16 lanes and Vec<double> of 8, for AVX-512 F and DQ. The only AVX-512 intrinsics.
+// Vec<float> of 16 lanes and Vec<double> of 8, for AVX-512 F, DQ and VNNI. The only AVX-512
+// intrinsics.
 
 template <typename T>
 struct Vec;
@@ -13,6 +14,13 @@ struct Vec<float> {
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static Vec set(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  static Vec load(const Bfloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
   static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
@@ -69,3 +77,19 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   const __m512i n = _mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52);
   return {_mm512_castsi512_pd(_mm512_add_epi64(n, _mm512_set1_epi64(1023ll << 52)))};
 }
+
+// As in vec_scalar-inl.h. VNNI multiplies unsigned by signed, hence the 128.
+struct Dot {
+  static constexpr int kDepth = 4;
+  static constexpr int32_t kZero = 128;
+  using Activation = uint8_t;
+  __m512i v;
+
+  static Dot load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  void add(const Activation* a, const int8_t* w) {
+    int32_t four;
+    __builtin_memcpy(&four, a, sizeof(four));
+    v = _mm512_dpbusd_epi32(v, _mm512_set1_epi32(four), _mm512_loadu_si512(w));
+  }
+  Vec<float> to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+};

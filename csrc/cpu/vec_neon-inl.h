@@ -12,6 +12,12 @@ struct Vec<float> {
 
   static Vec set(float x) { return {vdupq_n_f32(x)}; }
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load(const Float16* p) {
+    return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))};
+  }
+  static Vec load(const Bfloat16* p) {
+    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16))};
+  }
   static Vec load(const float* p, int64_t n) {
     float lanes[kLanes] = {};
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
@@ -92,3 +98,22 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   const int64x2_t n = vshlq_n_s64(vreinterpretq_s64_f64(shifted.v), 52);
   return {vreinterpretq_f64_s64(vaddq_s64(n, vdupq_n_s64(1023ll << 52)))};
 }
+
+// As in vec_scalar-inl.h.
+struct Dot {
+  static constexpr int kDepth = 2;
+  static constexpr int32_t kZero = 0;
+  using Activation = int16_t;
+  int32x4_t v;
+
+  static Dot load(const int32_t* p) { return {vld1q_s32(p)}; }
+  void add(const Activation* a, const int8_t* w) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof(pair));
+    const int16x8_t x = vreinterpretq_s16_s32(vdupq_n_s32(pair));
+    const int16x8_t weights = vmovl_s8(vld1_s8(w));
+    v = vaddq_s32(v, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(weights)),
+                                vmull_high_s16(x, weights)));
+  }
+  Vec<float> to_float() const { return {vcvtq_f32_s32(v)}; }
+};

@@ -2,6 +2,14 @@
 // Vec<T> with one lane: the fallback that runs everywhere, and the plainest reading of the
 // interface that every vec_*-inl.h gives.
 
+// 2^112 moves the exponent from a bias of 15 to one of 127, subnormals included.
+inline float to_float(Float16 half) {
+  const uint32_t rest = (half.bits & 0x7fffu) << 13, sign = (half.bits & 0x8000u) << 16;
+  if (rest >= 0x7c00u << 13) return std::bit_cast<float>(rest | 0x7f800000u | sign);
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(std::bit_cast<float>(rest) * 0x1p112f) |
+                              sign);
+}
+
 template <typename T>
 struct Vec {
   static constexpr int64_t kLanes = 1;
@@ -10,6 +18,10 @@ struct Vec {
 
   static Vec set(T x) { return {x}; }
   static Vec load(const T* p) { return {*p}; }
+  static Vec load(const Float16* p) { return {to_float(*p)}; }
+  static Vec load(const Bfloat16* p) {
+    return {std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16)};
+  }
   static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes, rest 0
   void store(T* p) const { *p = v; }
   void store(T* p, int64_t) const { *p = v; }
@@ -58,3 +70,16 @@ inline Vec<float> exp2_of(Vec<float> shifted) {
 inline Vec<double> exp2_of(Vec<double> shifted) {
   return {std::bit_cast<double>((std::bit_cast<uint64_t>(shifted.v) << 52) + (1023ull << 52))};
 }
+
+// Products of 8-bit integers, added up kDepth at a time: sum[lane] += a[0] * w[lane][0] + ...
+// An activation is stored with kZero added.
+struct Dot {
+  static constexpr int kDepth = 1;
+  static constexpr int32_t kZero = 0;
+  using Activation = int16_t;
+  int32_t v;
+
+  static Dot load(const int32_t* p) { return {*p}; }
+  void add(const Activation* a, const int8_t* w) { v += *a * *w; }
+  Vec<float> to_float() const { return {static_cast<float>(v)}; }
+};

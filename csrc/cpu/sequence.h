@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which rows of the [N, ...] buffers belong to which step. A padded batch is a packed one whose
+// steps all have B rows: there is one path for both.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace iss {
+
+struct Sequence {
+  int64_t steps, batch, rows;
+  std::vector<int64_t> sizes, offsets;  // per step: how many rows of the batch still run; first row
+
+  Sequence(std::vector<int64_t> rows_by_step, int64_t batch)
+      : steps(static_cast<int64_t>(rows_by_step.size())),
+        batch(batch),
+        rows(0),
+        sizes(std::move(rows_by_step)) {
+    offsets.reserve(sizes.size());
+    for (const int64_t size : sizes) {
+      offsets.push_back(rows);
+      rows += size;
+    }
+  }
+
+  // The k-th step taken.
+  int64_t step(int64_t k, bool reverse) const { return reverse ? steps - 1 - k : k; }
+
+  // The rows [begin, end) of the batch at the k-th step taken, in at most two pieces: those that
+  // come from the step before (previous: their row there) and those that start here (previous: -1).
+  // visit(batch_row, rows, row, previous)
+  template <typename Visit>
+  void each_piece(int64_t k, bool reverse, int64_t begin, int64_t end, const Visit& visit) const {
+    const int64_t now = step(k, reverse), before = k > 0 ? step(k - 1, reverse) : -1;
+    end = std::min(end, sizes[now]);
+    const int64_t middle =
+        before < 0 ? begin : std::clamp(sizes[before], begin, std::max(begin, end));
+    if (begin < middle) visit(begin, middle - begin, offsets[now] + begin, offsets[before] + begin);
+    if (middle < end) visit(middle, end - middle, offsets[now] + middle, int64_t{-1});
+  }
+
+  // The row of the last step that batch row b takes; -1 if there is none.
+  int64_t last_row(int64_t b, bool reverse) const {
+    for (int64_t k = steps - 1; k >= 0; --k)
+      if (b < sizes[step(k, reverse)]) return offsets[step(k, reverse)] + b;
+    return -1;
+  }
+};
+
+}  // namespace iss

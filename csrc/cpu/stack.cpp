@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cpu/stack.h"
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/team.h"
+
+namespace iss {
+namespace {
+
+// Multiplies that take about 10 us: what it costs to wake a thread.
+constexpr int64_t kWorthAThread = 1 << 18;
+// Multiplies that take about 1 us: what it costs to meet at a barrier, and then some.
+constexpr int64_t kWorthABarrier = 1 << 15;
+// Projected inputs are made for so many steps at a time that they stay in a core's L2 cache.
+constexpr int64_t kChunkBytes = 1 << 18;
+// Few enough rows that they stay in the cache while the panels pass by; a multiple of every tile.
+constexpr int64_t kBlockRows = 60;
+
+// How the threads divide the work.
+enum class Split {
+  kRows,        // each takes rows of the batch through all layers and steps; nobody waits
+  kUnits,       // each takes units of every cell; they meet after each step
+  kDirections,  // half of them take the forward cells, half the backward ones, each by units
+  kLayers,      // each takes layers, and follows the one below from chunk to chunk
+};
+
+struct Plan {
+  Split split;
+  int64_t threads;
+};
+
+int64_t multiplies(const Cell& cell) {  // per row: of the step, without the projected inputs
+  const int64_t projection = cell.w_hr.panels.defined() ? cell.hidden * cell.output : 0;
+  return 4 * cell.hidden * cell.output + projection;
+}
+
+template <typename T>
+Plan plan(const Stack& stack, const Sequence& sequence) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1) return {Split::kRows, 1};
+  int64_t per_row = 0, narrowest = INT64_MAX, panels = INT64_MAX, cells = 0;
+  for (const Layer& layer : stack)
+    for (const Cell& cell : layer) {
+      per_row += 4 * cell.hidden * cell.input + multiplies(cell);
+      narrowest = std::min(narrowest, multiplies(cell));
+      panels = std::min(panels, cpu_kernels().of<T>().panels(cell.hidden, true));
+      ++cells;
+    }
+  const int64_t by_work = std::min(threads, sequence.rows * per_row / kWorthAThread);
+  if (by_work <= 1) return {Split::kRows, 1};
+  const int64_t tile = cpu_kernels().of<T>().tile_rows;
+  // Rows fill the register tile of every thread: nothing beats dividing them.
+  if (sequence.batch >= threads * tile) return {Split::kRows, by_work};
+  const int64_t rows_per_step = sequence.rows / std::max<int64_t>(1, sequence.steps);
+  const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
+  if (stack[0].size() == 2) {
+    // An odd thread would leave one direction slower, and the other waiting.
+    const int64_t even = std::min(by_work, std::max<int64_t>(2, 2 * by_step)) / 2 * 2;
+    return {Split::kDirections, std::min(even, 2 * panels)};
+  }
+  const int64_t members = std::min({by_work, panels, by_step});
+  if (members > 1) return {Split::kUnits, members};
+  if (cells > 1 && sequence.steps > 1) return {Split::kLayers, std::min(by_work, cells)};
+  return {Split::kRows, std::clamp<int64_t>(sequence.batch / tile, 1, by_work)};
+}
+
+// What one thread does: rows [begin, end) of the batch, and member `member` of the `members` that
+// divide the units and meet at barrier().
+template <typename Barrier>
+struct Share {
+  int64_t begin, end, member, members;
+  const Barrier& barrier;
+
+  PanelRange of(int64_t panels) const {
+    return {panels * member / members, panels * (member + 1) / members};
+  }
+};
+
+template <typename T>
+void copy_rows(const T* from, int64_t rows, int64_t from_stride, int64_t columns, T* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(to + r * columns, from + r * from_stride, columns * sizeof(T));
+}
+
+// A cell at work: where it reads and writes.
+template <typename T>
+struct Job {
+  const Cell& cell;
+  const CellState<T>& state;
+  const Sequence& sequence;
+  const T* x;  // [N, I]
+  T* y;        // [N, P], y_stride elements from row to row
+  int64_t y_stride;
+  int64_t chunk;   // steps whose inputs are projected together
+  T* gates_x;      // [rows of a chunk, 4H]; unused when training
+  T* unprojected;  // [B, H] with a projection
+};
+
+// gates_x = x @ w_ih.T + bias for `rows` rows from `row`: [rows, I] -> [rows, 4H].
+template <typename T>
+void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T* gates_x,
+             void* scratch) {
+  const Cell& cell = job.cell;
+  const int64_t columns = 4 * cell.hidden;
+  for (int64_t first = 0; first < rows; first += kBlockRows)
+    cpu_kernels().of<T>().matmul(
+        {.rows = std::min(kBlockRows, rows - first),
+         .k = cell.input,
+         .columns = columns,
+         .panels = panels,
+         .a = job.x + (row + first) * cell.input,
+         .a_stride = cell.input,
+         .b = cell.w_ih.view(),
+         .bias = cell.bias.defined() ? cell.bias.const_data_ptr<T>() : nullptr,
+         .out = gates_x + first * columns,
+         .out_stride = columns,
+         .scratch = scratch});
+}
+
+// The steps [first, last) that a cell takes, inputs first.
+template <typename T, typename Barrier>
+void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, int64_t last,
+               void* scratch) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const auto& [cell, state, sequence, x, y, y_stride, chunk, gates_chunk, unprojected] = job;
+  const int64_t hidden = cell.hidden, output = cell.output;
+  const bool reverse = cell.reverse, projected = cell.w_hr.panels.defined();
+  const int64_t earliest =
+      std::min(sequence.step(first, reverse), sequence.step(last - 1, reverse));
+  const int64_t latest = std::max(sequence.step(first, reverse), sequence.step(last - 1, reverse));
+  const int64_t first_row = sequence.offsets[earliest];
+  // When training, the activated gates replace the projected inputs in place.
+  T* const gates_x = state.gates ? state.gates + first_row * 4 * hidden : gates_chunk;
+  const auto gates_at = [&](int64_t row) { return gates_x + (row - first_row) * 4 * hidden; };
+
+  const PanelRange columns = share.of(kernels.panels(4 * hidden, false));
+  if (share.begin == 0 && share.end == sequence.batch)
+    project(job, first_row, sequence.offsets[latest] + sequence.sizes[latest] - first_row, columns,
+            gates_x, scratch);
+  else
+    for (int64_t t = earliest; t <= latest; ++t) {
+      const int64_t rows = std::min(share.end, sequence.sizes[t]) - share.begin;
+      const int64_t row = sequence.offsets[t] + share.begin;
+      if (rows > 0) project(job, row, rows, columns, gates_at(row), scratch);
+    }
+  share.barrier();
+
+  for (int64_t k = first; k < last; ++k) {
+    sequence.each_piece(
+        k, reverse, share.begin, share.end,
+        [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
+          kernels.lstm_step(
+              {.rows = rows,
+               .hidden = hidden,
+               .k = output,
+               .panels = share.of(kernels.panels(hidden, true)),
+               .h_prev = previous < 0 ? state.h0 + b * output : y + previous * y_stride,
+               .h_prev_stride = previous < 0 ? output : y_stride,
+               .c_prev = state.c + b * hidden,
+               .w_hh = cell.w_hh.view(),
+               .gates_x = gates_at(row),
+               .c = state.c + b * hidden,
+               .h = projected ? unprojected + b * hidden : y + row * y_stride,
+               .h_stride = projected ? hidden : y_stride,
+               .gates = state.gates ? gates_at(row) : nullptr,
+               .cells = state.cells ? state.cells + row * hidden : nullptr,
+               .scratch = scratch});
+        });
+    share.barrier();
+    if (!projected) continue;
+    sequence.each_piece(k, reverse, share.begin, share.end,
+                        [&](int64_t b, int64_t rows, int64_t row, int64_t) {
+                          kernels.matmul({.rows = rows,
+                                          .k = hidden,
+                                          .columns = output,
+                                          .panels = share.of(kernels.panels(output, false)),
+                                          .a = unprojected + b * hidden,
+                                          .a_stride = hidden,
+                                          .b = cell.w_hr.view(),
+                                          .bias = nullptr,
+                                          .out = y + row * y_stride,
+                                          .out_stride = y_stride,
+                                          .scratch = scratch});
+                        });
+    share.barrier();
+  }
+}
+
+// y of each row's last step -> h_n.
+template <typename T>
+void keep_last(const Job<T>& job, int64_t begin, int64_t end) {
+  const int64_t output = job.cell.output;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t last = job.sequence.last_row(b, job.cell.reverse);
+    const T* from = last < 0 ? job.state.h0 + b * output : job.y + last * job.y_stride;
+    T* const to = job.state.h_n + b * output;
+    if (from != to) copy_rows(from, 1, output, output, to);
+  }
+}
+
+// One cell from beginning to end.
+template <typename T, typename Barrier>
+void run_cell(const Job<T>& job, const Share<Barrier>& share, void* scratch) {
+  for (int64_t first = 0; first < job.sequence.steps; first += job.chunk)
+    run_chunk(job, share, first, std::min(first + job.chunk, job.sequence.steps), scratch);
+  if (share.member == 0) keep_last(job, share.begin, share.end);
+}
+
+// Hands out pieces of one block of memory; first run without a block to learn its size.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* const result = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+    return result;
+  }
+};
+
+}  // namespace
+
+void* scratch(int64_t bytes) {
+  struct Block {
+    std::unique_ptr<char[]> memory;
+    int64_t bytes = 0;
+  };
+  thread_local Block block;
+  constexpr int64_t kKeep = 1 << 26;  // more than this is not held on to for a smaller call
+  if (bytes > block.bytes || (block.bytes > kKeep && bytes <= kKeep)) {
+    block.memory.reset();
+    block.memory.reset(new char[bytes + 63]);  // not zeroed
+    block.bytes = bytes;
+  }
+  void* start = block.memory.get();
+  size_t space = bytes + 63;
+  return bytes == 0 ? nullptr : std::align(64, bytes, start, space);
+}
+
+template <typename T>
+void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
+               const std::vector<CellState<T>>& states, T* y) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const auto [split, threads] = plan<T>(stack, sequence);
+  const int64_t directions = static_cast<int64_t>(stack[0].size());
+  const int64_t layers = static_cast<int64_t>(stack.size());
+
+  int64_t widest = 1;
+  for (const Layer& layer : stack)
+    for (const Cell& cell : layer) widest = std::max(widest, cell.hidden);
+  // Layers that follow each other do so chunk by chunk, so there should be some chunks.
+  const int64_t fewest = split == Split::kLayers ? 8 : 1;
+  const int64_t step_bytes = std::max<int64_t>(1, sequence.batch) * 4 * widest * sizeof(T);
+  const int64_t chunk =
+      std::max<int64_t>(1, std::min(kChunkBytes / step_bytes, sequence.steps / fewest));
+
+  std::vector<Job<T>> jobs;
+  jobs.reserve(layers * directions);
+  int64_t quantising = 0;  // bytes that a thread needs to quantise rows
+  const auto lay_out = [&](Arena arena) {
+    jobs.clear();
+    const T* input = x;
+    for (int64_t l = 0; l < layers; ++l) {
+      int64_t width = 0;
+      for (const Cell& cell : stack[l]) width += cell.output;
+      T* const output = l + 1 == layers ? y : arena.take<T>(sequence.rows * width);
+      int64_t column = 0;
+      for (const Cell& cell : stack[l]) {
+        const CellState<T>& state = states[jobs.size()];
+        T* const gates = arena.take<T>(
+            state.gates ? 0 : std::min(sequence.rows, chunk * sequence.batch) * 4 * cell.hidden);
+        T* const unprojected =
+            arena.take<T>(cell.w_hr.panels.defined() ? sequence.batch * cell.hidden : 0);
+        if (cell.w_hh.format == Format::kInt8)
+          quantising = std::max(
+              {quantising, kernels.scratch_bytes(std::min(kBlockRows, sequence.rows), cell.input),
+               kernels.scratch_bytes(sequence.batch, std::max(cell.hidden, cell.output))});
+        jobs.push_back(
+            {cell, state, sequence, input, output + column, width, chunk, gates, unprojected});
+        column += cell.output;
+      }
+      input = output;
+    }
+    quantising = (quantising + 63) / 64 * 64;
+    arena.take<char>(quantising * threads);
+    return arena;
+  };
+  const int64_t bytes = lay_out({nullptr}).used;
+  const Arena arena = lay_out({static_cast<char*>(scratch(bytes))});
+  char* const own = arena.base + arena.used - quantising * threads;
+  const auto alone = [] {};
+
+  if (split == Split::kRows) {
+    const int64_t grain = (sequence.batch + threads - 1) / threads;
+    const auto body = [&](int64_t begin, int64_t end) {
+      const Share<decltype(alone)> share{begin, end, 0, 1, alone};
+      for (const Job<T>& job : jobs)
+        run_cell(job, share, own + begin / std::max<int64_t>(1, grain) * quantising);
+    };
+    if (threads == 1)
+      body(0, sequence.batch);
+    else
+      at::parallel_for(0, sequence.batch, grain, body);
+    return;
+  }
+  if (split == Split::kLayers) {
+    const auto done = std::make_unique<std::atomic<int64_t>[]>(layers);  // steps taken, by layer
+    run_team(threads, [&](int64_t member, int64_t members, const auto&) {
+      // Layer by layer in step, so that a thread with several layers never waits for itself.
+      const Share<decltype(alone)> share{0, sequence.batch, 0, 1, alone};
+      for (int64_t first = 0; first < sequence.steps; first += chunk)
+        for (int64_t l = member; l < layers; l += members) {
+          const int64_t last = std::min(first + chunk, sequence.steps);
+          if (l > 0)
+            spin_until([&] { return done[l - 1].load(std::memory_order_acquire) >= last; });
+          run_chunk(jobs[l], share, first, last, own + member * quantising);
+          done[l].store(last, std::memory_order_release);
+        }
+      for (int64_t l = member; l < layers; l += members) keep_last(jobs[l], 0, sequence.batch);
+    });
+    return;
+  }
+  SpinBarrier of_direction[2];
+  run_team(threads, [&](int64_t member, int64_t members, const auto& everyone) {
+    // The members [base, base + size) take the cells from `cell` on, every `stride`-th.
+    const bool divided = split == Split::kDirections && members > 1;
+    const int64_t size = divided ? members / 2 : members;
+    const int64_t direction = divided ? member / size : 0;
+    if (direction > 1) {  // fewer threads than asked for, and an odd number: no part for the last
+      for (int64_t l = 0; l < layers; ++l) everyone();
+      return;
+    }
+    const auto barrier = [&] { of_direction[direction].wait(size); };
+    const Share<decltype(barrier)> share{0, sequence.batch, divided ? member % size : member, size,
+                                         barrier};
+    for (int64_t l = 0; l < layers; ++l) {
+      for (int64_t d = direction; d < directions; d += divided ? 2 : 1)
+        run_cell(jobs[l * directions + d], share, own + member * quantising);
+      everyone();
+    }
+  });
+}
+
+template void run_stack<float>(const Stack&, const Sequence&, const float*,
+                               const std::vector<CellState<float>>&, float*);
+template void run_stack<double>(const Stack&, const Sequence&, const double*,
+                                const std::vector<CellState<double>>&, double*);
+
+}  // namespace iss

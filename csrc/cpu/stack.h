@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Layers of LSTM cells with packed weights, run over a sequence by as many threads as they feed:
+// what lstm_forward (one cell), prepared models and streams (whole stacks) have in common.
+#pragma once
+
+#include <vector>
+
+#include "cpu/packed.h"
+#include "cpu/sequence.h"
+
+namespace iss {
+
+// One direction of one layer.
+struct Cell {
+  int64_t input, hidden, output;  // I, H, P
+  bool reverse;
+  Matrix w_ih, w_hh, w_hr;  // w_hr.panels is undefined where there is no projection
+  at::Tensor bias;          // [4H], b_ih + b_hh; undefined without
+};
+
+using Layer = std::vector<Cell>;  // the one or two directions
+using Stack = std::vector<Layer>;
+
+// The memory of one cell during a call.
+template <typename T>
+struct CellState {
+  const T* h0;  // [B, P]
+  T* c;         // [B, H]  in: c_0; out: c_n
+  T* h_n;       // [B, P]  may be h0
+  T* gates;     // [N, 4H] activated; nullptr when not training
+  T* cells;     // [N, H]  nullptr when not training
+};
+
+// x [N, I] -> y [N, sum of the last layer's P]. states by layer and direction.
+template <typename T>
+void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
+               const std::vector<CellState<T>>& states, T* y);
+
+// The calling thread's memory for intermediate results: grows, and is used again by the next call.
+void* scratch(int64_t bytes);
+
+}  // namespace iss
