@@ -34,9 +34,11 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
               ", got ", t.sizes());
 }
 
-inline void check_floating(const char* op, const char* name, const Tensor& t) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": expected ",
-              name, " of dtype float32 or float64, got ", dtype(t));
+inline void check_floating(const char* op, const char* name, const Tensor& t, bool bfloat16) {
+  const auto type = t.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || (bfloat16 && type == at::kBFloat16), op,
+              ": expected ", name, " of dtype float32",
+              bfloat16 ? ", float64 or bfloat16" : " or float64", ", got ", dtype(t));
 }
 
 inline void check_batch_sizes(const char* op, const Tensor& sizes, int64_t rows, int64_t batch) {
@@ -59,7 +61,7 @@ inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& ba
                        const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                        const OptionalTensor& w_hr) {
-  check_floating(op, "x", x);
+  check_floating(op, "x", x, true);
   TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3), op, ": expected x of shape ",
               batch_sizes ? "[N, I]" : "[T, B, I]", ", got ", x.sizes());
   TORCH_CHECK(h0.dim() == 2 && c0.dim() == 2, op, ": expected h0 [B, P] and c0 [B, H], got ",
@@ -91,7 +93,7 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
               " weights, got ", row_units.size(), " and ", column_units.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    check_floating(op, "weights", weight);
+    check_floating(op, "weights", weight, false);
     check_like(op, "weights", weight, weights[0]);
     TORCH_CHECK(weight.dim() == 2, op, ": expected weights of shape [R, C], got ", weight.sizes());
     const auto check_units = [&](const char* name, const Tensor& units, const char* letters,

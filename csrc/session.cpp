@@ -1,30 +1,184 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is not an op, bound with pybind11: what was built, and the choice of instruction set.
-// Importing the module also runs the registrations of library.cpp and of the host files.
+// What is not an op, bound with pybind11: what was built, the choice of instruction set, and
+// inference from packed weights (cpu/network.h). Importing the module also runs the registrations
+// of library.cpp and of the host files.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <pybind11/numpy.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <sstream>
 
 #include "cpu/kernels.h"
+#include "cpu/network.h"
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled half of iss_kernels; use the functions of the package instead.";
-  module.def("build_info", [] {
-    py::dict info;
-    info["compiler"] = __VERSION__;
-    info["isas_built"] = iss::built_isas();
-    info["isas_supported"] = iss::supported_isas();
-    info["isa"] = iss::cpu_kernels().isa;
+namespace iss {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["isas_built"] = built_isas();
+  info["isas_supported"] = supported_isas();
+  info["isa"] = cpu_kernels().isa;
 #ifdef ISS_WITH_CUDA
-    info["cuda_built"] = true;
+  info["cuda_built"] = true;
 #else
-    info["cuda_built"] = false;
+  info["cuda_built"] = false;
 #endif
-    return info;
-  });
-  module.def("supported_isas", &iss::supported_isas);
-  module.def("set_isa", &iss::set_isa);
-  iss::cpu_kernels();  // so that a wrong ISS_KERNELS_ISA is an error here, at import
+  return info;
+}
+
+// w_ih, w_hh, bias, w_hr, and the scales of the three matrices (None but for int8), reverse.
+using CellTuple = std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>,
+                             std::optional<at::Tensor>, std::optional<at::Tensor>,
+                             std::optional<at::Tensor>, std::optional<at::Tensor>, bool>;
+
+std::shared_ptr<Network> make_network(const std::vector<std::vector<CellTuple>>& layers) {
+  std::vector<std::vector<CellWeights>> all;
+  for (const auto& layer : layers) {
+    auto& cells = all.emplace_back();
+    for (const auto& [w_ih, w_hh, bias, w_hr, scale_ih, scale_hh, scale_hr, reverse] : layer)
+      cells.push_back({w_ih, w_hh, bias, w_hr, scale_ih.value_or(at::Tensor()),
+                       scale_hh.value_or(at::Tensor()), scale_hr.value_or(at::Tensor()), reverse});
+  }
+  return std::make_shared<Network>(std::move(all));
+}
+
+// nn.LSTM's plain call: x [T, B, I], or [B, T, I] with batch_first, from a zero state, to
+// (y, (h_n, c_n)) with states [layers * D, B, size], for a network whose layers are all of one
+// size. None for an x that is anything else, so that the long way may say what is wrong with it.
+py::object run_plain(const Network& network, const at::Tensor& x, bool batch_first) {
+  if (x.dim() != 3 || x.scalar_type() != network.dtype() || !x.device().is_cpu() ||
+      x.numel() == 0 || x.size(2) != network.input())
+    return py::none();
+  at::Tensor y, h_n, c_n;
+  {
+    const py::gil_scoped_release no_gil;
+    const at::Tensor rows = (batch_first ? x.transpose(0, 1) : x).contiguous();
+    const auto stack = network.stack();
+    const Cell& cell = stack->at(0).at(0);
+    const int64_t cells = static_cast<int64_t>(stack->size() * stack->at(0).size());
+    h_n = at::zeros({cells, rows.size(1), cell.output}, rows.options());
+    c_n = at::zeros({cells, rows.size(1), cell.hidden}, rows.options());
+    y = network.run(rows, std::nullopt, h_n.unbind(0), c_n.unbind(0));
+    if (batch_first) y = y.transpose(0, 1);
+  }
+  return py::make_tuple(y, py::make_tuple(h_n, c_n));
+}
+
+at::Tensor run(const Network& network, const at::Tensor& x,
+               const std::optional<std::vector<int64_t>>& batch_sizes,
+               const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) {
+  const py::gil_scoped_release no_gil;
+  return network.run(x.contiguous(), batch_sizes, h, c);
+}
+
+// A Stream with what Python hands it: torch tensors or NumPy arrays, read and written in place.
+class BoundStream : public Stream {
+ public:
+  using Stream::Stream;
+
+  // out, or where it is None the stream's own result, which the next step overwrites.
+  py::object step(const py::object& x, const py::object& out) {
+    const bool numpy = py::isinstance<py::array>(x);
+    at::Tensor copy;
+    const void* from = read(x, "x", input(), copy);
+    py::object to = out;
+    if (out.is_none()) {
+      if (!result_) {
+        result_ = wrapped(at::empty({batch(), output()}, dtype()));
+        result_numpy_ = result_.attr("numpy")();
+      }
+      to = numpy ? result_numpy_ : result_;
+    }
+    at::Tensor none;
+    void* const into = const_cast<void*>(read(to, "out", output(), none));
+    if (none.defined() || (!writeable(to)))
+      throw py::value_error("Stream: expected out to be contiguous and writeable");
+    const py::gil_scoped_release no_gil;
+    Stream::step(from, into);
+    return to;
+  }
+
+ private:
+  static py::object wrapped(const at::Tensor& tensor) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+  }
+  static bool writeable(const py::object& object) {
+    return !py::isinstance<py::array>(object) ||
+           py::reinterpret_borrow<py::array>(object).writeable();
+  }
+
+  // The elements of a tensor or array of shape [batch, width]; `copy` holds them where the tensor
+  // itself is not contiguous.
+  const void* read(const py::object& object, const char* name, int64_t width, at::Tensor& copy) {
+    const char* const wanted = dtype() == at::kDouble ? "float64" : "float32";
+    const auto fail = [&](const std::string& got) {
+      throw py::value_error(std::string("Stream: expected ") + name + " of shape [B, " +
+                            (name[0] == 'x' ? "I" : "O") + "] = [" + std::to_string(batch()) +
+                            ", " + std::to_string(width) + "] and dtype " + wanted + ", got " +
+                            got);
+    };
+    if (THPVariable_Check(object.ptr())) {
+      const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+      if (tensor.dim() != 2 || tensor.size(0) != batch() || tensor.size(1) != width ||
+          tensor.scalar_type() != dtype() || !tensor.device().is_cpu()) {
+        std::ostringstream got;
+        got << tensor.sizes() << " and " << tensor.dtype() << " on " << tensor.device();
+        fail(got.str());
+      }
+      if (tensor.is_contiguous()) return tensor.const_data_ptr();
+      copy = tensor.contiguous();
+      return copy.const_data_ptr();
+    }
+    if (!py::isinstance<py::array>(object))
+      throw py::type_error(std::string("Stream: expected ") + name +
+                           " to be a torch tensor or a NumPy array, got " +
+                           std::string(py::str(py::type::of(object).attr("__name__"))));
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    const bool right_type = dtype() == at::kDouble ? py::isinstance<py::array_t<double>>(array)
+                                                   : py::isinstance<py::array_t<float>>(array);
+    if (array.ndim() != 2 || array.shape(0) != batch() || array.shape(1) != width || !right_type)
+      fail(std::string(py::str(py::list(array.attr("shape")))) + " and " +
+           std::string(py::str(array.dtype())));
+    if (array.flags() & py::array::c_style) return array.data();
+    copy = at::empty({batch(), width}, dtype());
+    const auto dense = py::array::ensure(array, py::array::c_style);
+    std::memcpy(copy.mutable_data_ptr(), dense.data(), dense.nbytes());
+    return copy.const_data_ptr();
+  }
+
+  py::object result_, result_numpy_;
+};
+
+}  // namespace
+}  // namespace iss
+
+PYBIND11_MODULE(_C, module) {
+  using namespace iss;
+  module.doc() = "Compiled half of iss_kernels; use the functions of the package instead.";
+  module.def("build_info", &build_info);
+  module.def("supported_isas", &supported_isas);
+  module.def("set_isa", &set_isa);
+  py::class_<Network, std::shared_ptr<Network>>(module, "Network")
+      .def(py::init(&make_network))
+      .def("run", &run)
+      .def("run_plain", &run_plain);
+  py::class_<BoundStream>(module, "Stream")
+      .def(py::init<int64_t, at::ScalarType, int64_t>())
+      .def("add_lstm",
+           [](BoundStream& self, const std::shared_ptr<Network>& n) { self.add_lstm(n); })
+      .def("add_linear", &BoundStream::add_linear)
+      .def("add_layer_norm", &BoundStream::add_layer_norm)
+      .def("add_activation", &BoundStream::add_activation)
+      .def("step", &BoundStream::step)
+      .def("reset", &BoundStream::reset)
+      .def("states", &BoundStream::states)
+      .def_property_readonly("output", &BoundStream::output);
+  cpu_kernels();  // so that a wrong ISS_KERNELS_ISA is an error here, at import
 }

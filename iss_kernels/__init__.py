@@ -12,7 +12,9 @@ from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, Groups
 from iss_kernels.lstm import ISSLSTM, accelerate
+from iss_kernels.prepare import prepare
 from iss_kernels.shrink import ShrinkReport, shrink
+from iss_kernels.stream import Stream
 
 __all__ = [
     "ISSLSTM",
@@ -20,9 +22,11 @@ __all__ = [
     "GroupLasso",
     "Groups",
     "ShrinkReport",
+    "Stream",
     "accelerate",
     "build_info",
     "find_groups",
+    "prepare",
     "shrink",
     "use_backend",
 ]

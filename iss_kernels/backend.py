@@ -34,6 +34,11 @@ def is_built() -> bool:
     return _C is not None
 
 
+def native() -> Any:
+    """The compiled module, for what is not an op (prepare, Stream); None where it did not load."""
+    return _C
+
+
 def backend() -> str:
     """Name of the implementation that runs now: "extension" or "reference"."""
     return _backend

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from iss_kernels import ops
 
@@ -59,8 +59,9 @@ class ISSLSTM(nn.Module):
     one tensor [D, B, size] per layer (where a layer's directions differ, a tuple of D tensors
     [B, size]), and hx takes the same form.
 
-    Weights are float32 or float64. Under autocast the layers compute in the weights' dtype and the
-    results come in autocast's dtype. Raises what nn.LSTM raises for the same mistakes.
+    Weights are float32, float64, or bfloat16, which is summed in float32. Under autocast the layers
+    compute in the weights' dtype and the results come in autocast's dtype. Raises what nn.LSTM
+    raises for the same mistakes.
     """
 
     def __init__(
@@ -197,14 +198,22 @@ class ISSLSTM(nn.Module):
     # -- forward ----------------------------------------------------------------------------------
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[State, State] | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[State, State] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[State, State]]:
         """Apply the layers; shapes as torch.nn.LSTM.forward.
 
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
-        hx: (h_0, c_0), zeros by default. Returns output, (h_n, c_n); output has the form of input
-        with the sum of the last layer's P as its last dimension. Equivalent to nn.LSTM.forward.
+        hx: (h_0, c_0), zeros by default. lengths: B ints in 1..T, the steps that each row of a
+        batch has; output is 0 past a row's length, and h_n, c_n are those of its last step.
+        Returns output, (h_n, c_n); output has the form of input with the sum of the last layer's P
+        as its last dimension. Equivalent to nn.LSTM.forward, and with lengths to
+        pack_padded_sequence(enforce_sorted=False), nn.LSTM.forward, pad_packed_sequence.
         """
+        if lengths is not None:
+            return self._forward_lengths(input, hx, lengths)
         if isinstance(input, PackedSequence):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             self._check_input(data, 2)
@@ -229,6 +238,36 @@ class ISSLSTM(nn.Module):
         elif self.batch_first:
             y = y.transpose(0, 1)
         return y, self._final(states, None, batched)
+
+    def _forward_lengths(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[State, State] | None,
+        lengths: Tensor | Sequence[int],
+    ) -> tuple[Tensor, tuple[State, State]]:
+        """Forward of a padded batch: the rows that have ended take no part in a step."""
+        if isinstance(input, PackedSequence) or input.dim() != 3:
+            form = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D"
+            raise ValueError(
+                f"LSTM: expected input of shape [T, B, I] or [B, T, I] with lengths, got {form}"
+            )
+        steps, batch = input.shape[:2][:: -1 if self.batch_first else 1]
+        counts = torch.as_tensor(lengths)
+        if counts.is_floating_point() or counts.dtype == torch.bool or counts.shape != (batch,):
+            raise ValueError(
+                f"LSTM: expected lengths to be B = {batch} ints, got {tuple(counts.shape)} of "
+                f"{counts.dtype}"
+            )
+        counts = counts.to("cpu", torch.int64)
+        wrong = counts[(counts < 1) | (counts > steps)]
+        if wrong.numel() > 0:
+            raise ValueError(f"LSTM: expected lengths from 1 to T = {steps}, got {int(wrong[0])}")
+        packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
+        packed_y, states = self.forward(packed, hx)
+        y, _ = pad_packed_sequence(
+            cast(PackedSequence, packed_y), self.batch_first, total_length=steps
+        )
+        return y, states
 
     def _run(
         self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, Tensor]]

@@ -86,12 +86,13 @@ def _lstm_forward_fake(
     save: bool,
 ) -> tuple[Tensor, ...]:
     rows = x.shape[:-1].numel() if save else 0
+    wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype  # what the kernels compute in
     return (
         x.new_empty((*x.shape[:-1], h0.shape[1])),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         torch.empty_like(c0, memory_format=torch.contiguous_format),
-        x.new_empty((rows, w_hh.shape[0])),
-        x.new_empty((rows, c0.shape[1])),
+        x.new_empty((rows, w_hh.shape[0]), dtype=wide),
+        x.new_empty((rows, c0.shape[1]), dtype=wide),
     )
 
 

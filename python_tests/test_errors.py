@@ -148,9 +148,9 @@ CALLS = {
         "input.size(-1) must be equal to input_size. Expected 4, got 3",
     ),
     "a dtype that has no kernel yet": (
-        lambda: ISSLSTM(3, 4, dtype=torch.bfloat16)(X.bfloat16()),
+        lambda: ISSLSTM(3, 4, dtype=torch.float16)(X.half()),
         RuntimeError,
-        "lstm_forward: expected x of dtype float32 or float64, got bfloat16",
+        "lstm_forward: expected x of dtype float32, float64 or bfloat16, got float16",
     ),
     "an unknown backend": (
         lambda: use_backend("cuda"),
@@ -192,7 +192,7 @@ PACKED = make_inputs(Case("errors", 3, 2, 5, 4, batch_sizes=(2, 2, 1)), torch.fl
         (LSTM_INPUTS, {"w_hr": torch.randn(4, 3)}, "expected w_hr of shape [P, H] = [3, 4], got [4, 3]"),
         (LSTM_INPUTS, {"w_hr": None}, "expected h0 of shape [B, H] = [2, 4] where there is no w_hr, got [2, 3]"),
         (LSTM_INPUTS, {"w_ih": torch.randn(16, 5).double()}, "expected w_ih of dtype float32, got float64"),
-        (LSTM_INPUTS, {"x": torch.ones(3, 2, 5).int()}, "expected x of dtype float32 or float64, got int32"),
+        (LSTM_INPUTS, {"x": torch.ones(3, 2, 5).int()}, "expected x of dtype float32, float64 or bfloat16, got int32"),
         (PACKED, {"batch_sizes": torch.tensor([2, 2, 2])}, "expected batch_sizes to add up to N = 5, got 6"),
         (PACKED, {"batch_sizes": torch.tensor([2, 1, 2])}, "expected batch_sizes to start at B = 2 and never grow, got 2 at step 2"),
         (PACKED, {"batch_sizes": torch.tensor([3, 2])}, "expected batch_sizes to start at B = 2 and never grow, got 3 at step 0"),

@@ -38,13 +38,21 @@ struct Stored {
       Vec<T> x[Rows];
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(x_rows[r * x_stride + i]);
+      constexpr int kAtOnce = std::is_same_v<W, Bfloat16> ? 2 : 1;
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < kVectors; j += kAtOnce) {
         const int64_t next = j / kPanelVectors, vector = j % kPanelVectors;
-        const Vec<T> w =
-            Vec<T>::load(weights + (next * steps + i) * kPanelColumns<T> + vector * Vec<T>::kLanes);
+        const W* const at =
+            weights + (next * steps + i) * kPanelColumns<T> + vector * Vec<T>::kLanes;
+        Vec<T> w[kAtOnce];
+        if constexpr (kAtOnce == 2)
+          Vec<T>::load_pair(at, w[0], w[1]);
+        else
+          w[0] = Vec<T>::load(at);
+#pragma GCC unroll 2
+        for (int v = 0; v < kAtOnce; ++v)
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
+          for (int r = 0; r < Rows; ++r) sum[r][j + v] = fma(x[r], w[v], sum[r][j + v]);
       }
     }
 #pragma GCC unroll 16
@@ -191,6 +199,11 @@ inline void each_column(const PackArgs& args, const Visit& visit) {
 template <typename T, typename W>
 inline void pack_as(const PackArgs& args) {
   each_column<T>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    if constexpr (std::is_same_v<W, Bfloat16>) {  // two vectors interleaved: Vec::load_pair
+      constexpr int64_t kLanes = Vec<T>::kLanes;
+      const int64_t vector = slot / kLanes, lane = slot % kLanes;
+      slot = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
+    }
     W* to = static_cast<W*>(args.packed) + panel * args.k * kPanelColumns<T> + slot;
     const W* from = static_cast<const W*>(args.b) + column * args.stride_column;
     for (int64_t i = 0; i < args.k; ++i)
@@ -221,8 +234,9 @@ void pack(const PackArgs& args) {
     case Format::kSame:
       return pack_as<T, T>(args);
     case Format::kFloat16:
+      return pack_as<T, Float16>(args);
     case Format::kBfloat16:
-      return pack_as<T, uint16_t>(args);
+      return pack_as<T, Bfloat16>(args);
     case Format::kInt8:
       return pack_int8(args);
   }

@@ -17,9 +17,10 @@ struct Vec<float> {
   static Vec load(const Float16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
-  static Vec load(const Bfloat16* p) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  static void load_pair(const Bfloat16* p, Vec& first, Vec& second) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    first.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    second.v = _mm512_castsi512_ps(_mm512_and_epi32(bits, _mm512_set1_epi32(~0xffff)));
   }
   static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }

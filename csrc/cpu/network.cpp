@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cpu/network.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace iss {
+namespace {
+
+Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
+  Stack stack;
+  for (const auto& layer : layers) {
+    Layer& cells = stack.emplace_back();
+    for (const CellWeights& w : layer)
+      cells.push_back({.input = w.w_ih.size(1),
+                       .hidden = w.w_ih.size(0) / 4,
+                       .output = w.w_hh.size(1),
+                       .reverse = w.reverse,
+                       .w_ih = pack(w.w_ih, {.transposed = true, .gates = false}, w.scale_ih),
+                       .w_hh = pack(w.w_hh, {.transposed = true, .gates = true}, w.scale_hh),
+                       .w_hr = w.w_hr
+                                   ? pack(*w.w_hr, {.transposed = true, .gates = false}, w.scale_hr)
+                                   : Matrix(),
+                       .bias = w.bias.value_or(at::Tensor())});
+  }
+  return stack;
+}
+
+template <typename T>
+T activated(int kind, T x, T parameter) {
+  switch (kind) {
+    case 0:
+      return x < 0 ? T(0) : x;  // NaN passes
+    case 1:
+      return std::tanh(x);
+    case 2:
+      return 1 / (1 + std::exp(-x));
+    case 3:
+      return x / (1 + std::exp(-x));
+    case 4:
+      return x * T(0.5) * (1 + std::erf(x * T(M_SQRT1_2)));
+    default:
+      return x < 0 ? x * parameter : x;
+  }
+}
+const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "leaky_relu"};
+
+}  // namespace
+
+Network::Network(std::vector<std::vector<CellWeights>> layers)
+    : weights_(std::move(layers)),
+      dtype_(weights_[0][0].w_ih.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {}
+
+std::shared_ptr<const Stack> Network::stack() const {
+  const std::lock_guard lock(mutex_);
+  if (packed_for_ != &cpu_kernels()) {
+    stack_ = std::make_shared<const Stack>(packed_stack(weights_));
+    packed_for_ = &cpu_kernels();
+  }
+  return stack_;
+}
+
+int64_t Network::input() const { return weights_[0][0].w_ih.size(1); }
+
+int64_t Network::output() const {
+  int64_t width = 0;
+  for (const CellWeights& cell : weights_.back())
+    width += cell.w_hr ? cell.w_hr->size(0) : cell.w_hh.size(1);
+  return width;
+}
+
+at::Tensor Network::run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
+                        const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const {
+  const int64_t batch = h[0].size(0);
+  const Sequence sequence(batch_sizes ? *batch_sizes : std::vector<int64_t>(x.size(0), batch),
+                          batch);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = output();
+  const at::Tensor y = at::empty(shape, x.options());
+  AT_DISPATCH_FLOATING_TYPES(dtype_, "Network::run", [&] {
+    std::vector<CellState<scalar_t>> states;
+    for (size_t i = 0; i < h.size(); ++i)
+      states.push_back({.h0 = h[i].const_data_ptr<scalar_t>(),
+                        .c = c[i].mutable_data_ptr<scalar_t>(),
+                        .h_n = h[i].mutable_data_ptr<scalar_t>(),
+                        .gates = nullptr,
+                        .cells = nullptr});
+    run_stack<scalar_t>(*stack(), sequence, x.const_data_ptr<scalar_t>(), states,
+                        y.mutable_data_ptr<scalar_t>());
+  });
+  return y;
+}
+
+Stream::Stream(int64_t batch, at::ScalarType dtype, int64_t input)
+    : batch_(batch), input_(input), width_(input), dtype_(dtype), one_step_({batch}, batch) {}
+
+void Stream::add(Stage stage, int64_t width) {
+  stages_.push_back(std::move(stage));
+  width_ = width;
+  between_.push_back(at::empty({batch_, width}, dtype_));
+}
+
+void Stream::add_lstm(std::shared_ptr<const Network> network) {
+  const size_t first = states_.size();
+  for (const Layer& layer : *network->stack())
+    for (const Cell& cell : layer)
+      states_.emplace_back(at::zeros({batch_, cell.output}, dtype_),
+                           at::zeros({batch_, cell.hidden}, dtype_));
+  const int64_t width = network->output();
+  add(Lstm{std::move(network), first}, width);
+}
+
+void Stream::add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  add(Linear{weight, bias.value_or(at::Tensor()), {}}, weight.size(0));
+}
+
+void Stream::add_layer_norm(const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, double eps) {
+  add(LayerNorm{weight.value_or(at::Tensor()), bias.value_or(at::Tensor()), eps}, width_);
+}
+
+void Stream::add_activation(const std::string& name, double parameter) {
+  for (int kind = 0; kind < 6; ++kind)
+    if (name == kActivations[kind]) return add(Activation{kind, parameter}, width_);
+  TORCH_INTERNAL_ASSERT(false, name);
+}
+
+template <typename T>
+void Stream::run(Lstm& lstm, const T* x, T* y, int64_t) {
+  const auto stack = lstm.network->stack();
+  thread_local std::vector<CellState<T>> states;
+  states.clear();
+  for (size_t i = 0; i < stack->size(); ++i) {
+    const auto& [h, c] = states_[lstm.first_state + i];
+    states.push_back({.h0 = h.template const_data_ptr<T>(),
+                      .c = c.template mutable_data_ptr<T>(),
+                      .h_n = h.template mutable_data_ptr<T>(),
+                      .gates = nullptr,
+                      .cells = nullptr});
+  }
+  run_stack<T>(*stack, one_step_, x, states, y);
+}
+
+template <typename T>
+void Stream::run(Linear& linear, const T* x, T* y, int64_t columns) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  if (linear.packed_for != &kernels) {
+    linear.packed = pack(linear.weight, {.transposed = true, .gates = false});
+    linear.packed_for = &kernels;
+  }
+  const int64_t k = linear.weight.size(1);
+  const int64_t panels = kernels.panels(columns, false);
+  constexpr int64_t kWorthAThread = 1 << 18;  // multiplies that take about 10 us
+  const int64_t shares = std::clamp<int64_t>(batch_ * k * columns / kWorthAThread, 1, panels);
+  const auto columns_of = [&](int64_t begin, int64_t end) {
+    kernels.matmul({.rows = batch_,
+                    .k = k,
+                    .columns = columns,
+                    .panels = {begin, end},
+                    .a = x,
+                    .a_stride = k,
+                    .b = linear.packed.view(),
+                    .bias = linear.bias.defined() ? linear.bias.const_data_ptr<T>() : nullptr,
+                    .out = y,
+                    .out_stride = columns,
+                    .scratch = nullptr});
+  };
+  if (shares == 1)
+    columns_of(0, panels);
+  else
+    at::parallel_for(0, panels, (panels + shares - 1) / shares, columns_of);
+}
+
+template <typename T>
+void Stream::run(LayerNorm& norm, const T* x, T* y, int64_t n) {
+  for (int64_t b = 0; b < batch_; ++b, x += n, y += n) {
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
+    const double mean = sum / n;
+    for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    const double scale = 1 / std::sqrt(squares / n + norm.eps);
+    for (int64_t i = 0; i < n; ++i) {
+      double value = (x[i] - mean) * scale;
+      if (norm.weight.defined()) value *= norm.weight.const_data_ptr<T>()[i];
+      if (norm.bias.defined()) value += norm.bias.const_data_ptr<T>()[i];
+      y[i] = static_cast<T>(value);
+    }
+  }
+}
+
+template <typename T>
+void Stream::run(Activation& activation, const T* x, T* y, int64_t width) {
+  for (int64_t i = 0; i < batch_ * width; ++i)
+    y[i] = activated(activation.kind, x[i], static_cast<T>(activation.parameter));
+}
+
+template <typename T>
+void Stream::step_as(const T* x, T* out) {
+  for (size_t i = 0; i < stages_.size(); ++i) {
+    T* const y = i + 1 == stages_.size() ? out : between_[i].mutable_data_ptr<T>();
+    std::visit([&](auto& stage) { run<T>(stage, x, y, between_[i].size(1)); }, stages_[i]);
+    x = y;
+  }
+}
+
+void Stream::step(const void* x, void* out) {
+  const std::lock_guard lock(mutex_);
+  if (dtype_ == at::kDouble)
+    step_as(static_cast<const double*>(x), static_cast<double*>(out));
+  else
+    step_as(static_cast<const float*>(x), static_cast<float*>(out));
+}
+
+void Stream::reset() {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [h, c] : states_) h.zero_(), c.zero_();
+}
+
+}  // namespace iss

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Inference from weights that no longer change: packed once, run without the dispatcher. A Network
+// is the LSTM of a prepared model; a Stream takes a chain of layers one time step at a time.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "cpu/stack.h"
+
+namespace iss {
+
+// One direction of one layer, as nn.LSTM shapes it: float64, float32, float16, bfloat16, or int8
+// with one scale for each row.
+struct CellWeights {
+  at::Tensor w_ih, w_hh;                    // [4H, I], [4H, P]
+  std::optional<at::Tensor> bias, w_hr;     // [4H] in the compute dtype; [P, H]
+  at::Tensor scale_ih, scale_hh, scale_hr;  // [4H], [4H], [P]; undefined but for int8
+  bool reverse;
+};
+
+class Network {
+ public:
+  explicit Network(std::vector<std::vector<CellWeights>> layers);
+
+  // Packed for the ISA in use; packed again where that has changed.
+  std::shared_ptr<const Stack> stack() const;
+  // What activations are: float64 for float64 weights, else float32.
+  at::ScalarType dtype() const { return dtype_; }
+  int64_t input() const;
+  int64_t output() const;  // of all directions
+
+  // x [T, B, I], or [N, I] with the sizes of each step; h, c: [B, P] and [B, H] by layer and
+  // direction, contiguous; they are overwritten by h_n and c_n. -> y [T, B, P] or [N, P]
+  at::Tensor run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
+                 const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const;
+
+ private:
+  std::vector<std::vector<CellWeights>> weights_;
+  at::ScalarType dtype_;
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const Stack> stack_;
+  mutable const void* packed_for_ = nullptr;
+};
+
+class Stream {
+ public:
+  Stream(int64_t batch, at::ScalarType dtype, int64_t input);
+
+  void add_lstm(std::shared_ptr<const Network> network);
+  void add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+  void add_layer_norm(const std::optional<at::Tensor>& weight,
+                      const std::optional<at::Tensor>& bias, double eps);
+  // relu, tanh, sigmoid, silu, gelu, leaky_relu (parameter: the slope below 0)
+  void add_activation(const std::string& name, double parameter);
+
+  // x [B, input()] -> out [B, output()], contiguous.
+  void step(const void* x, void* out);
+  void reset();
+
+  int64_t batch() const { return batch_; }
+  int64_t input() const { return input_; }
+  int64_t output() const { return width_; }
+  at::ScalarType dtype() const { return dtype_; }
+  // By layer: h [B, P], c [B, H]; the stream's own memory.
+  const std::vector<std::pair<at::Tensor, at::Tensor>>& states() const { return states_; }
+
+ private:
+  struct Lstm {
+    std::shared_ptr<const Network> network;
+    size_t first_state;
+  };
+  struct Linear {
+    at::Tensor weight, bias;
+    Matrix packed;
+    const void* packed_for = nullptr;
+  };
+  struct LayerNorm {
+    at::Tensor weight, bias;
+    double eps;
+  };
+  struct Activation {
+    int kind;
+    double parameter;
+  };
+  using Stage = std::variant<Lstm, Linear, LayerNorm, Activation>;
+
+  void add(Stage stage, int64_t width);
+  template <typename T>
+  void run(Lstm& lstm, const T* x, T* y, int64_t width);
+  template <typename T>
+  void run(Linear& linear, const T* x, T* y, int64_t width);
+  template <typename T>
+  void run(LayerNorm& norm, const T* x, T* y, int64_t width);
+  template <typename T>
+  void run(Activation& activation, const T* x, T* y, int64_t width);
+  template <typename T>
+  void step_as(const T* x, T* out);
+
+  int64_t batch_, input_, width_;
+  at::ScalarType dtype_;
+  Sequence one_step_;
+  std::vector<Stage> stages_;
+  std::vector<at::Tensor> between_;  // [B, width] after each stage
+  std::vector<std::pair<at::Tensor, at::Tensor>> states_;
+  std::mutex mutex_;
+};
+
+}  // namespace iss

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prepare: a copy of a model for inference, whose LSTM weights are packed once.
+
+ISSLSTM looks at all its weights in each call, in case they have changed; a prepared one need not,
+takes a whole stack in one call, and may keep its weights in 16 or 8 bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from iss_kernels import backend
+from iss_kernels.lstm import ISSLSTM, State
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+_Stored: TypeAlias = tuple[Tensor, Tensor | None]  # the weight, and for int8 its scales by row
+
+
+def _store(name: str, weight: Tensor, weights: str) -> _Stored:
+    """One matrix in the format asked for."""
+    if not weight.isfinite().all():
+        raise ValueError(f"prepare: expected finite weights, got inf or nan in {name}")
+    if weights == "int8":
+        scale = weight.float().abs().amax(1) / 127
+        steps = (weight.float() / scale.where(scale > 0, 1)[:, None]).round()
+        return steps.to(torch.int8), scale
+    stored = weight.to(_DTYPES[weights]).contiguous()
+    if not stored.isfinite().all():
+        largest = weight.abs().max().item()
+        raise ValueError(
+            f"prepare: expected weights within float16's range of 65504, got {largest:g} in {name}"
+        )
+    return stored, None
+
+
+class PreparedLSTM(ISSLSTM):
+    """An ISSLSTM for inference alone, from a snapshot of another's weights; see `prepare`.
+
+    Called like nn.LSTM, in any forward form of ISSLSTM. Weights are buffers in the format chosen,
+    under nn.LSTM's names (int8 adds "<name>_scale", float32, one per row); biases stay float32.
+    Activations and sums are float32, and an input of another floating dtype is converted, as is
+    what comes back. With int8, each row of x and h is quantised to 8 bits on the fly. There is no
+    dropout. Raises RuntimeError where a gradient is asked for.
+    """
+
+    def __init__(self, lstm: ISSLSTM, weights: str) -> None:
+        super().__init__(
+            lstm.input_size,
+            lstm.hidden_size,
+            lstm.num_layers,
+            lstm.bias,
+            lstm.batch_first,
+            0.0,
+            lstm.bidirectional,
+            lstm.proj_size,
+            device="meta",
+        )
+        self.weights = weights
+        self._native: Any = None
+        with torch.no_grad():
+            for name in sum(self._all_weights, []):
+                value = getattr(lstm, name).detach()
+                delattr(self, name)
+                if name.startswith("bias"):
+                    self.register_buffer(name, value.float().clone())
+                    continue
+                stored, scale = _store(name, value, weights)
+                self.register_buffer(name, stored.clone() if stored is value else stored)
+                if scale is not None:
+                    self.register_buffer(name + "_scale", scale)
+        self.register_load_state_dict_post_hook(PreparedLSTM._forget)  # type: ignore[no-untyped-call]
+        self.eval()
+
+    def _forget(self, *_: Any) -> None:
+        """Pack again at the next call: the weights have changed."""
+        self._native = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PreparedLSTM:
+        """Move to a device; a change of dtype leaves the weights in their format."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            return fn(t).to(t.dtype)  # type: ignore[no-any-return]
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}
+
+    def extra_repr(self) -> str:
+        """nn.LSTM's line, and the format."""
+        return f"{super().extra_repr()}, weights={self.weights!r}"
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[State, State] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[State, State]]:
+        """As ISSLSTM.forward."""
+        tensor = input.data if isinstance(input, PackedSequence) else input
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "PreparedLSTM: expected an input that asks for no gradient (a prepared model only "
+                "infers; use torch.no_grad()), got one with requires_grad=True"
+            )
+        if hx is None and lengths is None and self._uniform and tensor is input:
+            native = self.native()
+            if native is not None:
+                plain = native.run_plain(tensor, self.batch_first)
+                if plain is not None:
+                    return plain  # type: ignore[no-any-return]
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            return self._in_float32(input, hx, lengths)  # type: ignore[no-any-return]
+        return super().forward(input, hx, lengths)
+
+    def _in_float32(self, input: Any, hx: Any, lengths: Any) -> Any:
+        """Convert on the way in and out."""
+        dtype = input.data.dtype if isinstance(input, PackedSequence) else input.dtype
+        y, state = super().forward(_to(input, torch.float32), _to(hx, torch.float32), lengths)
+        return _to(y, dtype), _to(state, dtype)
+
+    def native(self) -> Any:
+        """The compiled network; None where the reference runs instead."""
+        if backend.backend() == "reference":
+            return None
+        if self._native is None:
+            directions = len(self.sizes[0])
+            cells = []
+            for index, names in enumerate(self._all_weights):
+                value = {name.partition("_l")[0]: getattr(self, name) for name in names}
+                scale = {
+                    name.partition("_l")[0]: getattr(self, name + "_scale", None) for name in names
+                }
+                bias = value["bias_ih"] + value["bias_hh"] if self.bias else None
+                cells.append(
+                    (value["weight_ih"], value["weight_hh"], bias, value.get("weight_hr"),
+                     scale["weight_ih"], scale["weight_hh"], scale.get("weight_hr"),
+                     index % directions == 1)
+                )  # fmt: skip
+            layers = [cells[i : i + directions] for i in range(0, len(cells), directions)]
+            self._native = backend.native().Network(layers)
+        return self._native
+
+    def _run(
+        self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        native = self.native()
+        if native is None or x.device.type != "cpu":
+            return super()._run(x, batch_sizes, states)
+        final = [(h.float().clone(), c.float().clone()) for h, c in states]
+        hs, cs = zip(*final, strict=True)
+        sizes = None if batch_sizes is None else batch_sizes.tolist()
+        return native.run(x, sizes, [h.contiguous() for h in hs], list(cs)), final
+
+    def _parameters_of(
+        self, index: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The weights widened to float32, for the reference."""
+
+        def widened(name: str) -> Tensor:
+            weight: Tensor = getattr(self, name)
+            scale: Tensor | None = getattr(self, name + "_scale", None)
+            return weight.float() if scale is None else weight.float() * scale[:, None]
+
+        names = self._all_weights[index]
+        w = [widened(name) for name in names]
+        w_hr = w.pop() if names[-1].startswith("weight_hr") else None
+        b_ih, b_hh = w[2:] if self.bias else (None, None)
+        return w[0], w[1], b_ih, b_hh, w_hr
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float32
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors in nested tuples, converted."""
+    if isinstance(value, (Tensor, PackedSequence)):
+        return value.to(dtype)
+    return value if value is None else tuple(_to(part, dtype) for part in value)
+
+
+def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
+    """A copy of `model` for inference: every nn.LSTM and ISSLSTM in it as a `PreparedLSTM`.
+
+    weights: how LSTM weights are stored, "float32", "float16", "bfloat16" or "int8" (each row with
+    its own scale). The copy is in eval mode; changing the model's weights later does not change
+    it. Raises ValueError for another format, for a model without an LSTM, and for weights that the
+    format cannot hold.
+    """
+    if weights not in _DTYPES:
+        raise ValueError(
+            f"prepare: expected weights to be one of {tuple(_DTYPES)}, got {weights!r}"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
+    found = {m for m in model.modules() if type(m) in (nn.LSTM, ISSLSTM, PreparedLSTM)}
+    if not found:
+        raise ValueError(
+            f"prepare: expected a model with an nn.LSTM or ISSLSTM, got {type(model).__name__} "
+            "without one"
+        )
+    if any(type(m) is PreparedLSTM for m in found):
+        raise ValueError("prepare: expected a model that is not prepared yet, got a PreparedLSTM")
+    memo: dict[int, Any] = {}
+    for module in found:
+        lstm = ISSLSTM.from_torch(module) if isinstance(module, nn.LSTM) else module
+        memo[id(module)] = PreparedLSTM(lstm, weights)  # type: ignore[arg-type]
+    return copy.deepcopy(model, memo).eval()
