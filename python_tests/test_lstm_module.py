@@ -210,6 +210,7 @@ def test_device_dtype_and_flatten_parameters():
     assert y.shape == (5, 2, 4) and h.shape == c.shape == (1, 2, 4)
 
 
+@pytest.mark.filterwarnings("ignore:TF32")  # torch's own, whenever oneDNN is switched
 def test_autocast_returns_what_nn_lstm_returns(implementation):
     torchs, ours = pair(3, 4, 2)
     # oneDNN's bfloat16 LSTM needs AVX-512: without it nn.LSTM fails.
