@@ -10,16 +10,16 @@ import pytest
 from iss_kernels.backend import supported_isas
 
 ROOT = Path(__file__).parents[1]
+SIMDE = Path(__file__).parent / "simde_avx512.h"
 SOURCES = [*sorted((ROOT / "csrc/cpu").glob("isa_*.cpp")), ROOT / "csrc/cpu/dispatch.cpp"]
 # -O1: the tiles are the same as at -O3, and it compiles in a few seconds.
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-I", str(ROOT / "csrc")]
 
 
-def build_and_run(compiler, runner, directory):
+def build_and_run(compiler, runner, directory, sources=SOURCES):
     program = directory / "kernels_test"
-    test = Path(__file__).parent / "kernels_test.cpp"
-    sources = [str(path) for path in (*SOURCES, test)]
-    subprocess.run([compiler, *FLAGS, *sources, "-o", str(program)], check=True)
+    files = [*sources, Path(__file__).parent / "kernels_test.cpp"]
+    subprocess.run([compiler, *FLAGS, *map(str, files), "-o", str(program)], check=True)
     result = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()
@@ -28,6 +28,22 @@ def build_and_run(compiler, runner, directory):
 def test_every_isa_of_this_machine(tmp_path):
     lines = build_and_run("c++", [], tmp_path)
     assert lines == [f"{isa}: passed" for isa in supported_isas()]
+
+
+def test_avx512_through_simde(tmp_path):
+    """Where the machine has AVX-512 the test above runs it; elsewhere SIMDe stands in for it."""
+    if "avx512" in supported_isas():
+        pytest.skip("this machine has AVX-512")
+    if "avx2" not in supported_isas() or not Path("/usr/include/simde/x86/avx512.h").exists():
+        pytest.skip("needs AVX2 and SIMDe (Debian: libsimde-dev)")
+    avx512 = ROOT / "csrc/cpu/isa_avx512.cpp"
+    stand_in = ["-w", "-mavx2", "-mfma", "-mf16c", "-include", str(SIMDE)]
+    subprocess.run(
+        ["c++", *FLAGS, *stand_in, "-c", str(avx512), "-o", str(tmp_path / "avx512.o")], check=True
+    )
+    others = [path for path in SOURCES if path != avx512]
+    lines = build_and_run("c++", [], tmp_path, [*others, tmp_path / "avx512.o"])
+    assert lines == [f"{isa}: passed" for isa in ("avx512", *supported_isas())]
 
 
 def test_neon_under_an_emulator(tmp_path):

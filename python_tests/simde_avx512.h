@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Included before csrc/cpu/isa_avx512.cpp (-include), so that its intrinsics are SIMDe's and run on
+// a CPU with AVX2 alone.
+#pragma once
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+
+#undef __builtin_cpu_supports
+#define __builtin_cpu_supports(isa) 1
+
+// What SIMDe 0.7.4 (Debian 12) does not have.
+namespace simde_missing {
+
+template <typename Vector, typename Element>
+Vector load(unsigned mask, const Element* from) {
+  Element lanes[sizeof(Vector) / sizeof(Element)] = {};
+  for (unsigned i = 0; mask >> i; ++i)
+    if (mask >> i & 1) lanes[i] = from[i];
+  Vector result;
+  __builtin_memcpy(&result, lanes, sizeof(lanes));
+  return result;
+}
+
+template <typename Vector, typename Element>
+void store(Element* to, unsigned mask, Vector vector) {
+  Element lanes[sizeof(Vector) / sizeof(Element)];
+  __builtin_memcpy(lanes, &vector, sizeof(lanes));
+  for (unsigned i = 0; mask >> i; ++i)
+    if (mask >> i & 1) to[i] = lanes[i];
+}
+
+template <typename Element, typename Vector>
+Element sum(Vector vector) {
+  Element lanes[sizeof(Vector) / sizeof(Element)], total = 0;
+  store(lanes, (1u << sizeof(Vector) / sizeof(Element)) - 1, vector);
+  for (const Element lane : lanes) total += lane;
+  return total;
+}
+
+template <typename Convert, typename Half>
+__m512 both(Convert convert, Half low, Half high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(convert(low)), convert(high), 1);
+}
+
+}  // namespace simde_missing
+
+#define _mm512_maskz_loadu_ps simde_missing::load<__m512>
+#define _mm512_maskz_loadu_pd simde_missing::load<__m512d>
+#define _mm512_mask_storeu_ps simde_missing::store
+#define _mm512_mask_storeu_pd simde_missing::store
+#define _mm512_reduce_add_ps simde_missing::sum<float>
+#define _mm512_reduce_add_pd simde_missing::sum<double>
+#define _mm512_cvtph_ps(halves)                                           \
+  simde_missing::both([](__m128i half) { return _mm256_cvtph_ps(half); }, \
+                      _mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1))
+#define _mm512_cvtepi32_ps(ints)                                             \
+  simde_missing::both([](__m256i half) { return _mm256_cvtepi32_ps(half); }, \
+                      _mm512_castsi512_si256(ints), _mm512_extracti64x4_epi64(ints, 1))
+
+// No target region: the file is compiled for AVX2 as a whole.
+#include "cpu/target.h"
+#undef ISS_TARGET_BEGIN
+#undef ISS_TARGET_END
+#define ISS_TARGET_BEGIN(isa)
+#define ISS_TARGET_END
