@@ -55,6 +55,7 @@ cuda = cuda_enabled()
 # Never -march or -mavx2: code for one instruction set sits in target regions (csrc/README.md), and
 # FMA is used only where it is written (-ffp-contract=off), so every ISA computes what is read.
 cxx = ["-std=c++20", "-O0" if DEBUG else "-O3", "-g1", "-ffp-contract=off", "-fvisibility=hidden"]
+cxx += ["-falign-loops=64"]  # up to 8 % of a small matmul, where two threads share a core
 # at::parallel_for is a plain loop in code that is compiled without OpenMP.
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]

@@ -8,10 +8,10 @@ void lstm_step(const LstmStepArgs<T>& args) {
   using V = Vec<T>;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
-  const auto finish = [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row,
-                                                int64_t panel) __attribute__((noinline)) {
-    for (int r = 0; r < Rows; ++r)
-      for (int p = 0; p < Panels; ++p) {
+  const auto finish = [&](const V* sums, int64_t row, int64_t rows, int64_t panel,
+                          int64_t panels) __attribute__((noinline)) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t p = 0; p < panels; ++p) {
         const int64_t unit = (panel + p) * kLanes;
         const int64_t left = hidden - unit;  // the last panel may be partly empty
         const auto load = [&](const T* from) {
@@ -20,7 +20,7 @@ void lstm_step(const LstmStepArgs<T>& args) {
         const auto store = [&](V value, T* to) {
           left >= kLanes ? value.store(to) : value.store(to, left);
         };
-        const V* sum = tile.sum[r] + p * kPanelVectors;
+        const V* sum = sums + r * kSumVectors + p * kPanelVectors;
         const int64_t at_unit = (row + r) * hidden + unit;
         const int64_t at_gate = (row + r) * 4 * hidden + unit;
         const V i = sigmoid(sum[0] + load(args.gates_x + at_gate));

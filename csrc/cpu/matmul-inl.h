@@ -4,46 +4,68 @@
 // of the batch nor on how work is split: batch 1 and batch 64 give the same bits.
 
 constexpr int kPanelVectors = 4;
+// Sums of one row stand next to each other, of two panels at most.
+constexpr int kSumVectors = 2 * kPanelVectors;
 
 template <typename T>
 constexpr int64_t kPanelColumns = kPanelVectors * Vec<T>::kLanes;
 
-template <typename T, int Rows, int Panels>
-struct Tile {
-  Vec<T> sum[Rows][Panels * kPanelVectors];
-};
-
 // B stored as W: T, or what a vector of T is widened from.
 template <typename T, typename W>
 struct Stored {
+  // Several tiles of rows go over this many bytes of B while they are in the L1 cache.
+  static constexpr int64_t kBlockBytes = 1 << 14;
+  // A matrix of more bytes than this comes from L3 or memory, where the hardware's prefetcher falls
+  // behind what several rows can use; so it is asked for kAhead bytes early.
+  static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 13;
+  static constexpr int64_t kStepBytes = kPanelColumns<T> * sizeof(W);
+
   const T* a;
   int64_t stride, k;
   const W* panels;
+  bool far;
 
+  Stored(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range, const void* packed)
+      : a(a),
+        stride(stride),
+        k(k),
+        panels(static_cast<const W*>(packed)),
+        far(rows > 1 && (range.end - range.begin) * k * kStepBytes > kFarBytes) {}
+
+  // Rows of one panel to take at a time.
+  int64_t block() const { return kBlockBytes / kStepBytes; }
+
+  // sums [Rows][kSumVectors] += the products of rows [begin, end) of B; = where begin is 0.
   // Not inlined: next to the code that finishes a tile, the compiler would keep that code's
   // constants in registers and the sums in memory.
   template <int Rows, int Panels>
-  __attribute__((noinline)) void multiply(int64_t row, int64_t panel,
-                                          Tile<T, Rows, Panels>& tile) const {
+  __attribute__((noinline)) void multiply(int64_t row, int64_t panel, int64_t begin, int64_t end,
+                                          Vec<T>* sums) const {
     constexpr int kVectors = Panels * kPanelVectors;
-    const T* const x_rows = a + row * stride;
-    const W* const weights = panels + panel * k * kPanelColumns<T>;
-    const int64_t x_stride = stride, steps = k;
+    constexpr int kAtOnce = std::is_same_v<W, Bfloat16> ? 2 : 1;
+    const T* const x_rows = a + row * stride + begin;
+    const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
+    const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
+    const bool ahead = far && row == 0;  // the other tiles find it there
     Vec<T> sum[Rows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = Vec<T>::set(0);
+      for (int j = 0; j < kVectors; ++j)
+        sum[r][j] = begin == 0 ? Vec<T>::set(0) : sums[r * kSumVectors + j];
     for (int64_t i = 0; i < steps; ++i) {
       Vec<T> x[Rows];
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(x_rows[r * x_stride + i]);
-      constexpr int kAtOnce = std::is_same_v<W, Bfloat16> ? 2 : 1;
+      const W* const of_step = weights + i * kPanelColumns<T>;
+      if (ahead)
+#pragma GCC unroll 4
+        for (int64_t line = 0; line < kStepBytes; line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(of_step) + kAhead + line);
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; j += kAtOnce) {
-        const int64_t next = j / kPanelVectors, vector = j % kPanelVectors;
         const W* const at =
-            weights + (next * steps + i) * kPanelColumns<T> + vector * Vec<T>::kLanes;
+            of_step + j / kPanelVectors * to_next + j % kPanelVectors * Vec<T>::kLanes;
         Vec<T> w[kAtOnce];
         if constexpr (kAtOnce == 2)
           Vec<T>::load_pair(at, w[0], w[1]);
@@ -58,7 +80,7 @@ struct Stored {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) tile.sum[r][j] = sum[r][j];
+      for (int j = 0; j < kVectors; ++j) sums[r * kSumVectors + j] = sum[r][j];
   }
 };
 
@@ -101,9 +123,13 @@ struct Quantised {
     }
   }
 
+  int64_t block() const {
+    return int64_t{1} << 40;
+  }  // in one go: only its end turns sums to floats
+
   template <int Rows, int Panels>
-  __attribute__((noinline)) void multiply(int64_t row, int64_t panel,
-                                          Tile<float, Rows, Panels>& tile) const {
+  __attribute__((noinline)) void multiply(int64_t row, int64_t panel, int64_t, int64_t,
+                                          Vec<float>* sums) const {
     constexpr int kVectors = Panels * kPanelVectors, kLanes = Vec<float>::kLanes;
     const int64_t steps = groups, bytes = panel_bytes(groups);
     const int8_t* const weights = reinterpret_cast<const int8_t*>(panels + panel * bytes);
@@ -135,33 +161,60 @@ struct Quantised {
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j)
-        tile.sum[r][j] = sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
-                         Vec<float>::set(scales[row + r]);
+        sums[r * kSumVectors + j] = sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
+                                    Vec<float>::set(scales[row + r]);
   }
 };
 
-// Calls finish(tile, first_row, first_panel) for tiles that cover all rows and panels: as tall as
-// registers allow, and for a single row two panels wide, to keep enough sums in flight.
-template <typename T, int Rows, int Panels, typename Operands, typename Finish>
-inline void each_row_tile(const Operands& operands, int64_t first, int64_t rows, int64_t panel,
-                          const Finish& finish) {
-  for (; first + Rows <= rows; first += Rows) {
-    Tile<T, Rows, Panels> tile;
-    operands.template multiply<Rows, Panels>(first, panel, tile);
-    finish(tile, first, panel);
+// multiply() for fewer rows than a whole tile has, 0 included.
+template <int Rows, typename T, typename Operands>
+inline void short_tile(const Operands& operands, int64_t row, int64_t rows, int64_t panel,
+                       int64_t begin, int64_t end, Vec<T>* sums) {
+  if constexpr (Rows > 0) {
+    if (rows < Rows) return short_tile<Rows - 1>(operands, row, rows, panel, begin, end, sums);
+    operands.template multiply<Rows, 1>(row, panel, begin, end, sums);
   }
-  if constexpr (Rows > 1) each_row_tile<T, Rows - 1, Panels>(operands, first, rows, panel, finish);
 }
 
+// Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels.
+// Tiles are as tall as registers allow; a single row that is left over takes two panels at a time,
+// to keep enough sums in flight.
 template <typename T, typename Operands, typename Finish>
-inline void each_tile_of(const Operands& operands, int64_t rows, PanelRange panels,
+inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, PanelRange range,
                          const Finish& finish) {
-  int64_t panel = panels.begin;
-  if (rows == 1)
-    for (; panel + 2 <= panels.end; panel += 2)
-      each_row_tile<T, 1, 2>(operands, 0, rows, panel, finish);
-  for (; panel < panels.end; ++panel)
-    each_row_tile<T, Vec<T>::kTileRows, 1>(operands, 0, rows, panel, finish);
+  constexpr int kTileRows = Vec<T>::kTileRows;
+  constexpr int64_t kMostRows = 66;  // a multiple of every tile
+  Vec<T> sums[kMostRows * kSumVectors];
+  for (int64_t start = 0; start < all_rows; start += kMostRows) {
+    const int64_t stop = std::min(start + kMostRows, all_rows), rows = stop - start;
+    const int64_t most_panels = rows % kTileRows == 1 && rows <= 4 * kTileRows ? 2 : 1;
+    const int64_t block = rows <= kTileRows ? k : operands.block() / most_panels;
+    const int64_t group = k <= block ? kTileRows : kMostRows;
+    for (int64_t panel = range.begin; panel < range.end; panel += most_panels) {
+      const int64_t panels = std::min(most_panels, range.end - panel);
+      for (int64_t first = start; first < stop; first += group) {
+        const int64_t last = std::min(first + group, stop);
+        int64_t begin = 0;
+        do {
+          const int64_t end = std::min(begin + block, k);
+          int64_t row = first;
+          Vec<T>* to = sums;
+          for (; row + kTileRows <= last; row += kTileRows, to += kTileRows * kSumVectors)
+            for (int64_t p = 0; p < panels; ++p)
+              operands.template multiply<kTileRows, 1>(row, panel + p, begin, end,
+                                                       to + p * kPanelVectors);
+          if (last - row == 1 && panels == 2)
+            operands.template multiply<1, 2>(row, panel, begin, end, to);
+          else
+            for (int64_t p = 0; p < panels; ++p)
+              short_tile<kTileRows - 1>(operands, row, last - row, panel + p, begin, end,
+                                        to + p * kPanelVectors);
+          begin = end;
+        } while (begin < k);
+        finish(sums, first, last - first, panel, panels);
+      }
+    }
+  }
 }
 
 // The tiles of a [rows, k] @ b.
@@ -169,13 +222,13 @@ template <typename T, typename Finish>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
                       PanelRange panels, void* scratch, const Finish& finish) {
   const auto stored = [&]<typename W>(const W* weights) {
-    each_tile_of<T>(Stored<T, W>{a, stride, k, weights}, rows, panels, finish);
+    each_tile_of<T>(Stored<T, W>(a, stride, rows, k, panels, weights), rows, k, panels, finish);
   };
   if constexpr (std::is_same_v<T, float>) {
     if (b.format == Format::kFloat16) return stored(static_cast<const Float16*>(b.panels));
     if (b.format == Format::kBfloat16) return stored(static_cast<const Bfloat16*>(b.panels));
     if (b.format == Format::kInt8)
-      return each_tile_of<T>(Quantised(a, rows, stride, k, b.panels, scratch), rows, panels,
+      return each_tile_of<T>(Quantised(a, rows, stride, k, b.panels, scratch), rows, k, panels,
                              finish);
   }
   stored(static_cast<const T*>(b.panels));
@@ -245,20 +298,27 @@ void pack(const PackArgs& args) {
 template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
-  const auto finish = [&]<int Rows, int Panels>(const Tile<T, Rows, Panels>& tile, int64_t row,
-                                                int64_t panel) __attribute__((noinline)) {
-    for (int r = 0; r < Rows; ++r)
-      for (int j = 0; j < Panels * kPanelVectors; ++j) {
-        const int64_t column = panel * kPanelColumns<T> + j * kLanes;
+  const auto finish = [&](const Vec<T>* sums, int64_t row, int64_t rows, int64_t panel,
+                          int64_t panels) __attribute__((noinline)) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t column = (panel + p) * kPanelColumns<T>;
         const int64_t left = args.columns - column;
-        if (left <= 0) break;
-        T* out = args.out + (row + r) * args.out_stride + column;
-        Vec<T> value = tile.sum[r][j];
-        if (args.bias != nullptr) {
-          const T* bias = args.bias + column;
-          value = value + (left >= kLanes ? Vec<T>::load(bias) : Vec<T>::load(bias, left));
-        }
-        left >= kLanes ? value.store(out) : value.store(out, left);
+        const Vec<T>* const sum = sums + r * kSumVectors + p * kPanelVectors;
+        T* const out = args.out + (row + r) * args.out_stride + column;
+        const T* const bias = args.bias == nullptr ? nullptr : args.bias + column;
+        const auto put = [&](int64_t at, int64_t lanes) {
+          Vec<T> value = sum[at / kLanes];
+          if (bias != nullptr)
+            value = value +
+                    (lanes >= kLanes ? Vec<T>::load(bias + at) : Vec<T>::load(bias + at, lanes));
+          lanes >= kLanes ? value.store(out + at) : value.store(out + at, lanes);
+        };
+        if (left >= kPanelColumns<T>)
+#pragma GCC unroll 4
+          for (int64_t at = 0; at < kPanelColumns<T>; at += kLanes) put(at, kLanes);
+        else
+          for (int64_t at = 0; at < left; at += kLanes) put(at, left - at);
       }
   };
   each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, args.panels, args.scratch, finish);

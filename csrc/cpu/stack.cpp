@@ -22,7 +22,7 @@ constexpr int64_t kWorthABarrier = 1 << 15;
 // Projected inputs are made for so many steps at a time that they stay in a core's L2 cache.
 constexpr int64_t kChunkBytes = 1 << 18;
 // Few enough rows that they stay in the cache while the panels pass by; a multiple of every tile.
-constexpr int64_t kBlockRows = 60;
+constexpr int64_t kBlockRows = 66;
 
 // How the threads divide the work.
 enum class Split {
