@@ -11,33 +11,50 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 import iss_kernels
 
+Name = TypeVar("Name")
+
 RESULTS = Path(__file__).parent / "results"
 
 
+def rest() -> None:
+    """Wait until this process is idle.
+
+    A pool's threads spin after a call, in case another one follows: OpenMP's for 10 ms, ONNX
+    Runtime's for 60. They would take the cores from the next engine.
+    """
+    for _ in range(40):
+        start = time.process_time()
+        time.sleep(0.005)
+        if time.process_time() - start < 0.001:
+            return
+
+
 def interleaved_ms(
-    functions: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 7
-) -> dict[str, list[float]]:
+    functions: Mapping[Name, Callable[[], object]], seconds: float, rounds: int = 7
+) -> dict[Name, list[float]]:
     """Milliseconds per call by function: `rounds` medians each, taken in turn.
 
     In turn, so that what else the machine does hits all alike; a round of each lasts about
-    seconds / rounds / len(functions). Warm: every function ran just before it is timed.
+    seconds / rounds / len(functions), or one call where that is longer. Warm: the first call of a
+    round does not count, unless it is the only one.
     """
     share = seconds / rounds / len(functions)
-    result: dict[str, list[float]] = {name: [] for name in functions}
+    result: dict[Name, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            function()
+            rest()
             times: list[float] = []
-            while len(times) < 3 or sum(times) < share:
+            while sum(times) < share:
                 start = time.perf_counter()
                 function()
                 times.append(time.perf_counter() - start)
-            result[name].append(1e3 * statistics.median(times))
+            result[name].append(1e3 * statistics.median(times[1:] or times))
     return result
 
 

@@ -148,7 +148,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    script = Path(__file__).parents[1] / "bench" / "bench_lstm.py"
+    script = Path(__file__).parents[1] / "bench" / "bench_inference.py"
     if not script.exists():
         print(f"iss_kernels bench: runs in a source checkout; no {script}", file=sys.stderr)
         return USAGE
@@ -160,7 +160,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Command] = {
     "demo": ("do the whole job on real text and write a report", _demo_arguments, _demo),
-    "bench": ("check, then time ISSLSTM against nn.LSTM", _bench_arguments, _bench),
+    "bench": ("check, then time inference against other engines", _bench_arguments, _bench),
     "info": ("tell what was built and what runs", _info_arguments, _info),
 }
 

@@ -1,24 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark runs, checks before it times, and writes the columns it promises."""
+"""The benchmark runs, checks before it times, and writes what it promises."""
 
 import csv
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
-from iss_kernels.__main__ import main
+import pytest
 
+BENCH = Path(__file__).parents[1] / "bench"
 COLUMNS = (
-    "kernel provider mode T B I H dtype threads ms_p50 ms_p20 ms_p80 gflops "
-    "device isa torch git date"
+    "series engine weights layers T B threads ms_p50 ms_p20 ms_p80 gflops roofline "
+    "device isa torch git date onnxruntime openvino"
 )
+FORMATS = ("float32", "float16", "bfloat16", "int8")
 
 
-def test_bench_writes_a_row_for_every_provider(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["iss_kernels"])
-    path = tmp_path / "new" / "lstm.csv"
-    assert main(["bench", "--quick", "--threads", "1", "--output", str(path)]) == 0
+def run(*args):
+    """In a process of its own: the engines' packages warn, and keep threads."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "new" / "inference.csv"
+    args = ["-m", "iss_kernels", "bench", "--quick", "--threads", "1", "--seconds", "0.02"]
+    done = run(*args, "--output", path)
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+def installed(*packages):
+    return all(importlib.util.find_spec(package) is not None for package in packages)
+
+
+def test_bench_writes_a_row_for_every_engine(quick):
+    path, out = quick
     text = path.read_text()
     assert text.splitlines()[0].split(",") == COLUMNS.split()
     rows = list(csv.DictReader(text.splitlines()))
-    kinds = {(row["provider"], row["mode"]) for row in rows}
-    assert len(kinds) == 6 and len(rows) == 12
-    assert all(float(row["ms_p50"]) > 0 for row in rows)
-    assert "ISSLSTM" in capsys.readouterr().out
+    theirs = {"nn.LSTM", "nn.LSTM no oneDNN"}
+    if installed("onnxruntime", "onnx"):
+        theirs |= {"ONNX Runtime", "ONNX Runtime int8"}
+    stream = theirs | {f"Stream {weights}" for weights in FORMATS}
+    layer = theirs | {f"prepared {weights}" for weights in FORMATS} | {"torch int8", "ISSLSTM"}
+    if installed("openvino", "onnx"):
+        layer |= {"OpenVINO"}
+    assert {row["engine"] for row in rows if row["series"] == "stream"} == stream
+    assert {row["engine"] for row in rows if row["series"] == "layer"} == layer
+    assert len(rows) == len(stream) + 2 * len(layer)
+    for column in ("ms_p50", "ms_p20", "ms_p80", "gflops", "roofline"):
+        assert all(float(row[column]) > 0 for row in rows)
+    assert out.count("layer ") == 2 and out.count("stream ") == 1
+
+
+def test_bench_resumes_after_what_it_has(quick):
+    path, _ = quick
+    text = path.read_text()
+    args = ["-m", "iss_kernels", "bench", "--quick", "--threads", "1", "--resume"]
+    done = run(*args, "--output", path)
+    assert done.returncode == 0, done.stderr
+    assert "layer " not in done.stdout and path.read_text() == text
+
+
+def test_report_fills_the_block_of_a_readme(quick, tmp_path):
+    pytest.importorskip("matplotlib")
+    path, _ = quick
+    readme, plot = tmp_path / "README.md", tmp_path / "plot.svg"
+    readme.write_text("a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n")
+    report = [BENCH / "report.py", path, "--plot", plot, "--readme", readme]
+    done = run(*report)
+    assert done.returncode == 0, done.stderr
+    assert "points below" in done.stdout and "Stream float32" in done.stdout
+    text = readme.read_text()
+    assert "old" not in text and "| H | B | T |" in text
+    assert text.startswith("a\n") and text.endswith("\nb\n")
+    first = plot.read_bytes()
+    readme.write_text("no markers")
+    done = run(*report)
+    assert done.returncode == 2 and "<!-- bench:begin -->" in done.stderr
+    assert plot.read_bytes() == first

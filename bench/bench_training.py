@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One LSTM layer against torch.nn.LSTM: inference, and a training step; check, then time.
+"""A training step of one LSTM layer against torch.nn.LSTM; check, then time.
 
-python -m iss_kernels bench [--quick] [--threads N ...] [--output CSV]
+python bench/bench_training.py [--quick] [--threads N ...] [--output CSV]
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Problem:
 
     @property
     def flops(self) -> int:
-        """Of one forward pass: a multiply and an add for each weight, step and row."""
-        return 2 * self.T * self.B * 4 * self.H * (self.I + self.H)
+        """Of a forward and a backward pass: three products with each weight, step and row."""
+        return 3 * 2 * self.T * self.B * 4 * self.H * (self.I + self.H)
 
 
 SIZES = [(100, 64), (128, 128), (256, 200), (256, 256), (373, 315), (512, 512)]  # I, H
@@ -51,17 +51,7 @@ def without_onednn(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def run(x: Tensor) -> Tensor:
         with torch.backends.mkldnn.flags(enabled=False):
-            return module(x)[0]
-
-    return run
-
-
-def forward_only(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
-    """Inference."""
-
-    def run() -> None:
-        with torch.inference_mode():
-            module(x)
+            return module(x)[0]  # type: ignore[no-any-return]
 
     return run
 
@@ -69,7 +59,7 @@ def forward_only(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], 
 def training_step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
     """Forward and backward."""
     x = x.clone().requires_grad_()
-    return lambda: module(x).sum().backward()
+    return lambda: torch.autograd.backward(module(x).sum())
 
 
 def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, object]]:
@@ -87,30 +77,27 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
         truth = nn.LSTM(problem.I, problem.H).double()
         truth.load_state_dict(torchs.state_dict())
         assert_no_worse_than_torch(ours(x)[0], torchs(x)[0], truth(x.double())[0])
-    rows = []
-    for mode, wrap in (("inference", forward_only), ("training", training_step)):
-        functions = {name: wrap(module, x) for name, module in providers.items()}
-        times = interleaved_ms(functions, seconds)
-        for name, values in times.items():
-            p20, p50, p80 = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-            flops = problem.flops * (3 if mode == "training" else 1)
-            rows.append(
-                {
-                    "kernel": "lstm", "provider": name, "mode": mode, "T": problem.T,
-                    "B": problem.B, "I": problem.I, "H": problem.H, "dtype": "float32",
-                    "threads": threads, "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}",
-                    "ms_p80": f"{p80:.4f}", "gflops": f"{flops / p50 / 1e6:.1f}", **machine(),
-                }
-            )  # fmt: skip
+    rows: list[dict[str, object]] = []
+    functions = {name: training_step(module, x) for name, module in providers.items()}
+    for name, values in interleaved_ms(functions, seconds).items():
+        p20, p50, p80 = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        rows.append(
+            {
+                "kernel": "lstm", "provider": name, "mode": "training", "T": problem.T,
+                "B": problem.B, "I": problem.I, "H": problem.H, "dtype": "float32",
+                "threads": threads, "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}",
+                "ms_p80": f"{p80:.4f}", "gflops": f"{problem.flops / p50 / 1e6:.1f}", **machine(),
+            }
+        )  # fmt: skip
     return rows
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="iss-kernels bench", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two problems, a few seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--output", type=Path, default=RESULTS / "lstm.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training.csv")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
@@ -121,14 +108,9 @@ def main() -> None:
             for problem in QUICK if options.quick else PROBLEMS:
                 new = measure(problem, threads, seconds=0.3 if options.quick else 1.5)
                 rows += new
-                for mode in ("inference", "training"):
-                    torchs, plain, ours = (
-                        float(str(row["ms_p50"])) for row in new if row["mode"] == mode
-                    )
-                    label = (
-                        f"{mode:<10}{problem.I}->{problem.H} B{problem.B} T{problem.T} x{threads}"
-                    )
-                    print(f"{label:<34}{torchs:10.3f}{plain:11.3f}{ours:9.3f}{torchs / ours:7.2f}")
+                torchs, plain, ours = (float(str(row["ms_p50"])) for row in new)
+                label = f"{problem.I}->{problem.H} B{problem.B} T{problem.T} x{threads}"
+                print(f"{label:<34}{torchs:10.3f}{plain:11.3f}{ours:9.3f}{torchs / ours:7.2f}")
     if rows:
         write_csv(options.output, rows)
         print(f"wrote {options.output}")

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference against nn.LSTM, ONNX Runtime and OpenVINO; check, then time.
+
+python -m iss_kernels bench [--quick] [--only SERIES ...] [--threads N ...] [--output CSV] ...
+
+Every engine of peers.py runs the same stack on the same input, first checked against nn.LSTM in
+float64 (one that fails is reported and not timed), then timed in turn. Series:
+
+    stream    one step per call with the state kept, I = H, B = 1
+    cliff     ours alone at neighbouring hidden sizes
+    issue     shapes of the paper's shrunken language models
+    headline  that model shrunken and run by us against the full one run by nn.LSTM
+    layer     one layer, I = H, over a grid of hidden sizes, batches and steps
+
+Left out, and so absent from the CSV: above 2e10 flops per call the slow engines (nn.LSTM without
+oneDNN, torch.compile, torch int8); and torch.compile, which takes seconds to compile each shape and
+then calls the same kernel as nn.LSTM, at hidden sizes other than 64, 256 and 1024.
+A row is written as soon as it is measured; --resume goes on from there. bench/report.py reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import functools
+import importlib.metadata
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from harness import RESULTS, interleaved_ms, machine
+from peers import ENGINES, STREAMS, Call, Engine, Unavailable
+from roofline import flops, roofline
+from torch import Tensor, nn
+
+from iss_kernels.testing import max_error
+
+LARGE = 2e10  # flops of a call: no slow engines above
+LONG = 2e9  # fewer rounds above
+COMPILED = (64, 256, 1024)  # hidden sizes at which torch.compile is measured
+
+ALL = torch.get_num_threads()
+SERIES = ("stream", "cliff", "issue", "headline", "layer")
+HIDDEN = (32, 64, 100, 128, 200, 256, 315, 373, 512, 650, 1024, 1500)
+BATCH = (1, 4, 10, 64)
+STEPS = (1, 30, 100)
+STREAM_HIDDEN = (64, 128, 256, 512, 1024)
+CLIFF = range(312, 321)
+ISSUE = ((100, 64), (1500, 373, 315), (1500, 1500, 1500))
+FULL, SHRUNKEN = (1500, 1500, 1500), (1500, 373, 315)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of the benchmark: layers = (inputs, hidden units of each layer ...).
+
+    Where the engines run different layers (cliff, headline), those of the first.
+    """
+
+    series: str
+    layers: tuple[int, ...]
+    T: int
+    B: int
+    threads: int
+
+    @property
+    def flops(self) -> int:
+        """Of one call."""
+        return flops(self.layers, self.T, self.B)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As in the CSV."""
+        return (self.series, dashed(self.layers), str(self.T), str(self.B), str(self.threads))
+
+    def __str__(self) -> str:
+        return f"{self.series} {dashed(self.layers)} T{self.T} B{self.B} x{self.threads}"
+
+    def contenders(self) -> dict[tuple[str, tuple[int, ...]], Engine]:
+        """What is timed in turn here: engines by name and layers, which may differ."""
+        ours = ENGINES["prepared float32"]
+        if self.series == "headline":
+            return {
+                ("nn.LSTM", FULL): ENGINES["nn.LSTM"],
+                ("prepared float32", SHRUNKEN): ours,
+            }
+        if self.series == "cliff":
+            return {("prepared float32", (h, h)): ours for h in CLIFF}
+        return {
+            (name, self.layers): engine
+            for name, engine in (STREAMS if self.series == "stream" else ENGINES).items()
+            if engine.installed
+            and not (engine.slow and self.flops > LARGE)
+            and not (name == "torch.compile" and self.layers[-1] not in COMPILED)
+        }
+
+
+def dashed(layers: Sequence[int]) -> str:
+    return "-".join(map(str, layers))
+
+
+def points(options: argparse.Namespace) -> list[Point]:
+    """What was asked for: series in turn, each from small to large."""
+    shapes: list[tuple[str, tuple[int, ...], int, int]] = []
+    if options.quick:
+        shapes += [("layer", (32, 32), 1, 1), ("layer", (100, 100), 30, 10)]
+        shapes += [("stream", (64, 64), 1, 1)]
+    else:
+        hidden = options.hidden or HIDDEN
+        batch, steps = options.batch or BATCH, options.steps or STEPS
+        shapes += [("stream", (h, h), 1, 1) for h in options.hidden or STREAM_HIDDEN]
+        shapes += [("cliff", (CLIFF[0], CLIFF[0]), 30, b) for b in (1, 10)]
+        shapes += [("issue", layers, t, b) for layers in ISSUE for t, b in ((1, 1), (30, 10))]
+        shapes += [("headline", FULL, 30, 10)]
+        shapes += [("layer", (h, h), t, b) for h, t, b in itertools.product(hidden, steps, batch)]
+    threads = dict.fromkeys(options.threads)
+    result = [Point(*shape, n) for shape in shapes for n in threads]
+    result.sort(key=lambda p: (SERIES.index(p.series), p.flops))
+    return [p for p in result if not options.only or p.series in options.only]
+
+
+# -- measuring a point
+
+
+@functools.lru_cache(len(CLIFF))  # a point's own, for every number of threads
+def problem(
+    layers: tuple[int, ...], steps: int, batch: int, calls: int
+) -> tuple[list[nn.LSTM], Tensor, Tensor]:
+    """Layers, x [T, B, I], and by float64 the y [T, B, H] of the last of so many calls."""
+    torch.manual_seed(0)
+    torch.set_num_threads(ALL)
+    stack = [nn.LSTM(i, h).eval() for i, h in itertools.pairwise(layers)]
+    x = torch.randn(steps, batch, layers[0])
+    truth = x.double().repeat(calls, 1, 1)
+    for layer in stack:
+        double = nn.LSTM(layer.input_size, layer.hidden_size).double()
+        double.load_state_dict(layer.state_dict())
+        with torch.no_grad():
+            truth = double(truth)[0]
+    return stack, x, truth[-steps:]
+
+
+def checked(point: Point) -> Iterator[tuple[tuple[str, tuple[int, ...]], Call]]:
+    """The contenders that compute the right thing; what keeps the others out is printed."""
+    calls = 5 if point.series == "stream" else 1  # so that the state counts
+    for (name, layers), engine in point.contenders().items():
+        stack, x, truth = problem(layers, point.T, point.B, calls)
+        torch.set_num_threads(point.threads)
+        try:
+            call = engine.build(stack, x, point.threads)
+            for _ in range(calls):
+                y = call()
+        except Unavailable as reason:
+            print(f"{name} left out of {point}: {reason}")
+            continue
+        y = torch.as_tensor(y.numpy() if hasattr(y, "numpy") else y)
+        error = max_error(y.reshape(truth.shape), truth)
+        if error <= engine.tolerance:
+            yield (name, layers), call
+        else:
+            print(f"{name} left out of {point}: error {error:.2g} > {engine.tolerance:.2g}")
+
+
+def measure(point: Point, seconds: float) -> list[dict[str, object]]:
+    """A row per contender."""
+    roof = roofline(point.threads)
+    contenders = point.contenders()
+    with torch.inference_mode():
+        calls = dict(checked(point))
+        rounds = 7 if point.flops < LONG else 3
+        times = interleaved_ms(calls, seconds * len(calls), rounds)
+    rows: list[dict[str, object]] = []
+    for (name, layers), values in times.items():
+        weights = contenders[name, layers].weights
+        p20, p50, p80 = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        gflops = flops(layers, point.T, point.B) / p50 / 1e6
+        fraction = roof.ms(layers, point.T, point.B, weights) / p50
+        rows.append(
+            {
+                "series": point.series, "engine": name, "weights": weights,
+                "layers": dashed(layers), "T": point.T, "B": point.B, "threads": point.threads,
+                "ms_p50": f"{p50:.5f}", "ms_p20": f"{p20:.5f}", "ms_p80": f"{p80:.5f}",
+                "gflops": f"{gflops:.3f}", "roofline": f"{fraction:.4f}", **machine(), **peers(),
+            }
+        )  # fmt: skip
+    return rows
+
+
+@functools.cache
+def peers() -> dict[str, str]:
+    """Versions of what is compared beyond torch; empty where it is not installed."""
+    versions = dict.fromkeys(("onnxruntime", "openvino"), "")
+    for name in versions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def summary(point: Point, rows: Sequence[Mapping[str, object]]) -> str:
+    """Ours in float32 against the best of the others in float32."""
+    ms: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for row in rows:
+        if row["weights"] == "float32":
+            name = str(row["engine"])
+            ours = {**ENGINES, **STREAMS}[name].ours
+            where = "" if row["layers"] == dashed(point.layers) else f" {row['layers']}"
+            ms[ours][name + where] = float(str(row["ms_p50"]))
+    text = f"{point!s:<36}"
+    for times in (ms[True], ms[False]):
+        if times:
+            best = min(times, key=lambda name: times[name])
+            text += f"{best:>20} {times[best]:10.4f} ms"
+    if all(ms.values()):
+        text += f"{min(ms[False].values()) / min(ms[True].values()):7.2f}x"
+    return text
+
+
+# -- command line
+
+
+def done(path: Path) -> set[tuple[str, ...]]:
+    """The points that a CSV has."""
+    with path.open(newline="") as file:
+        return {
+            tuple(row[name] for name in ("series", "layers", "T", "B", "threads"))
+            for row in csv.DictReader(file)
+        }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="iss_kernels bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="three points, a few seconds")
+    add("--only", nargs="+", metavar="SERIES", choices=SERIES, help=", ".join(SERIES))
+    add("--threads", type=int, nargs="+", metavar="N", default=[1, ALL])
+    add("--hidden", type=int, nargs="+", metavar="H", help="hidden sizes of layer and stream")
+    add("--batch", type=int, nargs="+", metavar="B", help="batches of layer")
+    add("--steps", type=int, nargs="+", metavar="T", help="steps of layer")
+    add("--seconds", type=float, default=0.1, metavar="S", help="per engine and point, at least")
+    add("--output", type=Path, default=RESULTS / "inference.csv", metavar="CSV")
+    add("--resume", action="store_true", help="skip the points that the CSV has already")
+    options = parser.parse_args()
+
+    print(*(f"{key}: {value}" for key, value in {**machine(), **peers()}.items()), sep="\n")
+    for name, engine in {**ENGINES, **STREAMS}.items():
+        if not engine.installed:
+            print(f"{name} left out: needs {', '.join(engine.packages)}")
+    resumed = options.resume and options.output.exists()
+    skip = done(options.output) if resumed else set()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("a" if resumed else "w", newline="") as file:
+        writer: csv.DictWriter[str] | None = None
+        try:
+            for point in points(options):
+                if point.key in skip:
+                    continue
+                rows = measure(point, options.seconds)
+                if writer is None:
+                    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                    if not resumed:
+                        writer.writeheader()
+                writer.writerows(rows)
+                file.flush()
+                print(summary(point, rows), flush=True)
+        except KeyboardInterrupt:
+            print("interrupted; --resume goes on")
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()

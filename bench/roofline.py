@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The least time an LSTM can take on this machine, from its measured peak and read bandwidth.
+
+For a stack whose layer has I inputs and H hidden units, T steps and B rows:
+
+    flops   = 2 T B 4H (I + H), summed over layers
+    compute = flops / peak
+    read    = weights / bandwidth(weights)                                           where T = 1
+            = sum over layers of  w_ih / bandwidth(weights) + T w_hh / bandwidth(w_hh)    T > 1
+    roof    = max(compute, read)
+
+weights is the stack in bytes, w_ih = 4H I and w_hh = 4H H those of a layer; w_ih serves all steps
+of a call, w_hh is read again in each. bandwidth(n) is that of reading n bytes over and over, so it
+is the bandwidth of the cache that holds them: benchmarks call a function again and again. peak is
+that of float32 FMA, also for weights in 16 bits, which are widened; int8 has instructions of its
+own and is held against `read` alone. Activations are left out: the roof is a bound from below.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """gflops: float32 FMA; reads: (working set in bytes, GB/s), from small to large."""
+
+    gflops: float
+    reads: tuple[tuple[int, float], ...]
+
+    def gbytes_per_s(self, size: float) -> float:
+        """Read bandwidth of a working set of so many bytes, interpolated in log2."""
+        below = (self.reads[0][0], self.reads[0][1])
+        for above in self.reads:
+            if size <= above[0] and below != above:
+                at = math.log2(max(size, below[0]) / below[0]) / math.log2(above[0] / below[0])
+                return below[1] + at * (above[1] - below[1])
+            below = above
+        return below[1]
+
+    def ms(self, layers: Sequence[int], steps: int, batch: int, weights: str) -> float:
+        """The roof of a stack: layers = (inputs, hidden units of each layer ...)."""
+        item = ITEMSIZE[weights]
+        sizes = list(zip(layers, layers[1:], strict=False))
+        total = sum(4 * h * (i + h) for i, h in sizes) * item
+        if steps == 1:
+            read = total / self.gbytes_per_s(total)
+        else:
+            w_ih = sum(4 * h * i for i, h in sizes) * item
+            read = w_ih / self.gbytes_per_s(total)
+            for _, h in sizes:
+                w_hh = 4 * h * h * item
+                read += steps * w_hh / self.gbytes_per_s(w_hh)
+        compute = 0.0 if weights == "int8" else flops(layers, steps, batch) / self.gflops
+        return max(compute, read) / 1e6
+
+
+def flops(layers: Sequence[int], steps: int, batch: int) -> int:
+    """A multiply and an add for each weight, step and row."""
+    weights = sum(4 * h * (i + h) for i, h in zip(layers, layers[1:], strict=False))
+    return 2 * steps * batch * weights
+
+
+@functools.cache
+def roofline(threads: int) -> Roofline:
+    """Measure this machine: a few seconds."""
+    source = Path(__file__).with_suffix(".cpp")
+    with tempfile.TemporaryDirectory() as directory:
+        program = Path(directory) / "roofline"
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-pthread"]
+        subprocess.run([*compiler, *flags, str(source), "-o", str(program)], check=True)
+        run = subprocess.run(
+            [str(program), str(threads)], check=True, capture_output=True, text=True
+        )
+    lines = [line.split(",") for line in run.stdout.splitlines()]
+    peak = next(float(rate) for kind, _, rate in lines if kind == "fma")
+    rates = [(int(size), float(rate)) for kind, size, rate in lines if kind == "read"]
+    # A smaller set is never read slower: a dip is another process's doing.
+    reads = [(size, max(rate for _, rate in rates[i:])) for i, (size, _) in enumerate(rates)]
+    return Roofline(peak, tuple(reads))
+
+
+if __name__ == "__main__":
+    for count in dict.fromkeys((1, len(os.sched_getaffinity(0)))):
+        measured = roofline(count)
+        print(f"{count} threads: {measured.gflops:.0f} GFLOP/s float32")
+        for size, rate in measured.reads:
+            print(f"{size / 1024:10.0f} KB {rate:8.1f} GB/s")
