@@ -11,6 +11,7 @@
 
 #include <sstream>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/network.h"
 
@@ -129,7 +130,7 @@ class BoundStream : public Stream {
       if (tensor.dim() != 2 || tensor.size(0) != batch() || tensor.size(1) != width ||
           tensor.scalar_type() != dtype() || !tensor.device().is_cpu()) {
         std::ostringstream got;
-        got << tensor.sizes() << " and " << tensor.dtype() << " on " << tensor.device();
+        got << tensor.sizes() << " and " << iss::dtype(tensor) << " on " << tensor.device();
         fail(got.str());
       }
       if (tensor.is_contiguous()) return tensor.const_data_ptr();

@@ -253,7 +253,10 @@ class ISSLSTM(nn.Module):
             )
         steps, batch = input.shape[:2][:: -1 if self.batch_first else 1]
         counts = torch.as_tensor(lengths)
-        if counts.is_floating_point() or counts.dtype == torch.bool or counts.shape != (batch,):
+        whole = not (
+            counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool
+        )
+        if not whole or counts.shape != (batch,):
             raise ValueError(
                 f"LSTM: expected lengths to be B = {batch} ints, got {tuple(counts.shape)} of "
                 f"{counts.dtype}"

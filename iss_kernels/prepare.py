@@ -27,21 +27,23 @@ _DTYPES = {
 _Stored: TypeAlias = tuple[Tensor, Tensor | None]  # the weight, and for int8 its scales by row
 
 
-def _store(name: str, weight: Tensor, weights: str) -> _Stored:
-    """One matrix in the format asked for."""
-    if not weight.isfinite().all():
+def _store(name: str, value: Tensor, weights: str) -> _Stored:
+    """One parameter in the format asked for; biases in float32."""
+    if not value.isfinite().all():
         raise ValueError(f"prepare: expected finite weights, got inf or nan in {name}")
-    if weights == "int8":
-        scale = weight.float().abs().amax(1) / 127
-        steps = (weight.float() / scale.where(scale > 0, 1)[:, None]).round()
-        return steps.to(torch.int8), scale
-    stored = weight.to(_DTYPES[weights]).contiguous()
+    held = "float32" if name.startswith("bias") or weights == "int8" else weights
+    stored = value.to(_DTYPES[held]).contiguous()
     if not stored.isfinite().all():
-        largest = weight.abs().max().item()
+        range_ = torch.finfo(_DTYPES[held]).max
         raise ValueError(
-            f"prepare: expected weights within float16's range of 65504, got {largest:g} in {name}"
+            f"prepare: expected weights within {held}'s range of {range_:g}, "
+            f"got {value.abs().max().item():g} in {name}"
         )
-    return stored, None
+    if name.startswith("bias") or weights != "int8":
+        return stored.clone() if stored is value else stored, None
+    scale = stored.abs().amax(1) / 127
+    steps = (stored / scale.where(scale > 0, 1)[:, None]).round()
+    return steps.to(torch.int8), scale
 
 
 class PreparedLSTM(ISSLSTM):
@@ -50,8 +52,8 @@ class PreparedLSTM(ISSLSTM):
     Called like nn.LSTM, in any forward form of ISSLSTM. Weights are buffers in the format chosen,
     under nn.LSTM's names (int8 adds "<name>_scale", float32, one per row); biases stay float32.
     Activations and sums are float32, and an input of another floating dtype is converted, as is
-    what comes back. With int8, each row of x and h is quantised to 8 bits on the fly. There is no
-    dropout. Raises RuntimeError where a gradient is asked for.
+    what comes back; autocast changes nothing. With int8, each row of x and h is quantised to 8 bits
+    on the fly. There is no dropout. Raises RuntimeError where a gradient is asked for.
     """
 
     def __init__(self, lstm: ISSLSTM, weights: str) -> None:
@@ -70,30 +72,31 @@ class PreparedLSTM(ISSLSTM):
         self._native: Any = None
         with torch.no_grad():
             for name in sum(self._all_weights, []):
-                value = getattr(lstm, name).detach()
+                stored, scale = _store(name, getattr(lstm, name).detach(), weights)
                 delattr(self, name)
-                if name.startswith("bias"):
-                    self.register_buffer(name, value.float().clone())
-                    continue
-                stored, scale = _store(name, value, weights)
-                self.register_buffer(name, stored.clone() if stored is value else stored)
+                self.register_buffer(name, stored)
                 if scale is not None:
                     self.register_buffer(name + "_scale", scale)
-        self.register_load_state_dict_post_hook(PreparedLSTM._forget)  # type: ignore[no-untyped-call]
+        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+            getattr(self, hooks).update(getattr(lstm, hooks))
+        self.register_load_state_dict_pre_hook(PreparedLSTM._replace)  # type: ignore[no-untyped-call]
         self.eval()
 
-    def _forget(self, *_: Any) -> None:
-        """Pack again at the next call: the weights have changed."""
+    def _replace(self, *_: Any) -> None:
+        """Load into memory of its own: a Stream may still use what is here."""
+        for name, value in self._buffers.items():
+            self._buffers[name] = None if value is None else value.clone()
         self._native = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreparedLSTM:
-        """Move to a device; a change of dtype leaves the weights in their format."""
+        """Move to a device; a change of dtype leaves the weights as they are."""
 
-        def keep_dtype(t: Tensor) -> Tensor:
-            return fn(t).to(t.dtype)  # type: ignore[no-any-return]
+        def moved(t: Tensor) -> Any:
+            like = fn(t.new_empty(0))
+            return fn(t) if like.dtype == t.dtype else t.to(like.device)
 
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        self._forget()
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._native = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class PreparedLSTM(ISSLSTM):
     ) -> tuple[Tensor | PackedSequence, tuple[State, State]]:
         """As ISSLSTM.forward."""
         tensor = input.data if isinstance(input, PackedSequence) else input
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _asks_for_gradient((tensor, hx)):
             raise RuntimeError(
                 "PreparedLSTM: expected an input that asks for no gradient (a prepared model only "
                 "infers; use torch.no_grad()), got one with requires_grad=True"
@@ -159,11 +162,13 @@ class PreparedLSTM(ISSLSTM):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         native = self.native()
         if native is None or x.device.type != "cpu":
-            return super()._run(x, batch_sizes, states)
-        final = [(h.float().clone(), c.float().clone()) for h, c in states]
-        hs, cs = zip(*final, strict=True)
+            with torch.autocast(x.device.type, enabled=False):
+                return super()._run(x, batch_sizes, [(h.float(), c.float()) for h, c in states])
+        # Copies: the kernels turn h_0 and c_0 into h_n and c_n.
+        final = [(_copy(h), _copy(c)) for h, c in states]
         sizes = None if batch_sizes is None else batch_sizes.tolist()
-        return native.run(x, sizes, [h.contiguous() for h in hs], list(cs)), final
+        hs, cs = zip(*final, strict=True)
+        return native.run(x, sizes, list(hs), list(cs)), final
 
     def _parameters_of(
         self, index: int
@@ -185,6 +190,17 @@ class PreparedLSTM(ISSLSTM):
         return torch.float32
 
 
+def _copy(t: Tensor) -> Tensor:
+    return t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _asks_for_gradient(value: Any) -> bool:
+    """Whether any tensor in nested tuples or lists does."""
+    if isinstance(value, (tuple, list)):
+        return any(_asks_for_gradient(part) for part in value)
+    return isinstance(value, Tensor) and value.requires_grad
+
+
 def _to(value: Any, dtype: torch.dtype) -> Any:
     """Tensors in nested tuples, converted."""
     if isinstance(value, (Tensor, PackedSequence)):
@@ -200,7 +216,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     it. Raises ValueError for another format, for a model without an LSTM, and for weights that the
     format cannot hold.
     """
-    if weights not in _DTYPES:
+    if not isinstance(weights, str) or weights not in _DTYPES:
         raise ValueError(
             f"prepare: expected weights to be one of {tuple(_DTYPES)}, got {weights!r}"
         )

@@ -3,124 +3,187 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iss_kernels import backend
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.prepare import PreparedLSTM, prepare
 
-# Functions and modules that a stream computes itself: name, and the parameter of leaky_relu.
-_ACTIVATIONS: dict[Any, str] = {
-    nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu",
-    nn.LeakyReLU: "leaky_relu", F.relu: "relu", torch.relu: "relu", torch.tanh: "tanh",
-    F.tanh: "tanh", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", F.silu: "silu",
-    "relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid",
-}  # fmt: skip
 _LSTMS = (nn.LSTM, ISSLSTM)
+_ACTIVATIONS = {
+    nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu",
+    nn.LeakyReLU: "leaky_relu",
+}  # fmt: skip
+# Functions, and methods of a tensor by name, that stand for a module.
+_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.relu: nn.ReLU, torch.relu: nn.ReLU, "relu": nn.ReLU, F.silu: nn.SiLU,
+    torch.tanh: nn.Tanh, "tanh": nn.Tanh, torch.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid,
+}  # fmt: skip
+_OPERATORS = (
+    "add radd sub rsub mul rmul truediv rtruediv matmul pow neg getitem eq lt gt le ge bool"
+)
 
 
-class _Tracer(fx.Tracer):
-    """Looks into everything but the modules that a stream knows."""
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LSTMS) or super().is_leaf_module(m, module_qualified_name)
+
+class _Refused(Exception):
+    """Why a model is not a plain chain."""
+
+
+class _Value:
+    """Stands for the tensor that flows along a chain while a model's forward is listened to."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self._layers = layers
+        self._used = False
+
+    def through(self, layer: nn.Module, name: str) -> _Value:
+        """What a layer makes of it."""
+        if self._used:
+            raise _Refused(f"{name} off the chain")
+        self._used = True
+        if not isinstance(layer, (nn.Dropout, nn.Identity)):
+            self._layers.append(layer)
+        return _Value(self._layers)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = _FUNCTIONS.get(func)
+        if made is None or len(args) != 1 or not (kwargs or {}).keys() <= {"inplace"}:
+            raise _Refused(f"the operation {func.__name__}")
+        return args[0].through(made(), func.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FUNCTIONS:
+            raise _Refused(f"the operation {name}")
+        return lambda: self.through(_FUNCTIONS[name](), name)
+
+
+class _State:
+    """Stands for an LSTM's state, which may be taken apart and returned."""
+
+    def __iter__(self) -> Iterator[_State]:
+        return iter((_State(), _State()))
+
+    def __getitem__(self, index: Any) -> _State:
+        return _State()
+
+
+def _refusing(name: str) -> Any:
+    def operator(self: object, *_: object) -> Any:
+        raise _Refused(f"the operation {name}")
+
+    return operator
+
+
+for _name in _OPERATORS.split():
+    setattr(_Value, f"__{_name}__", _refusing(_name))
+_Value.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _listening(layer: nn.Module, name: str) -> nn.Module:
+    """A copy of a layer that notes in its input's chain that it was called."""
+
+    def forward(x: Any, *rest: Any, **named: Any) -> Any:
+        if not isinstance(x, _Value) or any(a is not None for a in (*rest, *named.values())):
+            raise _Refused(f"{name} off the chain")
+        y = x.through(layer, name)
+        return (y, _State()) if isinstance(layer, _LSTMS) else y
+
+    double = copy.copy(layer)
+    double.forward = forward
+    return double
 
 
 def _chain(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that is a plain chain, in order."""
+    """The layers of a model that is a plain chain, in order.
+
+    Found by calling the forward method of a copy with a stand-in for the tensor. (torch.fx would
+    do, but while it traces it replaces methods of nn.Module for all threads.)
+    """
     if isinstance(model, _LSTMS):
         return [model]
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(
-            "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
-            f"{type(model).__name__} with {what}"
-        )
-
-    try:
-        parameters = list(inspect.signature(model.forward).parameters)
-        graph = _Tracer().trace(model, dict.fromkeys(parameters[1:]))  # no state is passed in
-    except Exception as error:  # whatever a forward method does with a proxy
-        raise refuse(f"a forward method that cannot be traced ({error})") from error
-    modules = dict(model.named_modules())
+    known = (*_LSTMS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
+    leaves = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, known) or type(module) in _ACTIVATIONS
+    }
+    if not any(isinstance(module, _LSTMS) for module in leaves.values()):
+        raise ValueError("Stream: expected a model with an LSTM, got one without")
+    memo: dict[int, Any] = {id(leaf): _listening(leaf, name) for name, leaf in leaves.items()}
     layers: list[nn.Module] = []
-    # The nodes that are the value flowing along the chain, and those that are an LSTM's result.
-    value: fx.Node | None = None
-    results: set[fx.Node] = set()
-    states: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            value = node if value is None else value
-            continue
-        if node.op == "output":
-            out = node.args[0]
-            first, *rest = out if isinstance(out, (tuple, list)) else (out,)
-            if first is not value or any(r not in states for r in rest):
-                raise refuse("an output that is not the end of the chain")
-            continue
-        if node.target is fx._symbolic_trace._assert_is_none:
-            continue
-        source = node.args[0] if node.args else None
-        if node.op == "call_function" and node.target.__name__ == "getitem" and source in results:
-            if node.args[1] == 0:
-                value = node
-            else:
-                states.add(node)
-            continue
-        layer = _layer_of(node, modules)
-        if layer is None:
-            raise refuse(f"the operation {node.target}")
-        if source is not value or any(
-            isinstance(a, fx.Node) for a in (*node.args[1:], *node.kwargs.values())
-        ):
-            raise refuse(f"{node.target} off the chain")
-        if isinstance(layer, _LSTMS):
-            results.add(node)
-        else:
-            value = node
-        if not isinstance(layer, (nn.Dropout, nn.Identity)):
-            layers.append(layer)
+    try:
+        double = copy.deepcopy(model, memo)
+        parameters = list(inspect.signature(double.forward).parameters.values())
+        needed = [p for p in parameters[1:] if p.default is p.empty and p.kind in _POSITIONAL]
+        result = double.forward(_Value(layers), *(None for _ in needed))  # no state is passed in
+        y, *rest = result if isinstance(result, (tuple, list)) else (result,)
+        if not isinstance(y, _Value) or y._used or not _only_states(rest):
+            raise _Refused("an output that is not the end of the chain")
+    except Exception as error:  # whatever a forward method does with a stand-in
+        why = error if isinstance(error, _Refused) else f"a forward method that fails: {error}"
+        raise ValueError(
+            "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
+            f"{type(model).__name__} with {why}"
+        ) from error
     return layers
 
 
-def _layer_of(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """The module that a node calls, or that stands for its function; None for what is unknown."""
-    if node.op == "call_module":
-        layer = modules[str(node.target)]
-        known = (*_LSTMS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
-        return layer if isinstance(layer, known) or type(layer) in _ACTIVATIONS else None
-    name = _ACTIVATIONS.get(node.target)
-    by_name = {n: m for m, n in _ACTIVATIONS.items() if isinstance(m, type)}
-    if name is None or len(node.args) + len(node.kwargs) != 1:
-        return None
-    return by_name[name]()  # type: ignore[no-any-return]
+def _only_states(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_only_states(part) for part in value)
+    return isinstance(value, _State)
 
 
-def _check(layers: Sequence[nn.Module]) -> None:
-    """Raise ValueError for what cannot go step by step."""
-    if not any(isinstance(layer, _LSTMS) for layer in layers):
-        raise ValueError("Stream: expected a model with an LSTM, got one without")
+def _sizes(layers: Sequence[nn.Module]) -> tuple[int, int]:
+    """Raise ValueError for what cannot go step by step; return the sizes of input and output."""
+    begin = width = 0
     for layer in layers:
-        if isinstance(layer, _LSTMS) and layer.bidirectional:
+        if isinstance(layer, PreparedLSTM):
+            if layer.bidirectional:
+                raise ValueError(
+                    "Stream: expected LSTMs in one direction, got a bidirectional one: its "
+                    "backward half begins at the last step, which a stream has not seen yet"
+                )
+            needs, gives = layer.input_size, layer.sizes[-1][0][1]
+        elif isinstance(layer, nn.Linear):
+            needs, gives = layer.in_features, layer.out_features
+        elif isinstance(layer, nn.LayerNorm):
+            if len(layer.normalized_shape) != 1:
+                raise ValueError(
+                    "Stream: expected LayerNorm over the last dimension, got normalized_shape="
+                    f"{tuple(layer.normalized_shape)}"
+                )
+            needs = gives = layer.normalized_shape[0]
+        else:
+            if width == 0:
+                raise ValueError(
+                    "Stream: expected the chain to begin with a layer that has a size, got "
+                    f"{type(layer).__name__}"
+                )
+            if isinstance(layer, nn.GELU) and layer.approximate != "none":
+                raise ValueError(
+                    "Stream: expected GELU in its exact form, got "
+                    f"approximate={layer.approximate!r}"
+                )
+            continue
+        if width not in (0, needs):
             raise ValueError(
-                "Stream: expected LSTMs in one direction, got a bidirectional one: its backward "
-                "half begins at the last step, which a stream has not seen yet"
+                f"Stream: expected layers whose sizes fit, got {type(layer).__name__} for {needs} "
+                f"features after {width}"
             )
-        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) != 1:
-            raise ValueError(
-                "Stream: expected LayerNorm over the last dimension, got normalized_shape="
-                f"{tuple(layer.normalized_shape)}"
-            )
-        if isinstance(layer, nn.GELU) and layer.approximate != "none":
-            raise ValueError(
-                f"Stream: expected GELU in its exact form, got approximate={layer.approximate!r}"
-            )
+        begin, width = begin or needs, gives
+    return begin, width
 
 
 class Stream:
@@ -142,20 +205,19 @@ class Stream:
     def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Stream: expected a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"Stream: expected batch_size to be an int from 1, got {batch_size!r}")
-        layers = _chain(model)
-        _check(layers)
-        self.batch_size = batch_size
-        self._layers = [
+        layers = [
             layer
             if isinstance(layer, PreparedLSTM) or not isinstance(layer, _LSTMS)
             else prepare(layer)
-            for layer in layers
+            for layer in _chain(model)
         ]
-        self._lstms = [layer for layer in self._layers if isinstance(layer, PreparedLSTM)]
-        native = backend.backend() != "reference"
-        self._engine: Any = (_compiled if native else _Reference)(self._layers, batch_size)
+        sizes = _sizes(layers)
+        self.batch_size = batch_size
+        self._lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
+        reference = backend.backend() == "reference"
+        self._engine: Any = (_Reference if reference else _compiled)(layers, batch_size, sizes)
         self._step = self._engine.step
 
     def __call__(self, x: Any, out: Any = None) -> Any:
@@ -181,11 +243,12 @@ class Stream:
 
     @state.setter
     def state(self, value: Any) -> None:
-        pairs = [value] if len(self._lstms) == 1 else list(value)
-        if len(pairs) != len(self._lstms):
+        pairs = [value] if len(self._lstms) == 1 else value
+        if not isinstance(pairs, (tuple, list)) or len(pairs) != len(self._lstms):
+            got = len(pairs) if isinstance(pairs, (tuple, list)) else type(pairs).__name__
             raise ValueError(
                 f"Stream: expected state with one (h, c) for each of {len(self._lstms)} LSTMs, "
-                f"got {len(pairs)}"
+                f"got {got}"
             )
         x = torch.empty(0)
         flat = [
@@ -199,31 +262,20 @@ class Stream:
                 c.copy_(new_c)
 
 
-def _compiled(layers: Sequence[nn.Module], batch: int) -> Any:
+def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -> Any:
     """The native session of a chain."""
-    engine: Any = None
-
-    def begin(width: int) -> Any:
-        return engine or backend.native().Stream(batch, torch.float32, width)
+    engine = backend.native().Stream(batch, torch.float32, sizes[0])
 
     def own(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().float().contiguous().clone()
 
     for layer in layers:
         if isinstance(layer, PreparedLSTM):
-            engine = begin(layer.input_size)
             engine.add_lstm(layer.native())
         elif isinstance(layer, nn.Linear):
-            engine = begin(layer.in_features)
             engine.add_linear(own(layer.weight), own(layer.bias))
         elif isinstance(layer, nn.LayerNorm):
-            engine = begin(layer.normalized_shape[0])
             engine.add_layer_norm(own(layer.weight), own(layer.bias), layer.eps)
-        elif engine is None:
-            raise ValueError(
-                "Stream: expected the chain to begin with a layer that has a size, got "
-                f"{type(layer).__name__}"
-            )
         else:
             slope = getattr(layer, "negative_slope", 0.0)
             engine.add_activation(_ACTIVATIONS[type(layer)], slope)
@@ -233,19 +285,24 @@ def _compiled(layers: Sequence[nn.Module], batch: int) -> Any:
 class _Reference:
     """The native session in plain torch."""
 
-    def __init__(self, layers: Sequence[nn.Module], batch: int) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -> None:
+        self._layers = [copy.deepcopy(layer).float() for layer in layers]
         self._batch = batch
-        lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
+        self._sizes = sizes
         self._states = [
             (torch.zeros(batch, p), torch.zeros(batch, h))
-            for lstm in lstms
+            for lstm in layers
+            if isinstance(lstm, PreparedLSTM)
             for ((h, p),) in lstm.sizes
         ]
 
     def step(self, x: Any, out: Any = None) -> Any:
         """As the native step."""
-        value = torch.as_tensor(x)
+        value = torch.from_numpy(self._checked(x, "x", "I", self._sizes[0]).copy())
+        if out is not None:
+            array = self._checked(out, "out", "O", self._sizes[1])
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise ValueError("Stream: expected out to be contiguous and writeable")
         at = 0
         with torch.no_grad(), backend.use_backend("reference"):
             for layer in self._layers:
@@ -259,8 +316,28 @@ class _Reference:
                     value = layer(value)
         if out is None:
             return value if isinstance(x, Tensor) else value.numpy()
-        torch.as_tensor(out).copy_(value)
+        array[...] = value.numpy()
         return out
+
+    def _checked(self, value: Any, name: str, letter: str, width: int) -> Any:
+        """A tensor or array of shape [B, width] as an array over the same memory."""
+        shape = (self._batch, width)
+        wanted = f"{name} of shape [B, {letter}] = {list(shape)} and dtype float32"
+        if isinstance(value, Tensor):
+            if value.shape != shape or value.dtype != torch.float32 or not value.is_cpu:
+                dtype = str(value.dtype).removeprefix("torch.")
+                got = f"{list(value.shape)} and {dtype} on {value.device}"
+                raise ValueError(f"Stream: expected {wanted}, got {got}")
+            return value.detach().numpy()
+        if not isinstance(value, np.ndarray):
+            raise TypeError(
+                f"Stream: expected {name} to be a torch tensor or a NumPy array, "
+                f"got {type(value).__name__}"
+            )
+        if value.shape != shape or value.dtype != np.float32:
+            got = f"{list(value.shape)} and {value.dtype}"
+            raise ValueError(f"Stream: expected {wanted}, got {got}")
+        return value
 
     def states(self) -> list[tuple[Tensor, Tensor]]:
         """By layer: h [B, P], c [B, H]."""

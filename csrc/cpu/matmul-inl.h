@@ -61,7 +61,7 @@ struct Stored {
       if (ahead)
 #pragma GCC unroll 4
         for (int64_t line = 0; line < kStepBytes; line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(of_step) + kAhead + line);
+          __builtin_prefetch(reinterpret_cast<const char*>(of_step) + kAhead + line, 0, 2);  // L2
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; j += kAtOnce) {
         const W* const at =

@@ -137,23 +137,33 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
       std::min(sequence.step(first, reverse), sequence.step(last - 1, reverse));
   const int64_t latest = std::max(sequence.step(first, reverse), sequence.step(last - 1, reverse));
   const int64_t first_row = sequence.offsets[earliest];
-  // When training, the activated gates replace the projected inputs in place.
-  T* const gates_x = state.gates ? state.gates + first_row * 4 * hidden : gates_chunk;
-  const auto gates_at = [&](int64_t row) { return gates_x + (row - first_row) * 4 * hidden; };
+  const bool whole = share.begin == 0 && share.end == sequence.batch;
+  // When training, the activated gates replace the projected inputs in place. Otherwise these are
+  // kept for a chunk; threads that share the batch, which may be in different chunks, each keep
+  // their own rows.
+  T* const gates_x = state.gates ? state.gates : gates_chunk;
+  const auto gates_at = [&](int64_t t, int64_t b) {
+    const int64_t row = state.gates ? sequence.offsets[t] + b
+                        : whole ? sequence.offsets[t] + b - first_row
+                                : chunk * share.begin + (t - earliest) * (share.end - share.begin) +
+                                      b - share.begin;
+    return gates_x + row * 4 * hidden;
+  };
 
   const PanelRange columns = share.of(kernels.panels(4 * hidden, false));
-  if (share.begin == 0 && share.end == sequence.batch)
+  if (whole)
     project(job, first_row, sequence.offsets[latest] + sequence.sizes[latest] - first_row, columns,
-            gates_x, scratch);
+            gates_at(earliest, 0), scratch);
   else
     for (int64_t t = earliest; t <= latest; ++t) {
       const int64_t rows = std::min(share.end, sequence.sizes[t]) - share.begin;
       const int64_t row = sequence.offsets[t] + share.begin;
-      if (rows > 0) project(job, row, rows, columns, gates_at(row), scratch);
+      if (rows > 0) project(job, row, rows, columns, gates_at(t, share.begin), scratch);
     }
   share.barrier();
 
   for (int64_t k = first; k < last; ++k) {
+    const int64_t t = sequence.step(k, reverse);
     sequence.each_piece(
         k, reverse, share.begin, share.end,
         [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
@@ -166,11 +176,11 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
                .h_prev_stride = previous < 0 ? output : y_stride,
                .c_prev = state.c + b * hidden,
                .w_hh = cell.w_hh.view(),
-               .gates_x = gates_at(row),
+               .gates_x = gates_at(t, b),
                .c = state.c + b * hidden,
                .h = projected ? unprojected + b * hidden : y + row * y_stride,
                .h_stride = projected ? hidden : y_stride,
-               .gates = state.gates ? gates_at(row) : nullptr,
+               .gates = state.gates ? gates_at(t, b) : nullptr,
                .cells = state.cells ? state.cells + row * hidden : nullptr,
                .scratch = scratch});
         });
@@ -276,8 +286,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
       int64_t column = 0;
       for (const Cell& cell : stack[l]) {
         const CellState<T>& state = states[jobs.size()];
-        T* const gates = arena.take<T>(
-            state.gates ? 0 : std::min(sequence.rows, chunk * sequence.batch) * 4 * cell.hidden);
+        T* const gates = arena.take<T>(state.gates ? 0 : chunk * sequence.batch * 4 * cell.hidden);
         T* const unprojected =
             arena.take<T>(cell.w_hr.panels.defined() ? sequence.batch * cell.hidden : 0);
         if (cell.w_hh.format == Format::kInt8)

@@ -1,0 +1,659 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stream: step by step what the model gives for the whole sequence, from its own memory."""
+
+import copy
+import pickle
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from iss_kernels import ISSLSTM, Stream, prepare, use_backend
+from iss_kernels.backend import supported_isas, use_isa
+from iss_kernels.stream import _ACTIVATIONS, _FUNCTIONS
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
+
+FORMATS = ["float32", "float16", "bfloat16", "int8"]
+
+
+@pytest.fixture(params=["extension", "reference"])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+class Chain(nn.Module):
+    """Modules and functions one after the other; of an LSTM's result, the output."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = layers
+        self.kept = nn.ModuleList(layer for layer in layers if isinstance(layer, nn.Module))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)[0] if isinstance(layer, (nn.LSTM, ISSLSTM)) else layer(x)
+        return x
+
+
+class Recurrent(nn.Module):
+    """A model with a state of its own: x, state -> y, state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(5, 6), nn.Linear(6, 2)
+
+
+class Whole(Recurrent):
+    def forward(self, x, state=None):
+        y, state = self.lstm(x, state)
+        return self.head(y), state
+
+
+class TakenApart(Recurrent):
+    def forward(self, x, state=None):
+        y, (h, c) = self.lstm(x, state)
+        return self.head(y), (h, c)
+
+
+class OutputOnly(Recurrent):
+    def forward(self, x):
+        y, (_, _) = self.lstm(x)
+        return self.head(y)
+
+
+class Bare(Recurrent):
+    def forward(self, x, state=None):
+        return self.lstm(x, state)
+
+
+def whole_sequence(model, x):
+    """model(x) for x [T, B, I], without the state."""
+    with torch.no_grad():
+        y = copy.deepcopy(model).eval()(x)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def step_by_step(step, x):
+    return torch.stack([step(x_t).clone() for x_t in x])
+
+
+def assert_streams(model, x, tolerance=1e-5):
+    expected = whole_sequence(model, x)
+    step = Stream(model, batch_size=x.shape[1])
+    torch.testing.assert_close(step_by_step(step, x), expected, rtol=0, atol=tolerance)
+    step.reset()
+    from_numpy = [step(x_t).copy() for x_t in x.numpy()]
+    assert all(isinstance(y, np.ndarray) and y.dtype == np.float32 for y in from_numpy)
+    np.testing.assert_allclose(np.stack(from_numpy), expected, rtol=0, atol=tolerance)
+
+
+# -- the same as the sequence ----------------------------------------------------------------------
+
+LSTMS = {
+    "nn.LSTM": lambda: nn.LSTM(5, 17),
+    "ISSLSTM": lambda: ISSLSTM(5, 17),
+    "layers": lambda: nn.LSTM(5, 9, 3, dropout=0.5),
+    "no bias": lambda: nn.LSTM(5, 9, 2, bias=False),
+    "projected": lambda: nn.LSTM(5, 19, 2, proj_size=4),
+    "unequal": lambda: ISSLSTM(5, [7, 31], 2),
+    "unequal, projected": lambda: ISSLSTM(5, [7, 31], 2, proj_size=[3, 0]),
+    "wide": lambda: nn.LSTM(5, 130),
+    "batch_first": lambda: nn.LSTM(5, 6, batch_first=True),  # a step has no time: no difference
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", LSTMS)
+def test_an_lstm_step_by_step_is_the_lstm_over_the_sequence(implementation, name, batch):
+    lstm = LSTMS[name]()
+    x = torch.randn(12, batch, 5)
+    if not lstm.batch_first:
+        assert_streams(lstm, x)
+        return
+    expected = whole_sequence(lstm, x.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(step_by_step(Stream(lstm, batch), x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_prepared_model_streams_in_its_format(implementation, weights):
+    prepared = prepare(Chain(nn.LSTM(5, 17, 2), nn.Linear(17, 3)), weights)
+    # Chunks of steps and single steps may differ in a last bit; int8 rounds it to a whole step.
+    assert_streams(prepared, torch.randn(12, 3, 5), 1e-2 if weights == "int8" else 1e-6)
+
+
+CHAINS = {
+    "a head": lambda: Chain(
+        nn.LSTM(5, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4), nn.Tanh()
+    ),
+    "a foot": lambda: Chain(nn.Linear(5, 7), nn.ReLU(), nn.LayerNorm(7), nn.LSTM(7, 6)),
+    "two LSTMs": lambda: Chain(nn.LSTM(5, 6), nn.Tanh(), ISSLSTM(6, [4, 3], 2), nn.Linear(3, 2)),
+    "the same LSTM twice": lambda: Chain(*[nn.LSTM(5, 5)] * 2),
+    "plain LayerNorm, no bias": lambda: Chain(
+        nn.LSTM(5, 8),
+        nn.LayerNorm(8, elementwise_affine=False, eps=0.5),
+        nn.Linear(8, 3, bias=False),
+    ),
+    "LayerNorm without bias": lambda: Chain(nn.LSTM(5, 8), nn.LayerNorm(8, bias=False)),
+    "dropout and identity at the ends": lambda: Chain(nn.Dropout(), nn.LSTM(5, 8), nn.Identity()),
+    "Sequential inside": lambda: Chain(
+        nn.LSTM(5, 8), nn.Sequential(nn.Linear(8, 4), nn.Sequential(nn.SiLU(), nn.Dropout()))
+    ),
+    "in place": lambda: Chain(nn.LSTM(5, 8), nn.ReLU(inplace=True)),
+    "wide Linear": lambda: Chain(nn.LSTM(5, 33), nn.Linear(33, 70), nn.Linear(70, 1)),
+    "state": Whole,
+    "state taken apart": TakenApart,
+    "state left": OutputOnly,
+    "an LSTM's own result": Bare,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_step_by_step_is_the_chain_over_the_sequence(implementation, name, batch):
+    model = CHAINS[name]()
+    for parameter in model.parameters():  # LayerNorm's are 1 and 0 otherwise
+        nn.init.normal_(parameter, std=0.3)
+    assert_streams(model, torch.randn(10, batch, 5))
+
+
+MODULES = list(_ACTIVATIONS)
+FUNCTIONS = [f for f in _FUNCTIONS if not isinstance(f, str)]
+METHODS = [name for name in _FUNCTIONS if isinstance(name, str)]
+
+
+def called(name):
+    return lambda x: getattr(x, name)()
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [*[kind() for kind in MODULES], nn.LeakyReLU(0.3), *FUNCTIONS, *map(called, METHODS)],
+    ids=[*[kind.__name__ for kind in MODULES], "slope", *[f.__name__ for f in FUNCTIONS],
+         *METHODS],
+)  # fmt: skip
+def test_activations_are_torchs_also_at_nan_and_infinity(implementation, activation):
+    model = Chain(nn.LSTM(1, 1), nn.Linear(1, 9), activation)
+    special = [0.0, -0.0, 1e-6, -0.5, 3.0, -100.0, float("inf"), -float("inf"), float("nan")]
+    with torch.no_grad():
+        model.layers[1].weight.zero_()
+        model.layers[1].bias.copy_(torch.tensor(special))
+        expected = activation(torch.tensor([special]))
+    y = Stream(model)(torch.zeros(1, 1))
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+def test_the_modules_of_every_kind_are_known():
+    assert {nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.LeakyReLU} <= set(MODULES)
+    assert {F.relu, torch.tanh, torch.sigmoid, F.silu} <= set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_of_another_dtype_streams_in_float32(implementation, dtype):
+    model = Chain(nn.LSTM(5, 6), nn.LayerNorm(6), nn.Linear(6, 2)).to(dtype)
+    x = torch.randn(4, 1, 5)
+    expected = whole_sequence(copy.deepcopy(model).float(), x)
+    torch.testing.assert_close(step_by_step(Stream(model), x), expected, rtol=0, atol=1e-5)
+
+
+def test_isas_agree_also_when_they_change_on_the_way():
+    model, x = Chain(nn.LSTM(5, 17, 2), nn.Linear(17, 3)), torch.randn(8, 2, 5)
+    step = Stream(model, 2)
+    for t, y in enumerate(whole_sequence(model, x)):
+        with use_isa(supported_isas()[t % len(supported_isas())]):
+            torch.testing.assert_close(step(x[t]), y, rtol=0, atol=1e-5)
+
+
+def test_two_threads_give_the_same_bits(isa, two_threads):
+    model = Chain(nn.LSTM(300, 300, 2), nn.Linear(300, 1000))
+    x = torch.randn(6, 1, 300)
+    torch.set_num_threads(1)
+    alone = step_by_step(Stream(model), x)
+    torch.set_num_threads(2)
+    assert torch.equal(step_by_step(Stream(model), x), alone)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_out_is_written_and_returned(implementation):
+    lstm, x = nn.LSTM(5, 4), torch.randn(3, 2, 5)
+    for convert, empty in ((lambda t: t, torch.empty), (lambda t: t.numpy(), np.empty)):
+        step, again, own = Stream(lstm, 2), Stream(lstm, 2), Stream(lstm, 2)
+        other_kind = np.empty((2, 4), np.float32) if empty is torch.empty else torch.empty(2, 4)
+        for x_t in x:
+            out = empty((2, 4), dtype=torch.float32 if empty is torch.empty else np.float32)
+            assert step(convert(x_t), out=out) is out
+            expected = torch.as_tensor(own(convert(x_t)))
+            assert torch.equal(torch.as_tensor(out), expected)
+            assert again(convert(x_t), other_kind) is other_kind  # the other kind, by position
+            assert torch.equal(torch.as_tensor(other_kind), expected)
+
+
+def test_without_out_the_same_memory_comes_back(isa):
+    step, x = Stream(nn.LSTM(5, 4), 2), torch.randn(2, 5)
+    first = step(x)
+    kept = first.clone()
+    second = step(x)
+    assert second is first and not torch.equal(second, kept)  # overwritten
+    array = step(x.numpy())
+    assert array is step(x.numpy())
+    assert array.__array_interface__["data"][0] == first.data_ptr()
+
+
+def test_a_step_allocates_nothing(isa):
+    model = Chain(nn.Linear(5, 7), nn.LSTM(7, 33, 2), nn.LayerNorm(33), nn.GELU(), nn.Linear(33, 3))
+    for lstm_format in FORMATS:
+        step, x = Stream(prepare(model, lstm_format)), torch.randn(1, 5)
+        array, out = x.numpy(), torch.empty(1, 3)
+
+        def steps(step=step, x=x, array=array, out=out):
+            for _ in range(20):
+                step(x), step(array), step(x, out)
+
+        steps()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            steps()
+        assert not [event for event in profile.events() if event.name == "[memory]"]
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            steps()
+            after, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert after - before < 1000 and peak - before < 4000  # the frames of Python itself
+
+
+def test_the_output_may_be_the_next_input(implementation):
+    lstm, x = nn.LSTM(4, 4, 2), torch.randn(1, 4)
+    step, expected, state = Stream(lstm), x, None
+    y = step(x)
+    with torch.no_grad():
+        for _ in range(5):
+            out, state = lstm(expected[None], state)
+            expected = out[0]
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+            y = step(y)
+        z = y.clone()
+        assert step(z, out=z) is z
+        for _ in range(2):
+            out, state = lstm(expected[None], state)
+            expected = out[0]
+        torch.testing.assert_close(z, expected, rtol=0, atol=1e-6)
+
+
+def test_inputs_need_not_be_contiguous(implementation):
+    lstm, x = nn.LSTM(5, 4), torch.randn(2, 5)
+    wide, columns = torch.randn(2, 10), x.t().contiguous()
+    wide[:, ::2] = x
+    read_only = x.numpy().copy()
+    read_only.flags.writeable = False
+    expected = Stream(lstm, 2)(x).clone()
+    for strided in (
+        wide[:, ::2],
+        columns.t(),
+        wide.numpy()[:, ::2],
+        columns.numpy().T,
+        x.flip(0).numpy()[::-1],
+        read_only,
+    ):
+        y = torch.as_tensor(Stream(lstm, 2)(strided))
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-6)
+
+
+def test_inputs_are_only_read_and_no_gradient_flows(implementation):
+    step, x = Stream(nn.LSTM(5, 4), 2), torch.randn(2, 5, requires_grad=True)
+    before = x.detach().clone()
+    y = step(x)
+    assert not y.requires_grad and x.grad is None
+    assert torch.equal(x, before)
+    strided = torch.randn(2, 10, requires_grad=True)[:, ::2]
+    assert not step(strided).requires_grad
+    assert not any(s.requires_grad for s in step.state)
+
+
+# -- the weights are a snapshot --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, *FORMATS])
+def test_later_changes_of_the_model_have_no_effect(implementation, weights):
+    model = Chain(nn.Linear(5, 5), nn.LSTM(5, 8, 2), nn.LayerNorm(8), nn.Linear(8, 3))
+    model = model if weights is None else prepare(model, weights)
+    x = torch.randn(4, 1, 5)
+    expected = step_by_step(Stream(model), x)
+    step = Stream(model)
+    new = {name: value * 2 for name, value in model.state_dict().items()}
+    model.load_state_dict(new)
+    assert torch.equal(step_by_step(step, x), expected)
+
+
+def test_a_change_of_isa_does_not_bring_later_changes_in():
+    prepared = prepare(nn.LSTM(5, 8))
+    x, results = torch.randn(4, 1, 5), []
+    with use_isa(supported_isas()[0]):
+        step = Stream(prepared)
+        results.append(step_by_step(step, x))
+    prepared.load_state_dict({name: 2 * value for name, value in prepared.state_dict().items()})
+    step.reset()
+    with use_isa(supported_isas()[-1]):
+        results.append(step_by_step(step, x))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+STATEFUL = {
+    "one LSTM": lambda: nn.LSTM(5, 6, 2),
+    "projected": lambda: nn.LSTM(5, 6, proj_size=2),
+    "unequal": lambda: ISSLSTM(5, [6, 4], 2),
+    "two LSTMs": lambda: Chain(nn.LSTM(5, 6, 2), nn.ReLU(), ISSLSTM(6, [3, 4], 2)),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_state_resumes_in_another_stream(implementation, name):
+    model, x = STATEFUL[name](), torch.randn(9, 2, 5)
+    expected = step_by_step(Stream(model, 2), x)
+    first, second = Stream(model, 2), Stream(model, 2)
+    step_by_step(first, x[:4])
+    state = first.state
+    step_by_step(first, x[4:])  # must not reach into the state already taken
+    second.state = pickle.loads(pickle.dumps(state))
+    assert torch.equal(step_by_step(second, x[4:]), expected[4:])
+    second.state = state
+    assert torch.equal(step_by_step(second, x[4:]), expected[4:])
+    first.reset()
+    assert torch.equal(step_by_step(first, x), expected)
+
+
+@pytest.mark.parametrize("name", [n for n in STATEFUL if n != "two LSTMs"])
+def test_the_state_is_nn_lstms(implementation, name):
+    lstm, x = STATEFUL[name](), torch.randn(9, 2, 5)
+    step = Stream(lstm, 2)
+    step_by_step(step, x[:4])
+    with torch.no_grad():
+        _, state = lstm(x[:4])
+        torch.testing.assert_close(step.state, state, rtol=0, atol=1e-6)
+        y, state = lstm(x[4:], step.state)
+    step_by_step(step, x[4:])
+    torch.testing.assert_close(step.state, state, rtol=0, atol=1e-6)
+
+
+def test_the_state_of_two_lstms_is_a_pair_of_states(implementation):
+    step = Stream(STATEFUL["two LSTMs"](), 2)
+    (h, c), (h_of_second, _) = step.state
+    assert h.shape == c.shape == (2, 2, 6)
+    assert [s.shape for s in h_of_second] == [(1, 2, 3), (1, 2, 4)]
+    step(torch.randn(2, 5))
+    assert not h.any() and step.state[0][0].any()  # a copy of what was
+
+
+def test_changing_a_state_does_not_change_the_stream(implementation):
+    lstm, x = nn.LSTM(5, 4), torch.randn(1, 5)
+    step, untouched = Stream(lstm), Stream(lstm)
+    step(x), untouched(x)
+    for part in step.state:
+        part.fill_(7)
+    given = untouched.state
+    step.state = given
+    for part in given:
+        part.fill_(7)
+    assert torch.equal(step(x), untouched(x))
+
+
+def test_a_state_of_another_dtype_or_that_asks_for_a_gradient_is_taken(implementation):
+    lstm, x = nn.LSTM(5, 4), torch.randn(1, 1, 5)
+    step = Stream(lstm)
+    state = lstm(x)[1]
+    assert state[0].requires_grad
+    for given in (state, tuple(s.detach().double() for s in state)):
+        step.state = given
+        with torch.no_grad():
+            torch.testing.assert_close(step(x[0]), lstm(x, state)[0][0], rtol=0, atol=1e-6)
+
+
+# -- side by side ----------------------------------------------------------------------------------
+
+
+def test_two_streams_of_one_model_have_states_of_their_own(implementation):
+    prepared = prepare(nn.LSTM(5, 6, 2))
+    x = torch.randn(2, 7, 1, 5)
+    expected = [step_by_step(Stream(prepared), sequence) for sequence in x]
+    streams = [Stream(prepared), Stream(prepared)]
+    for t in range(7):
+        for step, sequence, y in zip(streams, x, expected, strict=True):
+            assert torch.equal(step(sequence[t]), y[t])
+
+
+@pytest.mark.parametrize("size", [20, 300])
+def test_two_python_threads_stream_from_one_prepared_model(isa, two_threads, size):
+    prepared = prepare(Chain(nn.LSTM(size, size), nn.Linear(size, 3)))
+    x = torch.randn(2, 50, 1, size)
+    expected = [step_by_step(Stream(prepared), sequence) for sequence in x]
+    fresh = copy.deepcopy(prepared)
+    streams = [Stream(fresh), Stream(fresh)]
+
+    def work(which):
+        return torch.equal(step_by_step(streams[which], x[which]), expected[which])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
+
+
+def test_two_python_threads_make_their_streams_at_once():
+    model, x = Chain(nn.LSTM(5, 6), nn.Linear(6, 3)), torch.randn(1, 5)
+    expected = Stream(model)(x).clone()
+
+    def work(_):
+        return torch.equal(Stream(model)(x), expected)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(100)))
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+class Skip(Recurrent):
+    def forward(self, x):
+        return self.lstm(x)[0] + x
+
+
+class OffTheChain(Recurrent):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(5, 2)
+
+    def forward(self, x):
+        self.lstm(x)
+        return self.other(x)
+
+
+class FromTheState(Recurrent):
+    def forward(self, x):
+        _, (h, _) = self.lstm(x)
+        return self.head(h)
+
+
+class Branching(Recurrent):
+    def forward(self, x):
+        return self.head(self.lstm(x)[0]) if x.sum() > 0 else x
+
+
+CHAIN = "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
+MODELS = {
+    "no module": (
+        lambda: [nn.LSTM(3, 4)],
+        TypeError,
+        "Stream: expected a torch.nn.Module, got list",
+    ),
+    "no LSTM": (
+        lambda: Chain(nn.Linear(3, 4), nn.ReLU()),
+        ValueError,
+        "Stream: expected a model with an LSTM, got one without",
+    ),
+    "bidirectional": (
+        lambda: nn.LSTM(3, 4, bidirectional=True),
+        ValueError,
+        "Stream: expected LSTMs in one direction, got a bidirectional one: its backward half "
+        "begins at the last step, which a stream has not seen yet",
+    ),
+    "a bidirectional LSTM inside": (
+        lambda: Chain(nn.Linear(3, 3), ISSLSTM(3, 4, bidirectional=True)),
+        ValueError,
+        "Stream: expected LSTMs in one direction, got a bidirectional one: its backward half "
+        "begins at the last step, which a stream has not seen yet",
+    ),
+    "LayerNorm over two dimensions": (
+        lambda: Chain(nn.LSTM(3, 4), nn.LayerNorm((2, 4))),
+        ValueError,
+        "Stream: expected LayerNorm over the last dimension, got normalized_shape=(2, 4)",
+    ),
+    "another GELU": (
+        lambda: Chain(nn.LSTM(3, 4), nn.GELU("tanh")),
+        ValueError,
+        "Stream: expected GELU in its exact form, got approximate='tanh'",
+    ),
+    "an activation at the beginning": (
+        lambda: Chain(nn.ReLU(), nn.LSTM(3, 4)),
+        ValueError,
+        "Stream: expected the chain to begin with a layer that has a size, got ReLU",
+    ),
+    "a skip connection": (
+        Skip,
+        ValueError,
+        CHAIN + "Skip with the operation add",
+    ),
+    "a layer beside the chain": (
+        OffTheChain,
+        ValueError,
+        CHAIN + "OffTheChain with other off the chain",
+    ),
+    "an unknown module": (
+        lambda: Chain(nn.LSTM(3, 4), nn.Softmax(-1)),
+        ValueError,
+        CHAIN + "Chain with the operation softmax",
+    ),
+    "an unknown function": (
+        lambda: Chain(nn.LSTM(3, 4), torch.exp),
+        ValueError,
+        CHAIN + "Chain with the operation exp",
+    ),
+    "control flow": (
+        Branching,
+        ValueError,
+        CHAIN + "Branching with the operation sum",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_be_streamed(backend, name):
+    model, error, message = MODELS[name]
+    with pytest.raises(error) as got:
+        Stream(model())
+    assert str(got.value) == message
+
+
+def test_an_output_computed_from_the_state_is_refused(backend):
+    with pytest.raises(ValueError, match="expected a plain chain of LSTM, Linear, LayerNorm and"):
+        Stream(FromTheState())
+
+
+@pytest.mark.parametrize(
+    "last", [lambda: nn.Linear(7, 2), lambda: nn.LSTM(7, 2), lambda: nn.LayerNorm(7)],
+    ids=["Linear", "LSTM", "LayerNorm"],
+)  # fmt: skip
+def test_layers_whose_sizes_do_not_fit_are_refused(backend, last):
+    with pytest.raises((ValueError, RuntimeError)):
+        Stream(Chain(nn.LSTM(3, 4), last()))(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.0, "1", None])
+def test_a_batch_size_is_a_whole_number_from_1(batch_size):
+    with pytest.raises(ValueError) as got:
+        Stream(nn.LSTM(3, 4), batch_size)
+    expected = f"Stream: expected batch_size to be an int from 1, got {batch_size!r}"
+    assert str(got.value) == expected
+
+
+X = "Stream: expected x of shape [B, I] = [2, 3] and dtype float32, got "
+KIND = "Stream: expected x to be a torch tensor or a NumPy array, got "
+INPUTS = [
+    (torch.zeros(2, 4), ValueError, X + "[2, 4] and float32 on cpu"),
+    (torch.zeros(1, 3), ValueError, X + "[1, 3] and float32 on cpu"),
+    (torch.zeros(3), ValueError, X + "[3] and float32 on cpu"),
+    (torch.zeros(1, 2, 3), ValueError, X + "[1, 2, 3] and float32 on cpu"),
+    (torch.zeros(2, 3).double(), ValueError, X + "[2, 3] and float64 on cpu"),
+    (torch.zeros(2, 3, device="meta"), ValueError, X + "[2, 3] and float32 on meta"),
+    (np.zeros((2, 4), np.float32), ValueError, X + "[2, 4] and float32"),
+    (np.zeros(3, np.float32), ValueError, X + "[3] and float32"),
+    (np.zeros((2, 3)), ValueError, X + "[2, 3] and float64"),
+    (np.zeros((2, 3), ">f4"), ValueError, X + "[2, 3] and >f4"),
+    ([[0.0] * 3] * 2, TypeError, KIND + "list"),
+    (None, TypeError, KIND + "NoneType"),
+]
+
+
+@pytest.mark.parametrize(("x", "error", "message"), INPUTS, ids=[m[-25:] for *_, m in INPUTS])
+def test_inputs_that_do_not_fit_leave_the_state_alone(backend, x, error, message):
+    lstm, right = nn.LSTM(3, 4), torch.randn(2, 3)
+    step, untouched = Stream(lstm, 2), Stream(lstm, 2)
+    with pytest.raises(error) as got:
+        step(x)
+    assert str(got.value) == message
+    assert torch.equal(step(right), untouched(right))
+
+
+def read_only():
+    array = np.zeros((2, 4), np.float32)
+    array.flags.writeable = False
+    return array
+
+
+OUT = "Stream: expected out of shape [B, O] = [2, 4] and dtype float32, got "
+OUTPUTS = [
+    (torch.zeros(2, 5), ValueError, OUT + "[2, 5] and float32 on cpu"),
+    (torch.zeros(4), ValueError, OUT + "[4] and float32 on cpu"),
+    (torch.zeros(2, 4).double(), ValueError, OUT + "[2, 4] and float64 on cpu"),
+    (np.zeros((2, 4)), ValueError, OUT + "[2, 4] and float64"),
+    (torch.zeros(2, 8)[:, ::2], ValueError, "Stream: expected out to be contiguous and writeable"),
+    (np.zeros((2, 8), np.float32)[:, ::2], ValueError,
+     "Stream: expected out to be contiguous and writeable"),
+    (read_only(), ValueError, "Stream: expected out to be contiguous and writeable"),
+    ([0.0], TypeError, "Stream: expected out to be a torch tensor or a NumPy array, got list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"), OUTPUTS,
+    ids=["shape", "dim", "dtype", "NumPy dtype", "strided", "NumPy strided", "read-only", "list"],
+)  # fmt: skip
+def test_outputs_that_do_not_fit_leave_the_state_alone(backend, out, error, message):
+    lstm, right = nn.LSTM(3, 4), torch.randn(2, 3)
+    step, untouched = Stream(lstm, 2), Stream(lstm, 2)
+    with pytest.raises(error) as got:
+        step(right, out=out)
+    assert str(got.value) == message
+    assert torch.equal(step(right), untouched(right))
+
+
+def test_states_that_do_not_fit_leave_the_state_alone(backend):
+    one, two = Stream(nn.LSTM(3, 4), 2), Stream(Chain(nn.LSTM(3, 4), nn.LSTM(4, 5)), 2)
+    with pytest.raises(RuntimeError) as got:
+        one.state = (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4))
+    assert str(got.value) == "Expected hidden[0] size (1, 2, 4), got [1, 3, 4]"
+    with pytest.raises(ValueError) as got:
+        two.state = (one.state,)
+    assert str(got.value) == ("Stream: expected state with one (h, c) for each of 2 LSTMs, got 1")
+    two(torch.randn(2, 3))
+    before = two.state
+    with pytest.raises(RuntimeError):
+        two.state = (one.state, one.state)
+    torch.testing.assert_close(two.state, before, rtol=0, atol=0)
