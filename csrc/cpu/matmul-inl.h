@@ -84,8 +84,8 @@ struct Stored {
   }
 };
 
-// B in 8 bits with a scale per column, times rows quantised to 8 bits with a scale each. The sums
-// are integers, so every ISA gets the same ones.
+// B in 8 bits with a scale per column, times rows quantised to 8 bits (7 on AVX2) with a scale
+// each. The sums are integers: exact, in any order.
 struct Quantised {
   using Activation = Dot::Activation;
   static constexpr int64_t kColumns = kPanelColumns<float>;
@@ -112,8 +112,8 @@ struct Quantised {
       for (int64_t i = 0; i < k; ++i)
         largest = std::max(largest, std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu);
       const float size = std::bit_cast<float>(largest);
-      row_scales[r] = size / 127;
-      const float inverse = size > 0 ? 127 / size : 0;
+      row_scales[r] = size / Dot::kLevels;
+      const float inverse = size > 0 ? Dot::kLevels / size : 0;
       // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
       constexpr float kShift = 0x1.8p23f;
       for (int64_t i = 0; i < k; ++i)

@@ -82,7 +82,7 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
 // As in vec_scalar-inl.h. VNNI multiplies unsigned by signed, hence the 128.
 struct Dot {
   static constexpr int kDepth = 4;
-  static constexpr int32_t kZero = 128;
+  static constexpr int32_t kZero = 128, kLevels = 127;
   using Activation = uint8_t;
   __m512i v;
 

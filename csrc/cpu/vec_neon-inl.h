@@ -104,7 +104,7 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
 // As in vec_scalar-inl.h.
 struct Dot {
   static constexpr int kDepth = 2;
-  static constexpr int32_t kZero = 0;
+  static constexpr int32_t kZero = 0, kLevels = 127;
   using Activation = int16_t;
   int32x4_t v;
 

@@ -74,10 +74,10 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
 }
 
 // Products of 8-bit integers, added up kDepth at a time: sum[lane] += a[0] * w[lane][0] + ...
-// An activation is stored with kZero added.
+// An activation is stored in kLevels steps up to the largest of its row, with kZero added.
 struct Dot {
   static constexpr int kDepth = 1;
-  static constexpr int32_t kZero = 0;
+  static constexpr int32_t kZero = 0, kLevels = 127;
   using Activation = int16_t;
   int32_t v;
 
