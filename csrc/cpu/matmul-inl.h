@@ -35,6 +35,16 @@ struct Stored {
   // Rows of one panel to take at a time.
   int64_t block() const { return kBlockBytes / kStepBytes; }
 
+  // The j-th vector of a step.
+  template <int Rows>
+  static Vec<T> load(const W* at, int j) {
+    if constexpr (std::is_same_v<W, Bfloat16>)
+      return j % 2 == 0 ? Vec<T>::load_even(at)
+                        : Vec<T>::template load_odd<Rows>(at - Vec<T>::kLanes);
+    else
+      return Vec<T>::load(at);
+  }
+
   // sums [Rows][kSumVectors] += the products of rows [begin, end) of B; = where begin is 0.
   // Not inlined: next to the code that finishes a tile, the compiler would keep that code's
   // constants in registers and the sums in memory.
@@ -42,7 +52,6 @@ struct Stored {
   __attribute__((noinline)) void multiply(int64_t row, int64_t panel, int64_t begin, int64_t end,
                                           Vec<T>* sums) const {
     constexpr int kVectors = Panels * kPanelVectors;
-    constexpr int kAtOnce = std::is_same_v<W, Bfloat16> ? 2 : 1;
     const T* const x_rows = a + row * stride + begin;
     const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
     const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
@@ -63,18 +72,14 @@ struct Stored {
         for (int64_t line = 0; line < kStepBytes; line += 64)
           __builtin_prefetch(reinterpret_cast<const char*>(of_step) + kAhead + line, 0, 2);  // L2
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; j += kAtOnce) {
+      for (int j = 0; j < kVectors; ++j) {
         const W* const at =
             of_step + j / kPanelVectors * to_next + j % kPanelVectors * Vec<T>::kLanes;
-        Vec<T> w[kAtOnce];
-        if constexpr (kAtOnce == 2)
-          Vec<T>::load_pair(at, w[0], w[1]);
-        else
-          w[0] = Vec<T>::load(at);
-#pragma GCC unroll 2
-        for (int v = 0; v < kAtOnce; ++v)
+        const Vec<T> w = load<Rows>(at, j);
 #pragma GCC unroll 16
-          for (int r = 0; r < Rows; ++r) sum[r][j + v] = fma(x[r], w[v], sum[r][j + v]);
+        for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
+        // Keeps the compiler from holding both vectors of a pair: there is no register for that.
+        if constexpr (std::is_same_v<W, Bfloat16> && Rows > 1) __asm__ volatile("" ::: "memory");
       }
     }
 #pragma GCC unroll 16
@@ -252,7 +257,7 @@ inline void each_column(const PackArgs& args, const Visit& visit) {
 template <typename T, typename W>
 inline void pack_as(const PackArgs& args) {
   each_column<T>(args, [&](int64_t panel, int64_t slot, int64_t column) {
-    if constexpr (std::is_same_v<W, Bfloat16>) {  // two vectors interleaved: Vec::load_pair
+    if constexpr (std::is_same_v<W, Bfloat16>) {  // two vectors interleaved: Vec::load_even
       constexpr int64_t kLanes = Vec<T>::kLanes;
       const int64_t vector = slot / kLanes, lane = slot % kLanes;
       slot = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;

@@ -21,11 +21,17 @@ struct Vec<float> {
   static Vec load(const Float16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
-  static void load_pair(const Bfloat16* p, Vec& first, Vec& second) {
+  static Vec load_even(const Bfloat16* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    first.v = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-    // Shifted twice: a tile leaves no register for a mask.
-    second.v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(bits, 16), 16));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+  }
+  template <int Rows>
+  static Vec load_odd(const Bfloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (Rows == 1)
+      return {_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(~0xffff)))};
+    else  // a tile of several rows leaves no register for the mask
+      return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(bits, 16), 16))};
   }
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }

@@ -17,10 +17,13 @@ struct Vec<float> {
   static Vec load(const Float16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
-  static void load_pair(const Bfloat16* p, Vec& first, Vec& second) {
+  static Vec load_even(const Bfloat16* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+  }
+  template <int Rows>
+  static Vec load_odd(const Bfloat16* p) {
     const __m512i bits = _mm512_loadu_si512(p);
-    first.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-    second.v = _mm512_castsi512_ps(_mm512_and_epi32(bits, _mm512_set1_epi32(~0xffff)));
+    return {_mm512_castsi512_ps(_mm512_and_epi32(bits, _mm512_set1_epi32(~0xffff)))};
   }
   static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }

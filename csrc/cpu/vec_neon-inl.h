@@ -15,10 +15,13 @@ struct Vec<float> {
   static Vec load(const Float16* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))};
   }
-  static void load_pair(const Bfloat16* p, Vec& first, Vec& second) {
+  static Vec load_even(const Bfloat16* p) {
+    return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(&p->bits)), 16))};
+  }
+  template <int Rows>
+  static Vec load_odd(const Bfloat16* p) {
     const uint32x4_t bits = vreinterpretq_u32_u16(vld1q_u16(&p->bits));
-    first.v = vreinterpretq_f32_u32(vshlq_n_u32(bits, 16));
-    second.v = vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(~0xffffu)));
+    return {vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(~0xffffu)))};
   }
   static Vec load(const float* p, int64_t n) {
     float lanes[kLanes] = {};

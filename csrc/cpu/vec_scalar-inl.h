@@ -19,10 +19,14 @@ struct Vec {
   static Vec set(T x) { return {x}; }
   static Vec load(const T* p) { return {*p}; }
   static Vec load(const Float16* p) { return {to_float(*p)}; }
-  // first[lane], second[lane] = p[2 * lane], p[2 * lane + 1]: cheaper to widen than neighbours.
-  static void load_pair(const Bfloat16* p, Vec& first, Vec& second) {
-    first.v = std::bit_cast<float>(static_cast<uint32_t>(p[0].bits) << 16);
-    second.v = std::bit_cast<float>(static_cast<uint32_t>(p[1].bits) << 16);
+  // p[0], p[2], ... and p[1], p[3], ... of 2 * kLanes: cheaper to widen than neighbours. Rows: of
+  // the tile that they are for.
+  static Vec load_even(const Bfloat16* p) {
+    return {std::bit_cast<float>(static_cast<uint32_t>(p[0].bits) << 16)};
+  }
+  template <int Rows>
+  static Vec load_odd(const Bfloat16* p) {
+    return load_even(p + 1);
   }
   static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes, rest 0
   void store(T* p) const { *p = v; }
