@@ -4,6 +4,8 @@
 // of the batch nor on how work is split: batch 1 and batch 64 give the same bits.
 
 constexpr int kPanelVectors = 4;
+// So many rows are worked on together: a multiple of every tile.
+constexpr int64_t kMostRows = 66;
 // Sums of one row stand next to each other, of two panels at most.
 constexpr int kSumVectors = 2 * kPanelVectors;
 
@@ -16,13 +18,15 @@ struct Stored {
   // Several tiles of rows go over this many bytes of B while they are in the L1 cache.
   static constexpr int64_t kBlockBytes = 1 << 14;
   // A matrix of more bytes than this comes from L3 or memory, where the hardware's prefetcher falls
-  // behind what several rows can use; so it is asked for kAhead bytes early.
-  static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 13;
+  // behind what several rows can use. The first tile asks for what comes kAhead bytes later; where
+  // there are many tiles, each asks for its share of the next block, which paces the requests.
+  static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 13, kManyTiles = 8;
   static constexpr int64_t kStepBytes = kPanelColumns<T> * sizeof(W);
 
   const T* a;
   int64_t stride, k;
   const W* panels;
+  int64_t tiles;
   bool far;
 
   Stored(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range, const void* packed)
@@ -30,6 +34,7 @@ struct Stored {
         stride(stride),
         k(k),
         panels(static_cast<const W*>(packed)),
+        tiles((std::min(rows, kMostRows) + Vec<T>::kTileRows - 1) / Vec<T>::kTileRows),
         far(rows > 1 && (range.end - range.begin) * k * kStepBytes > kFarBytes) {}
 
   // Rows of one panel to take at a time.
@@ -55,7 +60,14 @@ struct Stored {
     const T* const x_rows = a + row * stride + begin;
     const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
     const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
-    const bool ahead = far && row == 0;  // the other tiles find it there
+    const char* const here = reinterpret_cast<const char*>(weights);
+    const bool ahead = far && tiles < kManyTiles && row == 0;
+    if (far && tiles >= kManyTiles) {
+      const int64_t block = steps * kStepBytes, tile = row % kMostRows / Vec<T>::kTileRows;
+      const char* const next = here + block;
+      for (int64_t at = block * tile / tiles; at < block * (tile + 1) / tiles; at += 64)
+        __builtin_prefetch(next + at, 0, 2);
+    }
     Vec<T> sum[Rows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
@@ -70,7 +82,7 @@ struct Stored {
       if (ahead)
 #pragma GCC unroll 4
         for (int64_t line = 0; line < kStepBytes; line += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(of_step) + kAhead + line, 0, 2);  // L2
+          __builtin_prefetch(here + i * kStepBytes + kAhead + line, 0, 2);
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
         const W* const at =
@@ -188,7 +200,6 @@ template <typename T, typename Operands, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, PanelRange range,
                          const Finish& finish) {
   constexpr int kTileRows = Vec<T>::kTileRows;
-  constexpr int64_t kMostRows = 66;  // a multiple of every tile
   Vec<T> sums[kMostRows * kSumVectors];
   for (int64_t start = 0; start < all_rows; start += kMostRows) {
     const int64_t stop = std::min(start + kMostRows, all_rows), rows = stop - start;

@@ -19,6 +19,8 @@ namespace {
 constexpr int64_t kWorthAThread = 1 << 18;
 // Multiplies that take about 1 us: what it costs to meet at a barrier, and then some.
 constexpr int64_t kWorthABarrier = 1 << 15;
+// Recurrent weights of one cell that stay in a core's L2 cache from step to step.
+constexpr int64_t kCachedWeights = 1 << 17;
 // Projected inputs are made for so many steps at a time that they stay in a core's L2 cache.
 constexpr int64_t kChunkBytes = 1 << 18;
 // Few enough rows that they stay in the cache while the panels pass by; a multiple of every tile.
@@ -46,27 +48,32 @@ template <typename T>
 Plan plan(const Stack& stack, const Sequence& sequence) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (threads == 1) return {Split::kRows, 1};
-  int64_t per_row = 0, narrowest = INT64_MAX, panels = INT64_MAX, cells = 0;
+  int64_t per_row = 0, narrowest = INT64_MAX, widest = 0, panels = INT64_MAX, cells = 0;
   for (const Layer& layer : stack)
     for (const Cell& cell : layer) {
       per_row += 4 * cell.hidden * cell.input + multiplies(cell);
       narrowest = std::min(narrowest, multiplies(cell));
+      widest = std::max(widest, 4 * cell.hidden * cell.output);
       panels = std::min(panels, cpu_kernels().of<T>().panels(cell.hidden, true));
       ++cells;
     }
   const int64_t by_work = std::min(threads, sequence.rows * per_row / kWorthAThread);
   if (by_work <= 1) return {Split::kRows, 1};
   const int64_t tile = cpu_kernels().of<T>().tile_rows;
-  // Rows fill the register tile of every thread: nothing beats dividing them.
-  if (sequence.batch >= threads * tile) return {Split::kRows, by_work};
   const int64_t rows_per_step = sequence.rows / std::max<int64_t>(1, sequence.steps);
   const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
-  if (stack[0].size() == 2) {
+  const int64_t members = std::min({by_work, panels, by_step});
+  const bool both_directions = stack[0].size() == 2;
+  // Rows that fill the register tile of every thread are best divided, unless each thread would
+  // then read weights again in every step that its cache cannot hold.
+  if (sequence.batch >= threads * tile &&
+      (widest <= kCachedWeights || both_directions || members < threads))
+    return {Split::kRows, by_work};
+  if (both_directions) {
     // An odd thread would leave one direction slower, and the other waiting.
     const int64_t even = std::min(by_work, std::max<int64_t>(2, 2 * by_step)) / 2 * 2;
     return {Split::kDirections, std::min(even, 2 * panels)};
   }
-  const int64_t members = std::min({by_work, panels, by_step});
   if (members > 1) return {Split::kUnits, members};
   if (cells > 1 && sequence.steps > 1) return {Split::kLayers, std::min(by_work, cells)};
   return {Split::kRows, std::clamp<int64_t>(sequence.batch / tile, 1, by_work)};
