@@ -18,9 +18,9 @@ struct Stored {
   // Several tiles of rows go over this many bytes of B while they are in the L1 cache.
   static constexpr int64_t kBlockBytes = 1 << 14;
   // A matrix of more bytes than this comes from L3 or memory, where the hardware's prefetcher falls
-  // behind what several rows can use. The first tile asks for what comes kAhead bytes later; where
-  // there are many tiles, each asks for its share of the next block, which paces the requests.
-  static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 13, kManyTiles = 8;
+  // behind what several rows can use. With one or two tiles the first asks for what comes kAhead
+  // bytes later; more tiles ask for the next block together, which paces the requests.
+  static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 13;
   static constexpr int64_t kStepBytes = kPanelColumns<T> * sizeof(W);
 
   const T* a;
@@ -60,14 +60,10 @@ struct Stored {
     const T* const x_rows = a + row * stride + begin;
     const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
     const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
+    const int64_t tile = row % kMostRows / Vec<T>::kTileRows, share = kStepBytes / tiles;
+    const bool ahead = far && tiles <= 2 && tile == 0, together = far && tiles > 2;
     const char* const here = reinterpret_cast<const char*>(weights);
-    const bool ahead = far && tiles < kManyTiles && row == 0;
-    if (far && tiles >= kManyTiles) {
-      const int64_t block = steps * kStepBytes, tile = row % kMostRows / Vec<T>::kTileRows;
-      const char* const next = here + block;
-      for (int64_t at = block * tile / tiles; at < block * (tile + 1) / tiles; at += 64)
-        __builtin_prefetch(next + at, 0, 2);
-    }
+    const char* next = here + steps * (kStepBytes + tile * share);
     Vec<T> sum[Rows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
@@ -79,6 +75,10 @@ struct Stored {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(x_rows[r * x_stride + i]);
       const W* const of_step = weights + i * kPanelColumns<T>;
+      if (together) {
+        __builtin_prefetch(next, 0, 2);
+        next += share;
+      }
       if (ahead)
 #pragma GCC unroll 4
         for (int64_t line = 0; line < kStepBytes; line += 64)
