@@ -51,17 +51,23 @@ struct Stored {
   }
 
   // sums [Rows][kSumVectors] += the products of rows [begin, end) of B; = where begin is 0.
+  template <int Rows, int Panels>
+  void multiply(int64_t row, int64_t panel, int64_t begin, int64_t end, Vec<T>* sums) const {
+    far ? multiply_as<true, Rows, Panels>(row, panel, begin, end, sums)
+        : multiply_as<false, Rows, Panels>(row, panel, begin, end, sums);
+  }
+
   // Not inlined: next to the code that finishes a tile, the compiler would keep that code's
   // constants in registers and the sums in memory.
-  template <int Rows, int Panels>
-  __attribute__((noinline)) void multiply(int64_t row, int64_t panel, int64_t begin, int64_t end,
-                                          Vec<T>* sums) const {
+  template <bool kFar, int Rows, int Panels>
+  __attribute__((noinline)) void multiply_as(int64_t row, int64_t panel, int64_t begin, int64_t end,
+                                             Vec<T>* sums) const {
     constexpr int kVectors = Panels * kPanelVectors;
     const T* const x_rows = a + row * stride + begin;
     const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
     const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
     const int64_t tile = row % kMostRows / Vec<T>::kTileRows, share = kStepBytes / tiles;
-    const bool ahead = far && tiles <= 2 && tile == 0, together = far && tiles > 2;
+    const bool together = tiles > 2, ahead = !together && tile == 0;
     const char* const here = reinterpret_cast<const char*>(weights);
     const char* next = here + steps * (kStepBytes + tile * share);
     Vec<T> sum[Rows][kVectors];
@@ -75,14 +81,14 @@ struct Stored {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(x_rows[r * x_stride + i]);
       const W* const of_step = weights + i * kPanelColumns<T>;
-      if (together) {
-        __builtin_prefetch(next, 0, 2);
+      if constexpr (kFar) {
+        if (together) __builtin_prefetch(next, 0, 2);
+        if (ahead)
+#pragma GCC unroll 4
+          for (int64_t line = 0; line < kStepBytes; line += 64)
+            __builtin_prefetch(here + i * kStepBytes + kAhead + line, 0, 2);
         next += share;
       }
-      if (ahead)
-#pragma GCC unroll 4
-        for (int64_t line = 0; line < kStepBytes; line += 64)
-          __builtin_prefetch(here + i * kStepBytes + kAhead + line, 0, 2);
 #pragma GCC unroll 16
       for (int j = 0; j < kVectors; ++j) {
         const W* const at =
