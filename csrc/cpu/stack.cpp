@@ -21,7 +21,8 @@ constexpr int64_t kWorthAThread = 1 << 18;
 constexpr int64_t kWorthABarrier = 1 << 15;
 // Recurrent weights of one cell that stay in a core's L2 cache from step to step.
 constexpr int64_t kCachedWeights = 1 << 17;
-// Projected inputs are made for so many steps at a time that they stay in a core's L2 cache.
+// Projected inputs are made for so many steps at a time that they stay in a core's L2 cache, but
+// for kBlockRows rows at least: fewer would read w_ih too often.
 constexpr int64_t kChunkBytes = 1 << 18;
 // Few enough rows that they stay in the cache while the panels pass by; a multiple of every tile.
 constexpr int64_t kBlockRows = 66;
@@ -276,9 +277,10 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
     for (const Cell& cell : layer) widest = std::max(widest, cell.hidden);
   // Layers that follow each other do so chunk by chunk, so there should be some chunks.
   const int64_t fewest = split == Split::kLayers ? 8 : 1;
-  const int64_t step_bytes = std::max<int64_t>(1, sequence.batch) * 4 * widest * sizeof(T);
-  const int64_t chunk =
-      std::max<int64_t>(1, std::min(kChunkBytes / step_bytes, sequence.steps / fewest));
+  const int64_t step_rows = std::max<int64_t>(1, sequence.batch);
+  const int64_t cached = kChunkBytes / (step_rows * 4 * widest * int64_t{sizeof(T)});
+  const int64_t chunk = std::clamp<int64_t>(std::max(cached, kBlockRows / step_rows), 1,
+                                            std::max<int64_t>(1, sequence.steps / fewest));
 
   std::vector<Job<T>> jobs;
   jobs.reserve(layers * directions);
