@@ -3,8 +3,8 @@
 // inference from packed weights (cpu/network.h). Importing the module also runs the registrations
 // of library.cpp and of the host files.
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -51,22 +51,20 @@ std::shared_ptr<Network> make_network(const std::vector<std::vector<CellTuple>>&
 }
 
 // nn.LSTM's plain call: x [T, B, I], or [B, T, I] with batch_first, from a zero state, to
-// (y, (h_n, c_n)) with states [layers * D, B, size], for a network whose layers are all of one
-// size. None for an x that is anything else, so that the long way may say what is wrong with it.
-py::object run_plain(const Network& network, const at::Tensor& x, bool batch_first) {
+// (y, (h_n, c_n)), for a network whose cells are all of one size. None for anything else, so that
+// the long way may say what is wrong with it.
+py::object run_plain(const Network& network, const py::object& input, bool batch_first) {
+  if (!THPVariable_Check(input.ptr())) return py::none();
+  const at::Tensor& x = THPVariable_Unpack(input.ptr());
   if (x.dim() != 3 || x.scalar_type() != network.dtype() || !x.device().is_cpu() ||
-      x.numel() == 0 || x.size(2) != network.input())
+      x.numel() == 0 || x.size(2) != network.input() ||
+      (x.requires_grad() && at::GradMode::is_enabled()))
     return py::none();
   at::Tensor y, h_n, c_n;
   {
     const py::gil_scoped_release no_gil;
-    const at::Tensor rows = (batch_first ? x.transpose(0, 1) : x).contiguous();
-    const auto stack = network.stack();
-    const Cell& cell = stack->at(0).at(0);
-    const int64_t cells = static_cast<int64_t>(stack->size() * stack->at(0).size());
-    h_n = at::zeros({cells, rows.size(1), cell.output}, rows.options());
-    c_n = at::zeros({cells, rows.size(1), cell.hidden}, rows.options());
-    y = network.run(rows, std::nullopt, h_n.unbind(0), c_n.unbind(0));
+    std::tie(y, h_n, c_n) =
+        network.run_from_zero((batch_first ? x.transpose(0, 1) : x).contiguous());
     if (batch_first) y = y.transpose(0, 1);
   }
   return py::make_tuple(y, py::make_tuple(h_n, c_n));

@@ -113,18 +113,17 @@ class PreparedLSTM(ISSLSTM):
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[State, State]]:
         """As ISSLSTM.forward."""
+        if hx is None and lengths is None and self._uniform:
+            native = self.native()
+            plain = None if native is None else native.run_plain(input, self.batch_first)
+            if plain is not None:
+                return plain  # type: ignore[no-any-return]
         tensor = input.data if isinstance(input, PackedSequence) else input
         if torch.is_grad_enabled() and _asks_for_gradient((tensor, hx)):
             raise RuntimeError(
                 "PreparedLSTM: expected an input that asks for no gradient (a prepared model only "
                 "infers; use torch.no_grad()), got one with requires_grad=True"
             )
-        if hx is None and lengths is None and self._uniform and tensor is input:
-            native = self.native()
-            if native is not None:
-                plain = native.run_plain(tensor, self.batch_first)
-                if plain is not None:
-                    return plain  # type: ignore[no-any-return]
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             return self._in_float32(input, hx, lengths)  # type: ignore[no-any-return]
         return super().forward(input, hx, lengths)

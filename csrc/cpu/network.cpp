@@ -3,6 +3,7 @@
 #include "cpu/network.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -77,6 +78,20 @@ int64_t Network::output() const {
   return width;
 }
 
+template <typename T>
+void Network::run_as(const at::Tensor& x, const Sequence& sequence, const std::vector<void*>& h,
+                     const std::vector<void*>& c, const at::Tensor& y) const {
+  std::vector<CellState<T>> states;
+  states.reserve(h.size());
+  for (size_t i = 0; i < h.size(); ++i)
+    states.push_back({.h0 = static_cast<T*>(h[i]),
+                      .c = static_cast<T*>(c[i]),
+                      .h_n = static_cast<T*>(h[i]),
+                      .gates = nullptr,
+                      .cells = nullptr});
+  run_stack<T>(*stack(), sequence, x.const_data_ptr<T>(), states, y.mutable_data_ptr<T>());
+}
+
 at::Tensor Network::run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
                         const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const {
   const int64_t batch = h[0].size(0);
@@ -85,18 +100,37 @@ at::Tensor Network::run(const at::Tensor& x, const std::optional<std::vector<int
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = output();
   const at::Tensor y = at::empty(shape, x.options());
-  AT_DISPATCH_FLOATING_TYPES(dtype_, "Network::run", [&] {
-    std::vector<CellState<scalar_t>> states;
-    for (size_t i = 0; i < h.size(); ++i)
-      states.push_back({.h0 = h[i].const_data_ptr<scalar_t>(),
-                        .c = c[i].mutable_data_ptr<scalar_t>(),
-                        .h_n = h[i].mutable_data_ptr<scalar_t>(),
-                        .gates = nullptr,
-                        .cells = nullptr});
-    run_stack<scalar_t>(*stack(), sequence, x.const_data_ptr<scalar_t>(), states,
-                        y.mutable_data_ptr<scalar_t>());
-  });
+  std::vector<void*> h_data, c_data;
+  for (const at::Tensor& t : h) h_data.push_back(t.mutable_data_ptr());
+  for (const at::Tensor& t : c) c_data.push_back(t.mutable_data_ptr());
+  AT_DISPATCH_FLOATING_TYPES(dtype_, "Network::run",
+                             [&] { run_as<scalar_t>(x, sequence, h_data, c_data, y); });
   return y;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::Tensor& x) const {
+  const int64_t steps = x.size(0), batch = x.size(1);
+  const int64_t cells = static_cast<int64_t>(weights_.size() * weights_[0].size());
+  const CellWeights& first = weights_[0][0];
+  const auto empty = [&](at::IntArrayRef shape) {
+    return at::detail::empty_cpu(shape, dtype_, std::nullopt, std::nullopt, std::nullopt,
+                                 std::nullopt);
+  };
+  const at::Tensor y = empty({steps, batch, output()});
+  std::vector<void*> data[2];
+  at::Tensor state[2];  // h_n, c_n
+  for (const int which : {0, 1}) {
+    const int64_t size = which == 0 ? first.w_hh.size(1) : first.w_ih.size(0) / 4;
+    state[which] = empty({cells, batch, size});
+    char* const begin = static_cast<char*>(state[which].mutable_data_ptr());
+    const int64_t bytes = static_cast<int64_t>(state[which].nbytes());
+    std::memset(begin, 0, bytes);
+    for (int64_t i = 0; i < cells; ++i) data[which].push_back(begin + i * (bytes / cells));
+  }
+  const Sequence sequence(std::vector<int64_t>(steps, batch), batch);
+  AT_DISPATCH_FLOATING_TYPES(dtype_, "Network::run_from_zero",
+                             [&] { run_as<scalar_t>(x, sequence, data[0], data[1], y); });
+  return {y, state[0], state[1]};
 }
 
 Stream::Stream(int64_t batch, at::ScalarType dtype, int64_t input)

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <variant>
 #include <vector>
 
@@ -39,7 +40,15 @@ class Network {
   at::Tensor run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
                  const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const;
 
+  // The same from a zero state, where all cells are of one size: x [T, B, I], contiguous -> y, and
+  // h_n, c_n [cells, B, P or H]. For small calls, where each dispatch of torch's would count.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> run_from_zero(const at::Tensor& x) const;
+
  private:
+  template <typename T>
+  void run_as(const at::Tensor& x, const Sequence& sequence, const std::vector<void*>& h,
+              const std::vector<void*>& c, const at::Tensor& y) const;
+
   std::vector<std::vector<CellWeights>> weights_;
   at::ScalarType dtype_;
   mutable std::mutex mutex_;
