@@ -53,7 +53,8 @@ class PreparedLSTM(ISSLSTM):
     under nn.LSTM's names (int8 adds "<name>_scale", float32, one per row); biases stay float32.
     Activations and sums are float32, and an input of another floating dtype is converted, as is
     what comes back; autocast changes nothing. With int8, each row of x and h is quantised on the
-    fly, to 8 bits (7 on AVX2). There is no dropout. Raises RuntimeError where a gradient is asked for.
+    fly, to 8 bits (7 on AVX2). There is no dropout. Raises RuntimeError where a gradient is asked
+    for.
     """
 
     def __init__(self, lstm: ISSLSTM, weights: str) -> None:
