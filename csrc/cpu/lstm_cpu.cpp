@@ -20,6 +20,7 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/stack.h"
+#include "cpu/team.h"
 
 namespace iss {
 namespace {
@@ -60,7 +61,6 @@ void backward(const Sequence& sequence, bool reverse, const Tensor& dy, const Te
   const Tensor dunprojected = w_hr ? at::empty_like(dc) : Tensor();
   const T *dy_data = data<T>(dy), *y_data = data<T>(y), *cells_data = data<T>(cells);
 
-  constexpr int64_t kWorthAThread = 1 << 18;  // multiplies that take about 10 us
   const int64_t by_work = sequence.rows * 4 * hidden * output / kWorthAThread;
   const int64_t shares = std::clamp<int64_t>(by_work, 1, at::get_num_threads());
   at::parallel_for(

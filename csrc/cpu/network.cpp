@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 
 namespace iss {
 namespace {
@@ -33,6 +34,13 @@ Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
                        .bias = w.bias.value_or(at::Tensor())});
   }
   return stack;
+}
+
+// The state of a cell that is not trained: h_n and c_n take the place of h_0 and c_0.
+template <typename T>
+CellState<T> in_place(void* h, void* c) {
+  T* const h_data = static_cast<T*>(h);
+  return {.h0 = h_data, .c = static_cast<T*>(c), .h_n = h_data, .gates = nullptr, .cells = nullptr};
 }
 
 template <typename T>
@@ -83,12 +91,7 @@ void Network::run_as(const at::Tensor& x, const Sequence& sequence, const std::v
                      const std::vector<void*>& c, const at::Tensor& y) const {
   std::vector<CellState<T>> states;
   states.reserve(h.size());
-  for (size_t i = 0; i < h.size(); ++i)
-    states.push_back({.h0 = static_cast<T*>(h[i]),
-                      .c = static_cast<T*>(c[i]),
-                      .h_n = static_cast<T*>(h[i]),
-                      .gates = nullptr,
-                      .cells = nullptr});
+  for (size_t i = 0; i < h.size(); ++i) states.push_back(in_place<T>(h[i], c[i]));
   run_stack<T>(*stack(), sequence, x.const_data_ptr<T>(), states, y.mutable_data_ptr<T>());
 }
 
@@ -174,11 +177,7 @@ void Stream::run(Lstm& lstm, const T* x, T* y, int64_t) {
   states.clear();
   for (size_t i = 0; i < stack->size(); ++i) {
     const auto& [h, c] = states_[lstm.first_state + i];
-    states.push_back({.h0 = h.template const_data_ptr<T>(),
-                      .c = c.template mutable_data_ptr<T>(),
-                      .h_n = h.template mutable_data_ptr<T>(),
-                      .gates = nullptr,
-                      .cells = nullptr});
+    states.push_back(in_place<T>(h.mutable_data_ptr(), c.mutable_data_ptr()));
   }
   run_stack<T>(*stack, one_step_, x, states, y);
 }
@@ -192,7 +191,6 @@ void Stream::run(Linear& linear, const T* x, T* y, int64_t columns) {
   }
   const int64_t k = linear.weight.size(1);
   const int64_t panels = kernels.panels(columns, false);
-  constexpr int64_t kWorthAThread = 1 << 18;  // multiplies that take about 10 us
   const int64_t shares = std::clamp<int64_t>(batch_ * k * columns / kWorthAThread, 1, panels);
   const auto columns_of = [&](int64_t begin, int64_t end) {
     kernels.matmul({.rows = batch_,

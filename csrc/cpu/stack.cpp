@@ -15,8 +15,6 @@
 namespace iss {
 namespace {
 
-// Multiplies that take about 10 us: what it costs to wake a thread.
-constexpr int64_t kWorthAThread = 1 << 18;
 // Multiplies that take about 1 us: what it costs to meet at a barrier, and then some.
 constexpr int64_t kWorthABarrier = 1 << 15;
 // Recurrent weights of one cell that stay in a core's L2 cache from step to step.

@@ -12,6 +12,9 @@
 
 namespace iss {
 
+// Multiplies that take about 10 us: what it costs to wake a thread.
+constexpr int64_t kWorthAThread = 1 << 18;
+
 // Returns when ready() is true. Gives its core away when the wait gets long, as it does where there
 // are more threads than cores.
 template <typename Ready>
