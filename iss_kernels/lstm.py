@@ -306,10 +306,14 @@ class ISSLSTM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """w_ih, w_hh, b_ih, b_hh, w_hr of one layer and direction."""
         names = self._all_weights[index]
-        w: list[Tensor] = [getattr(self, name) for name in names]
+        w = [self._weight(name) for name in names]
         w_hr = w.pop() if names[-1].startswith("weight_hr") else None
         b_ih, b_hh = w[2:] if self.bias else (None, None)
         return w[0], w[1], b_ih, b_hh, w_hr
+
+    def _weight(self, name: str) -> Tensor:
+        """A parameter as the ops take it."""
+        return cast(Tensor, getattr(self, name))
 
     def _dtype(self) -> torch.dtype:
         return cast(Tensor, self.weight_ih_l0).dtype

@@ -170,21 +170,11 @@ class PreparedLSTM(ISSLSTM):
         hs, cs = zip(*final, strict=True)
         return native.run(x, sizes, list(hs), list(cs)), final
 
-    def _parameters_of(
-        self, index: int
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The weights widened to float32, for the reference."""
-
-        def widened(name: str) -> Tensor:
-            weight: Tensor = getattr(self, name)
-            scale: Tensor | None = getattr(self, name + "_scale", None)
-            return weight.float() if scale is None else weight.float() * scale[:, None]
-
-        names = self._all_weights[index]
-        w = [widened(name) for name in names]
-        w_hr = w.pop() if names[-1].startswith("weight_hr") else None
-        b_ih, b_hh = w[2:] if self.bias else (None, None)
-        return w[0], w[1], b_ih, b_hh, w_hr
+    def _weight(self, name: str) -> Tensor:
+        """Widened to float32, for the reference."""
+        weight: Tensor = getattr(self, name)
+        scale: Tensor | None = getattr(self, name + "_scale", None)
+        return weight.float() if scale is None else weight.float() * scale[:, None]
 
     def _dtype(self) -> torch.dtype:
         return torch.float32
