@@ -2,18 +2,21 @@
 """bfloat16 tensors in the ops: summed in float32, and so never far from float64's truth."""
 
 import copy
+import functools
 import re
 
 import pytest
+import test_lstm_ops
 import torch
+from test_lstm_ops import ALL, SOME, by_reference, is_floating, ours
 from test_reference import torch_lstm
 from torch import nn
 from torch.library import opcheck
 from torch.nn.utils.rnn import pack_sequence
 
-from iss_kernels import ISSLSTM, ops, reference, use_backend
+from iss_kernels import ISSLSTM, ops, use_backend
 from iss_kernels.backend import supported_isas, use_isa
-from iss_kernels.testing import CASES, Case, assert_no_worse_than_torch, make_inputs, max_error
+from iss_kernels.testing import Case, assert_no_worse_than_torch, make_inputs, max_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning"),
@@ -22,36 +25,7 @@ pytestmark = [
 
 lib = torch.ops.iss_kernels
 BFLOAT16 = torch.bfloat16
-ALL = [pytest.param(c, marks=[pytest.mark.slow] * c.slow, id=c.name) for c in CASES]
-SOME = [c for c in CASES if c.name in ("tail_avx512", "projected", "packed", "packed_projected")]
-
-
-def is_floating(value):
-    return torch.is_tensor(value) and value.is_floating_point()
-
-
-def run(function, case, dtype, reverse=False):
-    """Outputs and all gradients in `dtype`, of one problem whose numbers are bfloat16."""
-    inputs = {
-        k: v.to(dtype) if is_floating(v) else v
-        for k, v in make_inputs(case, BFLOAT16, reverse).items()
-    }
-    leaves = [v.requires_grad_() for v in inputs.values() if is_floating(v)]
-    outputs = function(inputs)
-    torch.manual_seed(1)
-    cotangents = [torch.randn(y.shape).to(BFLOAT16).to(dtype) for y in outputs]
-    given = [(y, d) for y, d in zip(outputs, cotangents, strict=True) if y.requires_grad]
-    ys, dys = zip(*given, strict=True)
-    grads = torch.autograd.grad(ys, leaves, dys, materialize_grads=True)
-    return [t.detach() for t in (*outputs, *grads)]
-
-
-def ours(inputs):
-    return ops.lstm(**inputs)
-
-
-def by_reference(inputs):
-    return reference.lstm(**inputs)
+run = functools.partial(test_lstm_ops.run, numbers=BFLOAT16)  # in any dtype, the same numbers
 
 
 def torchs(inputs):
@@ -249,8 +223,8 @@ def test_every_form_of_input(isa):
         "unbatched": ((x[:, 0],), (x[:, 0].double(),)),
         "lengths": ((x, None, [6, 1, 3, 6]), (x.double(), None, [6, 1, 3, 6])),
     }
-    for ours, truth in forms.values():
-        for a, t in zip(tensors_in(lstm(*ours)), tensors_in(wide(*truth)), strict=True):
+    for mine, truth in forms.values():
+        for a, t in zip(tensors_in(lstm(*mine)), tensors_in(wide(*truth)), strict=True):
             assert a.dtype == BFLOAT16 and max_error(a, t) <= 2e-2
     ragged = [torch.randn(n, 3).to(BFLOAT16) for n in (2, 7, 4)]
     packed, _ = lstm(pack_sequence(ragged, enforce_sorted=False))

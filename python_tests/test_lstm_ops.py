@@ -16,15 +16,24 @@ ALL = [pytest.param(c, marks=[pytest.mark.slow] * c.slow, id=c.name) for c in CA
 SOME = [c for c in CASES if c.name in ("tail_avx512", "projected", "packed", "packed_projected")]
 
 
-def run(function, case, dtype, reverse):
-    """Outputs and the gradients of everything, for cotangents that are the same in every dtype."""
-    inputs = make_inputs(case, dtype, reverse)
-    leaves = [t for t in inputs.values() if torch.is_tensor(t) and t.is_floating_point()]
-    for leaf in leaves:
-        leaf.requires_grad_()
+def is_floating(value):
+    return torch.is_tensor(value) and value.is_floating_point()
+
+
+def run(function, case, dtype, reverse=False, numbers=None):
+    """Outputs and the gradients of everything, for cotangents that are the same in every dtype.
+
+    numbers: a dtype that holds all inputs and cotangents exactly, where `dtype` is wider.
+    """
+    numbers = numbers or dtype
+    inputs = {
+        k: v.to(dtype) if is_floating(v) else v
+        for k, v in make_inputs(case, numbers, reverse).items()
+    }
+    leaves = [v.requires_grad_() for v in inputs.values() if is_floating(v)]
     outputs = function(inputs)
     torch.manual_seed(1)
-    cotangents = [torch.randn(y.shape).to(dtype) for y in outputs]
+    cotangents = [torch.randn(y.shape).to(numbers).to(dtype) for y in outputs]
     given = [(y, d) for y, d in zip(outputs, cotangents, strict=True) if y.requires_grad]
     ys, dys = zip(*given, strict=True)
     grads = torch.autograd.grad(ys, leaves, dys, materialize_grads=True)
