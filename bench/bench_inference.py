@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine
+from harness import RESULTS, interleaved_ms, machine, percentiles
 from peers import ENGINES, STREAMS, Call, Engine, Unavailable
 from roofline import flops, roofline
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ def measure(point: Point, seconds: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for (name, layers), values in times.items():
         weights = contenders[name, layers].weights
-        p20, p50, p80 = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        p20, p50, p80 = percentiles(values)
         gflops = flops(layers, point.T, point.B) / p50 / 1e6
         fraction = roof.ms(layers, point.T, point.B, weights) / p50
         rows.append(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, write_csv
+from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from peers import without_onednn
 from torch import Tensor, nn
 
 from iss_kernels import ISSLSTM
@@ -42,20 +42,6 @@ PROBLEMS = [Problem(t, b, i, h) for i, h in SIZES for t, b in CALLS]
 QUICK = [Problem(1, 1, 100, 64), Problem(30, 10, 128, 128)]
 
 
-# torch's own notice about Intel GPUs, whenever oneDNN is switched.
-warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-
-
-def without_onednn(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Call a module with oneDNN off."""
-
-    def run(x: Tensor) -> Tensor:
-        with torch.backends.mkldnn.flags(enabled=False):
-            return module(x)[0]  # type: ignore[no-any-return]
-
-    return run
-
-
 def training_step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
     """Forward and backward."""
     x = x.clone().requires_grad_()
@@ -70,7 +56,7 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
     x = torch.randn(problem.T, problem.B, problem.I)
     providers: dict[str, Callable[[Tensor], Tensor]] = {
         "nn.LSTM": lambda x: torchs(x)[0],
-        "nn.LSTM without oneDNN": without_onednn(torchs),
+        "nn.LSTM without oneDNN": without_onednn(lambda x: torchs(x)[0]),
         "ISSLSTM": lambda x: ours(x)[0],
     }
     with torch.no_grad():
@@ -80,7 +66,7 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
     rows: list[dict[str, object]] = []
     functions = {name: training_step(module, x) for name, module in providers.items()}
     for name, values in interleaved_ms(functions, seconds).items():
-        p20, p50, p80 = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        p20, p50, p80 = percentiles(values)
         rows.append(
             {
                 "kernel": "lstm", "provider": name, "mode": "training", "T": problem.T,

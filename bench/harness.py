@@ -58,6 +58,11 @@ def interleaved_ms(
     return result
 
 
+def percentiles(values: list[float]) -> list[float]:
+    """The 20th, 50th and 80th."""
+    return torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+
+
 @functools.cache  # one process measures one machine: asked for every row
 def machine() -> dict[str, str]:
     """What a row has to say to be comparable: device, ISA, versions, date."""

@@ -78,17 +78,17 @@ def torch_lstm(layers: Layers, x: Tensor, _: int) -> Call:
     return run
 
 
-def without_onednn(call: Call) -> Call:
+def without_onednn(call: Callable[..., Any]) -> Callable[..., Any]:
     """The same call over torch's own LSTM.
 
     The public torch.backends.mkldnn.flags does this too, but takes as long as a small LSTM.
     """
     switch = torch._C._set_mkldnn_enabled
 
-    def run() -> Any:
+    def run(*args: Any) -> Any:
         switch(False)
         try:
-            return call()
+            return call(*args)
         finally:
             switch(True)
 

@@ -154,6 +154,9 @@ def speed_up_lines(points: Results, threads: int) -> Iterable[str]:
             f"  x{threads}  over the best {mean(over_best.values())}, least {over_best[at]:.2f} "
             f"at {at}"
         )
+        for batch in sorted({point.B for point in over_best}):
+            values = [value for point, value in over_best.items() if batch == point.B]
+            yield f"  x{threads}    B {batch:<4} {mean(values)}, least {min(values):.2f}"
 
 
 def slow_lines(points: Results) -> Iterable[str]:

@@ -57,6 +57,17 @@ def test_bench_writes_a_row_for_every_engine(quick):
     assert out.count("layer ") == 2 and out.count("stream ") == 1
 
 
+def test_the_training_benchmark_writes_a_row_for_every_provider(tmp_path):
+    path = tmp_path / "new" / "training.csv"
+    done = run(BENCH / "bench_training.py", "--quick", "--threads", "1", "--output", path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    providers = {"nn.LSTM", "nn.LSTM without oneDNN", "ISSLSTM"}
+    assert len(rows) == 6 and {row["provider"] for row in rows} == providers
+    assert all(row["mode"] == "training" and float(row["ms_p50"]) > 0 for row in rows)
+    assert "ISSLSTM" in done.stdout
+
+
 def test_bench_resumes_after_what_it_has(quick):
     path, _ = quick
     text = path.read_text()
