@@ -145,7 +145,7 @@ def summary(results: Results) -> Iterable[str]:
 
 
 def speed_up_lines(points: Results, threads: int) -> Iterable[str]:
-    """Over the best, and over nn.LSTM."""
+    """Over the best and over nn.LSTM; and what the best leave to be gained: the roof over them."""
     over_best, over_torch = ratios(points, None, OURS), ratios(points, "nn.LSTM", OURS)
     if over_best:
         at = min(over_best, key=lambda point: over_best[point])
@@ -155,8 +155,13 @@ def speed_up_lines(points: Results, threads: int) -> Iterable[str]:
             f"at {at}"
         )
         for batch in sorted({point.B for point in over_best}):
-            values = [value for point, value in over_best.items() if batch == point.B]
-            yield f"  x{threads}    B {batch:<4} {mean(values)}, least {min(values):.2f}"
+            values = {point: value for point, value in over_best.items() if batch == point.B}
+            best = [points[point][best_peer(points[point]) or ""] for point in values]
+            yield (
+                f"  x{threads}    B {batch:<4} {mean(values.values())}, least "
+                f"{min(values.values()):.2f}; the roof over the best "
+                f"{mean(1 / row.roofline for row in best)}"
+            )
 
 
 def slow_lines(points: Results) -> Iterable[str]:
