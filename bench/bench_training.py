@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of one LSTM layer against torch.nn.LSTM; check, then time.
+"""A training step of one LSTM layer, forward and backward, against torch.nn.LSTM; check, then time.
 
 python bench/bench_training.py [--quick] [--threads N ...] [--output CSV]
+
+I = H, T = 35 steps, gradients of the weights and of the input; then packed sequences of lengths 1
+to 64. A row gives the fraction of the roof that roofline.py derives (nothing for packed ones).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,64 +20,110 @@ from pathlib import Path
 import torch
 from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
 from peers import without_onednn
+from roofline import flops, roofline
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from iss_kernels import ISSLSTM
 from iss_kernels.testing import assert_no_worse_than_torch
 
+HIDDEN = (64, 128, 256, 315, 650)
+BATCH = (1, 20, 64)
+STEPS = 35
+PACKED_HIDDEN = (64, 256, 650)
+LENGTHS = torch.arange(64, 0, -1)
+
+Input = Tensor | PackedSequence
+
 
 @dataclass(frozen=True)
 class Problem:
-    """T steps, B batch, I inputs, H hidden units."""
+    """H inputs and hidden units; T steps, B rows, which end after 1 to 64 steps where packed."""
 
+    H: int
     T: int
     B: int
-    I: int  # noqa: E741
-    H: int
+    packed: bool = False
 
     @property
     def flops(self) -> int:
         """Of a forward and a backward pass: three products with each weight, step and row."""
-        return 3 * 2 * self.T * self.B * 4 * self.H * (self.I + self.H)
+        rows = int(LENGTHS.sum()) if self.packed else self.T * self.B
+        return 3 * flops((self.H, self.H), rows, 1)
+
+    def input(self) -> tuple[Tensor, Callable[[Tensor], Input]]:
+        """x, and what makes the modules' input of it."""
+        torch.manual_seed(0)
+        x = torch.randn(self.T, self.B, self.H)
+        if not self.packed:
+            return x, lambda x: x
+        return x, lambda x: pack_padded_sequence(x, LENGTHS)
+
+    def __str__(self) -> str:
+        return f"H{self.H} B{self.B} T{self.T}{' packed' * self.packed}"
 
 
-SIZES = [(100, 64), (128, 128), (256, 200), (256, 256), (373, 315), (512, 512)]  # I, H
-CALLS = [(1, 1), (30, 1), (30, 10), (30, 64)]  # T, B
-PROBLEMS = [Problem(t, b, i, h) for i, h in SIZES for t, b in CALLS]
-QUICK = [Problem(1, 1, 100, 64), Problem(30, 10, 128, 128)]
+GRID = [Problem(h, STEPS, b) for h, b in itertools.product(HIDDEN, BATCH)]
+PROBLEMS = GRID + [Problem(h, 64, 64, packed=True) for h in PACKED_HIDDEN]
+QUICK = [Problem(64, STEPS, 1), Problem(128, STEPS, 20), Problem(64, 64, 64, packed=True)]
 
 
-def training_step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
-    """Forward and backward."""
-    x = x.clone().requires_grad_()
-    return lambda: torch.autograd.backward(module(x).sum())
+def outputs(module: Callable[[Input], Input], given: Input) -> Tensor:
+    """y of a padded or packed input."""
+    y = module(given)
+    return y if isinstance(y, Tensor) else y.data
+
+
+def training_step(
+    module: Callable[[Input], Input], problem: Problem, dtype: torch.dtype = torch.float32
+) -> Callable[[], list[Tensor]]:
+    """Forward and backward; returns y and the gradient of x."""
+    x, prepared = problem.input()
+    x = x.to(dtype).requires_grad_()
+    y = outputs(module, prepared(x))
+    dy = torch.randn(y.shape, dtype=torch.float32).to(dtype)  # the same numbers in every dtype
+
+    def step() -> list[Tensor]:
+        x.grad = None
+        y = outputs(module, prepared(x))
+        y.backward(dy)
+        assert x.grad is not None
+        return [y.detach(), x.grad]
+
+    return step
 
 
 def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, object]]:
     """Rows for all providers of one problem."""
     torch.manual_seed(0)
-    torchs = nn.LSTM(problem.I, problem.H)
-    ours = ISSLSTM.from_torch(torchs)
-    x = torch.randn(problem.T, problem.B, problem.I)
-    providers: dict[str, Callable[[Tensor], Tensor]] = {
+    torchs, double = nn.LSTM(problem.H, problem.H), nn.LSTM(problem.H, problem.H).double()
+    double.load_state_dict(torchs.state_dict())
+    ours, again = ISSLSTM.from_torch(torchs), ISSLSTM.from_torch(torchs)
+    again.recompute = True
+    modules: dict[str, Callable[[Input], Input]] = {
         "nn.LSTM": lambda x: torchs(x)[0],
         "nn.LSTM without oneDNN": without_onednn(lambda x: torchs(x)[0]),
         "ISSLSTM": lambda x: ours(x)[0],
+        "ISSLSTM recompute": lambda x: again(x)[0],
     }
-    with torch.no_grad():
-        truth = nn.LSTM(problem.I, problem.H).double()
-        truth.load_state_dict(torchs.state_dict())
-        assert_no_worse_than_torch(ours(x)[0], torchs(x)[0], truth(x.double())[0])
+    steps = {}
+    truth = training_step(lambda x: double(x)[0], problem, torch.float64)()
+    for name, module in modules.items():
+        steps[name] = training_step(module, problem)
+    for name in ("ISSLSTM", "ISSLSTM recompute"):
+        for got, torchs_own, true in zip(steps[name](), steps["nn.LSTM"](), truth, strict=True):
+            assert_no_worse_than_torch(got, torchs_own, true)
+    roof = roofline(threads).training_ms((problem.H, problem.H), problem.T, problem.B)
     rows: list[dict[str, object]] = []
-    functions = {name: training_step(module, x) for name, module in providers.items()}
-    for name, values in interleaved_ms(functions, seconds).items():
+    for name, values in interleaved_ms(steps, seconds).items():
         p20, p50, p80 = percentiles(values)
         rows.append(
             {
-                "kernel": "lstm", "provider": name, "mode": "training", "T": problem.T,
-                "B": problem.B, "I": problem.I, "H": problem.H, "dtype": "float32",
-                "threads": threads, "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}",
-                "ms_p80": f"{p80:.4f}", "gflops": f"{problem.flops / p50 / 1e6:.1f}", **machine(),
+                "provider": name, "H": problem.H, "T": problem.T, "B": problem.B,
+                "packed": int(problem.packed), "dtype": "float32", "threads": threads,
+                "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}",
+                "gflops": f"{problem.flops / p50 / 1e6:.1f}",
+                "roofline": "" if problem.packed else f"{roof / p50:.4f}", **machine(),
             }
         )  # fmt: skip
     return rows
@@ -80,23 +131,32 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two problems, a few seconds")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="three problems, a few seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
     parser.add_argument("--output", type=Path, default=RESULTS / "training.csv")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    print(f"{'':34}{'nn.LSTM':>10}{'no oneDNN':>11}{'ISSLSTM':>9}  ratio   ms, p50; ratio: nn.LSTM")
+    print(f"{'ms, p50':<26}{'nn.LSTM':>10}{'no oneDNN':>11}{'ISSLSTM':>9}{'recompute':>11}", end="")
+    print("  best nn.LSTM / ISSLSTM")
     with contextlib.suppress(KeyboardInterrupt):
         for threads in dict.fromkeys(options.threads):
             torch.set_num_threads(threads)
+            ratios: dict[bool, list[float]] = {False: [], True: []}
             for problem in QUICK if options.quick else PROBLEMS:
-                new = measure(problem, threads, seconds=0.3 if options.quick else 1.5)
+                new = measure(problem, threads, seconds=0.3 if options.quick else 2)
                 rows += new
-                torchs, plain, ours = (float(str(row["ms_p50"])) for row in new)
-                label = f"{problem.I}->{problem.H} B{problem.B} T{problem.T} x{threads}"
-                print(f"{label:<34}{torchs:10.3f}{plain:11.3f}{ours:9.3f}{torchs / ours:7.2f}")
+                ms = [float(str(row["ms_p50"])) for row in new]
+                ratios[problem.packed].append(min(ms[:2]) / ms[2])
+                print(f"{f'{problem} x{threads}':<26}{ms[0]:10.3f}{ms[1]:11.3f}", end="")
+                print(f"{ms[2]:9.3f}{ms[3]:11.3f}{ratios[problem.packed][-1]:8.2f}", flush=True)
+            for packed, values in ratios.items():
+                mean, least = statistics.geometric_mean(values), min(values)
+                kind = "packed" if packed else "padded"
+                print(f"{kind} x{threads}: geometric mean {mean:.2f}, least {least:.2f}")
     if rows:
         write_csv(options.output, rows)
         print(f"wrote {options.output}")

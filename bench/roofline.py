@@ -10,7 +10,13 @@ For a stack whose layer has I inputs and H hidden units, T steps and B rows:
     roof    = max(compute, read)
 
 weights is the stack in bytes, w_ih = 4H I and w_hh = 4H H those of a layer; w_ih serves all steps
-of a call, w_hh is read again in each. bandwidth(n) is that of reading n bytes over and over, so it
+of a call, w_hh is read again in each. A training step (T > 1 or not) has three products with every
+weight, so 3 flops; its backward reads w_hh again in each step, w_ih once more, and writes a
+gradient of each:
+
+    read    = sum over layers of  3 w_ih / bandwidth(weights) + (2 T + 1) w_hh / bandwidth(w_hh)
+
+ bandwidth(n) is that of reading n bytes over and over, so it
 is the bandwidth of the cache that holds them: benchmarks call a function again and again. peak is
 that of float32 FMA, also for weights in 16 bits, which are widened; int8 has instructions of its
 own and is held against `read` alone. Activations are left out: the roof is a bound from below.
@@ -63,6 +69,16 @@ class Roofline:
                 read += steps * w_hh / self.gbytes_per_s(w_hh)
         compute = 0.0 if weights == "int8" else flops(layers, steps, batch) / self.gflops
         return max(compute, read) / 1e6
+
+    def training_ms(self, layers: Sequence[int], steps: int, batch: int) -> float:
+        """The roof of a forward and a backward pass in float32."""
+        sizes = list(zip(layers, layers[1:], strict=False))
+        total = sum(4 * h * (i + h) for i, h in sizes) * 4
+        read = 3 * sum(4 * h * i for i, h in sizes) * 4 / self.gbytes_per_s(total)
+        for _, h in sizes:
+            w_hh = 4 * h * h * 4
+            read += (2 * steps + 1) * w_hh / self.gbytes_per_s(w_hh)
+        return max(3 * flops(layers, steps, batch) / self.gflops, read) / 1e6
 
 
 def flops(layers: Sequence[int], steps: int, batch: int) -> int:

@@ -20,6 +20,11 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+// Panels [begin, end) of a packed matrix: a thread's share of the columns or units.
+struct PanelRange {
+  int64_t begin, end;
+};
+
 // A matrix B [K, columns] to be multiplied from the right, cut into panels of 4 vectors of columns:
 // packed [panel][K][4][lanes], zero where a panel reaches past the last column. With `gates` the
 // columns are 4H gate rows, and the 4 vectors of a panel are the i, f, g, o of the same units, so
@@ -30,7 +35,8 @@ struct PackArgs {
   int64_t k, columns;
   bool gates;
   Format format;
-  const void* b;  // element (k, column) at b[k * stride_k + column * stride_column]
+  PanelRange panels;  // those to write
+  const void* b;      // element (k, column) at b[k * stride_k + column * stride_column]
   int64_t stride_k, stride_column;
   const float* scales;  // [columns]; kInt8 alone
   void* packed;         // [Kernels::packed_bytes(...)]
@@ -41,12 +47,8 @@ struct Packed {
   const void* panels;  // PackArgs::packed
 };
 
-// Panels [begin, end) of a packed matrix: a thread's share of the columns or units.
-struct PanelRange {
-  int64_t begin, end;
-};
-
-// out = a @ B + bias, with B packed without `gates`; the columns of `panels` are written.
+// out = a @ B + bias, or out += that, with B packed without `gates`; the columns of `panels` are
+// written.
 template <typename T>
 struct MatmulArgs {
   int64_t rows, k, columns;
@@ -55,9 +57,18 @@ struct MatmulArgs {
   int64_t a_stride;
   Packed b;
   const T* bias;  // [columns], or nullptr
-  T* out;         // [rows, columns], out_stride elements from row to row
+  bool accumulate;
+  T* out;  // [rows, columns], out_stride elements from row to row
   int64_t out_stride;
   void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; kInt8 alone
+};
+
+// to = from, transposed: rows [row_begin, row_end) of it.
+template <typename T>
+struct TransposeArgs {
+  int64_t row_begin, row_end, rows, columns;
+  const T* from;  // [rows, columns]
+  T* to;          // [columns, rows]
 };
 
 // One time step for the units of `panels`. gates may be gates_x itself, c may be c_prev.
@@ -78,16 +89,22 @@ struct LstmStepArgs {
   void* scratch;     // as in MatmulArgs
 };
 
-// The pointwise half of one time step's gradient. dc may be dc_prev.
+// One time step's gradient for the units of `panels`: dh = a @ B + dy, and what follows from it.
+// dc may be dc_prev.
 template <typename T>
 struct LstmStepBackwardArgs {
-  int64_t rows, hidden;  // n, H
-  const T* dh;           // [n, H]  gradient of o * tanh(c)
-  const T* gates;        // [n, 4H] as saved by the forward step
-  const T* cells;        // [n, H]
-  const T* c_prev;       // [n, H]
-  T* dc;                 // [n, H]  in: gradient of c_t; out: gradient of c_{t-1}
-  T* dgates;             // [n, 4H] gradient before the activations
+  int64_t rows, hidden, k;  // n, H, K
+  PanelRange panels;
+  const T* a;  // [n, K], a_stride elements from row to row: the next step's dgates, K = 4H; with a
+               // projection the gradient of this step's output, K = P; K = 0 where no step follows
+  int64_t a_stride;
+  Packed b;         // [K, H], packed without `gates`: w_hh, or w_hr
+  const T* dy;      // [n, H], or nullptr
+  const T* gates;   // [n, 4H] as saved by the forward step
+  const T* cells;   // [n, H]
+  const T* c_prev;  // [n, H]
+  T* dc;            // [n, H]  in: gradient of c_t; out: gradient of c_{t-1}
+  T* dgates;        // [n, 4H] gradient before the activations
 };
 
 }  // namespace iss

@@ -62,6 +62,10 @@ class ISSLSTM(nn.Module):
     Weights are float32, float64, or bfloat16, which is summed in float32. Under autocast the layers
     compute in the weights' dtype and the results come in autocast's dtype. Raises what nn.LSTM
     raises for the same mistakes.
+
+    For the gradient, each layer and direction saves 5 H elements per step and row (gates and cells;
+    4 bytes each, 8 in float64) beside its input and output. recompute=True, also as an attribute,
+    saves none of them: the backward runs the layer forward again.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class ISSLSTM(nn.Module):
         proj_size: Sizes = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
@@ -90,7 +95,8 @@ class ISSLSTM(nn.Module):
                 f"num_layers={num_layers}",
                 stacklevel=2,
             )
-        for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        flags = {"bias": bias, "batch_first": batch_first, "recompute": recompute}
+        for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
         if not isinstance(input_size, int):
@@ -125,6 +131,7 @@ class ISSLSTM(nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bool(bidirectional)
         self.proj_size = _shortest(proj_sizes)
+        self.recompute = recompute
         # Per layer, per direction: (H, P), the sizes of the cell and of the output.
         self.sizes = [
             [(h, p or h) for h, p in zip(hs, ps, strict=True)]
@@ -171,6 +178,7 @@ class ISSLSTM(nn.Module):
         defaults = {
             "proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0,
             "bidirectional": False,
+            "recompute": False,
         }  # fmt: skip
         for name, default in defaults.items():
             if getattr(self, name) != default:
@@ -294,8 +302,9 @@ class ISSLSTM(nn.Module):
                 h0, c0 = states[index]
                 w_ih, w_hh, b_ih, b_hh, w_hr = self._parameters_of(index)
                 y, h, c = ops.lstm(
-                    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, direction == 1
-                )
+                    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, direction == 1,
+                    self.recompute,
+                )  # fmt: skip
                 outputs.append(y)
                 final.append((h, c))
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -430,11 +439,13 @@ def _autocast_enabled(device_type: str) -> bool:
 
 
 def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """Give a new LSTM these parameters, and the dropout, hooks and mode of `old`.
+    """Give a new LSTM these parameters, and the dropout, recompute, hooks and mode of `old`.
 
     dropout is set here, since the constructor warns of it over a single layer.
     """
     new.dropout = old.dropout
+    if isinstance(new, ISSLSTM):
+        new.recompute = getattr(old, "recompute", False)
     for name, value in old.__dict__.items():
         if name.endswith("_hooks"):
             setattr(new, name, value)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
+from torch.utils.checkpoint import checkpoint
 
 from iss_kernels import backend, reference
 
@@ -58,16 +59,27 @@ def lstm(
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     reverse: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One LSTM layer in one direction over all time steps. Shapes, returns: `reference.lstm`.
+
+    For the gradient it saves 5 N H elements (the activated gates and the cells; float32 for
+    bfloat16) beside its arguments and y; with recompute=True nothing more, and the backward runs
+    the forward again.
 
     Raises RuntimeError for a wrong shape, dtype or device, naming the argument.
     """
     arguments = (x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse)
-    if backend.backend() == "reference":
-        return reference.lstm(*arguments)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if backend.backend() == "reference":
+        if not (recompute and trains):
+            return reference.lstm(*arguments)
+        again: tuple[Tensor, Tensor, Tensor] = checkpoint(
+            reference.lstm, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+        return again
+    save = trains and not recompute
     y, h_n, c_n, _, _ = torch.ops.iss_kernels.lstm_forward.default(*arguments, save)
     return y, h_n, c_n
 
@@ -108,9 +120,10 @@ def _lstm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _lstm_backward(
     ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    *arguments, y, gates, cells = ctx.saved_tensors
+    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = arguments
     if not ctx.save:
-        raise RuntimeError("lstm_forward: expected save=True where a gradient is asked for")
-    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells = ctx.saved_tensors
+        *_, gates, cells = torch.ops.iss_kernels.lstm_forward.default(*arguments, ctx.reverse, True)
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
     dc_n = torch.zeros_like(c0) if dc_n is None else dc_n

@@ -88,6 +88,7 @@ struct Weight {
                   .columns = columns,
                   .gates = gates,
                   .format = format,
+                  .panels = {0, kernels.panels(gates ? columns / 4 : columns, gates)},
                   .b = b,
                   .stride_k = transposed ? 1 : columns,
                   .stride_column = transposed ? k : 1,
@@ -104,8 +105,8 @@ double size_of_error(Format format, double size) {
 }
 
 template <typename T>
-void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t k,
-                 int64_t columns) {
+void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t k, int64_t columns,
+                 bool accumulate) {
   const int64_t a_stride = k + 2, out_stride = columns + 3;
   const auto a = normal<T>(rows * a_stride);
   const Weight<T> b(format, k, columns, false);
@@ -125,13 +126,14 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
                     .a_stride = a_stride,
                     .b = {format, panels.data()},
                     .bias = bias.data(),
+                    .accumulate = accumulate,
                     .out = out.data(),
                     .out_stride = out_stride,
                     .scratch = scratch.data()});
   Doubles truth(rows * out_stride, 7);  // what lies between the rows stays
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      double& sum = truth[r * out_stride + c] = bias[c];
+      double& sum = truth[r * out_stride + c] = bias[c] + (accumulate ? 7 : 0);
       for (int64_t i = 0; i < k; ++i)
         sum += double(a[r * a_stride + i]) * b.values[i * columns + c];
     }
@@ -162,11 +164,27 @@ void test_lstm(const Kernels<T>& kernels, Format format, int64_t rows, int64_t h
                      .gates = gates.data(),
                      .cells = cells.data(),
                      .scratch = scratch.data()});
-  const auto dh = normal<T>(rows * hidden), dc_next = normal<T>(rows * hidden);
+  // The gradient of h: dy and what the next step's gates ask for; of k = 0, dy alone.
+  const auto dy = normal<T>(rows * hidden), dc_next = normal<T>(rows * hidden);
+  const int64_t k = output % 2 == 0 ? 0 : 4 * hidden;
+  const auto next = normal<T>(rows * k + 1);
+  const Weight<T> plain(Format::kSame, k, hidden, false);
+  const auto plain_panels = plain.packed(kernels, k, hidden, false, false);
+  Doubles dh(rows * hidden);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t u = 0; u < hidden; ++u) {
+      double& sum = dh[r * hidden + u] = dy[r * hidden + u];
+      for (int64_t i = 0; i < k; ++i) sum += double(next[r * k + i]) * plain.values[i * hidden + u];
+    }
   std::vector<T> dc = dc_next, dgates(rows * 4 * hidden);
   kernels.lstm_step_backward({.rows = rows,
                               .hidden = hidden,
-                              .dh = dh.data(),
+                              .k = k,
+                              .panels = {0, kernels.panels(hidden, false)},
+                              .a = next.data(),
+                              .a_stride = k,
+                              .b = {Format::kSame, plain_panels.data()},
+                              .dy = dy.data(),
                               .gates = gates.data(),
                               .cells = cells.data(),
                               .c_prev = c_prev.data(),
@@ -195,8 +213,21 @@ void test_lstm(const Kernels<T>& kernels, Format format, int64_t rows, int64_t h
   const double size = size_of_error(format, 4 + std::sqrt(double(output)));
   expect("lstm_step c", c, true_c, size);
   expect("lstm_step h", h, true_h, size);
-  expect("lstm_step_backward dc", dc, true_dc, size);
-  expect("lstm_step_backward dgates", dgates, true_dgates, size);
+  const double size_back = size * (4 + 2 * std::sqrt(double(hidden)));
+  expect("lstm_step_backward dc", dc, true_dc, size_back);
+  expect("lstm_step_backward dgates", dgates, true_dgates, size_back);
+}
+
+template <typename T>
+void test_transpose(const Kernels<T>& kernels, int64_t rows, int64_t columns) {
+  const auto from = normal<T>(rows * columns);
+  std::vector<T> to(rows * columns, T(7));
+  for (const auto [begin, end] : {std::pair{int64_t{0}, rows / 2}, std::pair{rows / 2, rows}})
+    kernels.transpose({begin, end, rows, columns, from.data(), to.data()});
+  Doubles truth(rows * columns);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) truth[c * rows + r] = from[r * columns + c];
+  expect("transpose", to, truth, 0);
 }
 
 template <typename T>
@@ -252,11 +283,13 @@ void test(const Kernels<T>& kernels) {
     for (int64_t size : {1, 3, 8, 17, 33}) {
       for (Format format : {Format::kSame, Format::kFloat16, Format::kBfloat16, Format::kInt8}) {
         if (format != Format::kSame && sizeof(T) > 4) continue;
-        test_matmul(kernels, format, rows, 9, 5 * size);
+        test_matmul(kernels, format, rows, 9, 5 * size, false);
+        test_matmul(kernels, format, rows, 9, 5 * size, true);
         test_lstm(kernels, format, rows, size, size);
         test_lstm(kernels, format, rows, size, 6);
       }
       test_group_lasso(kernels, 4 * rows, size, rows == 2);
+      test_transpose(kernels, 5 * rows, size);
     }
 }
 

@@ -62,10 +62,11 @@ def test_the_training_benchmark_writes_a_row_for_every_provider(tmp_path):
     done = run(BENCH / "bench_training.py", "--quick", "--threads", "1", "--output", path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    providers = {"nn.LSTM", "nn.LSTM without oneDNN", "ISSLSTM"}
-    assert len(rows) == 6 and {row["provider"] for row in rows} == providers
-    assert all(row["mode"] == "training" and float(row["ms_p50"]) > 0 for row in rows)
-    assert "ISSLSTM" in done.stdout
+    providers = {"nn.LSTM", "nn.LSTM without oneDNN", "ISSLSTM", "ISSLSTM recompute"}
+    assert len(rows) == 12 and {row["provider"] for row in rows} == providers
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
+    assert {row["packed"]: row["roofline"] != "" for row in rows} == {"0": True, "1": False}
+    assert "packed x1: geometric mean" in done.stdout
 
 
 def test_bench_resumes_after_what_it_has(quick):

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import module_db
 
-from iss_kernels import ISSLSTM, accelerate
+from iss_kernels import ISSLSTM, accelerate, find_groups, shrink
+from iss_kernels.backend import is_built, use_backend
 from iss_kernels.testing import assert_no_worse_than_torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
@@ -24,6 +25,13 @@ def module_inputs(dtype, training):
     return LSTM_INFO.module_inputs_func(
         LSTM_INFO, device="cpu", dtype=dtype, requires_grad=True, training=training
     )
+
+
+class Outputs(nn.Module):
+    """Of an LSTM's results, y."""
+
+    def forward(self, result):
+        return result[0]
 
 
 def pair(*args, dtype=torch.float32, **kwargs):
@@ -350,3 +358,45 @@ def test_onnxs_lstm_cases(implementation, case):
     }
     for name, expected in zip(filter(None, node.output), outputs, strict=True):
         torch.testing.assert_close(got[name], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+def test_recompute_saves_no_gates_and_changes_no_bit(backend):
+    if backend == "extension" and not is_built():
+        pytest.skip("the extension is not built")
+
+    def train(recompute):
+        torch.manual_seed(0)
+        module = ISSLSTM(5, [6, 4], num_layers=2, bidirectional=True, recompute=recompute)
+        saved = {}
+
+        def pack(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(7, 3, 5)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y, (_, c) = module(x)
+        (y.sum() + c[0].square().sum()).backward()
+        return sum(saved.values()), [y, *c, *(p.grad for p in module.parameters())]
+
+    with use_backend(backend):
+        (whole, expected), (less, result) = train(False), train(True)
+    assert all(map(torch.equal, result, expected))
+    if backend == "extension":  # gates and cells of 7 * 3 rows in either direction
+        assert whole - less == 7 * 3 * 2 * (5 * 6 + 5 * 4) * 4
+    else:
+        assert less < whole
+
+
+def test_recompute_goes_where_the_module_goes():
+    module = ISSLSTM(3, 4, recompute=True)
+    assert "recompute=True" in repr(module)
+    assert copy.deepcopy(module).recompute and pickle.loads(pickle.dumps(module)).recompute
+    assert not hasattr(module.to_torch(), "recompute")
+    assert not ISSLSTM.from_torch(module.to_torch()).recompute
+    tagger = accelerate(nn.Sequential(module, Outputs(), nn.Linear(4, 2)))
+    small, _ = shrink(tagger, find_groups(tagger, torch.randn(2, 3)), ratio=0.5)
+    assert small[0].recompute and small[0].hidden_size == 2
+    with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
+        ISSLSTM(3, 4, recompute=1)

@@ -126,6 +126,9 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_th
         assert torch.equal(one_y[:, 0], y[:, row])
     torch.set_num_threads(1)
     assert all(map(torch.equal, ours(inputs), (y, h_n, c_n)))
+    alone = run(ours, case, dtype)
+    torch.set_num_threads(2)
+    assert all(map(torch.equal, run(ours, case, dtype), alone))
 
 
 @pytest.mark.parametrize("threads", [2, 7])  # 7: more than this machine may have cores
@@ -136,11 +139,10 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_th
 ], ids=str)  # fmt: skip
 def test_threads_that_divide_the_units_give_the_same_bits(isa, dtype, two_threads, case, threads):
     for reverse in (False, True):
-        inputs = make_inputs(case, dtype, reverse)
         torch.set_num_threads(1)
-        alone = ours(inputs)
+        alone = run(ours, case, dtype, reverse)
         torch.set_num_threads(threads)
-        assert all(map(torch.equal, ours(inputs), alone))
+        assert all(map(torch.equal, run(ours, case, dtype, reverse), alone))
 
 
 def test_isas_agree_to_rounding(dtype):

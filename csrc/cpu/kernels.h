@@ -21,6 +21,7 @@ struct Kernels {
   int64_t depth;      // neighbours along K that one kInt8 instruction adds up
   void (*pack)(const PackArgs&);
   void (*matmul)(const MatmulArgs<T>&);
+  void (*transpose)(const TransposeArgs<T>&);
   void (*lstm_step)(const LstmStepArgs<T>&);
   void (*lstm_step_backward)(const LstmStepBackwardArgs<T>&);
   void (*squares)(const SquaresArgs<T>&);

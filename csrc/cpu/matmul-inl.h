@@ -256,34 +256,92 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
   stored(static_cast<const T*>(b.panels));
 }
 
-// Calls visit(panel, slot, column) for each column of each panel, -1 where there is none. Slot
+// Calls visit(panel, slot, column) for each column of args.panels, -1 where there is none. Slot
 // (vector j, lane l) holds gate j of unit first + l, or simply column first + slot.
 template <typename T, typename Visit>
 inline void each_column(const PackArgs& args, const Visit& visit) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
   const int64_t units = args.gates ? args.columns / kPanelVectors : args.columns;
   const int64_t per_panel = args.gates ? kLanes : kPanelColumns<T>;
-  for (int64_t first = 0; first < units; first += per_panel)
+  for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel)
     for (int64_t slot = 0; slot < kPanelColumns<T>; ++slot) {
-      const int64_t unit = first + (args.gates ? slot % kLanes : slot);
+      const int64_t unit = panel * per_panel + (args.gates ? slot % kLanes : slot);
       const int64_t column = args.gates ? slot / kLanes * units + unit : unit;
-      visit(first / per_panel, slot, unit < units ? column : -1);
+      visit(panel, slot, unit < units ? column : -1);
     }
+}
+
+// to[i * stride + s] = from[s][i] for i < count and s < 4, four by four.
+inline void transpose_four(const float* const* from, int64_t count, int64_t stride, float* to) {
+  using Quad = float __attribute__((vector_size(16), aligned(4)));
+  using Order = int32_t __attribute__((vector_size(16)));
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    Quad row[4];
+    for (int s = 0; s < 4; ++s) __builtin_memcpy(&row[s], from[s] + i, sizeof(Quad));
+    const Quad low = __builtin_shuffle(row[0], row[1], Order{0, 4, 1, 5});
+    const Quad high = __builtin_shuffle(row[0], row[1], Order{2, 6, 3, 7});
+    const Quad next_low = __builtin_shuffle(row[2], row[3], Order{0, 4, 1, 5});
+    const Quad next_high = __builtin_shuffle(row[2], row[3], Order{2, 6, 3, 7});
+    const Quad column[4] = {__builtin_shuffle(low, next_low, Order{0, 1, 4, 5}),
+                            __builtin_shuffle(low, next_low, Order{2, 3, 6, 7}),
+                            __builtin_shuffle(high, next_high, Order{0, 1, 4, 5}),
+                            __builtin_shuffle(high, next_high, Order{2, 3, 6, 7})};
+    for (int k = 0; k < 4; ++k) __builtin_memcpy(to + (i + k) * stride, &column[k], sizeof(Quad));
+  }
+  for (; i < count; ++i)
+    for (int s = 0; s < 4; ++s) to[i * stride + s] = from[s][i];
 }
 
 template <typename T, typename W>
 inline void pack_as(const PackArgs& args) {
+  // So many rows of a panel at a time that both they and the lines they come from stay in L1.
+  constexpr int64_t kRows = 64, kColumns = kPanelColumns<T>, kLanes = Vec<T>::kLanes;
+  const W* from[kColumns];
+  int64_t to[kColumns];
   each_column<T>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    from[slot] = column < 0 ? nullptr : static_cast<const W*>(args.b) + column * args.stride_column;
+    to[slot] = slot;
     if constexpr (std::is_same_v<W, Bfloat16>) {  // two vectors interleaved: Vec::load_even
-      constexpr int64_t kLanes = Vec<T>::kLanes;
       const int64_t vector = slot / kLanes, lane = slot % kLanes;
-      slot = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
+      to[slot] = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
     }
-    W* to = static_cast<W*>(args.packed) + panel * args.k * kPanelColumns<T> + slot;
-    const W* from = static_cast<const W*>(args.b) + column * args.stride_column;
-    for (int64_t i = 0; i < args.k; ++i)
-      to[i * kPanelColumns<T>] = column < 0 ? W{} : from[i * args.stride_k];
+    if (slot + 1 < kColumns) return;
+    // The panel's last column: all are known.
+    for (int64_t begin = 0; begin < args.k; begin += kRows) {
+      W* const rows = static_cast<W*>(args.packed) + (panel * args.k + begin) * kColumns;
+      const int64_t count = std::min(kRows, args.k - begin);
+      for (int64_t s = 0; s < kColumns; ++s) {
+        if constexpr (std::is_same_v<W, float>) {
+          if (args.stride_k == 1 && s % 4 == 0 && from[s + 3] != nullptr) {
+            const float* const four[] = {from[s] + begin, from[s + 1] + begin, from[s + 2] + begin,
+                                         from[s + 3] + begin};
+            transpose_four(four, count, kColumns, rows + s);
+            s += 3;
+            continue;
+          }
+        }
+        for (int64_t i = 0; i < count; ++i)
+          rows[i * kColumns + to[s]] =
+              from[s] == nullptr ? W{} : from[s][(begin + i) * args.stride_k];
+      }
+    }
   });
+}
+
+// B as it is, row by row: nothing to gather.
+template <typename T>
+inline void pack_rows(const PackArgs& args) {
+  constexpr int64_t kColumns = kPanelColumns<T>;
+  const T* const b = static_cast<const T*>(args.b);
+  for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel) {
+    const int64_t count = std::min(kColumns, args.columns - panel * kColumns);
+    T* to = static_cast<T*>(args.packed) + panel * args.k * kColumns;
+    for (int64_t i = 0; i < args.k; ++i, to += kColumns) {
+      std::copy_n(b + i * args.stride_k + panel * kColumns, count, to);
+      std::fill_n(to + count, kColumns - count, T(0));
+    }
+  }
 }
 
 inline void pack_int8(const PackArgs& args) {
@@ -304,10 +362,33 @@ inline void pack_int8(const PackArgs& args) {
 }
 
 template <typename T>
+void transpose(const TransposeArgs<T>& args) {
+  // Small enough that the lines written stay in L1 though they may fall into one set of it.
+  constexpr int64_t kRows = 16, kColumns = 8;
+  for (int64_t row = args.row_begin; row < args.row_end; row += kRows)
+    for (int64_t column = 0; column < args.columns; column += kColumns) {
+      const int64_t rows = std::min(kRows, args.row_end - row);
+      const int64_t columns = std::min(kColumns, args.columns - column);
+      const T* const from = args.from + row * args.columns + column;
+      T* const to = args.to + column * args.rows + row;
+      int64_t r = 0;
+      if constexpr (std::is_same_v<T, float>)
+        for (; r + 4 <= rows; r += 4) {
+          const float* const four[] = {from + r * args.columns, from + (r + 1) * args.columns,
+                                       from + (r + 2) * args.columns,
+                                       from + (r + 3) * args.columns};
+          transpose_four(four, columns, args.rows, to + r);
+        }
+      for (; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c) to[c * args.rows + r] = from[r * args.columns + c];
+    }
+}
+
+template <typename T>
 void pack(const PackArgs& args) {
   switch (args.format) {
     case Format::kSame:
-      return pack_as<T, T>(args);
+      return !args.gates && args.stride_column == 1 ? pack_rows<T>(args) : pack_as<T, T>(args);
     case Format::kFloat16:
       return pack_as<T, Float16>(args);
     case Format::kBfloat16:
@@ -334,6 +415,9 @@ void matmul(const MatmulArgs<T>& args) {
           if (bias != nullptr)
             value = value +
                     (lanes >= kLanes ? Vec<T>::load(bias + at) : Vec<T>::load(bias + at, lanes));
+          if (args.accumulate)
+            value =
+                value + (lanes >= kLanes ? Vec<T>::load(out + at) : Vec<T>::load(out + at, lanes));
           lanes >= kLanes ? value.store(out + at) : value.store(out + at, lanes);
         };
         if (left >= kPanelColumns<T>)

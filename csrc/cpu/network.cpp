@@ -201,6 +201,7 @@ void Stream::run(Linear& linear, const T* x, T* y, int64_t columns) {
                     .a_stride = k,
                     .b = linear.packed.view(),
                     .bias = linear.bias.defined() ? linear.bias.const_data_ptr<T>() : nullptr,
+                    .accumulate = false,
                     .out = y,
                     .out_stride = columns,
                     .scratch = nullptr});

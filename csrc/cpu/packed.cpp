@@ -2,6 +2,7 @@
 
 #include "cpu/packed.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 
 namespace iss {
 namespace {
@@ -80,16 +82,21 @@ at::Tensor panels_of(const at::Tensor& weight, Layout layout, Format format,
   const at::Tensor result =
       at::empty({kernels.packed_bytes(k, columns, layout.gates, format)}, at::kByte);
   prefer_huge_pages(result.mutable_data_ptr(), result.numel());
-  if (result.numel() > 0)
+  if (result.numel() == 0) return result;
+  const int64_t panels = kernels.panels(layout.gates ? columns / 4 : columns, layout.gates);
+  const int64_t share = std::max<int64_t>(1, kWorthAThread * panels / (k * columns));
+  at::parallel_for(0, panels, share, [&](int64_t begin, int64_t end) {
     kernels.pack({.k = k,
                   .columns = columns,
                   .gates = layout.gates,
                   .format = format,
+                  .panels = {begin, end},
                   .b = weight.const_data_ptr(),
                   .stride_k = layout.transposed ? 1 : columns,
                   .stride_column = layout.transposed ? k : 1,
                   .scales = scales.defined() ? scales.const_data_ptr<float>() : nullptr,
                   .packed = result.mutable_data_ptr()});
+  });
   return result;
 }
 

@@ -10,85 +10,17 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/plan.h"
 #include "cpu/team.h"
 
 namespace iss {
 namespace {
 
-// Multiplies that take about 1 us: what it costs to meet at a barrier, and then some.
-constexpr int64_t kWorthABarrier = 1 << 15;
-// Recurrent weights of one cell that stay in a core's L2 cache from step to step.
-constexpr int64_t kCachedWeights = 1 << 17;
 // Projected inputs are made for so many steps at a time that they stay in a core's L2 cache, but
 // for kBlockRows rows at least: fewer would read w_ih too often.
 constexpr int64_t kChunkBytes = 1 << 18;
 // Few enough rows that they stay in the cache while the panels pass by; a multiple of every tile.
 constexpr int64_t kBlockRows = 66;
-
-// How the threads divide the work.
-enum class Split {
-  kRows,        // each takes rows of the batch through all layers and steps; nobody waits
-  kUnits,       // each takes units of every cell; they meet after each step
-  kDirections,  // half of them take the forward cells, half the backward ones, each by units
-  kLayers,      // each takes layers, and follows the one below from chunk to chunk
-};
-
-struct Plan {
-  Split split;
-  int64_t threads;
-};
-
-int64_t multiplies(const Cell& cell) {  // per row: of the step, without the projected inputs
-  const int64_t projection = cell.w_hr.panels.defined() ? cell.hidden * cell.output : 0;
-  return 4 * cell.hidden * cell.output + projection;
-}
-
-template <typename T>
-Plan plan(const Stack& stack, const Sequence& sequence) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (threads == 1) return {Split::kRows, 1};
-  int64_t per_row = 0, narrowest = INT64_MAX, widest = 0, panels = INT64_MAX, cells = 0;
-  for (const Layer& layer : stack)
-    for (const Cell& cell : layer) {
-      per_row += 4 * cell.hidden * cell.input + multiplies(cell);
-      narrowest = std::min(narrowest, multiplies(cell));
-      widest = std::max(widest, 4 * cell.hidden * cell.output);
-      panels = std::min(panels, cpu_kernels().of<T>().panels(cell.hidden, true));
-      ++cells;
-    }
-  const int64_t by_work = std::min(threads, sequence.rows * per_row / kWorthAThread);
-  if (by_work <= 1) return {Split::kRows, 1};
-  const int64_t tile = cpu_kernels().of<T>().tile_rows;
-  const int64_t rows_per_step = sequence.rows / std::max<int64_t>(1, sequence.steps);
-  const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
-  const int64_t members = std::min({by_work, panels, by_step});
-  const bool both_directions = stack[0].size() == 2;
-  // Rows that fill the register tile of every thread are best divided, unless each thread would
-  // then read weights again in every step that its cache cannot hold.
-  if (sequence.batch >= threads * tile &&
-      (widest <= kCachedWeights || both_directions || members < threads))
-    return {Split::kRows, by_work};
-  if (both_directions) {
-    // An odd thread would leave one direction slower, and the other waiting.
-    const int64_t even = std::min(by_work, std::max<int64_t>(2, 2 * by_step)) / 2 * 2;
-    return {Split::kDirections, std::min(even, 2 * panels)};
-  }
-  if (members > 1) return {Split::kUnits, members};
-  if (cells > 1 && sequence.steps > 1) return {Split::kLayers, std::min(by_work, cells)};
-  return {Split::kRows, std::clamp<int64_t>(sequence.batch / tile, 1, by_work)};
-}
-
-// What one thread does: rows [begin, end) of the batch, and member `member` of the `members` that
-// divide the units and meet at barrier().
-template <typename Barrier>
-struct Share {
-  int64_t begin, end, member, members;
-  const Barrier& barrier;
-
-  PanelRange of(int64_t panels) const {
-    return {panels * member / members, panels * (member + 1) / members};
-  }
-};
 
 template <typename T>
 void copy_rows(const T* from, int64_t rows, int64_t from_stride, int64_t columns, T* to) {
@@ -126,6 +58,7 @@ void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T*
          .a_stride = cell.input,
          .b = cell.w_ih.view(),
          .bias = cell.bias.defined() ? cell.bias.const_data_ptr<T>() : nullptr,
+         .accumulate = false,
          .out = gates_x + first * columns,
          .out_stride = columns,
          .scratch = scratch});
@@ -202,6 +135,7 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
                                           .a_stride = hidden,
                                           .b = cell.w_hr.view(),
                                           .bias = nullptr,
+                                          .accumulate = false,
                                           .out = y + row * y_stride,
                                           .out_stride = y_stride,
                                           .scratch = scratch});
@@ -313,26 +247,17 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const int64_t bytes = lay_out({nullptr}).used;
   const Arena arena = lay_out({static_cast<char*>(scratch(bytes))});
   char* const own = arena.base + arena.used - quantising * threads;
-  const auto alone = [] {};
-
   if (split == Split::kRows) {
-    const int64_t grain = (sequence.batch + threads - 1) / threads;
-    const auto body = [&](int64_t begin, int64_t end) {
-      const Share<decltype(alone)> share{begin, end, 0, 1, alone};
-      for (const Job<T>& job : jobs)
-        run_cell(job, share, own + begin / std::max<int64_t>(1, grain) * quantising);
-    };
-    if (threads == 1)
-      body(0, sequence.batch);
-    else
-      at::parallel_for(0, sequence.batch, grain, body);
+    each_share_of_rows(sequence.batch, threads, [&](const auto& share, int64_t thread) {
+      for (const Job<T>& job : jobs) run_cell(job, share, own + thread * quantising);
+    });
     return;
   }
   if (split == Split::kLayers) {
     const auto done = std::make_unique<std::atomic<int64_t>[]>(layers);  // steps taken, by layer
     run_team(threads, [&](int64_t member, int64_t members, const auto&) {
       // Layer by layer in step, so that a thread with several layers never waits for itself.
-      const Share<decltype(alone)> share{0, sequence.batch, 0, 1, alone};
+      const Share<Alone> share{0, sequence.batch, 0, 1, {}};
       for (int64_t first = 0; first < sequence.steps; first += chunk)
         for (int64_t l = member; l < layers; l += members) {
           const int64_t last = std::min(first + chunk, sequence.steps);

@@ -36,6 +36,23 @@ template <typename T>
 void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
                const std::vector<CellState<T>>& states, T* y);
 
+// The memory of one cell's gradient: what the forward saved, and what is asked for.
+template <typename T>
+struct CellGradient {
+  const T *h0, *c0;        // [B, P], [B, H]
+  const T* y;              // [N, P]
+  const T *gates, *cells;  // [N, 4H], [N, H]
+  T* dy;      // [N, P]  in: gradient of y; out: of each step's output, as it left the cell
+  T* dh;      // [B, P]  in: gradient of h_n; out: of h_0
+  T* dc;      // [B, H]  in: gradient of c_n; out: of c_0
+  T* dgates;  // [N, 4H] before the activations
+  T* h_prev;  // [N, P]  the output that each step started from
+};
+
+// cell: w_hh packed as [4H, P], w_hr as [P, H]; its w_ih and bias are not used.
+template <typename T>
+void run_backward(const Cell& cell, const Sequence& sequence, const CellGradient<T>& gradient);
+
 // The calling thread's memory for intermediate results: grows, and is used again by the next call.
 void* scratch(int64_t bytes);
 

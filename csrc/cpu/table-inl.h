@@ -9,6 +9,7 @@ constexpr Kernels<T> table() {
       .depth = Dot::kDepth,
       .pack = &pack<T>,
       .matmul = &matmul<T>,
+      .transpose = &transpose<T>,
       .lstm_step = &lstm_step<T>,
       .lstm_step_backward = &lstm_step_backward<T>,
       .squares = &squares<T>,

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// How threads divide the work of a stack, forward and backward.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "cpu/stack.h"
+#include "cpu/team.h"
+
+namespace iss {
+
+// Multiplies that take about 1 us: what it costs to meet at a barrier, and then some.
+inline constexpr int64_t kWorthABarrier = 1 << 15;
+// Recurrent weights of one cell that stay in a core's L2 cache from step to step.
+inline constexpr int64_t kCachedWeights = 1 << 17;
+
+// How the threads divide the work.
+enum class Split {
+  kRows,        // each takes rows of the batch through all layers and steps; nobody waits
+  kUnits,       // each takes units of every cell; they meet after each step
+  kDirections,  // half of them take the forward cells, half the backward ones, each by units
+  kLayers,      // each takes layers, and follows the one below from chunk to chunk
+};
+
+struct Plan {
+  Split split;
+  int64_t threads;
+};
+
+inline int64_t multiplies(const Cell& cell) {  // per row: of the step, without the projected inputs
+  const int64_t projection = cell.w_hr.panels.defined() ? cell.hidden * cell.output : 0;
+  return 4 * cell.hidden * cell.output + projection;
+}
+
+template <typename T>
+Plan plan(const Stack& stack, const Sequence& sequence) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1) return {Split::kRows, 1};
+  int64_t per_row = 0, narrowest = INT64_MAX, widest = 0, panels = INT64_MAX, cells = 0;
+  for (const Layer& layer : stack)
+    for (const Cell& cell : layer) {
+      per_row += 4 * cell.hidden * cell.input + multiplies(cell);
+      narrowest = std::min(narrowest, multiplies(cell));
+      widest = std::max(widest, 4 * cell.hidden * cell.output);
+      panels = std::min(panels, cpu_kernels().of<T>().panels(cell.hidden, true));
+      ++cells;
+    }
+  const int64_t by_work = std::min(threads, sequence.rows * per_row / kWorthAThread);
+  if (by_work <= 1) return {Split::kRows, 1};
+  const int64_t tile = cpu_kernels().of<T>().tile_rows;
+  const int64_t rows_per_step = sequence.rows / std::max<int64_t>(1, sequence.steps);
+  const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
+  const int64_t members = std::min({by_work, panels, by_step});
+  const bool both_directions = stack[0].size() == 2;
+  // Rows that fill the register tile of every thread are best divided, unless each thread would
+  // then read weights again in every step that its cache cannot hold.
+  if (sequence.batch >= threads * tile &&
+      (widest <= kCachedWeights || both_directions || members < threads))
+    return {Split::kRows, by_work};
+  if (both_directions) {
+    // An odd thread would leave one direction slower, and the other waiting.
+    const int64_t even = std::min(by_work, std::max<int64_t>(2, 2 * by_step)) / 2 * 2;
+    return {Split::kDirections, std::min(even, 2 * panels)};
+  }
+  if (members > 1) return {Split::kUnits, members};
+  if (cells > 1 && sequence.steps > 1) return {Split::kLayers, std::min(by_work, cells)};
+  return {Split::kRows, std::clamp<int64_t>(sequence.batch / tile, 1, by_work)};
+}
+
+// What one thread does: rows [begin, end) of the batch, and member `member` of the `members` that
+// divide the units and meet at barrier().
+template <typename Barrier>
+struct Share {
+  int64_t begin, end, member, members;
+  Barrier barrier;
+
+  PanelRange of(int64_t panels) const {
+    return {panels * member / members, panels * (member + 1) / members};
+  }
+};
+
+// The barrier of a thread that waits for nobody.
+struct Alone {
+  void operator()() const {}
+};
+
+// Calls body(share, thread) for each thread's rows of the batch: Split::kRows.
+template <typename Body>
+void each_share_of_rows(int64_t batch, int64_t threads, const Body& body) {
+  if (threads == 1) return body(Share<Alone>{0, batch, 0, 1, {}}, 0);
+  const int64_t grain = (batch + threads - 1) / threads;
+  at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+    body(Share<Alone>{begin, end, 0, 1, {}}, begin / std::max<int64_t>(1, grain));
+  });
+}
+
+}  // namespace iss
