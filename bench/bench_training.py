@@ -86,7 +86,7 @@ def training_step(
     def step() -> list[Tensor]:
         x.grad = None
         y = outputs(module, prepared(x))
-        y.backward(dy)
+        torch.autograd.backward(y, dy)
         assert x.grad is not None
         return [y.detach(), x.grad]
 
