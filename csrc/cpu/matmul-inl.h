@@ -177,7 +177,8 @@ struct Quantised {
         const int8_t* const at =
             group + j / kPanelVectors * bytes + j % kPanelVectors * kLanes * Dot::kDepth;
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) sum[r][j].add(x + (r * steps + i) * Dot::kDepth, at);
+        for (int r = 0; r < Rows; ++r)
+          sum[r][j] = sum[r][j].plus(x + (r * steps + i) * Dot::kDepth, at);
       }
     }
 #pragma GCC unroll 16

@@ -109,12 +109,12 @@ struct Dot {
   static Dot load(const int32_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
   }
-  void add(const Activation* a, const int8_t* w) {
+  Dot plus(const Activation* a, const int8_t* w) const {
     int32_t four;
     __builtin_memcpy(&four, a, sizeof(four));
     const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), weights);
-    v = _mm256_add_epi32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return {_mm256_add_epi32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
   Vec<float> to_float() const { return {_mm256_cvtepi32_ps(v)}; }
 };

@@ -87,13 +87,16 @@ struct Dot {
   static constexpr int kDepth = 4;
   static constexpr int32_t kZero = 128, kLevels = 127;
   using Activation = uint8_t;
-  __m512i v;
+  // Not __m512i: that may alias anything, so GCC would store an array of sums at every step.
+  using Lanes = int32_t __attribute__((vector_size(64)));
+  Lanes v;
 
-  static Dot load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-  void add(const Activation* a, const int8_t* w) {
+  static Dot load(const int32_t* p) { return {reinterpret_cast<Lanes>(_mm512_loadu_si512(p))}; }
+  Dot plus(const Activation* a, const int8_t* w) const {
     int32_t four;
     __builtin_memcpy(&four, a, sizeof(four));
-    v = _mm512_dpbusd_epi32(v, _mm512_set1_epi32(four), _mm512_loadu_si512(w));
+    return {reinterpret_cast<Lanes>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(v), _mm512_set1_epi32(four), _mm512_loadu_si512(w)))};
   }
-  Vec<float> to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+  Vec<float> to_float() const { return {_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(v))}; }
 };

@@ -112,13 +112,13 @@ struct Dot {
   int32x4_t v;
 
   static Dot load(const int32_t* p) { return {vld1q_s32(p)}; }
-  void add(const Activation* a, const int8_t* w) {
+  Dot plus(const Activation* a, const int8_t* w) const {
     int32_t pair;
     __builtin_memcpy(&pair, a, sizeof(pair));
     const int16x8_t x = vreinterpretq_s16_s32(vdupq_n_s32(pair));
     const int16x8_t weights = vmovl_s8(vld1_s8(w));
-    v = vaddq_s32(v, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(weights)),
-                                vmull_high_s16(x, weights)));
+    return {vaddq_s32(v, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(weights)),
+                                    vmull_high_s16(x, weights)))};
   }
   Vec<float> to_float() const { return {vcvtq_f32_s32(v)}; }
 };

@@ -86,6 +86,6 @@ struct Dot {
   int32_t v;
 
   static Dot load(const int32_t* p) { return {*p}; }
-  void add(const Activation* a, const int8_t* w) { v += *a * *w; }
+  Dot plus(const Activation* a, const int8_t* w) const { return {v + *a * *w}; }
   Vec<float> to_float() const { return {static_cast<float>(v)}; }
 };
