@@ -93,7 +93,7 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
               " weights, got ", row_units.size(), " and ", column_units.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    check_floating(op, "weights", weight, false);
+    check_floating(op, "weights", weight, true);
     check_like(op, "weights", weight, weights[0]);
     TORCH_CHECK(weight.dim() == 2, op, ": expected weights of shape [R, C], got ", weight.sizes());
     const auto check_units = [&](const char* name, const Tensor& units, const char* letters,
@@ -107,6 +107,20 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
     check_units("row_units", row_units[i], "[R]", weight.size(0));
     check_units("column_units", column_units[i], "[C]", weight.size(1));
   }
+}
+
+// Of what is computed for each unit: bfloat16 is widened.
+inline at::ScalarType factor_type(const Tensor& weight) {
+  return weight.scalar_type() == at::kBFloat16 ? at::kFloat : weight.scalar_type();
+}
+
+inline void check_factors(const char* op, const Tensor& factors, const Tensor& weight) {
+  TORCH_CHECK(factors.scalar_type() == factor_type(weight), op, ": expected factors of dtype ",
+              c10::getDtypeNames(factor_type(weight)).first, " for weights of dtype ",
+              dtype(weight), ", got ", dtype(factors));
+  TORCH_CHECK(factors.device() == weight.device(), op, ": expected factors on ", weight.device(),
+              ", got ", factors.device());
+  TORCH_CHECK(factors.dim() == 1, op, ": expected factors of shape [units], got ", factors.sizes());
 }
 
 // What is changed in place must be the caller's own memory, not a copy of it.

@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a group-lasso kernel is told: a weight is a matrix whose rows and columns each carry the id
 // of the unit they belong to, or -1. Everything the regulariser does is one walk over such a
-// matrix.
+// matrix, stored as W and computed in Compute<W>.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+
+#include "lstm.h"
 
 namespace iss {
 
+// bfloat16 is widened as it is loaded, and rounded once as it is stored.
+template <typename W>
+using Compute = std::conditional_t<std::is_same_v<W, Bfloat16>, float, W>;
+
 // Rows [row_begin, row_end) of one matrix [R, C].
-template <typename T>
 struct LabelledRows {
   int64_t row_begin, row_end, columns;
-  const int32_t* row_units;     // [R]
-  const int32_t* column_units;  // [C]
+  const int32_t* row_units;  // [R]
   // The columns of unit u are unit_columns[unit_starts[u]] to unit_columns[unit_starts[u + 1] - 1].
   const int64_t* unit_starts;   // [units + 1]
   const int64_t* unit_columns;  // [labelled columns]
@@ -22,30 +27,40 @@ struct LabelledRows {
 
 // Adds up squares: row_sums[r] = sum_c w^2, column_sums[c] = sum_r w^2 without what row_sums
 // counts.
-template <typename T>
+template <typename W>
 struct SquaresArgs {
-  LabelledRows<T> rows;
-  const T* weight;  // [R, C]
-  T* row_sums;      // [R]  rows [row_begin, row_end) are written
-  T* column_sums;   // [C]  overwritten
+  LabelledRows rows;
+  const W* weight;          // [R, C]
+  Compute<W>* row_sums;     // [R]  rows [row_begin, row_end) are written
+  Compute<W>* column_sums;  // [C]  overwritten
 };
 
-// output[r, c] += weight[r, c] * (row_factors[r] + column_factors[c]), counting as above.
-template <typename T>
+// output[r, c] += weight[r, c] * (factor of row r + factor of column c), counting as above.
+template <typename W>
 struct AddScaledArgs {
-  LabelledRows<T> rows;
-  const T* weight;       // [R, C]
-  const T* row_factors;  // [R]
-  T* column_factors;     // [C]  changed during the call, restored after
-  T* output;             // [R, C]
+  LabelledRows rows;
+  const W* weight;             // [R, C]
+  const Compute<W>* factors;   // [units]
+  Compute<W>* column_factors;  // [C]  0 for no unit; changed during the call, restored after
+  W* output;                   // [R, C]
 };
 
-// weight[r, c] = 0 where |weight[r, c]| < threshold and row r or column c belongs to a unit.
-template <typename T>
+// weight[r, c] *= factor of row r * factor of column c, one factor where they share a unit.
+template <typename W>
+struct ScaleArgs {
+  LabelledRows rows;
+  const Compute<W>* factors;   // [units]
+  Compute<W>* column_factors;  // [C]  1 for no unit; changed during the call, restored after
+  W* weight;                   // [R, C]
+};
+
+// weight[r, c] = 0 where |weight[r, c]| is below the limit of row r or of column c.
+template <typename W>
 struct ThresholdArgs {
-  LabelledRows<T> rows;
-  T* weight;  // [R, C]
-  T threshold;
+  LabelledRows rows;
+  Compute<W> threshold;             // the limit of a row of some unit; 0 of others
+  const Compute<W>* column_limits;  // [C]  likewise
+  W* weight;                        // [R, C]
 };
 
 }  // namespace iss

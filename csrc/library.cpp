@@ -26,7 +26,8 @@ TORCH_LIBRARY(iss_kernels, library) {
       "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor "
       "dw_hr)");
 
-  // weights[i] [R, C] with row_units[i] [R] and column_units[i] [C] (int32; -1: no unit).
+  // weights[i] [R, C] with row_units[i] [R] and column_units[i] [C] (int32; -1: no unit). Norms and
+  // factors have the weights' dtype; for bfloat16 weights they are float32, as are all sums.
   // -> norms [units]
   library.def(
       "group_norms_forward(Tensor[] weights, Tensor[] row_units, Tensor[] column_units, int units, "
@@ -35,10 +36,16 @@ TORCH_LIBRARY(iss_kernels, library) {
   library.def(
       "group_norms_backward(Tensor dnorms, Tensor norms, Tensor[] weights, Tensor[] row_units, "
       "Tensor[] column_units, float eps, bool paper_overlap) -> Tensor[] dweights");
-  // outputs[i][r, c] += weights[i][r, c] * (factors[row unit] + factors[column unit])
+  // outputs[i][r, c] += weights[i][r, c] * (factors[row unit] + factors[column unit]); factors
+  // [units]
   library.def(
       "add_scaled_by_units_(Tensor(a!)[] outputs, Tensor[] weights, Tensor[] row_units, "
       "Tensor[] column_units, Tensor factors, bool paper_overlap) -> ()");
+  // weights[i][r, c] *= factors[row unit] * factors[column unit], one factor where both are the
+  // same unit; factors [units]
+  library.def(
+      "scale_by_units_(Tensor(a!)[] weights, Tensor[] row_units, Tensor[] column_units, "
+      "Tensor factors) -> ()");
   // weights[i][r, c] = 0 where its size is below threshold and it belongs to a unit
   library.def(
       "threshold_(Tensor(a!)[] weights, Tensor[] row_units, Tensor[] column_units, "

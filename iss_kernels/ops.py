@@ -219,7 +219,10 @@ def group_norms(
     eps: float,
     paper_overlap: bool,
 ) -> Tensor:
-    """Norm of every unit's group over all weights, [units]. Shapes: `reference.group_norms`."""
+    """Norm of every unit's group over all weights, [units]. Shapes: `reference.group_norms`.
+
+    Raises RuntimeError for a wrong shape, dtype or label, naming the argument.
+    """
     arguments = (list(weights), list(row_units), list(column_units), units, eps, paper_overlap)
     if backend.backend() == "reference":
         return reference.group_norms(*arguments)
@@ -235,7 +238,8 @@ def _group_norms_forward_fake(
     eps: float,
     paper_overlap: bool,
 ) -> Tensor:
-    return weights[0].new_empty(units)
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    return weights[0].new_empty(units, dtype=wide)
 
 
 def _group_norms_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -327,6 +331,22 @@ def add_scaled_by_units_(
         return
     for output, weight, rows, columns in zip(outputs, *arguments, strict=True):
         output += reference.scaled_by_units(weight, rows, columns, factors, paper_overlap)
+
+
+@torch.no_grad()
+def scale_by_units_(
+    weights: _Tensors, row_units: _Tensors, column_units: _Tensors, factors: Tensor
+) -> None:
+    """weights[i] = `reference.scaled`(weights[i], ..., factors), in place and in one pass each.
+
+    With factors = max(0, 1 - step * strength / norms) this is a proximal step.
+    """
+    arguments = (list(weights), list(row_units), list(column_units))
+    if backend.backend() == "extension":
+        torch.ops.iss_kernels.scale_by_units_.default(*arguments, factors)
+        return
+    for weight, rows, columns in zip(*arguments, strict=True):
+        weight.copy_(reference.scaled(weight, rows, columns, factors))
 
 
 @torch.no_grad()

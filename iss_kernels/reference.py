@@ -67,11 +67,13 @@ def group_norms(
     or column belongs to, -1 for none. An element whose row and column belong to the same unit
     counts once, since a group is a set; paper_overlap=True counts it twice, as the paper's code
     does.
+    The norms have the dtype of the weights; for bfloat16 weights, all is computed in float32.
     Wen et al. 2018, section 3.2; eps inside the root as in their code.
     """
-    squares = torch.zeros(units + 1, dtype=weights[0].dtype, device=weights[0].device)
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    squares = torch.zeros(units + 1, dtype=wide, device=weights[0].device)
     for weight, rows, columns in zip(weights, row_units, column_units, strict=True):
-        square = weight.square()
+        square = weight.to(wide).square()
         both = rows[:, None] == columns[None, :]
         in_columns = square if paper_overlap else square.masked_fill(both, 0)
         # Elements of no unit (-1) fall into one more place at the end, which is dropped.
@@ -85,7 +87,8 @@ def scaled_by_units(
 ) -> Tensor:
     """weight[r, c] * (factors[rows[r]] + factors[columns[c]]), or one factor where both are equal.
 
-    The gradient of sum(dnorms * norms) for factors = dnorms / norms. Shapes as in `group_norms`.
+    The gradient of sum(dnorms * norms) for factors = dnorms / norms. Shapes as in `group_norms`;
+    factors: [units], float32 for a bfloat16 weight, as is then the result.
     """
     padded = torch.cat([factors, factors.new_zeros(1)])  # [-1] is the factor of no unit
     by_row, by_column = padded[rows.long()][:, None], padded[columns.long()][None, :]
@@ -94,7 +97,21 @@ def scaled_by_units(
     return weight * (by_row + (by_column if paper_overlap else by_column.masked_fill(both, 0)))
 
 
+def scaled(weight: Tensor, rows: Tensor, columns: Tensor, factors: Tensor) -> Tensor:
+    """weight[r, c] * factors[rows[r]] * factors[columns[c]], or one factor where both are equal.
+
+    Shapes as in `group_norms`; factors: [units], float32 for a bfloat16 weight, whose products are
+    rounded to bfloat16.
+    """
+    padded = torch.cat([factors, factors.new_ones(1)])  # [-1] is the factor of no unit
+    by_row, by_column = padded[rows.long()][:, None], padded[columns.long()][None, :]
+    both = rows[:, None] == columns[None, :]
+    by_column = by_column.expand_as(weight).masked_fill(both, 1)
+    return (weight * (by_row * by_column)).to(weight.dtype)
+
+
 def thresholded(weight: Tensor, rows: Tensor, columns: Tensor, threshold: float) -> Tensor:
     """weight with the elements of any group (row or column labelled) below threshold set to 0."""
     grouped = (rows >= 0)[:, None] | (columns >= 0)[None, :]
-    return weight.masked_fill(grouped & (weight.abs() < threshold), 0)
+    size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.masked_fill(grouped & (size < threshold), 0)

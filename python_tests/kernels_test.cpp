@@ -230,8 +230,35 @@ void test_transpose(const Kernels<T>& kernels, int64_t rows, int64_t columns) {
   expect("transpose", to, truth, 0);
 }
 
+// A weight stored as W, and what W makes of a result.
+iss::Bfloat16 stored(iss::Bfloat16, float x) {
+  if (std::isnan(x)) return {0x7fc0};
+  // 8 bits of the mantissa: half of the ninth decides, by the mode that is set: to nearest even.
+  int exponent;
+  const float mantissa = std::frexp(x, &exponent);
+  const float rounded = std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+  return {static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16)};
+}
 template <typename T>
-void test_group_lasso(const Kernels<T>& kernels, int64_t rows, int64_t columns, bool overlap) {
+T stored(T, T x) {
+  return x;
+}
+float value(iss::Bfloat16 w) { return std::bit_cast<float>(uint32_t{w.bits} << 16); }
+template <typename T>
+T value(T w) {
+  return w;
+}
+template <typename W>
+std::vector<iss::Compute<W>> values(const std::vector<W>& weights) {
+  std::vector<iss::Compute<W>> result;
+  for (const W w : weights) result.push_back(value(w));
+  return result;
+}
+
+template <typename W>
+void test_group_lasso(const iss::GroupLassoKernels<W>& kernels, int64_t rows, int64_t columns,
+                      bool overlap) {
+  using T = iss::Compute<W>;
   constexpr int64_t kUnits = 5;
   std::vector<int32_t> row_units(rows), column_units(columns);
   for (auto* units : {&row_units, &column_units})
@@ -242,39 +269,93 @@ void test_group_lasso(const Kernels<T>& kernels, int64_t rows, int64_t columns, 
       if (column_units[c] == unit) unit_columns.push_back(c);
     starts.push_back(int64_t(unit_columns.size()));
   }
-  const iss::LabelledRows<T> all = {0,
-                                    rows,
-                                    columns,
-                                    row_units.data(),
-                                    column_units.data(),
-                                    starts.data(),
-                                    unit_columns.data(),
-                                    overlap};
-  auto weight = normal<T>(rows * columns);
-  std::vector<T> row_sums(rows), column_sums(columns), output(rows * columns, T(1));
-  kernels.squares({all, weight.data(), row_sums.data(), column_sums.data()});
+  const auto labelled = [&](bool paper_overlap) {
+    return iss::LabelledRows{
+        0, rows, columns, row_units.data(), starts.data(), unit_columns.data(), paper_overlap};
+  };
+  std::vector<W> weight, output(rows * columns, stored(W{}, T(1)));
+  for (const T w : normal<T>(rows * columns)) weight.push_back(stored(W{}, w));
+  weight.push_back(stored(W{}, T(7)));  // beyond the matrix: no kernel may write here
+  output.push_back(stored(W{}, T(7)));
+  const std::vector<W> before = weight;
+  std::vector<T> row_sums(rows), column_sums(columns);
+  kernels.squares({labelled(overlap), weight.data(), row_sums.data(), column_sums.data()});
   const auto factors = normal<T>(kUnits);
-  std::vector<T> row_factors, column_factors;
-  for (int32_t u : row_units) row_factors.push_back(u < 0 ? T(0) : factors[u]);
-  for (int32_t u : column_units) column_factors.push_back(u < 0 ? T(0) : factors[u]);
+  const auto spread = [&](const std::vector<int32_t>& units, T none) {
+    std::vector<T> result;
+    for (int32_t u : units) result.push_back(u < 0 ? none : factors[u]);
+    return result;
+  };
+  const std::vector<T> row_added = spread(row_units, 0), row_scaled = spread(row_units, 1);
+  const std::vector<T> added = spread(column_units, 0), scaled = spread(column_units, 1);
+  std::vector<T> adding = added, scaling = scaled;
   kernels.add_scaled(
-      {all, weight.data(), row_factors.data(), column_factors.data(), output.data()});
-  Doubles true_rows(rows), true_columns(columns), true_output(rows * columns), small;
+      {labelled(overlap), weight.data(), factors.data(), adding.data(), output.data()});
+  kernels.scale({labelled(false), factors.data(), scaling.data(), weight.data()});
+  if (adding != added || scaling != scaled)
+    std::printf("column_factors: not restored\n"), ++failures;
+  Doubles true_rows(rows), true_columns(columns), true_output, true_scaled, small;
+  std::vector<T> limits;
+  for (int64_t c = 0; c < columns; ++c) limits.push_back(column_units[c] < 0 ? T(0) : T(0.5));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      const double w = weight[r * columns + c];
-      const bool shared = row_units[r] >= 0 && row_units[r] == column_units[c] && !overlap;
+      const double w = value(before[r * columns + c]);
+      const bool own = row_units[r] >= 0 && row_units[r] == column_units[c];
+      const bool shared = own && !overlap;
       true_rows[r] += w * w;
       if (!shared) true_columns[c] += w * w;
-      true_output[r * columns + c] = 1 + w * (row_factors[r] + (shared ? T(0) : column_factors[c]));
-      const bool labelled = row_units[r] >= 0 || column_units[c] >= 0;
-      small.push_back(labelled && std::abs(w) < 0.5 ? 0 : w);
+      true_output.push_back(1 + w * (row_added[r] + (shared ? T(0) : added[c])));
+      true_scaled.push_back(w * row_scaled[r] * (own ? T(1) : scaled[c]));
+      const bool in_group = row_units[r] >= 0 || column_units[c] >= 0;
+      small.push_back(in_group && std::abs(w) < 0.5 ? 0 : w);
     }
+  for (Doubles* truth : {&true_output, &true_scaled, &small}) truth->push_back(7);
+  const double rounding = sizeof(W) < sizeof(T) ? 1 << 12 : 1;  // bfloat16 keeps 8 bits
   expect("squares of rows", row_sums, true_rows, double(columns));
   expect("squares of columns", column_sums, true_columns, double(rows));
-  expect("add_scaled", output, true_output, 4);
-  kernels.threshold({all, weight.data(), T(0.5)});
-  expect("threshold", weight, small, 0);
+  expect("add_scaled", values(output), true_output, 4 * rounding);
+  expect("scale", values(weight), true_scaled, 4 * rounding);
+  weight = before;
+  kernels.threshold({labelled(false), T(0.5), limits.data(), weight.data()});
+  expect("threshold", values(weight), small, 0);
+}
+
+// A vector widened and rounded: every bfloat16 stays what it is, and ties go to the even one.
+void test_bfloat16(const iss::GroupLassoKernels<iss::Bfloat16>& kernels) {
+  constexpr int64_t kColumns = 37, kRows = 5000;
+  std::vector<int32_t> row_units(kRows);
+  std::vector<float> factors(kRows), ones(kColumns, 1);
+  for (int32_t r = 0; r < kRows; ++r) {
+    row_units[r] = r;
+    factors[r] = std::bit_cast<float>(0x3f800000u + uint32_t(r) * 0x1000u);  // and half-way ones
+  }
+  const std::vector<int64_t> starts(kRows + 1);
+  std::vector<iss::Bfloat16> weight(kRows * kColumns, {0x3f80});
+  kernels.scale({{0, kRows, kColumns, row_units.data(), starts.data(), nullptr, false},
+                 factors.data(),
+                 ones.data(),
+                 weight.data()});
+  Doubles truth;
+  for (int64_t at = 0; at < kRows * kColumns; ++at)
+    truth.push_back(value(stored(iss::Bfloat16{}, factors[at / kColumns])));
+  expect("bfloat16 rounded", values(weight), truth, 0);
+  for (float& factor : factors) factor = 1;
+  std::vector<iss::Bfloat16> all;
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) all.push_back({uint16_t(bits)});
+  const int64_t rows = 0x10000 / kColumns;
+  std::vector<iss::Bfloat16> same = all;
+  kernels.scale({{0, rows, kColumns, row_units.data(), starts.data(), nullptr, false},
+                 factors.data(),
+                 ones.data(),
+                 same.data()});
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const bool nan = (bits & 0x7fff) > 0x7f80;
+    if (nan ? !std::isnan(value(same[bits])) : same[bits].bits != bits) {
+      std::printf("bfloat16 %x times 1: got %x\n", bits, same[bits].bits);
+      ++failures;
+      return;
+    }
+  }
 }
 
 template <typename T>
@@ -288,9 +369,15 @@ void test(const Kernels<T>& kernels) {
         test_lstm(kernels, format, rows, size, size);
         test_lstm(kernels, format, rows, size, 6);
       }
-      test_group_lasso(kernels, 4 * rows, size, rows == 2);
       test_transpose(kernels, 5 * rows, size);
     }
+}
+
+template <typename W>
+void test(const iss::GroupLassoKernels<W>& kernels) {
+  for (int64_t rows : {1, 4, 8, 23, 64})
+    for (int64_t size : {1, 3, 8, 17, 33})
+      for (bool overlap : {false, true}) test_group_lasso(kernels, rows, size, overlap);
 }
 
 }  // namespace
@@ -301,6 +388,10 @@ int main() {
     iss::set_isa(isa);
     test(iss::cpu_kernels().f32);
     test(iss::cpu_kernels().f64);
+    test(iss::cpu_kernels().lasso_f32);
+    test(iss::cpu_kernels().lasso_f64);
+    test(iss::cpu_kernels().lasso_bf16);
+    test_bfloat16(iss::cpu_kernels().lasso_bf16);
     std::printf("%s: %s\n", isa.c_str(), failures == before ? "passed" : "FAILED");
   }
   return failures > 0;

@@ -45,12 +45,29 @@ __m512 both(Convert convert, Half low, Half high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(convert(low)), convert(high), 1);
 }
 
+// Each lane as an integer of another width.
+template <typename To, typename ToLane, typename FromLane, typename From>
+To converted(From vector) {
+  constexpr unsigned kLanes = sizeof(From) / sizeof(FromLane);
+  FromLane from[kLanes];
+  __builtin_memcpy(from, &vector, sizeof(from));
+  ToLane to[kLanes];
+  for (unsigned i = 0; i < kLanes; ++i) to[i] = static_cast<ToLane>(from[i]);
+  To result;
+  __builtin_memcpy(&result, to, sizeof(to));
+  return result;
+}
+
 }  // namespace simde_missing
 
 #define _mm512_maskz_loadu_ps simde_missing::load<__m512>
 #define _mm512_maskz_loadu_pd simde_missing::load<__m512d>
 #define _mm512_mask_storeu_ps simde_missing::store
 #define _mm512_mask_storeu_pd simde_missing::store
+#define _mm256_maskz_loadu_epi16 simde_missing::load<__m256i>
+#define _mm256_mask_storeu_epi16 simde_missing::store
+#define _mm512_cvtepu16_epi32 simde_missing::converted<__m512i, uint32_t, uint16_t>
+#define _mm512_cvtepi32_epi16 simde_missing::converted<__m256i, uint16_t, uint32_t>
 #define _mm512_reduce_add_ps simde_missing::sum<float>
 #define _mm512_reduce_add_pd simde_missing::sum<double>
 #define _mm512_cvtph_ps(halves)                                           \

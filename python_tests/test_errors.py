@@ -214,7 +214,7 @@ ROWS, COLUMNS = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.in
     ("weights", "rows", "columns", "message"),
     [
         ([WEIGHT], [ROWS], [], "expected row_units and column_units for each of 1 weights, got 1 and 0"),
-        ([WEIGHT.half()], [ROWS], [COLUMNS], "expected weights of dtype float32 or float64, got float16"),
+        ([WEIGHT.half()], [ROWS], [COLUMNS], "expected weights of dtype float32, float64 or bfloat16, got float16"),
         ([WEIGHT, WEIGHT.double()], [ROWS] * 2, [COLUMNS] * 2, "expected weights of dtype float32, got float64"),
         ([WEIGHT[0]], [ROWS], [COLUMNS], "expected weights of shape [R, C], got [3]"),
         ([WEIGHT], [ROWS.long()], [COLUMNS], "expected row_units of dtype int32, got int64"),
@@ -235,8 +235,39 @@ def test_in_place_ops_take_contiguous_tensors_and_change_nothing_otherwise():
     before = strided.clone()
     with pytest.raises(RuntimeError, match=r"threshold_: expected weights to be contiguous, got"):
         ops.threshold_([strided], [ROWS], [COLUMNS], 9.0)
+    with pytest.raises(RuntimeError, match=r"scale_by_units_: expected weights to be contiguous, "):
+        ops.scale_by_units_([strided], [ROWS], [COLUMNS], torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"add_scaled_by_units_: expected outputs to be contig"):
         ops.add_scaled_by_units_([strided], [WEIGHT], [ROWS], [COLUMNS], torch.ones(1), False)
     with pytest.raises(RuntimeError, match=r"expected 1 outputs, one for each weight, got 0"):
         ops.add_scaled_by_units_([], [WEIGHT], [ROWS], [COLUMNS], torch.ones(1), False)
     assert torch.equal(strided, before)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (torch.ones(1).double(), "expected factors of dtype float32 for weights of dtype float32, got float64"),
+        (torch.ones(1, 1), "expected factors of shape [units], got [1, 1]"),
+        (torch.ones(0), "expected row_units to be -1 or below units = 0, got 0"),
+    ],
+)  # fmt: skip
+def test_factors_of_units(factors, message):
+    weights = [WEIGHT.clone()]
+    with pytest.raises(RuntimeError) as got:
+        ops.scale_by_units_(weights, [ROWS], [COLUMNS], factors)
+    assert str(got.value).splitlines()[0] == "scale_by_units_: " + message
+    with pytest.raises(RuntimeError) as got:
+        ops.add_scaled_by_units_(weights, [WEIGHT], [ROWS], [COLUMNS], factors, False)
+    assert str(got.value).splitlines()[0] == "add_scaled_by_units_: " + message
+    assert torch.equal(weights[0], WEIGHT)
+
+
+def test_bfloat16_weights_have_float32_factors():
+    half = [WEIGHT.bfloat16()]
+    with pytest.raises(RuntimeError) as got:
+        ops.scale_by_units_(half, [ROWS], [COLUMNS], torch.ones(1).bfloat16())
+    assert str(got.value).splitlines()[0] == (
+        "scale_by_units_: expected factors of dtype float32 for weights of dtype bfloat16, "
+        "got bfloat16"
+    )

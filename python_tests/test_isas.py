@@ -54,7 +54,9 @@ def test_neon_under_an_emulator(tmp_path):
     assert lines == ["neon: passed", "scalar: passed"]
 
 
-@pytest.mark.parametrize("kernel", ["lstm_step_backward", "matmul", "lstm_step", "squares"])
+@pytest.mark.parametrize(
+    "kernel", ["lstm_step_backward", "matmul", "lstm_step", "squares", "scale", "bfloat16"]
+)
 def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, kernel):
     """A program that cannot fail tests nothing: a copy with one broken operation must fail."""
     changes = {
@@ -62,7 +64,9 @@ def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, kernel):
         "matmul": ("matmul-inl.h", "const int64_t left = args.columns - column;",
                    "const int64_t left = args.columns - column - 1;"),
         "lstm_step": ("lstm_step-inl.h", "fma(f, load(args.c_prev + at_unit), i * g)", "i * g"),
-        "squares": ("group_lasso-inl.h", "args.column_sums[c] -= weight[c] * weight[c];", ""),
+        "squares": ("group_lasso-inl.h", "column_sums[c] -= w * w;", "(void)w;"),
+        "scale": ("group_lasso-inl.h", "{ column_factors[c] = 1; }", "{ (void)c; }"),
+        "bfloat16": ("vec_scalar-inl.h", " + (bits >> 16 & 1)", ""),
     }  # fmt: skip
     name, right, wrong = changes[kernel]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -72,6 +72,10 @@ def check_add_scaled_by_units_():
     opcheck(lib.add_scaled_by_units_, (outputs, weights, rows, columns, factors, False))
 
 
+def check_scale_by_units_():
+    opcheck(lib.scale_by_units_, (*group_sample(), torch.randn(5, dtype=torch.float64)))
+
+
 def check_threshold_():
     opcheck(lib.threshold_, (*group_sample(), 0.5))
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The group-lasso ops on the CPU: all matrices of a model in one parallel loop over blocks of rows.
-// Blocks have a fixed size and their column sums are added in order, in double, so that a result
+// The group-lasso ops on the CPU: all matrices of a model in one parallel loop over strips of rows.
+// Strips have a fixed size and their column sums are added in order, in double, so that a result
 // does not depend on the number of threads.
 
 #include <ATen/Dispatch.h>
@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "checks.h"
@@ -21,9 +23,13 @@
 namespace iss {
 namespace {
 
-// Also bounds the rounding of a column sum: at most this many terms are added in the weight's
-// dtype.
+// A column sum adds up at most so many squares in Compute<W>, which bounds its rounding; these sums
+// are then added in double.
 constexpr int64_t kBlockRows = 64;
+// What a thread takes at a time. Its column sums, [C] in double, are a percent of its weights.
+constexpr int64_t kStripRows = 4 * kBlockRows;
+// Elements: to walk over fewer takes less time than to wake a thread.
+constexpr int64_t kGrain = 1 << 15;
 
 std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> result;
@@ -31,64 +37,110 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
   return result;
 }
 
-// One labelled matrix and, for each unit, the list of its columns.
+// What the kernels call the dtype of a tensor.
+template <typename scalar_t>
+using Stored = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, Bfloat16, scalar_t>;
+
+template <typename W>
+const W* values(const Tensor& t) {
+  return static_cast<const W*>(t.const_data_ptr());
+}
+
+template <typename W>
+W* mutable_values(const Tensor& t) {
+  return static_cast<W*>(t.mutable_data_ptr());
+}
+
+// The labels of one matrix [R, C] and, for each unit, the list of its columns.
 struct Labelled {
-  int64_t rows, columns, blocks;
+  int64_t rows, columns, strips;
   const int32_t *row_units, *column_units;
   std::vector<int64_t> unit_starts, unit_columns;
 
   Labelled(const char* op, const Tensor& row_units, const Tensor& column_units, int64_t units)
       : rows(row_units.numel()),
         columns(column_units.numel()),
-        blocks((rows + kBlockRows - 1) / kBlockRows),
+        strips(columns > 0 ? (rows + kStripRows - 1) / kStripRows : 0),
         row_units(row_units.const_data_ptr<int32_t>()),
-        column_units(column_units.const_data_ptr<int32_t>()),
-        unit_starts(units + 1, 0) {
+        column_units(column_units.const_data_ptr<int32_t>()) {
     const auto check = [&](const char* name, const int32_t* ids, int64_t count) {
-      for (int64_t i = 0; i < count; ++i)
-        TORCH_CHECK(ids[i] >= -1 && ids[i] < units, op, ": expected ", name,
-                    " to be -1 or below units = ", units, ", got ", ids[i]);
+      int32_t least = -1, most = -1;  // the compiler vectorises this, but no loop that may throw
+      for (int64_t i = 0; i < count; ++i) {
+        least = std::min(least, ids[i]);
+        most = std::max(most, ids[i]);
+      }
+      TORCH_CHECK(least == -1 && most < units, op, ": expected ", name,
+                  " to be -1 or below units = ", units, ", got ", least < -1 ? least : most);
     };
     check("row_units", this->row_units, rows);
     check("column_units", this->column_units, columns);
+  }
+
+  void list_columns(int64_t units) {
+    unit_starts.resize(units + 1);
     for (int64_t c = 0; c < columns; ++c)
-      if (this->column_units[c] >= 0) ++unit_starts[this->column_units[c] + 1];
+      if (column_units[c] >= 0) ++unit_starts[column_units[c] + 1];
     for (int64_t u = 0; u < units; ++u) unit_starts[u + 1] += unit_starts[u];
     unit_columns.resize(unit_starts[units]);
     std::vector<int64_t> next(unit_starts.begin(), unit_starts.end() - 1);
     for (int64_t c = 0; c < columns; ++c)
-      if (this->column_units[c] >= 0) unit_columns[next[this->column_units[c]]++] = c;
+      if (column_units[c] >= 0) unit_columns[next[column_units[c]]++] = c;
   }
 
-  template <typename T>
-  LabelledRows<T> block(int64_t index, bool paper_overlap) const {
-    return {.row_begin = index * kBlockRows,
-            .row_end = std::min(rows, (index + 1) * kBlockRows),
+  // Rows [begin, begin + count), as far as there are.
+  LabelledRows range(int64_t begin, int64_t count, bool paper_overlap) const {
+    return {.row_begin = begin,
+            .row_end = std::min(rows, begin + count),
             .columns = columns,
             .row_units = row_units,
-            .column_units = column_units,
             .unit_starts = unit_starts.data(),
             .unit_columns = unit_columns.data(),
             .paper_overlap = paper_overlap};
+  }
+
+  LabelledRows strip(int64_t index, bool paper_overlap) const {
+    return range(index * kStripRows, kStripRows, paper_overlap);
+  }
+
+  // of_unit[unit of column c] for each column, `none` where it has none: [C].
+  template <typename T>
+  std::vector<T> by_column(const T* of_unit, T none) const {
+    std::vector<T> result(columns);
+    for (int64_t c = 0; c < columns; ++c)
+      result[c] = column_units[c] < 0 ? none : of_unit[column_units[c]];
+    return result;
   }
 };
 
 std::vector<Labelled> labelled(const char* op, const std::vector<Tensor>& row_units,
                                const std::vector<Tensor>& column_units, int64_t units) {
   std::vector<Labelled> result;
-  for (size_t i = 0; i < row_units.size(); ++i)
+  for (size_t i = 0; i < row_units.size(); ++i) {
     result.emplace_back(op, row_units[i], column_units[i], units);
+    result.back().list_columns(units);
+  }
   return result;
 }
 
-// visit(matrix, block) for every block of every matrix, in parallel.
+// visit(matrix, strip) for every strip of every matrix, in parallel. A thread takes the strips that
+// begin in its share of all elements.
 template <typename Visit>
-void each_block(const std::vector<Labelled>& matrices, const Visit& visit) {
-  std::vector<std::pair<size_t, int64_t>> blocks;
+void each_strip(const std::vector<Labelled>& matrices, const Visit& visit) {
+  struct Strip {
+    size_t matrix;
+    int64_t index, begin;
+  };
+  std::vector<Strip> strips;
+  int64_t elements = 0;
   for (size_t m = 0; m < matrices.size(); ++m)
-    for (int64_t b = 0; b < matrices[m].blocks; ++b) blocks.emplace_back(m, b);
-  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) visit(blocks[i].first, blocks[i].second);
+    for (int64_t index = 0; index < matrices[m].strips; ++index) {
+      strips.push_back({m, index, elements});
+      const int64_t rows = std::min(kStripRows, matrices[m].rows - index * kStripRows);
+      elements += rows * matrices[m].columns;
+    }
+  at::parallel_for(0, elements, kGrain, [&](int64_t begin, int64_t end) {
+    for (const Strip& strip : strips)
+      if (strip.begin >= begin && strip.begin < end) visit(strip.matrix, strip.index);
   });
 }
 
@@ -96,37 +148,49 @@ Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,
                                const std::vector<Tensor>& row_units,
                                const std::vector<Tensor>& column_units, int64_t units, double eps,
                                bool paper_overlap) {
-  check_labelled("group_norms_forward", weights, row_units, column_units);
-  TORCH_CHECK(units >= 0, "group_norms_forward: expected units >= 0, got ", units);
+  constexpr const char* op = "group_norms_forward";
+  check_labelled(op, weights, row_units, column_units);
+  TORCH_CHECK(units >= 0, op, ": expected units >= 0, got ", units);
   const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
                             columns = contiguous(column_units);
-  const std::vector<Labelled> labels = labelled("group_norms_forward", rows, columns, units);
-  const Tensor norms = at::empty({units}, weights[0].options());
-  AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "group_norms_forward", [&] {
-    std::vector<std::vector<scalar_t>> row_sums, column_sums;  // per matrix: [R]; [blocks, C]
+  const std::vector<Labelled> labels = labelled(op, rows, columns, units);
+  const Tensor norms = at::empty({units}, weights[0].options().dtype(factor_type(weights[0])));
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
+    using W = Stored<scalar_t>;
+    using T = Compute<W>;
+    std::vector<std::vector<T>> row_sums;                // of each matrix: [R]
+    std::vector<std::unique_ptr<double[]>> column_sums;  // of each matrix: [strips, C]
     for (const Labelled& m : labels) {
       row_sums.emplace_back(m.rows);
-      column_sums.emplace_back(m.blocks * m.columns);
+      column_sums.push_back(std::make_unique_for_overwrite<double[]>(m.strips * m.columns));
     }
-    each_block(labels, [&](size_t m, int64_t b) {
-      cpu_kernels().of<scalar_t>().squares(
-          {.rows = labels[m].block<scalar_t>(b, paper_overlap),
-           .weight = matrices[m].const_data_ptr<scalar_t>(),
-           .row_sums = row_sums[m].data(),
-           .column_sums = column_sums[m].data() + b * labels[m].columns});
+    each_strip(labels, [&](size_t m, int64_t strip) {
+      const Labelled& matrix = labels[m];
+      double* const sums = column_sums[m].get() + strip * matrix.columns;
+      std::fill_n(sums, matrix.columns, 0.0);
+      std::vector<T> of_block(matrix.columns);
+      const int64_t begin = strip * kStripRows, end = std::min(matrix.rows, begin + kStripRows);
+      for (int64_t row = begin; row < end; row += kBlockRows) {
+        cpu_kernels().lasso<W>().squares({.rows = matrix.range(row, kBlockRows, paper_overlap),
+                                          .weight = values<W>(matrices[m]),
+                                          .row_sums = row_sums[m].data(),
+                                          .column_sums = of_block.data()});
+        for (int64_t c = 0; c < matrix.columns; ++c) sums[c] += of_block[c];
+      }
     });
     std::vector<double> squares(units, eps);
     for (size_t m = 0; m < labels.size(); ++m) {
       const Labelled& matrix = labels[m];
       for (int64_t r = 0; r < matrix.rows; ++r)
         if (matrix.row_units[r] >= 0) squares[matrix.row_units[r]] += row_sums[m][r];
-      for (int64_t b = 0; b < matrix.blocks; ++b)
-        for (int64_t c = 0; c < matrix.columns; ++c)
-          if (matrix.column_units[c] >= 0)
-            squares[matrix.column_units[c]] += column_sums[m][b * matrix.columns + c];
+      double* const sums = column_sums[m].get();
+      for (int64_t strip = 1; strip < matrix.strips; ++strip)
+        for (int64_t c = 0; c < matrix.columns; ++c) sums[c] += sums[strip * matrix.columns + c];
+      for (int64_t c = 0; matrix.strips > 0 && c < matrix.columns; ++c)
+        if (matrix.column_units[c] >= 0) squares[matrix.column_units[c]] += sums[c];
     }
     for (int64_t u = 0; u < units; ++u)
-      norms.mutable_data_ptr<scalar_t>()[u] = static_cast<scalar_t>(std::sqrt(squares[u]));
+      mutable_values<T>(norms)[u] = static_cast<T>(std::sqrt(squares[u]));
   });
   return norms;
 }
@@ -145,28 +209,21 @@ void add_scaled_by_units_cpu_(const std::vector<Tensor>& outputs,
     check_like(op, "outputs", outputs[m], weights[0]);
     check_shape(op, "outputs", outputs[m], "[R, C]", weights[m].sizes());
   }
-  check_like(op, "factors", factors, weights[0]);
-  TORCH_CHECK(factors.dim() == 1, op, ": expected factors of shape [units], got ", factors.sizes());
+  check_factors(op, factors, weights[0]);
   const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
                             columns = contiguous(column_units);
   const std::vector<Labelled> labels = labelled(op, rows, columns, factors.size(0));
-  const Tensor by_unit = factors.contiguous();
-  AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "add_scaled_by_units_", [&] {
-    const scalar_t* unit_factors = by_unit.const_data_ptr<scalar_t>();
-    const auto spread = [&](const int32_t* units, int64_t count) {
-      std::vector<scalar_t> spread_factors(count);
-      for (int64_t i = 0; i < count; ++i)
-        spread_factors[i] = units[i] < 0 ? scalar_t(0) : unit_factors[units[i]];
-      return spread_factors;
-    };
-    each_block(labels, [&](size_t m, int64_t b) {
-      const std::vector<scalar_t> row_factors = spread(labels[m].row_units, labels[m].rows);
-      std::vector<scalar_t> column_factors = spread(labels[m].column_units, labels[m].columns);
-      cpu_kernels().of<scalar_t>().add_scaled({.rows = labels[m].block<scalar_t>(b, paper_overlap),
-                                               .weight = matrices[m].const_data_ptr<scalar_t>(),
-                                               .row_factors = row_factors.data(),
-                                               .column_factors = column_factors.data(),
-                                               .output = outputs[m].mutable_data_ptr<scalar_t>()});
+  const Tensor of_unit = factors.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
+    using W = Stored<scalar_t>;
+    using T = Compute<W>;
+    each_strip(labels, [&](size_t m, int64_t strip) {
+      std::vector<T> column_factors = labels[m].by_column(values<T>(of_unit), T(0));
+      cpu_kernels().lasso<W>().add_scaled({.rows = labels[m].strip(strip, paper_overlap),
+                                           .weight = values<W>(matrices[m]),
+                                           .factors = values<T>(of_unit),
+                                           .column_factors = column_factors.data(),
+                                           .output = mutable_values<W>(outputs[m])});
     });
   });
 }
@@ -185,21 +242,49 @@ std::vector<Tensor> group_norms_backward_cpu(const Tensor& dnorms, const Tensor&
   return dweights;
 }
 
+void scale_by_units_cpu_(const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
+                         const std::vector<Tensor>& column_units, const Tensor& factors) {
+  constexpr const char* op = "scale_by_units_";
+  check_labelled(op, weights, row_units, column_units);
+  check_contiguous(op, "weights", weights);
+  check_factors(op, factors, weights[0]);
+  const std::vector<Tensor> rows = contiguous(row_units), columns = contiguous(column_units);
+  const std::vector<Labelled> labels = labelled(op, rows, columns, factors.size(0));
+  const Tensor of_unit = factors.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
+    using W = Stored<scalar_t>;
+    using T = Compute<W>;
+    each_strip(labels, [&](size_t m, int64_t strip) {
+      std::vector<T> column_factors = labels[m].by_column(values<T>(of_unit), T(1));
+      cpu_kernels().lasso<W>().scale({.rows = labels[m].strip(strip, false),
+                                      .factors = values<T>(of_unit),
+                                      .column_factors = column_factors.data(),
+                                      .weight = mutable_values<W>(weights[m])});
+    });
+  });
+}
+
 void threshold_cpu_(const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
                     const std::vector<Tensor>& column_units, double threshold) {
-  check_labelled("threshold_", weights, row_units, column_units);
-  check_contiguous("threshold_", "weights", weights);
+  constexpr const char* op = "threshold_";
+  constexpr int64_t kAnyUnit = std::numeric_limits<int32_t>::max();
+  check_labelled(op, weights, row_units, column_units);
+  check_contiguous(op, "weights", weights);
   const std::vector<Tensor> rows = contiguous(row_units), columns = contiguous(column_units);
-  int64_t units = 0;
-  for (const auto* list : {&rows, &columns})
-    for (const Tensor& ids : *list)
-      if (ids.numel() > 0) units = std::max(units, ids.max().item<int64_t>() + 1);
-  const std::vector<Labelled> labels = labelled("threshold_", rows, columns, units);
-  AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "threshold_", [&] {
-    each_block(labels, [&](size_t m, int64_t b) {
-      cpu_kernels().of<scalar_t>().threshold({.rows = labels[m].block<scalar_t>(b, false),
-                                              .weight = weights[m].mutable_data_ptr<scalar_t>(),
-                                              .threshold = static_cast<scalar_t>(threshold)});
+  std::vector<Labelled> labels;
+  for (size_t m = 0; m < weights.size(); ++m)
+    labels.emplace_back(op, rows[m], columns[m], kAnyUnit);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
+    using W = Stored<scalar_t>;
+    using T = Compute<W>;
+    each_strip(labels, [&](size_t m, int64_t strip) {
+      std::vector<T> column_limits(labels[m].columns);
+      for (int64_t c = 0; c < labels[m].columns; ++c)
+        column_limits[c] = labels[m].column_units[c] < 0 ? T(0) : static_cast<T>(threshold);
+      cpu_kernels().lasso<W>().threshold({.rows = labels[m].strip(strip, false),
+                                          .threshold = static_cast<T>(threshold),
+                                          .column_limits = column_limits.data(),
+                                          .weight = mutable_values<W>(weights[m])});
     });
   });
 }
@@ -208,6 +293,7 @@ TORCH_LIBRARY_IMPL(iss_kernels, CPU, library) {
   library.impl("group_norms_forward", &group_norms_forward_cpu);
   library.impl("group_norms_backward", &group_norms_backward_cpu);
   library.impl("add_scaled_by_units_", &add_scaled_by_units_cpu_);
+  library.impl("scale_by_units_", &scale_by_units_cpu_);
   library.impl("threshold_", &threshold_cpu_);
 }
 

@@ -18,5 +18,8 @@ const CpuKernels kScalarKernels = {
     .supported = [] { return true; },
     .f32 = table<float>(),
     .f64 = table<double>(),
+    .lasso_f32 = lasso_table<float>(),
+    .lasso_f64 = lasso_table<double>(),
+    .lasso_bf16 = lasso_table<Bfloat16>(),
 };
 }  // namespace iss

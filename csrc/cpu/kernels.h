@@ -24,9 +24,6 @@ struct Kernels {
   void (*transpose)(const TransposeArgs<T>&);
   void (*lstm_step)(const LstmStepArgs<T>&);
   void (*lstm_step_backward)(const LstmStepBackwardArgs<T>&);
-  void (*squares)(const SquaresArgs<T>&);
-  void (*add_scaled)(const AddScaledArgs<T>&);
-  void (*threshold)(const ThresholdArgs<T>&);
 
   // Panels that hold `columns` columns; with gates, `columns` units.
   int64_t panels(int64_t columns, bool gates) const {
@@ -45,11 +42,23 @@ struct Kernels {
   int64_t scratch_bytes(int64_t rows, int64_t k) const { return rows * (4 + 2 * (k + depth)); }
 };
 
+// For weights stored as W.
+template <typename W>
+struct GroupLassoKernels {
+  void (*squares)(const SquaresArgs<W>&);
+  void (*add_scaled)(const AddScaledArgs<W>&);
+  void (*scale)(const ScaleArgs<W>&);
+  void (*threshold)(const ThresholdArgs<W>&);
+};
+
 struct CpuKernels {
   const char* isa;
   bool (*supported)();
   Kernels<float> f32;
   Kernels<double> f64;
+  GroupLassoKernels<float> lasso_f32;
+  GroupLassoKernels<double> lasso_f64;
+  GroupLassoKernels<Bfloat16> lasso_bf16;
 
   template <typename T>
   const Kernels<T>& of() const {
@@ -57,6 +66,16 @@ struct CpuKernels {
       return f32;
     else
       return f64;
+  }
+
+  template <typename W>
+  const GroupLassoKernels<W>& lasso() const {
+    if constexpr (std::is_same_v<W, Bfloat16>)
+      return lasso_bf16;
+    else if constexpr (sizeof(W) == 4)
+      return lasso_f32;
+    else
+      return lasso_f64;
   }
 };
 

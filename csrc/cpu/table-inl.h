@@ -12,8 +12,15 @@ constexpr Kernels<T> table() {
       .transpose = &transpose<T>,
       .lstm_step = &lstm_step<T>,
       .lstm_step_backward = &lstm_step_backward<T>,
-      .squares = &squares<T>,
-      .add_scaled = &add_scaled<T>,
-      .threshold = &threshold<T>,
+  };
+}
+
+template <typename W>
+constexpr GroupLassoKernels<W> lasso_table() {
+  return {
+      .squares = &squares<W>,
+      .add_scaled = &add_scaled<W>,
+      .scale = &scale<W>,
+      .threshold = &threshold<W>,
   };
 }

@@ -33,9 +33,34 @@ struct Vec<float> {
     else  // a tile of several rows leaves no register for the mask
       return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(bits, 16), 16))};
   }
+  static Vec load(const Bfloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
   static Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+  static Vec load(const Bfloat16* p, int64_t n) {
+    Bfloat16 lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first_lanes(n), v); }
+  void store(Bfloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i halves = _mm256_srli_epi32(_mm256_blendv_epi8(sum, quiet, is_nan), 16);
+    const __m256i pairs = _mm256_packus_epi32(halves, halves);  // of 4: 0, 0, 1, 1
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0b1000)));
+  }
+  void store(Bfloat16* p, int64_t n) const {
+    Bfloat16 lanes[kLanes];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
   float sum() const {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

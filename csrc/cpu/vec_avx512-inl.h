@@ -25,9 +25,28 @@ struct Vec<float> {
     const __m512i bits = _mm512_loadu_si512(p);
     return {_mm512_castsi512_ps(_mm512_and_epi32(bits, _mm512_set1_epi32(~0xffff)))};
   }
+  static Vec widened(__m256i halves) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+  }
+  static Vec load(const Bfloat16* p) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static Vec load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+  static Vec load(const Bfloat16* p, int64_t n) {
+    return widened(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  __m256i rounded() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_mask_or_epi32(sum, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first(n), v); }
+  void store(Bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded()); }
+  void store(Bfloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), rounded()); }
   float sum() const { return _mm512_reduce_add_ps(v); }
 };
 

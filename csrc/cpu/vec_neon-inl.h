@@ -23,14 +23,26 @@ struct Vec<float> {
     const uint32x4_t bits = vreinterpretq_u32_u16(vld1q_u16(&p->bits));
     return {vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(~0xffffu)))};
   }
-  static Vec load(const float* p, int64_t n) {
-    float lanes[kLanes] = {};
+  static Vec load(const Bfloat16* p) {
+    return {vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(&p->bits)), 16))};
+  }
+  template <typename W>
+  static Vec load(const W* p, int64_t n) {
+    W lanes[kLanes] = {};
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
   }
   void store(float* p) const { vst1q_f32(p, v); }
-  void store(float* p, int64_t n) const {
-    float lanes[kLanes];
+  void store(Bfloat16* p) const {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t sum = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), sum, quiet), 16));
+  }
+  template <typename W>
+  void store(W* p, int64_t n) const {
+    W lanes[kLanes];
     store(lanes);
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
   }

@@ -10,6 +10,14 @@ inline float to_float(Float16 half) {
                               sign);
 }
 
+// To the nearest, of two equally near to the even one. NaN is made quiet instead: the carry could
+// turn it into infinity.
+inline Bfloat16 to_bfloat16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+  return {static_cast<uint16_t>(rounded >> 16)};
+}
+
 template <typename T>
 struct Vec {
   static constexpr int64_t kLanes = 1;
@@ -28,9 +36,13 @@ struct Vec {
   static Vec load_odd(const Bfloat16* p) {
     return load_even(p + 1);
   }
+  static Vec load(const Bfloat16* p) { return load_even(p); }
   static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes, rest 0
+  static Vec load(const Bfloat16* p, int64_t) { return load(p); }
   void store(T* p) const { *p = v; }
   void store(T* p, int64_t) const { *p = v; }
+  void store(Bfloat16* p) const { *p = to_bfloat16(v); }
+  void store(Bfloat16* p, int64_t) const { store(p); }
   T sum() const { return v; }
 };
 
