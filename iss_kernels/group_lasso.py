@@ -108,16 +108,20 @@ class GroupLasso:
         """Scale every unit's weights by max(0, 1 - step * strength / norm): exact zeros at once.
 
         step is the learning rate. The proximal step of the penalty, decoupled from the optimiser as
-        weight decay is in AdamW; it takes the place of `add_gradients_` and `threshold_`. A weight
-        in the groups of two units is scaled by both factors. Norms are those before the step.
+        weight decay is in AdamW; it takes the place of `add_gradients_` and `threshold_`. Norms are
+        those before the step. In bfloat16 a factor within 2^-9 of 1 changes no weight: the product
+        is rounded to what it was.
+
+        For groups that share no weight this is the penalty's proximal operator, block
+        soft-thresholding (Yuan & Lin 2006). Groups overlap, though: a weight whose row and column
+        belong to two units is in both their groups, and is scaled by both factors. The product is
+        the exact operator to first order in step; they differ by O(step^2). As with the exact
+        operator a unit leaves as a whole, its weights set to zero together, here where its norm is
+        at most step * strength: what is left is a unit that can be removed, not a thinned one.
         """
         weights = self._weights()
         factors = (1 - step * self._strengths / self._norms(weights)).clamp_min(0)
-        factors = torch.cat([factors, factors.new_ones(1)])  # [-1]: of no unit
-        for weight, rows, columns in zip(weights, self._rows, self._columns, strict=True):
-            by_column = factors[columns.long()].expand_as(weight)
-            by_column = by_column.masked_fill(rows[:, None] == columns[None, :], 1)
-            weight.mul_(factors[rows.long()][:, None]).mul_(by_column)
+        ops.scale_by_units_(weights, self._rows, self._columns, factors)
 
     def _norms(self, weights: list[nn.Parameter]) -> Tensor:
         return ops.group_norms(
@@ -132,7 +136,7 @@ class GroupLasso:
             got = ", ".join(f"{dtype} on {device}" for dtype, device in kinds)
             raise ValueError(f"GroupLasso: expected weights of one dtype and device, got {got}")
         ((dtype, device),) = kinds
-        self._strengths = self._strengths.to(device, dtype)
+        self._strengths = self._strengths.to(device, torch.promote_types(dtype, torch.float32))
         self._rows = [rows.to(device) for rows in self._rows]
         self._columns = [columns.to(device) for columns in self._columns]
         return weights
