@@ -69,6 +69,18 @@ def test_the_training_benchmark_writes_a_row_for_every_provider(tmp_path):
     assert "packed x1: geometric mean" in done.stdout
 
 
+def test_the_lasso_benchmark_writes_a_row_for_every_kernel(tmp_path):
+    path = tmp_path / "new" / "lasso.csv"
+    done = run(BENCH / "bench_lasso.py", "--quick", "--threads", "1", "--output", path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    kernels = {"norms", "gradient", "penalty", "proximal", "threshold"}
+    assert {row["kernel"] for row in rows} == kernels | {"training step", "with the lasso"}
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
+    assert all(float(row["gbps"]) > 0 for row in rows if row["kernel"] in kernels)
+
+
 def test_bench_resumes_after_what_it_has(quick):
     path, _ = quick
     text = path.read_text()

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The group Lasso of a language model against plain torch and memory; check, then time.
+
+python bench/bench_lasso.py [--quick] [--threads N ...] [--output CSV]
+
+For the LSTM weights and the output layer of each model:
+
+    norms      of all groups: reads the weights         beside w.sum(), the least that can be read
+    gradient   added in place, given the norms          reads weights, reads and writes gradients
+    penalty    norms and gradient, as a training step   beside autograd of the reference
+    proximal   scaling in place, given the norms        reads and writes the weights
+    threshold  in place                                 reads and writes the weights
+
+and a whole training step, with and without `GroupLasso.add_gradients_`. Bytes are those that must
+move, each once; `bandwidth` is their rate as a fraction of the measured rate of reading a working
+set of this size (roofline.py), which writes do not reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from roofline import roofline
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from iss_kernels import GroupLasso, find_groups, ops, reference
+from iss_kernels.demo.model import LanguageModel
+from iss_kernels.testing import assert_no_worse_than_torch
+
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model of some LSTM layers of equal size."""
+
+    vocabulary: int
+    hidden: int
+    layers: int = 2
+
+    def build(self) -> LanguageModel:
+        """With embeddings as wide as the layers, as in Zaremba et al. 2014; without dropout."""
+        return LanguageModel(self.vocabulary, self.hidden, self.hidden, self.layers, 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.layers}x{self.hidden}, {self.vocabulary} words"
+
+
+MODELS = [Model(10_000, 1500), Model(10_000, 650), Model(10_000, 200), Model(50, 64)]
+TRAINED = Model(10_000, 650)
+STEPS, BATCH = 35, 20
+QUICK = Model(50, 64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the ops take, for one model: weights [R, C], labels [R] and [C]; factors [units]."""
+
+    weights: list[Tensor]
+    rows: list[Tensor]
+    columns: list[Tensor]
+    units: int
+    grads: list[Tensor]
+    factors: Tensor
+
+    @staticmethod
+    def of(model: Model, dtype: torch.dtype) -> Problem:
+        """Factors so close to 0 that thousands of calls leave the gradients small."""
+        torch.manual_seed(0)
+        module = model.build().to(dtype)
+        groups = find_groups(module, torch.zeros(2, 1, dtype=torch.long))
+        weights = [parameter.detach() for parameter in groups.parameters()]
+        factors = torch.full((groups.units,), 1e-6, dtype=torch.promote_types(dtype, torch.float32))
+        labels = [[w.row_units for w in groups.weights], [w.column_units for w in groups.weights]]
+        grads = [torch.zeros_like(w) for w in weights]
+        return Problem(weights, labels[0], labels[1], groups.units, grads, factors)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights."""
+        return sum(w.numel() * w.element_size() for w in self.weights)
+
+    def labelled(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The arguments that every op has."""
+        return self.weights, self.rows, self.columns
+
+    def torch_norms(self) -> Tensor:
+        return reference.group_norms(*self.labelled(), self.units, EPS, False)
+
+    def our_norms(self) -> Tensor:
+        return ops.group_norms(*self.labelled(), self.units, EPS, False)
+
+    def torch_gradient(self, factors: Tensor) -> None:
+        for grad, weight, rows, columns in zip(self.grads, *self.labelled(), strict=True):
+            grad += reference.scaled_by_units(weight, rows, columns, factors, False)
+
+    def our_gradient(self, factors: Tensor) -> None:
+        ops.add_scaled_by_units_(self.grads, *self.labelled(), factors, False)
+
+    def autograd(self) -> None:
+        leaves = [w.requires_grad_() for w in self.weights]
+        norms = reference.group_norms(leaves, self.rows, self.columns, self.units, EPS, False)
+        torch.autograd.backward(torch.dot(self.factors, norms))
+        for w in self.weights:
+            w.requires_grad_(False)
+
+    def torch_proximal(self, factors: Tensor) -> None:
+        for weight, rows, columns in zip(*self.labelled(), strict=True):
+            weight.copy_(reference.scaled(weight, rows, columns, factors))
+
+    def our_proximal(self, factors: Tensor) -> None:
+        ops.scale_by_units_(*self.labelled(), factors)
+
+    def torch_threshold(self) -> None:
+        for weight, rows, columns in zip(*self.labelled(), strict=True):
+            weight.copy_(reference.thresholded(weight, rows, columns, 0.0))
+
+    def our_threshold(self) -> None:
+        ops.threshold_(*self.labelled(), 0.0)
+
+    def check(self) -> None:
+        """Ours is no worse than torch, against float64."""
+        wide = [w.double() for w in self.weights]
+        truth = reference.group_norms(wide, self.rows, self.columns, self.units, EPS, False)
+        assert_no_worse_than_torch(self.our_norms(), self.torch_norms(), truth)
+        factors = torch.linspace(-1, 1, self.units).to(self.factors)
+        for weight, rows, columns in zip(*self.labelled(), strict=True):
+            grad, scaled = torch.zeros_like(weight), weight.clone()
+            ops.add_scaled_by_units_([grad], [weight], [rows], [columns], factors, False)
+            true = reference.scaled_by_units(weight, rows, columns, factors, False)
+            torch.testing.assert_close(grad, true.to(weight.dtype))
+            ops.scale_by_units_([scaled], [rows], [columns], factors)
+            torch.testing.assert_close(scaled, reference.scaled(weight, rows, columns, factors))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is timed: functions by provider, and the bytes they move, in weights."""
+
+    name: str
+    moved: int
+    working_set: int
+    providers: dict[str, Callable[[], object]]
+
+
+def kernels(problem: Problem) -> list[Kernel]:
+    """Factors of 1 leave the weights as they are, and so does a threshold of 0."""
+    one, factors = torch.ones_like(problem.factors), problem.factors
+
+    def penalty() -> None:
+        problem.our_gradient(1e-6 / problem.our_norms())
+
+    return [
+        Kernel("norms", 1, 1, {
+            "w.sum()": lambda: sum(w.sum() for w in problem.weights),
+            "torch": problem.torch_norms,
+            "iss_kernels": problem.our_norms,
+        }),
+        Kernel("gradient", 3, 2, {
+            "torch": lambda: problem.torch_gradient(factors),
+            "iss_kernels": lambda: problem.our_gradient(factors),
+        }),
+        Kernel("penalty", 4, 2, {"torch autograd": problem.autograd, "iss_kernels": penalty}),
+        Kernel("proximal", 2, 1, {
+            "torch": lambda: problem.torch_proximal(one),
+            "iss_kernels": lambda: problem.our_proximal(one),
+        }),
+        Kernel("threshold", 2, 1, {
+            "torch": problem.torch_threshold,
+            "iss_kernels": problem.our_threshold,
+        }),
+    ]  # fmt: skip
+
+
+def row_of(
+    kernel: str, provider: str, model: Model, dtype: str, threads: int, values: list[float]
+) -> dict[str, object]:
+    """A row of the CSV, without what it says of memory."""
+    p20, p50, p80 = percentiles(values)
+    return {
+        "kernel": kernel, "provider": provider, "layers": model.layers, "H": model.hidden,
+        "vocabulary": model.vocabulary, "dtype": dtype, "threads": threads,
+        "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}",
+        "bytes": "", "gbps": "", "bandwidth": "", **machine(),
+    }  # fmt: skip
+
+
+def measure(
+    model: Model, dtype: torch.dtype, threads: int, seconds: float
+) -> list[dict[str, object]]:
+    """Rows for all kernels and providers of one model."""
+    problem = Problem.of(model, dtype)
+    problem.check()
+    name = str(dtype).removeprefix("torch.")
+    roof = roofline(threads)
+    rows = []
+    with torch.no_grad():
+        for kernel in kernels(problem):
+            with torch.set_grad_enabled(kernel.name == "penalty"):
+                times = interleaved_ms(kernel.providers, seconds)
+            moved = kernel.moved * problem.bytes
+            bandwidth = roof.gbytes_per_s(kernel.working_set * problem.bytes)
+            medians = {}
+            for provider, values in times.items():
+                row = row_of(kernel.name, provider, model, name, threads, values)
+                medians[provider] = float(str(row["ms_p50"]))
+                gbps = moved / medians[provider] / 1e6
+                row |= {"bytes": moved, "gbps": f"{gbps:.2f}"}
+                row |= {"bandwidth": f"{gbps / bandwidth:.3f}"}
+                rows.append(row)
+            *others, ours = medians
+            print(
+                f"{str(model):<21} {name:<9}x{threads} {kernel.name:<10}{medians[ours]:10.4f} ms",
+                f"{float(str(rows[-1]['bandwidth'])):5.2f} of {bandwidth:.0f} GB/s; ",
+                ", ".join(f"{p} {medians[p] / medians[ours]:.2f} x" for p in others),
+            )
+    return rows
+
+
+def training(model: Model, threads: int, seconds: float) -> list[dict[str, object]]:
+    """Rows of a step of SGD with and without the penalty's gradient."""
+    torch.manual_seed(0)
+    module = model.build()
+    lasso = GroupLasso(find_groups(module, torch.zeros(2, 1, dtype=torch.long)), 1e-5)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    words = torch.randint(model.vocabulary, (STEPS + 1, BATCH))
+
+    def step(penalised: bool) -> None:
+        optimizer.zero_grad()
+        logits, _ = module(words[:-1])
+        torch.autograd.backward(cross_entropy(logits.flatten(0, 1), words[1:].flatten()))
+        if penalised:
+            lasso.add_gradients_()
+        optimizer.step()
+
+    times = interleaved_ms(
+        {"training step": lambda: step(False), "with the lasso": lambda: step(True)}, seconds
+    )
+    rows = []
+    for name, values in times.items():
+        rows.append(row_of(name, "iss_kernels", model, "float32", threads, values))
+    plain, penalised = (float(str(row["ms_p50"])) for row in rows)
+    print(
+        f"{str(model):<21} float32  x{threads} training step {plain:.2f} ms,",
+        f"with the lasso {penalised:.2f} ms: {penalised / plain - 1:+.1%}",
+    )
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small model, a few seconds")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--output", type=Path, default=RESULTS / "lasso.csv")
+    options = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
+    with contextlib.suppress(KeyboardInterrupt):
+        for threads in dict.fromkeys(options.threads):
+            torch.set_num_threads(threads)
+            for model in [QUICK] if options.quick else MODELS:
+                for dtype in (torch.float32, torch.bfloat16):
+                    rows += measure(model, dtype, threads, 0.1 if options.quick else 3.0)
+            trained = QUICK if options.quick else TRAINED
+            rows += training(trained, threads, 0.1 if options.quick else 20.0)
+    if rows:
+        write_csv(options.output, rows)
+        print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()
