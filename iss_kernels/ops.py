@@ -310,6 +310,12 @@ if backend.is_built():
 # In place, without derivatives: what a training loop does between steps.
 
 
+def _written(tensors: _Tensors) -> None:
+    """Let autograd refuse a graph that saved one of these before, as for torch's in-place ops."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
 @torch.no_grad()
 def add_scaled_by_units_(
     outputs: _Tensors,
@@ -328,7 +334,7 @@ def add_scaled_by_units_(
         torch.ops.iss_kernels.add_scaled_by_units_.default(
             list(outputs), *arguments, factors, paper_overlap
         )
-        return
+        return _written(outputs)
     for output, weight, rows, columns in zip(outputs, *arguments, strict=True):
         output += reference.scaled_by_units(weight, rows, columns, factors, paper_overlap)
 
@@ -344,7 +350,7 @@ def scale_by_units_(
     arguments = (list(weights), list(row_units), list(column_units))
     if backend.backend() == "extension":
         torch.ops.iss_kernels.scale_by_units_.default(*arguments, factors)
-        return
+        return _written(weights)
     for weight, rows, columns in zip(*arguments, strict=True):
         weight.copy_(reference.scaled(weight, rows, columns, factors))
 
@@ -357,6 +363,6 @@ def threshold_(
     arguments = (list(weights), list(row_units), list(column_units))
     if backend.backend() == "extension":
         torch.ops.iss_kernels.threshold_.default(*arguments, threshold)
-        return
+        return _written(weights)
     for weight, rows, columns in zip(*arguments, strict=True):
         weight.copy_(reference.thresholded(weight, rows, columns, threshold))

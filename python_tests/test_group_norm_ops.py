@@ -43,7 +43,7 @@ def labelled(dtype, seed=0):
         (matrix(5, 7), ids(5, 0), none),
         (matrix(0, 4), ids(0), ids(4)),
         (matrix(3, 0), ids(3), ids(0)),
-        (matrix(582, 83), ids(582), ids(83)),  # strips and blocks that end anywhere; two threads
+        (matrix(1702, 83), ids(1702), ids(83)),  # strips and blocks end anywhere; two threads
     ]
     weights, rows, columns = (list(t) for t in zip(*triples, strict=True))
     return weights, rows, columns
@@ -188,6 +188,25 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, dtype, two_threads)
     assert all(map(torch.equal, several, run()))
     torch.set_num_threads(1)
     assert all(map(torch.equal, several, run()))
+
+
+@pytest.mark.parametrize("name", ["add_scaled_by_units_", "scale_by_units_", "threshold_"])
+def test_a_graph_that_saved_what_an_op_changes_is_refused(name):
+    weight, rows, columns = torch.ones(4, 3), torch.zeros(4).int(), torch.zeros(3).int()
+    calls = {
+        "add_scaled_by_units_": lambda w: ops.add_scaled_by_units_(
+            [w], [weight], [rows], [columns], torch.ones(1), False
+        ),
+        "scale_by_units_": lambda w: ops.scale_by_units_([w], [rows], [columns], torch.zeros(1)),
+        "threshold_": lambda w: ops.threshold_([w], [rows], [columns], 2.0),
+    }
+    leaf = torch.ones(4, 3, requires_grad=True)
+    loss = leaf.square().sum()
+    calls[name](leaf)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        calls[name](torch.ones(4, 3))  # has no versions
 
 
 def test_non_contiguous_weights_are_read_right(isa, dtype):
