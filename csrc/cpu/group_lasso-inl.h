@@ -67,13 +67,14 @@ inline void add_squares(const SquaresArgs<W>& args, int64_t row) {
     }
     column_sum.store(column_sums + c, lanes...);
   });
-  for (int r = 0; r < Rows; ++r) {
-    args.row_sums[row + r] = row_sums[r].sum();
+  // Unrolled, or row_sums would stand in memory: a quarter of the time where weights are in L3.
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) args.row_sums[row + r] = row_sums[r].sum();
+  for (int r = 0; r < Rows; ++r)
     each_shared_column(args.rows, row + r, [&](int64_t c) {
       const T w = widened(weight[r * columns + c]);
       column_sums[c] -= w * w;
     });
-  }
 }
 
 template <typename W>

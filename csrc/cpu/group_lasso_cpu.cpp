@@ -28,8 +28,8 @@ namespace {
 constexpr int64_t kBlockRows = 64;
 // What a thread takes at a time. Its column sums, [C] in double, are a percent of its weights.
 constexpr int64_t kStripRows = 4 * kBlockRows;
-// Elements: to walk over fewer takes less time than to wake a thread.
-constexpr int64_t kGrain = 1 << 15;
+// Elements of a thread: to walk over so many takes some 10 us, below that a thread is not woken.
+constexpr int64_t kGrain = 1 << 17;
 
 std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> result;
