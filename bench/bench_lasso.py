@@ -13,7 +13,7 @@ For the LSTM weights and the output layer of each model:
 
 and a whole training step, with and without `GroupLasso.add_gradients_`. Bytes are those that must
 move, each once; `bandwidth` is their rate as a fraction of the measured rate of reading a working
-set of this size (roofline.py), which writes do not reach.
+set of this size (roofline.py). Memory may read and write at once, so that what writes can exceed 1.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 
 import copy
 import functools
-import re
 
 import pytest
 import test_lstm_ops
@@ -14,7 +13,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.nn.utils.rnn import pack_sequence
 
-from iss_kernels import ISSLSTM, ops, use_backend
+from iss_kernels import ISSLSTM, use_backend
 from iss_kernels.backend import supported_isas, use_isa
 from iss_kernels.testing import Case, assert_no_worse_than_torch, make_inputs, max_error
 
@@ -255,31 +254,3 @@ def test_a_module_compiles_as_one_graph():
     results = [gradients(function, x) for function in (module, compiled)]
     torch.testing.assert_close(*results, rtol=0, atol=2**-6)
     torch._dynamo.reset()
-
-
-# -- what stays float32 and float64 ----------------------------------------------------------------
-
-WEIGHT, OUTPUT = torch.randn(4, 3), torch.zeros(4, 3)
-ROWS, COLUMNS = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("group_norms_forward", lambda w: ops.group_norms([w], [ROWS], [COLUMNS], 1, 1e-8, False)),
-        ("threshold_", lambda w: ops.threshold_([w], [ROWS], [COLUMNS], 0.5)),
-        (
-            "add_scaled_by_units_",
-            lambda w: ops.add_scaled_by_units_(
-                [torch.zeros_like(w)], [w], [ROWS], [COLUMNS], torch.ones(1).to(w.dtype), False
-            ),
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
-def test_group_ops_refuse_bfloat16(name, call):
-    call(WEIGHT.clone())
-    message = f"{name}: expected weights of dtype float32 or float64, got bfloat16"
-    with pytest.raises(RuntimeError, match=re.escape(message)) as got:
-        call(WEIGHT.to(BFLOAT16))
-    assert str(got.value).splitlines()[0] == message
