@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iss_kernels import ops
 from iss_kernels.groups import Groups
+from iss_kernels.target import Target
 
 
 class GroupLasso:
@@ -28,7 +30,23 @@ class GroupLasso:
 
         loss.backward(); lasso.add_gradients_(); optimizer.step(); lasso.threshold_(1e-4)
 
-    Raises ValueError for a strength that is negative, not finite, or does not name the families.
+    warmup: steps in which the strength rises linearly from 0; `add_gradients_` and `proximal_` each
+    count as a step. With a target they adapt the strength as well, by one factor for all families,
+    so that about `horizon` steps after the warm-up the model has this share left, wherever the
+    strength starts. of: what is counted, before and after `shrink`:
+
+        "units"          of all families
+        "parameters"     elements of the labelled weights, and of the biases that leave with units
+        "multiply-adds"  elements of the labelled weights: each is used once per time step
+
+    The smallest units are the ones to go. The target is reached when they have faded, when the
+    largest norm among them is `gone` times the highest it has been: less fades them further, and
+    presses harder on those that stay. From then on `threshold_` and `proximal_` hold them at zero,
+    exactly, for `shrink` to take out, and the strength is 0, so that the others heal. A family with
+    strength 0 keeps its units; weights that do not train cannot fade.
+
+    Raises ValueError for a strength that is negative, not finite, or does not name the families,
+    and for a target that cannot be reached.
     Every method raises ValueError where the weights differ in dtype or device.
     """
 
@@ -38,6 +56,12 @@ class GroupLasso:
         strength: float | Mapping[str, float] = 1e-4,
         eps: float = 1e-8,
         paper_overlap: bool = False,
+        *,
+        warmup: int = 0,
+        target: float | None = None,
+        of: str = "units",
+        horizon: int | None = None,
+        gone: float = 0.3,
     ) -> None:
         names = [family.name for family in groups.families]
         by_name = strength if isinstance(strength, Mapping) else dict.fromkeys(names, strength)
@@ -51,6 +75,10 @@ class GroupLasso:
                 raise ValueError(f"GroupLasso: expected strength >= 0 for {name}, got {value}")
         if not eps > 0:
             raise ValueError(f"GroupLasso: expected eps > 0, got {eps}")
+        if warmup < 0:
+            raise ValueError(f"GroupLasso: expected warmup >= 0, got {warmup}")
+        if target is None and horizon is not None:
+            raise ValueError("GroupLasso: expected target with horizon, got None")
         self.groups = groups
         self.eps = eps
         self.paper_overlap = paper_overlap
@@ -59,11 +87,23 @@ class GroupLasso:
         )
         self._rows = [weight.row_units for weight in groups.weights]
         self._columns = [weight.column_units for weight in groups.weights]
+        self._given = dict(by_name)
+        self._warmup = warmup
+        self._steps = 0
+        self._factor = 0.0 if warmup else 1.0  # on the strengths, of the last step
+        self._target = None
+        if target is not None:
+            may_go = self._strengths > 0
+            self._target = Target(groups, may_go, target, of, horizon, gone, eps)
 
     def __call__(self) -> Tensor:
-        """The penalty, a scalar with autograd: add it to the loss."""
+        """The penalty, a scalar with autograd: add it to the loss.
+
+        With the strengths of the last step; it counts as none, so warmup and target need the
+        methods that do.
+        """
         weights = self._weights()
-        return torch.dot(self._strengths, self._norms(weights))
+        return torch.dot(self._strengths * self._factor, self._norms(weights))
 
     @torch.no_grad()
     def norms(self) -> dict[str, Tensor]:
@@ -79,6 +119,7 @@ class GroupLasso:
         """
         weights = self._weights()
         norms = self._norms(weights)
+        strengths = self._step(norms)
         trained, grads = [], []
         for i, weight in enumerate(weights):
             if weight.requires_grad:
@@ -91,17 +132,21 @@ class GroupLasso:
                 [weights[i] for i in trained],
                 [self._rows[i] for i in trained],
                 [self._columns[i] for i in trained],
-                self._strengths / norms,
+                strengths / norms,
                 self.paper_overlap,
             )
-        return torch.dot(self._strengths, norms)
+        return torch.dot(strengths, norms)
 
     def threshold_(self, threshold: float = 1e-4) -> None:
         """Set the elements of the groups that are smaller than `threshold` to zero.
 
         What makes the zeros exact when the gradient is used: the paper runs it after each step.
         """
-        ops.threshold_(self._weights(), self._rows, self._columns, threshold)
+        weights = self._weights()
+        ops.threshold_(weights, self._rows, self._columns, threshold)
+        if self.reached:
+            factors = self._held(torch.ones_like(self._strengths))
+            ops.scale_by_units_(weights, self._rows, self._columns, factors)
 
     @torch.no_grad()
     def proximal_(self, step: float) -> None:
@@ -120,8 +165,75 @@ class GroupLasso:
         at most step * strength: what is left is a unit that can be removed, not a thinned one.
         """
         weights = self._weights()
-        factors = (1 - step * self._strengths / self._norms(weights)).clamp_min(0)
+        norms = self._norms(weights)
+        factors = self._held((1 - step * self._step(norms) / norms).clamp_min(0))
         ops.scale_by_units_(weights, self._rows, self._columns, factors)
+
+    @property
+    def strength(self) -> dict[str, float]:
+        """{family name: strength}, those of the last step; 0 once the target is reached."""
+        return {name: value * self._factor for name, value in self._given.items()}
+
+    @property
+    def left(self) -> float | None:
+        """The share of `of` that the units not yet gone make up, at the last step; 1 before it.
+
+        None without a target. Once `reached`, it stays as it is: at most the target.
+        """
+        return None if self._target is None else self._target.left
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target is reached, so that training may end or go on without a penalty."""
+        return self._target is not None and self._target.out is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step; for a lasso made with the same arguments."""
+        return {
+            "families": {family.name: family.size for family in self.groups.families},
+            "steps": self._steps,
+            "factor": self._factor,
+            "target": None if self._target is None else self._target.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken.
+
+        Raises ValueError where the families differ, or only one of the two has a target.
+        """
+        families = {family.name: family.size for family in self.groups.families}
+        if state["families"] != families:
+            expected, got = (
+                ", ".join(f"{name} [{size}]" for name, size in sizes.items())
+                for sizes in (families, state["families"])
+            )
+            raise ValueError(f"GroupLasso: expected the state of families {expected}, got {got}")
+        if (state["target"] is None) != (self._target is None):
+            expected, got = (
+                "no target" if target is None else "a target"
+                for target in (self._target, state["target"])
+            )
+            raise ValueError(
+                f"GroupLasso: expected the state of a lasso with {expected}, got one with {got}"
+            )
+        self._steps, self._factor = state["steps"], state["factor"]
+        if self._target is not None:
+            self._target.load_state_dict(state["target"])
+
+    def _step(self, norms: Tensor) -> Tensor:
+        """Strengths for this step [units], adapted to these norms; counts the step."""
+        after = max(0, self._steps - self._warmup)
+        self._factor = 1.0 if self._target is None else self._target.factor(norms, after)
+        if self._steps < self._warmup:
+            self._factor *= self._steps / self._warmup
+        self._steps += 1
+        return self._strengths * self._factor
+
+    def _held(self, factors: Tensor) -> Tensor:
+        """Factors [units] of all weights, 0 for the units that went."""
+        if self.reached:
+            factors[self._target.out] = 0  # type: ignore[union-attr]
+        return factors
 
     def _norms(self, weights: list[nn.Parameter]) -> Tensor:
         return ops.group_norms(

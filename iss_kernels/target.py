@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leads a group Lasso to the share of a model that is to be left, by its strength.
+
+One number is watched: the critical norm, the largest among the units that have to go if the
+smallest go first. It is known from the first step, long before a unit is gone, and it falls as the
+penalty rises; so the strength can follow it, and no search over strengths is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iss_kernels.groups import Groups
+
+MEASURES = ("units", "parameters", "multiply-adds")
+# Gains on the logarithm of the strength, for a norm that falls from 1 to 0 in a horizon. 20: being
+# 5 % behind makes the strength e times as high, so that one 100 times too high does no harm.
+# 100 = 20^2 / 4: critical damping, for norms that fall as fast as the strength is high.
+_PROPORTIONAL, _INTEGRAL = 20.0, 100.0
+_MOST = 30.0  # logarithm of the factor, where nothing fades: still finite in float32
+
+
+class Target:
+    """The share of a model that is to be left, and the factor on the strengths that leads there.
+
+    may_go: bool [units], the units of families with a strength. target, of, horizon, gone and the
+    errors: see GroupLasso. eps: what the norms have under their root.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        may_go: Tensor,
+        target: float,
+        of: str,
+        horizon: int | None,
+        gone: float,
+        eps: float,
+    ) -> None:
+        if not 0 < target < 1:
+            raise ValueError(f"GroupLasso: expected target between 0 and 1, got {target}")
+        if of not in MEASURES:
+            choices = ", ".join(MEASURES)
+            raise ValueError(f"GroupLasso: expected of to be one of {choices}, got {of}")
+        if horizon is None or horizon < 1:
+            raise ValueError(f"GroupLasso: expected horizon >= 1 with target, got {horizon}")
+        if not 0 < gone < 1:
+            raise ValueError(f"GroupLasso: expected gone between 0 and 1, got {gone}")
+        self._target, self._horizon, self._gone = target, horizon, gone
+        self._floor = 2 * math.sqrt(eps)  # norms of units that are zero are sqrt(eps)
+        self._ids = may_go.nonzero().flatten()
+        self._measure = _Measure(groups, of)
+        least = float(self._measure(self._ids)[-1])
+        if target < least:
+            raise ValueError(
+                f"GroupLasso: expected target >= {least:.4f}, the {of} left with one unit in every "
+                f"family that has a strength, got {target}"
+            )
+        self._highest = 0.0  # critical norm so far
+        self._behind = 0.0  # integral over time of how far behind its schedule it was
+        self.left = 1.0
+        self.out: Tensor | None = None  # ids of the units that went, once the target is reached
+
+    def factor(self, norms: Tensor, steps: int) -> float:
+        """The factor on the strengths for a step with these norms [units]; 0 once reached.
+
+        steps: since the warm-up. From then on the critical norm should fall linearly, to `gone` of
+        its highest in a horizon; before that, not at all. Where it falls faster the strength goes
+        down, where it does not the strength goes up.
+        """
+        if self.out is not None:
+            return 0.0
+        values, order = norms.cpu().double()[self._ids].sort(stable=True)
+        left = self._measure(self._ids[order])
+        count = int((left > self._target).sum())
+        critical = float(values[count - 1])
+        self._highest = max(self._highest, critical)
+        limit = max(self._gone * self._highest, self._floor)
+        if critical <= limit:
+            self.out, self.left = self._ids[order[:count]], float(left[count])
+            return 0.0
+        self.left = float(left[(values <= limit).sum()])
+        time = steps / self._horizon
+        behind = critical / self._highest - 1 + (1 - self._gone) * time
+        self._behind += behind / self._horizon
+        return math.exp(min(_PROPORTIONAL * behind + _INTEGRAL * self._behind, _MOST))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes in training."""
+        return {
+            "highest": self._highest,
+            "behind": self._behind,
+            "left": self.left,
+            "out": self.out,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._highest, self._behind = state["highest"], state["behind"]
+        self.left, out = state["left"], state["out"]
+        self.out = None if out is None else out.cpu()
+
+
+class _Measure:
+    """What is left of a model as its units go one by one, as a share of what it has at first.
+
+    A weight costs its rows times its columns, as `shrink` leaves them: a family keeps at least one
+    unit, and tied families as many as the largest of them. The biases of an LSTM cost as two more
+    columns of weight_hh. Units are counted as the one column of a weight that has them as rows.
+    """
+
+    def __init__(self, groups: Groups, of: str) -> None:
+        self._families = groups.families
+        index = {family.name: i for i, family in enumerate(groups.families)}
+        self._tied = [[index[name] for name in names] for names in groups.tied]
+        # Units of each family, [families + 1], and what each unit counts there, [units, the same].
+        # The last is 1 for all that is of no unit.
+        self._sizes = torch.tensor([*(f.size for f in groups.families), 1], dtype=torch.float64)
+        self._of_family = torch.zeros(groups.units, len(index) + 1, dtype=torch.float64)
+        for i, family in enumerate(groups.families):
+            self._of_family[family.units, i] = 1
+        if of == "units":
+            none = torch.eye(len(index) + 1, dtype=torch.float64)[-1]
+            rows, columns = [1 - none], [none]
+        else:
+            rows = [self._per_unit(weight.row_units) for weight in groups.weights]
+            columns = [self._per_unit(weight.column_units) for weight in groups.weights]
+        if of == "parameters":
+            names = {name for name, _ in groups.model.named_parameters(remove_duplicate=False)}
+            for weight, of_weight in zip(groups.weights, columns, strict=True):
+                lstm, _, suffix = weight.name.rpartition("weight_hh_")
+                if f"{lstm}bias_hh_{suffix}" in names:
+                    of_weight[-1] += 2
+        self._rows, self._columns = torch.stack(rows), torch.stack(columns)  # [weights, families+1]
+        self._whole = 1.0
+        self._whole = float(self(torch.empty(0, dtype=torch.int64))[0])
+
+    def _per_unit(self, labels: Tensor) -> Tensor:
+        """Rows (or columns) that one unit of each family has, and those of no unit."""
+        counts = [
+            int(((labels >= f.start) & (labels < f.units.stop)).sum()) / f.size
+            for f in self._families
+        ]
+        return torch.tensor([*counts, int((labels < 0).sum())], dtype=torch.float64)
+
+    def __call__(self, order: Tensor) -> Tensor:
+        """The share left after the first 0, 1, ... all of the units of these ids: [n + 1]."""
+        gone = self._of_family[order].cumsum(0)
+        sizes = torch.cat([self._sizes[None], self._sizes - gone]).clamp_min(1)
+        for families in self._tied:
+            sizes[:, families] = sizes[:, families].amax(1, keepdim=True)
+        return (sizes @ self._rows.T * (sizes @ self._columns.T)).sum(1) / self._whole
