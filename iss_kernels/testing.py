@@ -42,6 +42,7 @@ CASES = [
     Case("packed_projected", 4, 3, 3, 10, P=7, batch_sizes=(3, 2, 2, 1)),
     Case("no_rows", 4, 0, 3, 5),
     Case("no_steps", 0, 3, 4, 5),
+    Case("many_rows", 64, 64, 5, 8),  # weight gradients are sums over 4096 rows
     Case("two_threads", 30, 8, 20, 64),  # enough work that the batch is split
     Case("ptb_medium", 35, 20, 650, 650, slow=True),
 ]
