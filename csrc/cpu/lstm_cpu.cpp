@@ -7,7 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -70,11 +70,11 @@ void each_part(int64_t rows, int64_t multiplies, const Body& body) {
 // parts, for the rounding; a part of b also stays in the L2 cache.
 template <typename T>
 Tensor product(const Tensor& a, const Tensor& b) {
-  constexpr int64_t kTerms = 256;
+  constexpr int64_t kTerms = 512;
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const int64_t rows = a.size(0), k = a.size(1), columns = b.size(1);
-  const Tensor out = k > 0 ? at::empty({rows, columns}, a.options())
-                           : at::zeros({rows, columns}, a.options());
+  const Tensor out =
+      k > 0 ? at::empty({rows, columns}, a.options()) : at::zeros({rows, columns}, a.options());
   for (int64_t first = 0; first < k; first += kTerms) {
     const int64_t terms = std::min(kTerms, k - first);
     const Matrix packed = pack(b.narrow(0, first, terms), {.transposed = false, .gates = false});
@@ -97,9 +97,8 @@ Tensor product(const Tensor& a, const Tensor& b) {
 }
 
 template <typename T>
-Tensor transposed(const Tensor& a) {
+void transpose(const Tensor& a, const Tensor& out) {
   const int64_t rows = a.size(0), columns = a.size(1);
-  const Tensor out = at::empty({columns, rows}, a.options());
   each_part(rows, columns, [&](int64_t begin, int64_t end) {
     cpu_kernels().of<T>().transpose({.row_begin = begin,
                                      .row_end = end,
@@ -108,7 +107,6 @@ Tensor transposed(const Tensor& a) {
                                      .from = data<T>(a),
                                      .to = data<T>(out)});
   });
-  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
@@ -181,9 +179,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   const Tensor rows = widened(x).reshape({sequence.rows, x.size(-1)});
   const Tensor outputs = widened(y), h_first = widened(h0), c_first = widened(c0);
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
-  const Tensor douts = copied(dy), dh = copied(dh_n), dc = copied(dc_n);
-  const Tensor dgates = at::empty({sequence.rows, 4 * hidden}, options);
-  const Tensor h_prev = at::empty({sequence.rows, output}, options);
+  const Tensor dh = copied(dh_n), dc = copied(dc_n);
+  // Not allocated anew: to be given fresh pages took up to half as long as all the rest.
+  Tensor douts, dgates, by_gate, h_prev;
+  const auto lay_out = [&](Arena arena) {
+    const auto take = [&](int64_t first, int64_t second) {
+      const auto count = first * second * options.dtype().itemsize();
+      return at::from_blob(arena.take<char>(count), {first, second}, options);
+    };
+    douts = take(sequence.rows, output);
+    dgates = take(sequence.rows, 4 * hidden);
+    by_gate = take(4 * hidden, sequence.rows);
+    h_prev = take(sequence.rows, output);
+    return arena.used;
+  };
+  lay_out({static_cast<char*>(scratch(lay_out({nullptr})))});
+  douts.copy_(dy.reshape({sequence.rows, output}));
   const auto packed = [](const Tensor& weight) {
     return pack(weight.contiguous(), {.transposed = false, .gates = false});
   };
@@ -209,12 +220,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                             .dgates = data<scalar_t>(dgates),
                             .h_prev = data<scalar_t>(h_prev)});
     dx = product<scalar_t>(dgates, w_ih.contiguous());
-    const Tensor by_gate = transposed<scalar_t>(dgates);
+    transpose<scalar_t>(dgates, by_gate);
     dw_ih = product<scalar_t>(by_gate, rows);
     dw_hh = product<scalar_t>(by_gate, h_prev);
-    if (w_hr)
-      dw_hr = product<scalar_t>(transposed<scalar_t>(douts.view({sequence.rows, output})),
+    if (w_hr) {
+      const Tensor by_output = at::empty({output, sequence.rows}, options);
+      transpose<scalar_t>(douts, by_output);
+      dw_hr = product<scalar_t>(by_output,
                                 saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh());
+    }
   });
   return {
       dx.view(x.sizes()).to(dtype), dh.to(dtype),   dc.to(dtype), dw_ih.to(dtype), dw_hh.to(dtype),

@@ -365,7 +365,7 @@ inline void pack_int8(const PackArgs& args) {
 template <typename T>
 void transpose(const TransposeArgs<T>& args) {
   // Small enough that the lines written stay in L1 though they may fall into one set of it.
-  constexpr int64_t kRows = 16, kColumns = 8;
+  constexpr int64_t kRows = 32, kColumns = 16;
   for (int64_t row = args.row_begin; row < args.row_end; row += kRows)
     for (int64_t column = 0; column < args.columns; column += kColumns) {
       const int64_t rows = std::min(kRows, args.row_end - row);

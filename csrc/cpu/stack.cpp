@@ -164,19 +164,6 @@ void run_cell(const Job<T>& job, const Share<Barrier>& share, void* scratch) {
   if (share.member == 0) keep_last(job, share.begin, share.end);
 }
 
-// Hands out pieces of one block of memory; first run without a block to learn its size.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* const result = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
-    return result;
-  }
-};
-
 }  // namespace
 
 void* scratch(int64_t bytes) {

@@ -56,4 +56,17 @@ void run_backward(const Cell& cell, const Sequence& sequence, const CellGradient
 // The calling thread's memory for intermediate results: grows, and is used again by the next call.
 void* scratch(int64_t bytes);
 
+// Hands out pieces of one block of memory; first run without a block to learn its size.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* const result = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+    return result;
+  }
+};
+
 }  // namespace iss
