@@ -34,7 +34,6 @@ TABLE_ENGINES = {
     "prepared float16": "float16",
     "prepared int8": "int8",
 }
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 @dataclass(frozen=True)
@@ -284,16 +283,17 @@ def markdown(results: Results, machine: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def replace_block(path: Path, block: str) -> None:
-    """Put the block between the markers."""
+def replace_block(path: Path, name: str, block: str) -> None:
+    """Put the block between the markers <!-- name:begin --> and <!-- name:end -->."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = path.read_text()
-    for marker in (BEGIN, END):
+    for marker in (begin, end):
         if text.count(marker) != 1:
             raise ValueError(f"report: expected {marker} once in {path}, got {text.count(marker)}")
-    head, rest = text.split(BEGIN)
-    if END not in rest:
-        raise ValueError(f"report: expected {END} after {BEGIN} in {path}")
-    path.write_text(f"{head}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}")
+    head, rest = text.split(begin)
+    if end not in rest:
+        raise ValueError(f"report: expected {end} after {begin} in {path}")
+    path.write_text(f"{head}{begin}\n{block}\n{end}{rest.split(end)[1]}")
 
 
 # -- plot
@@ -343,7 +343,7 @@ def main() -> int:
     )
     parser.add_argument("csv", type=Path, nargs="?", default=RESULTS / "inference.csv")
     parser.add_argument("--plot", type=Path, default=RESULTS / "inference.svg", metavar="SVG")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help=f"between {BEGIN} and {END}")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="between its bench markers")
     options = parser.parse_args()
     results, machine = load(options.csv)
     if not results:
@@ -353,7 +353,7 @@ def main() -> int:
     plot(results, options.plot)
     if options.readme:
         try:
-            replace_block(options.readme, markdown(results, machine))
+            replace_block(options.readme, "bench", markdown(results, machine))
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2

@@ -107,3 +107,16 @@ def test_report_fills_the_block_of_a_readme(quick, tmp_path):
     done = run(*report)
     assert done.returncode == 2 and "<!-- bench:begin -->" in done.stderr
     assert plot.read_bytes() == first
+
+
+def test_the_training_report_fills_the_block_of_the_readme(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- training:begin -->\nold\n<!-- training:end -->\nb\n")
+    done = run(BENCH / "report_training.py", "--readme", readme)
+    assert done.returncode == 0, done.stderr
+    block = done.stdout.rstrip("\n")
+    assert (
+        readme.read_text() == f"a\n<!-- training:begin -->\n{block}\n<!-- training:end -->\nb\n"
+    )
+    repository = (BENCH.parent / "README.md").read_text()
+    assert block in repository  # what the README shows is what the CSVs hold
