@@ -115,8 +115,6 @@ def test_the_training_report_fills_the_block_of_the_readme(tmp_path):
     done = run(BENCH / "report_training.py", "--readme", readme)
     assert done.returncode == 0, done.stderr
     block = done.stdout.rstrip("\n")
-    assert (
-        readme.read_text() == f"a\n<!-- training:begin -->\n{block}\n<!-- training:end -->\nb\n"
-    )
+    assert readme.read_text() == f"a\n<!-- training:begin -->\n{block}\n<!-- training:end -->\nb\n"
     repository = (BENCH.parent / "README.md").read_text()
     assert block in repository  # what the README shows is what the CSVs hold
