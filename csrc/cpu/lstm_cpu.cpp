@@ -13,7 +13,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -55,15 +54,6 @@ Tensor copied(const Tensor& t) {
 }
 
 Tensor widened(const Tensor& t) { return t.to(compute_type(t.scalar_type())).contiguous(); }
-
-// Calls body(begin, end) for parts of `rows` rows, on as many threads as their work is worth.
-template <typename Body>
-void each_part(int64_t rows, int64_t multiplies, const Body& body) {
-  const int64_t parts =
-      std::clamp<int64_t>(rows * multiplies / kWorthAThread, 1, at::get_num_threads());
-  if (parts == 1) return body(0, rows);
-  at::parallel_for(0, rows, (rows + parts - 1) / parts, body);
-}
 
 // a [rows, K] @ b [K, columns], through the register tile of the rest: torch's GEMM took 1.3 times
 // as long with AVX-512 on an AMD CPU. K may be all rows of a long sequence, so sums are cut into

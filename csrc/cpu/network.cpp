@@ -191,25 +191,21 @@ void Stream::run(Linear& linear, const T* x, T* y, int64_t columns) {
   }
   const int64_t k = linear.weight.size(1);
   const int64_t panels = kernels.panels(columns, false);
-  const int64_t shares = std::clamp<int64_t>(batch_ * k * columns / kWorthAThread, 1, panels);
-  const auto columns_of = [&](int64_t begin, int64_t end) {
-    kernels.matmul({.rows = batch_,
-                    .k = k,
-                    .columns = columns,
-                    .panels = {begin, end},
-                    .a = x,
-                    .a_stride = k,
-                    .b = linear.packed.view(),
-                    .bias = linear.bias.defined() ? linear.bias.const_data_ptr<T>() : nullptr,
-                    .accumulate = false,
-                    .out = y,
-                    .out_stride = columns,
-                    .scratch = nullptr});
-  };
-  if (shares == 1)
-    columns_of(0, panels);
-  else
-    at::parallel_for(0, panels, (panels + shares - 1) / shares, columns_of);
+  each_part(
+      panels, batch_ * k * columns / std::max<int64_t>(1, panels), [&](int64_t begin, int64_t end) {
+        kernels.matmul({.rows = batch_,
+                        .k = k,
+                        .columns = columns,
+                        .panels = {begin, end},
+                        .a = x,
+                        .a_stride = k,
+                        .b = linear.packed.view(),
+                        .bias = linear.bias.defined() ? linear.bias.const_data_ptr<T>() : nullptr,
+                        .accumulate = false,
+                        .out = y,
+                        .out_stride = columns,
+                        .scratch = nullptr});
+      });
 }
 
 template <typename T>

@@ -2,7 +2,6 @@
 
 #include "cpu/packed.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -84,8 +83,7 @@ at::Tensor panels_of(const at::Tensor& weight, Layout layout, Format format,
   prefer_huge_pages(result.mutable_data_ptr(), result.numel());
   if (result.numel() == 0) return result;
   const int64_t panels = kernels.panels(layout.gates ? columns / 4 : columns, layout.gates);
-  const int64_t share = std::max<int64_t>(1, kWorthAThread * panels / (k * columns));
-  at::parallel_for(0, panels, share, [&](int64_t begin, int64_t end) {
+  each_part(panels, k * columns / panels, [&](int64_t begin, int64_t end) {
     kernels.pack({.k = k,
                   .columns = columns,
                   .gates = layout.gates,

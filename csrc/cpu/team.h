@@ -15,6 +15,16 @@ namespace iss {
 // Multiplies that take about 10 us: what it costs to wake a thread.
 constexpr int64_t kWorthAThread = 1 << 18;
 
+// Calls body(begin, end) for parts of `count` things that take so many multiplies each, on as many
+// threads as that is worth.
+template <typename Body>
+void each_part(int64_t count, int64_t multiplies, const Body& body) {
+  const int64_t parts =
+      std::clamp<int64_t>(count * multiplies / kWorthAThread, 1, at::get_num_threads());
+  if (parts == 1) return body(0, count);
+  at::parallel_for(0, count, (count + parts - 1) / parts, body);
+}
+
 // Returns when ready() is true. Gives its core away when the wait gets long, as it does where there
 // are more threads than cores.
 template <typename Ready>
