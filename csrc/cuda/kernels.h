@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CUDA kernels are told, and the functions that launch them: plain structs of raw pointers
+// to device memory, no torch and no CUDA headers, so that host files compile without nvcc.
+//
+// Letters: T steps, B batch, I input size, H hidden (cell) size, P output size (H, or proj_size), N
+// rows of a packed sequence (T * B for a padded one), n rows that run at one step. Gates in torch's
+// order i, f, g, o; weights as nn.LSTM stores them. Row-major.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/plan.h"
+
+namespace iss {
+
+using CudaStream = void*;  // a cudaStream_t
+
+// What a kernel computes in: float for the 16-bit types.
+template <typename T>
+struct WideType {
+  using type = float;
+};
+template <>
+struct WideType<double> {
+  using type = double;
+};
+template <typename T>
+using Wide = typename WideType<T>::type;
+
+// Which rows of N run at step t: [offsets[t], offsets[t + 1]), those of the longest sequences; row
+// b of the batch runs while b < n. offsets is nullptr for a padded batch, whose steps all have B
+// rows.
+struct Steps {
+  int64_t steps, batch;
+  const int64_t* offsets;  // [T + 1], device memory
+  bool reverse;            // walk from the last step to the first
+};
+
+// All time steps of one layer in one direction, but for the products with w_ih.
+template <typename T>
+struct LstmForwardArgs {
+  Steps sequence;
+  int64_t hidden;
+  const T* gates_x;    // [N, 4H] x @ w_ih.T + b_ih + b_hh
+  const T* w_hh;       // [4H, H]
+  const T* h0;         // [B, H]
+  const T* c0;         // [B, H]
+  T* y;                // [N, H]
+  T* h_n;              // [B, H]
+  T* c_n;              // [B, H]
+  Wide<T>* gates;      // [N, 4H] i, f, g, o after activation; nullptr when not training
+  Wide<T>* cells;      // [N, H]; nullptr when not training
+  uint32_t* arrivals;  // [plan.groups] zero; Tier::kGrid alone
+};
+
+// From the gradients of y, h_n and c_n to those of the gates before activation, h0 and c0.
+template <typename T>
+struct LstmBackwardArgs {
+  Steps sequence;  // as in forward: the kernel walks it the other way round
+  int64_t hidden;
+  const T* w_hh;         // [4H, H]
+  const Wide<T>* gates;  // [N, 4H] as saved by forward
+  const Wide<T>* cells;  // [N, H]
+  const T* c0;           // [B, H]
+  const T* dy;           // [N, H]
+  const T* dh_n;         // [B, H]
+  const T* dc_n;         // [B, H]
+  T* dgates;             // [N, 4H]
+  T* dh0;                // [B, H]
+  T* dc0;                // [B, H]
+  uint32_t* arrivals;    // [plan.groups] zero; Tier::kGrid alone
+};
+
+// The elementwise half of one step, for Tier::kSteps: n rows whose gates a GEMM has made.
+template <typename T>
+struct LstmCellArgs {
+  int64_t rows, hidden;
+  const T* gates_in;  // [n, 4H] before activation
+  const T* c_prev;    // [n, H]
+  T* c;               // [n, H]; may be c_prev
+  T* h;               // [n, H] o * tanh(c), h_stride elements from row to row
+  int64_t h_stride;
+  Wide<T>* gates;  // [n, 4H] after activation; nullptr when not training
+  Wide<T>* cells;  // [n, H]; nullptr when not training
+};
+
+template <typename T>
+struct LstmCellBackwardArgs {
+  int64_t rows, hidden;
+  const T* dh;            // [n, H] whole gradient of h_t
+  const Wide<T>* gates;   // [n, 4H]
+  const Wide<T>* cells;   // [n, H]
+  const Wide<T>* c_prev;  // [n, H]
+  Wide<T>* dc;            // [n, H] in: gradient of c_t; out: of c_{t-1}
+  T* dgates;              // [n, 4H]
+};
+
+// One step of streaming inference, from x to h and c, in one launch.
+template <typename T>
+struct LstmStepArgsCuda {
+  int64_t rows, input, hidden, output;  // B, I, H, P
+  const T* x;                           // [B, I]
+  const T* h_prev;                      // [B, P]
+  const T* c_prev;                      // [B, H]
+  const T* w_ih;                        // [4H, I]
+  const T* w_hh;                        // [4H, P]
+  const T* bias;                        // [4H], or nullptr
+  T* h;                                 // [B, H] not h_prev: other blocks still read that
+  T* c;                                 // [B, H]; may be c_prev
+};
+
+// Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16 (lstm.h).
+template <typename T>
+int launch_lstm_forward(const LstmPlan& plan, const LstmForwardArgs<T>& args, CudaStream stream);
+template <typename T>
+int launch_lstm_backward(const LstmPlan& plan, const LstmBackwardArgs<T>& args, CudaStream stream);
+template <typename T>
+int launch_lstm_cell(const LstmCellArgs<T>& args, CudaStream stream);
+template <typename T>
+int launch_lstm_cell_backward(const LstmCellBackwardArgs<T>& args, CudaStream stream);
+template <typename T>
+int launch_lstm_step(const LstmStepArgsCuda<T>& args, CudaStream stream);
+
+// Whether the device can hold what `plan` wants resident at once (asks the CUDA runtime).
+template <typename T>
+bool can_launch(const LstmPlan& plan);
+
+}  // namespace iss
