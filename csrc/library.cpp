@@ -7,7 +7,9 @@
 
 #include <torch/library.h>
 
-TORCH_LIBRARY(iss_kernels, library) {
+#include "library.h"
+
+TORCH_LIBRARY(ISS_NAMESPACE, library) {
   // x [T, B, I], or [N, I] with batch_sizes [T]; h0 [B, P], c0 [B, H]; w_ih [4H, I], w_hh [4H, P],
   // b_ih and b_hh [4H], w_hr [P, H]; gates in the order i, f, g, o.
   // -> y [T, B, P] or [N, P], h_n [B, P], c_n [B, H]; with `save`, what lstm_backward needs: the
@@ -25,6 +27,13 @@ TORCH_LIBRARY(iss_kernels, library) {
       "Tensor gates, Tensor cells, bool reverse) "
       "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor "
       "dw_hr)");
+
+  // One step of inference, on CUDA alone, in one launch: x [B, I], h [B, P], bias [4H] -> out [B,
+  // H] (o * tanh(c): the next h, or what a w_hr projects), which is not h; c [B, H] moves on in
+  // place and is float32 where x has 16 bits.
+  library.def(
+      "lstm_step_(Tensor x, Tensor h, Tensor(a!) c, Tensor w_ih, Tensor w_hh, Tensor? bias, "
+      "Tensor(b!) out) -> ()");
 
   // weights[i] [R, C] with row_units[i] [R] and column_units[i] [C] (int32; -1: no unit). Norms and
   // factors have the weights' dtype; for bfloat16 weights they are float32, as are all sums.

@@ -51,6 +51,7 @@ struct LstmForwardArgs {
   Wide<T>* gates;      // [N, 4H] i, f, g, o after activation; nullptr when not training
   Wide<T>* cells;      // [N, H]; nullptr when not training
   uint32_t* arrivals;  // [plan.groups] zero; Tier::kGrid alone
+  void* exchange;      // [plan.exchange_bytes], a multiple of 16 bytes; Tier::kGrid alone
 };
 
 // From the gradients of y, h_n and c_n to those of the gates before activation, h0 and c0.
@@ -69,16 +70,17 @@ struct LstmBackwardArgs {
   T* dh0;                // [B, H]
   T* dc0;                // [B, H]
   uint32_t* arrivals;    // [plan.groups] zero; Tier::kGrid alone
+  void* exchange;        // [plan.exchange_bytes], a multiple of 16 bytes; Tier::kGrid alone
 };
 
 // The elementwise half of one step, for Tier::kSteps: n rows whose gates a GEMM has made.
 template <typename T>
 struct LstmCellArgs {
   int64_t rows, hidden;
-  const T* gates_in;  // [n, 4H] before activation
-  const T* c_prev;    // [n, H]
-  T* c;               // [n, H]; may be c_prev
-  T* h;               // [n, H] o * tanh(c), h_stride elements from row to row
+  const T* gates_in;      // [n, 4H] before activation
+  const Wide<T>* c_prev;  // [n, H]
+  Wide<T>* c;             // [n, H]; may be c_prev
+  T* h;                   // [n, H] o * tanh(c), h_stride elements from row to row
   int64_t h_stride;
   Wide<T>* gates;  // [n, 4H] after activation; nullptr when not training
   Wide<T>* cells;  // [n, H]; nullptr when not training
@@ -101,12 +103,12 @@ struct LstmStepArgsCuda {
   int64_t rows, input, hidden, output;  // B, I, H, P
   const T* x;                           // [B, I]
   const T* h_prev;                      // [B, P]
-  const T* c_prev;                      // [B, H]
+  const Wide<T>* c_prev;                // [B, H]
   const T* w_ih;                        // [4H, I]
   const T* w_hh;                        // [4H, P]
   const T* bias;                        // [4H], or nullptr
   T* h;                                 // [B, H] not h_prev: other blocks still read that
-  T* c;                                 // [B, H]; may be c_prev
+  Wide<T>* c;                           // [B, H]; may be c_prev
 };
 
 // Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16 (lstm.h).
@@ -123,6 +125,12 @@ int launch_lstm_step(const LstmStepArgsCuda<T>& args, CudaStream stream);
 
 // Whether the device can hold what `plan` wants resident at once (asks the CUDA runtime).
 template <typename T>
-bool can_launch(const LstmPlan& plan);
+bool can_launch_lstm_forward(const LstmPlan& plan);
+template <typename T>
+bool can_launch_lstm_backward(const LstmPlan& plan);
+template <typename T>
+bool can_launch(const LstmPlan& plan) {
+  return plan.backward ? can_launch_lstm_backward<T>(plan) : can_launch_lstm_forward<T>(plan);
+}
 
 }  // namespace iss

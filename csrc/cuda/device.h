@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a host file asks of the device: which one, its stream, its limits, whether a launch worked.
+// Emulated (SIMT_HOST), the device is a pretended one that a test may change.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "cuda/kernels.h"
+#include "cuda/plan.h"
+#include "library.h"
+
+#ifndef SIMT_HOST
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace iss {
+
+#ifdef SIMT_HOST
+
+// An H100 with few multiprocessors, so that a launch that fills it is still small.
+inline DeviceLimits& pretended_device() {
+  static DeviceLimits limits{.major = 9, .minor = 0, .multiprocessors = 8, .shared_bytes = 232448};
+  return limits;
+}
+
+struct DeviceGuard {
+  explicit DeviceGuard(const at::Device&) {}
+};
+inline CudaStream current_stream(const at::Tensor&) { return nullptr; }
+inline DeviceLimits device_limits(const at::Tensor&) { return pretended_device(); }
+inline std::string launch_error(int) { return "an error of the emulator"; }
+
+#else
+
+using DeviceGuard = c10::cuda::CUDAGuard;
+
+inline CudaStream current_stream(const at::Tensor& t) {
+  return c10::cuda::getCurrentCUDAStream(t.device().index()).stream();
+}
+
+inline DeviceLimits device_limits(const at::Tensor& t) {
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, t.device().index());
+    TORCH_CHECK(error == cudaSuccess, "iss_kernels: expected ", t.device(),
+                " to tell its limits, got ", cudaGetErrorString(error));
+    return value;
+  };
+  return {.major = ask(cudaDevAttrComputeCapabilityMajor),
+          .minor = ask(cudaDevAttrComputeCapabilityMinor),
+          .multiprocessors = ask(cudaDevAttrMultiProcessorCount),
+          .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+}
+
+inline std::string launch_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+#endif
+
+// Of what a launch_...() returned.
+inline void check_launch(const char* op, int code) {
+  TORCH_CHECK(code == 0, op, ": expected the kernel to start, got ", launch_error(code));
+}
+
+// Host memory to the device of `like`, without waiting for the device.
+inline at::Tensor to_device(const at::Tensor& host, const at::Tensor& like) {
+#ifdef SIMT_HOST
+  return host;
+#else
+  return host.pin_memory().to(like.device(), /*non_blocking=*/true);
+#endif
+}
+
+}  // namespace iss
