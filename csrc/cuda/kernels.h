@@ -11,6 +11,13 @@
 
 #include "cuda/plan.h"
 
+// INSTANCE(T) for every dtype; -DISS_ONLY_DTYPE=float while working on a kernel: for that alone.
+#ifdef ISS_ONLY_DTYPE
+#define ISS_EACH_DTYPE(INSTANCE) INSTANCE(ISS_ONLY_DTYPE)
+#else
+#define ISS_EACH_DTYPE(INSTANCE) INSTANCE(float) INSTANCE(double) INSTANCE(Bfloat16) INSTANCE(Float16)
+#endif
+
 namespace iss {
 
 using CudaStream = void*;  // a cudaStream_t
@@ -97,21 +104,30 @@ struct LstmCellBackwardArgs {
   T* dgates;              // [n, 4H]
 };
 
-// One step of streaming inference, from x to h and c, in one launch.
-template <typename T>
-struct LstmStepArgsCuda {
+// One step of streaming inference, from x to h and c, in one launch that reads each weight once for
+// up to 8 rows. With a projection (P != H) h goes out unprojected: the host multiplies it by w_hr.
+// W: how weights are stored. Rows of weights are read 16 bytes at a time where each begins at a
+// multiple of 16 bytes, as do those of x or h_prev: whoever can choose the strides pads them.
+template <typename T, typename W = T>
+struct LstmStreamStepArgs {
   int64_t rows, input, hidden, output;  // B, I, H, P
-  const T* x;                           // [B, I]
-  const T* h_prev;                      // [B, P]
-  const Wide<T>* c_prev;                // [B, H]
-  const T* w_ih;                        // [4H, I]
-  const T* w_hh;                        // [4H, P]
-  const T* bias;                        // [4H], or nullptr
-  T* h;                                 // [B, H] not h_prev: other blocks still read that
-  Wide<T>* c;                           // [B, H]; may be c_prev
+  const T* x;                           // [B, I], x_stride elements from row to row
+  int64_t x_stride;
+  const T* h_prev;  // [B, P], h_prev_stride elements from row to row
+  int64_t h_prev_stride;
+  const Wide<T>* c_prev;  // [B, H]
+  const W* w_ih;          // [4H, I], w_ih_stride elements from row to row
+  int64_t w_ih_stride;
+  const W* w_hh;  // [4H, P], w_hh_stride elements from row to row
+  int64_t w_hh_stride;
+  const T* bias;  // [4H] b_ih + b_hh, or nullptr
+  T* h;           // [B, H], h_stride elements from row to row; not h_prev: other blocks read that
+  int64_t h_stride;
+  Wide<T>* c;  // [B, H]; may be c_prev
 };
 
-// Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16 (lstm.h).
+// Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16 (lstm.h), the
+// step also for T = float with W = Float16 or Bfloat16.
 template <typename T>
 int launch_lstm_forward(const LstmPlan& plan, const LstmForwardArgs<T>& args, CudaStream stream);
 template <typename T>
@@ -120,8 +136,8 @@ template <typename T>
 int launch_lstm_cell(const LstmCellArgs<T>& args, CudaStream stream);
 template <typename T>
 int launch_lstm_cell_backward(const LstmCellBackwardArgs<T>& args, CudaStream stream);
-template <typename T>
-int launch_lstm_step(const LstmStepArgsCuda<T>& args, CudaStream stream);
+template <typename T, typename W>
+int launch_lstm_step(const LstmStreamStepArgs<T, W>& args, CudaStream stream);
 
 // Whether the device can hold what `plan` wants resident at once (asks the CUDA runtime).
 template <typename T>

@@ -73,6 +73,31 @@ __host__ __device__ __forceinline__ bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+// The sum over a warp of values[lane * N / 32], in every lane: all N sums in N - 1 shuffles and
+// some. Lanes are added in one order whatever N is.
+template <int N, typename T>
+__device__ __forceinline__ T sum_lanes(T (&values)[N]) {
+  static_assert(N >= 1 && N <= 32 && (N & (N - 1)) == 0);
+  int left = N;
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) {
+    if (left == 1) {
+      values[0] += __shfl_xor_sync(~0u, values[0], bit);
+      continue;
+    }
+    left /= 2;
+    const bool upper = threadIdx.x & bit;  // goes on with the upper half of the values
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      if (i < left) {
+        const T given = upper ? values[i] : values[i + left];
+        const T kept = upper ? values[i + left] : values[i];
+        values[i] = kept + __shfl_xor_sync(~0u, given, bit);
+      }
+  }
+  return values[0];
+}
+
 // Reciprocal by the special function unit, 2 ulp in all, for 2^-126 <= |b| <= 2^126.
 __device__ __forceinline__ float quotient(float a, float b) {
 #ifdef __CUDACC__

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// One step of streaming inference in one launch: a warp has one unit, i.e. 4 rows of w_ih and of
+// w_hh, and goes along them with its lanes, for up to 8 rows of the batch at a time. What bounds it
+// is the reading of weights, once, from L2 or memory; nothing is staged, for there is nobody to
+// share with but the caches.
+
+#include "cuda/math.h"
+
+namespace iss {
+namespace {
+
+constexpr int kGates = 4;
+constexpr int kMaxRows = 8;  // 4 x 8 sums are one for each lane
+// One warp a block: units spread over all multiprocessors, however few they are.
+constexpr int kThreads = 32;
+
+// sums[g * kRows + r] += this lane's part of row_g(w) . row_r(a). w: the unit's row of gate i, the
+// next gate gate_stride further; rows of a beyond the last are the last again.
+template <int kRows, typename T, typename W>
+__device__ __forceinline__ void multiply(const T* a, int64_t a_stride, int last, const W* w,
+                                         int64_t gate_stride, int64_t k, bool whole,
+                                         Wide<T> (&sums)[kGates * kRows]) {
+  constexpr int kSize = Chunk<W>::kSize;
+  const T* rows[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) rows[r] = a + min(r, last) * a_stride;
+  const int64_t chunks = whole ? k / kSize : 0;
+  // Four more loads in flight for each turn that is unrolled; the sums fill the registers.
+#pragma unroll(kRows == 1 ? 4 : 1)
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
+    Chunk<W> weights[kGates];
+#pragma unroll
+    for (int g = 0; g < kGates; ++g)
+      weights[g] = Chunk<W>::load(w + g * gate_stride + chunk * kSize);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int first = 0; first < kSize; first += Chunk<T>::kSize) {
+        const Chunk<T> values = Chunk<T>::load(rows[r] + chunk * kSize + first);
+#pragma unroll
+        for (int g = 0; g < kGates; ++g)
+#pragma unroll
+          for (int i = 0; i < Chunk<T>::kSize; ++i)
+            sums[g * kRows + r] = fused(static_cast<Wide<T>>(widen(weights[g].values[first + i])),
+                                        widen(values.values[i]), sums[g * kRows + r]);
+      }
+  }
+  // The rest, or all of it: lanes take neighbours, so that a warp still reads whole sectors.
+#pragma unroll(kRows == 1 ? 8 : 1)
+  for (int64_t at = chunks * kSize + threadIdx.x; at < k; at += kThreads) {
+    Wide<T> weights[kGates];
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) weights[g] = widen(w[g * gate_stride + at]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Wide<T> value = widen(rows[r][at]);
+#pragma unroll
+      for (int g = 0; g < kGates; ++g)
+        sums[g * kRows + r] = fused(weights[g], value, sums[g * kRows + r]);
+    }
+  }
+}
+
+// Rows [first, first + count) of the batch, 1 <= count <= kRows.
+template <int kRows, typename T, typename W>
+__device__ __forceinline__ void step(const LstmStreamStepArgs<T, W>& args, int64_t first, int count,
+                                     bool whole_x, bool whole_h) {
+  using V = Wide<T>;
+  const int64_t hidden = args.hidden, unit = blockIdx.x;
+  V sums[kGates * kRows] = {};
+  multiply<kRows>(args.x + first * args.x_stride, args.x_stride, count - 1,
+                  args.w_ih + unit * args.w_ih_stride, hidden * args.w_ih_stride, args.input,
+                  whole_x, sums);
+  multiply<kRows>(args.h_prev + first * args.h_prev_stride, args.h_prev_stride, count - 1,
+                  args.w_hh + unit * args.w_hh_stride, hidden * args.w_hh_stride, args.output,
+                  whole_h, sums);
+  const V sum = sum_lanes(sums);
+  // Lane r < kRows collects the gates of row r.
+  const int row = threadIdx.x % kRows;
+  V gates[kGates];
+#pragma unroll
+  for (int g = 0; g < kGates; ++g) {
+    gates[g] = __shfl_sync(~0u, sum, (g * kRows + row) * (32 / (kGates * kRows)));
+    if (args.bias != nullptr) gates[g] += widen(args.bias[g * hidden + unit]);
+  }
+  if (static_cast<int>(threadIdx.x) >= count) return;
+  const int64_t at = (first + row) * hidden + unit;
+  const V c = fused(sigmoid(gates[1]), args.c_prev[at], sigmoid(gates[0]) * tanh(gates[2]));
+  args.c[at] = c;
+  args.h[(first + row) * args.h_stride + unit] = narrow<T>(sigmoid(gates[3]) * tanh(c));
+}
+
+template <typename T, typename W>
+__global__ void __launch_bounds__(kThreads)
+    lstm_step(LstmStreamStepArgs<T, W> args, bool whole_x, bool whole_h) {
+  const int64_t first = int64_t{blockIdx.y} * kMaxRows;
+  const int count = static_cast<int>(min(args.rows - first, int64_t{kMaxRows}));
+  if (count == 1)
+    step<1>(args, first, count, whole_x, whole_h);
+  else if (count == 2)
+    step<2>(args, first, count, whole_x, whole_h);
+  else if (count <= 4)
+    step<4>(args, first, count, whole_x, whole_h);
+  else
+    step<8>(args, first, count, whole_x, whole_h);
+}
+
+// Whether every row begins at a multiple of 16 bytes. Strides count even for a single row: its
+// result has the same bits in any batch.
+template <typename T>
+bool rows_aligned(const T* p, int64_t stride) {
+  return is_aligned(p) && stride % Chunk<T>::kSize == 0;
+}
+
+}  // namespace
+
+template <typename T, typename W>
+int launch_lstm_step(const LstmStreamStepArgs<T, W>& args, CudaStream stream) {
+  if (args.rows == 0 || args.hidden == 0) return 0;
+  const bool whole_x =
+      rows_aligned(args.x, args.x_stride) && rows_aligned(args.w_ih, args.w_ih_stride);
+  const bool whole_h =
+      rows_aligned(args.h_prev, args.h_prev_stride) && rows_aligned(args.w_hh, args.w_hh_stride);
+  const dim3 grid(static_cast<unsigned>(args.hidden),
+                  static_cast<unsigned>((args.rows + kMaxRows - 1) / kMaxRows));
+  return simt::launch(&lstm_step<T, W>, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream),
+                      false, 1, args, whole_x, whole_h);
+}
+
+#define ISS_INSTANCE(T) template int launch_lstm_step(const LstmStreamStepArgs<T, T>&, CudaStream);
+ISS_EACH_DTYPE(ISS_INSTANCE)
+#undef ISS_INSTANCE
+template int launch_lstm_step(const LstmStreamStepArgs<float, Bfloat16>&, CudaStream);
+template int launch_lstm_step(const LstmStreamStepArgs<float, Float16>&, CudaStream);
+
+}  // namespace iss
