@@ -34,11 +34,22 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
               ", got ", t.sizes());
 }
 
-inline void check_floating(const char* op, const char* name, const Tensor& t, bool bfloat16) {
+// Whether the CUDA kernels take it: also a CPU tensor where they are emulated.
+inline bool on_cuda(const Tensor& t) {
+#ifdef SIMT_HOST
+  return true;
+#else
+  return t.is_cuda();
+#endif
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& t) {
   const auto type = t.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || (bfloat16 && type == at::kBFloat16), op,
-              ": expected ", name, " of dtype float32",
-              bfloat16 ? ", float64 or bfloat16" : " or float64", ", got ", dtype(t));
+  const bool float16 = on_cuda(t);
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
+                  (float16 && type == at::kHalf),
+              op, ": expected ", name, " of dtype float32, float64",
+              float16 ? ", bfloat16 or float16" : " or bfloat16", ", got ", dtype(t));
 }
 
 inline void check_batch_sizes(const char* op, const Tensor& sizes, int64_t rows, int64_t batch) {
@@ -61,7 +72,7 @@ inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& ba
                        const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
                        const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                        const OptionalTensor& w_hr) {
-  check_floating(op, "x", x, true);
+  check_floating(op, "x", x);
   TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3), op, ": expected x of shape ",
               batch_sizes ? "[N, I]" : "[T, B, I]", ", got ", x.sizes());
   TORCH_CHECK(h0.dim() == 2 && c0.dim() == 2, op, ": expected h0 [B, P] and c0 [B, H], got ",
@@ -85,6 +96,49 @@ inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& ba
               " where there is no w_hr, got ", h0.sizes());
 }
 
+// One step of a stream. wide: the dtype of c.
+inline void check_lstm_step(const char* op, const Tensor& x, const Tensor& h, const Tensor& c,
+                            const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& bias,
+                            const Tensor& out, at::ScalarType wide) {
+  check_floating(op, "x", x);
+  TORCH_CHECK(x.dim() == 2 && h.dim() == 2 && c.dim() == 2, op,
+              ": expected x [B, I], h [B, P] and c [B, H], got ", x.sizes(), ", ", h.sizes(),
+              " and ", c.sizes());
+  const int64_t batch = x.size(0), input = x.size(1), hidden = c.size(1), output = h.size(1);
+  const auto type = w_ih.scalar_type();
+  TORCH_CHECK(type == x.scalar_type() ||
+                  (x.scalar_type() == at::kFloat && (type == at::kHalf || type == at::kBFloat16)),
+              op, ": expected w_ih of dtype ", dtype(x),
+              x.scalar_type() == at::kFloat ? ", bfloat16 or float16" : "", ", got ", dtype(w_ih));
+  TORCH_CHECK(c.scalar_type() == wide && c.is_contiguous(), op,
+              ": expected c to be contiguous and ", "of dtype ", c10::getDtypeNames(wide).first,
+              ", got ", dtype(c), " with strides ", c.strides());
+  check_like(op, "h", h, x);
+  check_like(op, "out", out, x);
+  check_like(op, "w_hh", w_hh, w_ih);
+  for (const Tensor* t : {&c, &w_ih})
+    TORCH_CHECK(t->device() == x.device(), op, ": expected ", t == &c ? "c" : "w_ih", " on ",
+                x.device(), ", got ", t->device());
+  if (bias) check_like(op, "bias", *bias, x);
+  check_shape(op, "h", h, "[B, P]", {batch, output});
+  check_shape(op, "c", c, "[B, H]", {batch, hidden});
+  check_shape(op, "w_ih", w_ih, "[4H, I]", {4 * hidden, input});
+  check_shape(op, "w_hh", w_hh, "[4H, P]", {4 * hidden, output});
+  if (bias) check_shape(op, "bias", *bias, "[4H]", {4 * hidden});
+  check_shape(op, "out", out, "[B, H]", {batch, hidden});
+  const auto check_rows = [&](const char* name, const Tensor& t) {
+    TORCH_CHECK(t.stride(1) == 1 || t.size(1) <= 1, op, ": expected ", name,
+                " with adjacent columns, got strides ", t.strides());
+  };
+  check_rows("x", x);
+  check_rows("h", h);
+  check_rows("w_ih", w_ih);
+  check_rows("w_hh", w_hh);
+  check_rows("out", out);
+  TORCH_CHECK(!out.is_alias_of(h) || out.data_ptr() != h.data_ptr(), op,
+              ": expected out to be other memory than h, got the same");
+}
+
 inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
                            const std::vector<Tensor>& row_units,
                            const std::vector<Tensor>& column_units) {
@@ -93,7 +147,7 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
               " weights, got ", row_units.size(), " and ", column_units.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    check_floating(op, "weights", weight, true);
+    check_floating(op, "weights", weight);
     check_like(op, "weights", weight, weights[0]);
     TORCH_CHECK(weight.dim() == 2, op, ": expected weights of shape [R, C], got ", weight.sizes());
     const auto check_units = [&](const char* name, const Tensor& units, const char* letters,
@@ -109,9 +163,10 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
   }
 }
 
-// Of what is computed for each unit: bfloat16 is widened.
+// Of what is computed for each unit: 16 bits are widened.
 inline at::ScalarType factor_type(const Tensor& weight) {
-  return weight.scalar_type() == at::kBFloat16 ? at::kFloat : weight.scalar_type();
+  const auto type = weight.scalar_type();
+  return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
 }
 
 inline void check_factors(const char* op, const Tensor& factors, const Tensor& weight) {
