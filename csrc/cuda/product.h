@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// The product of a warp: 32 rows of weights with up to pass_rows(math) rows of the batch, both in
+// shared memory (tile.h), for every Math.
+//
+// In all of them a lane ends up with the same kind of results: of the weights' rows those at
+// weight_row() + 8 g, g < 4, and of each tile of the batch rows batch_row() and the next. Forward,
+// the four are the gates of one unit.
+//   Tensor cores. Two mma tiles of 16 rows. One ldmatrix_x4 loads what lanes need of 4 chunks of 8
+//     rows of the batch, or of 2 chunks of 16 rows of weights; float32 words of TF32 fall into
+//     place as pairs of 16-bit elements do.
+//   FMA. The 8 lanes that share lane / 8 take one chunk of 8 rows, which is free of bank conflicts,
+//     and read one chunk of the batch, a broadcast; the 4 groups of lanes take every fourth chunk
+//     and add up their sums at the end. So a batch of one row still occupies all lanes.
+#pragma once
+
+#include "cuda/math.h"
+#include "cuda/tile.h"
+#include "simt/simt.h"
+
+namespace iss {
+
+template <Math math>
+struct MathTraits {
+  using Element = float;
+};
+template <>
+struct MathTraits<Math::kFloat64> {
+  using Element = double;
+};
+template <>
+struct MathTraits<Math::kBfloat16> {
+  using Element = Bfloat16;
+};
+template <>
+struct MathTraits<Math::kFloat16> {
+  using Element = Float16;
+};
+template <Math math>
+using Element = typename MathTraits<math>::Element;
+
+// As an operand of a product.
+template <Math math>
+__device__ __forceinline__ Element<math> operand(Element<math> x) {
+  if constexpr (math == Math::kTf32)
+    return __builtin_bit_cast(float, to_tf32(x));
+  else
+    return x;
+}
+
+// Chunks [begin, end) of K, in rounds of 4: split's share.
+struct KRange {
+  int begin, end;
+};
+__device__ __forceinline__ KRange k_range(int chunks, int split, int splits) {
+  const int rounds = chunks / 4;
+  return {split * rounds / splits * 4, (split + 1) * rounds / splits * 4};
+}
+
+template <Math math>
+struct Product {
+  using T = Element<math>;
+  static constexpr bool kTensor = uses_tensor_cores(math);
+  static constexpr int kTiles = pass_rows(math) / tile_rows(math);
+
+  Wide<T> sums[kTiles][4][2];
+
+  static __device__ __forceinline__ int weight_row(int lane) {
+    return kTensor ? lane / 4 : lane % 8;
+  }
+  static __device__ __forceinline__ int batch_row(int lane) {
+    return 2 * (kTensor ? lane % 4 : lane / 8);
+  }
+
+  // weights, vectors: the first of their rows, `stride` chunks from row to row; rows: of the batch
+  // that exist, a multiple of 8 for tensor cores, for FMA a power of two up to pass_rows.
+  __device__ __forceinline__ void run(const uint4* weights, const uint4* vectors, int stride,
+                                      KRange k, int rows) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kTensor) {
+      if (rows > 8)
+        multiply_tensor<2>(weights, vectors, stride, k, lane);
+      else
+        multiply_tensor<1>(weights, vectors, stride, k, lane);
+    } else {
+      if (rows == 1) multiply_fma<1>(weights, vectors, stride, k, lane);
+      if (rows == 2) multiply_fma<2>(weights, vectors, stride, k, lane);
+      if (rows == 4) multiply_fma<4>(weights, vectors, stride, k, lane);
+      if constexpr (pass_rows(math) == 8)
+        if (rows == 8) multiply_fma<8>(weights, vectors, stride, k, lane);
+    }
+  }
+
+ private:
+  template <int kUsed>
+  __device__ __forceinline__ void multiply_tensor(const uint4* weights, const uint4* vectors,
+                                                  int stride, KRange k, int lane) {
+    float d[kUsed][2][4] = {};
+    weights += lane % 16 * stride + lane / 16;
+    vectors += lane % 8 * stride + lane / 8;
+#pragma unroll 2
+    for (int chunk = k.begin; chunk < k.end; chunk += 4) {
+      uint32_t b[kUsed][4];
+#pragma unroll
+      for (int tile = 0; tile < kUsed; ++tile)
+        ldmatrix_x4(b[tile], vectors + tile * 8 * stride + chunk);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          uint32_t a[4];
+          ldmatrix_x4(a, weights + pair * 16 * stride + chunk + 2 * half);
+#pragma unroll
+          for (int tile = 0; tile < kUsed; ++tile) {
+            const uint32_t pair_b[2] = {b[tile][2 * half], b[tile][2 * half + 1]};
+            if constexpr (math == Math::kTf32)
+              mma_m16n8k8_tf32(d[tile][pair], a, pair_b);
+            else
+              mma_m16n8k16<T>(d[tile][pair], a, pair_b);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          sums[tile][g][j] = tile < kUsed ? d[tile < kUsed ? tile : 0][g / 2][g % 2 * 2 + j] : 0;
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void multiply_fma(const uint4* weights, const uint4* vectors,
+                                               int stride, KRange k, int lane) {
+    using C = Chunk<T>;
+    T d[4][kRows] = {};
+    weights += lane % 8 * stride + lane / 8;
+    vectors += lane / 8;
+    constexpr int kUnroll = kRows * C::kSize > 8 ? 1 : 2;  // rounds whose loads are under way
+#pragma unroll kUnroll
+    for (int chunk = k.begin; chunk < k.end; chunk += 4) {
+      C w[4];
+#pragma unroll
+      for (int g = 0; g < 4; ++g) w[g] = __builtin_bit_cast(C, weights[g * 8 * stride + chunk]);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const C x = __builtin_bit_cast(C, vectors[row * stride + chunk]);
+#pragma unroll
+        for (int e = 0; e < C::kSize; ++e)
+#pragma unroll
+          for (int g = 0; g < 4; ++g) d[g][row] = fused(w[g].values[e], x.values[e], d[g][row]);
+      }
+    }
+    constexpr int kHalf = kRows == 8 ? 4 : kRows;
+    constexpr int kKept = kHalf == 4 ? 2 : kHalf;
+    T half[4][kHalf], kept[4][kKept];
+    add_lanes(d, half, lane, 16);
+    add_lanes(half, kept, lane, 8);
+#pragma unroll
+    for (int g = 0; g < 4; ++g)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) sums[0][g][j] = j < kKept ? kept[g][j < kKept ? j : 0] : T(0);
+  }
+
+  // Adds what the lanes on either side of `bit` have. Where a lane keeps half of the rows, each
+  // sends the other half only: 24 shuffles for 8 rows in all, not 64.
+  template <int kRows, int kKept>
+  static __device__ __forceinline__ void add_lanes(const T (&d)[4][kRows], T (&kept)[4][kKept],
+                                                   int lane, int bit) {
+    const bool upper = (lane & bit) != 0;
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+#pragma unroll
+      for (int row = 0; row < kKept; ++row) {
+        const T low = d[g][row], high = d[g][row + kRows - kKept];
+        kept[g][row] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, bit);
+      }
+    }
+  }
+};
+
+}  // namespace iss
