@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "lstm.h"
+#include "simt/control.h"
 
 #ifndef SIMT_ARCH
 #define SIMT_ARCH 900
@@ -24,10 +25,11 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define SIMT_UNCHECKED __attribute__((no_sanitize("thread")))
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-enum { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum { cudaSuccess = 0 };
 
 struct dim3 {
   unsigned x, y, z;
@@ -69,18 +71,7 @@ struct Coordinates {
 };
 extern constinit thread_local Coordinates here;
 
-// A GPU to pretend: an H100 with few multiprocessors, so that small cases fill it.
-struct Device {
-  int major = 9, minor = 0, multiprocessors = 8;
-  int64_t shared_bytes = 227 * 1024;  // that a block can ask for
-};
-extern Device device;
-
-// Why this OS thread's last launch failed; empty when it did not.
-const char* last_error();
-
 enum class Scope { kWarp, kBlock, kCluster, kGrid };
-enum class Order { kRelaxed, kAcquire, kRelease };
 
 void barrier(Scope scope, unsigned mask, Where where);
 void cluster_arrive(Where where);
@@ -91,11 +82,10 @@ void shuffle(unsigned mask, const void* value, unsigned source, void* result, si
 unsigned ballot(unsigned mask, bool predicate, Where where);
 void yield(Where where);
 
-// Before an atomic access (a write unless it is an acquire), and plain accesses that the compiler's
-// instrumentation does not see.
-void before_atomic(const void* address, size_t bytes, Order order, Where where);
-void read_through_l2(const void* from, void* to, size_t bytes, Where where);
-void read_only(const void* from, size_t bytes, Where where);
+// Before an atomic access; `ordered`: a release if it writes, an acquire if it does not.
+void before_atomic(const void* address, size_t bytes, bool writes, bool ordered, Where where);
+void read_through_l2(const void* from, void* to, size_t bytes);
+void read_only(const void* from, void* to, size_t bytes);
 void copy(void* to, const void* from, size_t bytes);
 
 void* static_shared(const void* id, size_t bytes);  // id: one per declaration
@@ -115,8 +105,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, unsigned c
 int resident_blocks(int threads, size_t shared_bytes, unsigned cluster);
 
 template <typename T>
-T atomic_add(T* address, T value, Order order, Where where) {
-  before_atomic(address, sizeof(T), order, where);
+__forceinline__ T atomic_add(T* address, T value, bool ordered, Where where) {
+  before_atomic(address, sizeof(T), true, ordered, where);
   T old, sum;
   copy(&old, address, sizeof(T));
   sum = old + value;
@@ -125,7 +115,7 @@ T atomic_add(T* address, T value, Order order, Where where) {
 }
 
 template <typename T>
-T shuffle(unsigned mask, T value, unsigned source, Where where) {
+__forceinline__ T shuffle(unsigned mask, T value, unsigned source, Where where) {
   T result;
   shuffle(mask, &value, source, &result, sizeof(T), where);
   return result;
@@ -134,10 +124,12 @@ T shuffle(unsigned mask, T value, unsigned source, Where where) {
 template <typename... P>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                    bool cooperative, unsigned cluster, std::type_identity_t<P>... args) {
-  auto body = [=] { kernel(args...); };
+  // The arguments are read from the launching function's stack, which is none of the kernel's
+  // memory.
+  auto body = [=]() SIMT_UNCHECKED { kernel(args...); };
   return run(
       grid, block, shared_bytes, cooperative, cluster,
-      [](void* argument) { (*static_cast<decltype(body)*>(argument))(); }, &body);
+      [](void* argument) SIMT_UNCHECKED { (*static_cast<decltype(body)*>(argument))(); }, &body);
 }
 
 template <typename... P>
@@ -159,7 +151,7 @@ int resident_blocks(void (*)(P...), int threads, size_t shared_bytes, unsigned c
   name##_type& name =              \
       *static_cast<name##_type*>(::iss::simt::static_shared(&name##_id, sizeof(name##_type)))
 #define SIMT_DYN_SHARED(T, name) T* name = static_cast<T*>(::iss::simt::dynamic_shared())
-#define SIMT_DEVICE inline
+#define SIMT_DEVICE __forceinline__
 
 SIMT_DEVICE void __syncthreads(SIMT_WHERE) {
   iss::simt::barrier(iss::simt::Scope::kBlock, ~0u, where);
@@ -196,13 +188,12 @@ SIMT_DEVICE unsigned __ballot_sync(unsigned mask, int predicate, SIMT_WHERE) {
 
 template <typename T>
 SIMT_DEVICE T atomicAdd(T* address, std::type_identity_t<T> value, SIMT_WHERE) {
-  return iss::simt::atomic_add(address, value, iss::simt::Order::kRelaxed, where);
+  return iss::simt::atomic_add(address, value, false, where);
 }
 template <typename T>
-SIMT_DEVICE T __ldg(const T* from, SIMT_WHERE) {
-  iss::simt::read_only(from, sizeof(T), where);
+SIMT_DEVICE T __ldg(const T* from) {
   T value;
-  iss::simt::copy(&value, from, sizeof(T));
+  iss::simt::read_only(from, &value, sizeof(T));
   return value;
 }
 
@@ -217,21 +208,21 @@ inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x
 namespace iss {
 
 SIMT_DEVICE uint32_t load_acquire(const uint32_t* flag, SIMT_WHERE) {
-  simt::before_atomic(flag, sizeof(*flag), simt::Order::kAcquire, where);
+  simt::before_atomic(flag, sizeof(*flag), false, true, where);
   uint32_t value;
   simt::copy(&value, flag, sizeof(value));
   return value;
 }
 SIMT_DEVICE void add_release(uint32_t* flag, uint32_t value, SIMT_WHERE) {
-  simt::atomic_add(flag, value, simt::Order::kRelease, where);
+  simt::atomic_add(flag, value, true, where);
 }
 SIMT_DEVICE void spin_hint(SIMT_WHERE) { simt::yield(where); }
 
 template <typename T>
-SIMT_DEVICE T load_l2(const T* from, SIMT_WHERE) {
+SIMT_DEVICE T load_l2(const T* from) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   T value;
-  simt::read_through_l2(from, &value, sizeof(T), where);
+  simt::read_through_l2(from, &value, sizeof(T));
   return value;
 }
 

@@ -1,0 +1,621 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the threads of a launch, and does for them what they do together: barriers, shuffles, matrix
+// products, asynchronous copies.
+
+#include "simt/scheduler.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <set>
+#include <string_view>
+#include <utility>
+
+#include "simt/checker.h"
+
+#ifndef SIMT_UCONTEXT
+asm(R"(.text
+.hidden iss_simt_switch
+.globl iss_simt_switch
+.type iss_simt_switch, @function
+iss_simt_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+.size iss_simt_switch, . - iss_simt_switch
+)");
+#endif
+
+namespace iss::simt {
+
+constinit thread_local Coordinates here = {};
+constinit thread_local Thread* current = nullptr;
+DeviceLimits device = {.major = 9, .minor = 0, .multiprocessors = 8, .shared_bytes = 227 * 1024};
+std::mutex machine;
+
+namespace {
+
+enum { kInvalidConfiguration = 9, kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720 };
+
+thread_local std::string error_text;
+
+Settings settings;            // of the next launch
+std::string omitted;          // the synchronisation that is left out, as `text` writes it
+std::set<std::string> calls;  // of synchronisation that were made, while recording
+bool recording = false;
+std::vector<char*> free_stacks;  // all of these: under `machine`
+
+const char* name(Scope scope) {
+  constexpr const char* kNames[] = {"a warp's barrier or shuffle", "__syncthreads", "cluster_sync",
+                                    "grid_sync"};
+  return kNames[static_cast<int>(scope)];
+}
+
+bool same(Where a, Where b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         std::string_view(a.file_name()) == b.file_name();
+}
+
+// Whether a test wants this call not to happen.
+bool left_out(const char* call, Where where) {
+  if (!recording && omitted.empty()) return false;
+  std::ostringstream out;
+  out << call << " " << where << ":" << where.column();
+  const std::string site = out.str();
+  if (recording) calls.insert(site);
+  return site == omitted;
+}
+
+Launch& launch() { return *current->block->launch; }
+bool checking() { return launch().settings.check; }
+
+char* new_stack() {
+  if (!free_stacks.empty()) {
+    char* stack = free_stacks.back();
+    free_stacks.pop_back();
+    return stack;
+  }
+  void* stack = mmap(nullptr, Launch::kStack, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED) throw std::bad_alloc();
+  mprotect(stack, 4096, PROT_NONE);  // who overflows it stops there
+  return static_cast<char*>(stack);
+}
+
+void enter_thread() {
+  launch().body(launch().argument);
+  current->done = true;
+  switch_context(current->context, launch().scheduler);
+  abort();  // not resumed
+}
+
+}  // namespace
+
+std::ostream& operator<<(std::ostream& out, Where where) {
+  std::string_view file = where.file_name();
+  return out << file.substr(file.rfind('/') + 1) << ":" << where.line();
+}
+
+std::ostream& operator<<(std::ostream& out, const Thread& thread) {
+  const dim3 block = thread.block->id, id = thread.block->launch->position(thread.index);
+  return out << "block (" << block.x << ", " << block.y << ", " << block.z << ") thread (" << id.x
+             << ", " << id.y << ", " << id.z << ")";
+}
+
+Launch::Launch(dim3 grid, dim3 block, size_t dynamic_bytes, bool cooperative, unsigned cluster,
+               const Settings& settings)
+    : grid(grid),
+      block(block),
+      block_count(grid.x * grid.y * grid.z),
+      thread_count(block.x * block.y * block.z),
+      dynamic_bytes(dynamic_bytes),
+      cooperative(cooperative),
+      cluster(cluster),
+      settings(settings),
+      blocks(block_count),
+      static_end(2 * kRedZone + dynamic_bytes),
+      random(settings.seed) {
+  if (settings.check) checker::start(*this);
+}
+
+Launch::~Launch() {
+  for (unsigned first = 0; first < block_count; first += cluster) end_cluster(first);
+  if (settings.check) checker::end(*this);
+}
+
+void Launch::start_cluster(unsigned first) {
+  for (unsigned rank = 0; rank < cluster; ++rank) {
+    auto owned = std::make_unique<Block>();
+    Block& b = *owned;
+    b.launch = this;
+    b.index = first + rank;
+    b.rank = rank;
+    b.id = {b.index % grid.x, b.index / grid.x % grid.y, b.index / grid.x / grid.y};
+    b.alive = thread_count;
+    b.warps.resize((thread_count + 31) / 32);
+    b.shared = static_cast<char*>(std::aligned_alloc(1024, (shared_bytes() + 1023) / 1024 * 1024));
+    poison(b.shared, shared_bytes());
+    for (unsigned i = 0; i < thread_count; ++i) {
+      Thread& t = *b.threads.emplace_back(std::make_unique<Thread>());
+      t.block = &b;
+      t.index = i;
+      t.stack = new_stack();
+      prepare(t.context, t.stack, kStack, enter_thread);
+      ready.push_back(&t);
+    }
+    if (settings.check) checker::start_block(b);
+    blocks[b.index] = std::move(owned);
+    ++resident;
+  }
+}
+
+void Launch::end_cluster(unsigned first) {
+  if (!blocks[first]) return;
+  for (unsigned rank = 0; rank < cluster; ++rank) {
+    Block& b = *blocks[first + rank];
+    if (settings.check) checker::end_block(b);
+    for (const auto& thread : b.threads) free_stacks.push_back(thread->stack);
+    std::free(b.shared);
+    blocks[b.index] = nullptr;
+    --resident;
+  }
+}
+
+// Blocks come and threads go on in the order of the policy until all have ended, one has failed, or
+// all wait.
+void Launch::run(void (*body)(void*), void* argument) {
+  this->body = body;
+  this->argument = argument;
+  std::vector<unsigned> unstarted;  // first blocks of clusters, the next one last
+  for (unsigned first = 0; first < block_count; first += cluster) unstarted.push_back(first);
+  if (settings.policy == Policy::kFifo) std::reverse(unstarted.begin(), unstarted.end());
+  if (settings.policy == Policy::kRandom) std::shuffle(unstarted.begin(), unstarted.end(), random);
+  const unsigned window = cooperative ? block_count : std::max(settings.window, cluster);
+  while (error.empty()) {
+    while (!unstarted.empty() && resident + cluster <= window) {
+      start_cluster(unstarted.back());
+      unstarted.pop_back();
+    }
+    if (ready.empty()) {
+      if (resident > 0) fail(deadlock());
+      break;
+    }
+    Thread& thread = next();
+    resume(thread);
+    if (thread.done) retire(thread);
+  }
+}
+
+Thread& Launch::next() {
+  Thread* thread;
+  if (settings.policy == Policy::kRandom) std::swap(ready[random() % ready.size()], ready.back());
+  if (settings.policy == Policy::kFifo) {
+    thread = ready.front();
+    ready.pop_front();
+  } else {
+    thread = ready.back();
+    ready.pop_back();
+  }
+  return *thread;
+}
+
+void Launch::resume(Thread& thread) {
+  const Block& b = *thread.block;
+  here = {.thread = position(thread.index),
+          .block = b.id,
+          .block_dim = block,
+          .grid_dim = grid,
+          .lane = thread.index % 32,
+          .cluster_rank = b.rank,
+          .cluster_size = cluster};
+  current = &thread;
+  switch_context(scheduler, thread.context);
+  current = nullptr;
+}
+
+void Launch::retire(Thread& thread) {
+  spins = 0;
+  bool copying = !thread.copies.empty();
+  for (const auto& group : thread.committed) copying |= !group.empty();
+  if (copying) fail("cp.async: ", thread, " ends with copies that it has not waited for");
+  if (settings.check) checker::end_thread(thread);
+  Block& b = *thread.block;
+  if (--b.alive > 0) return;
+  const unsigned first = b.index - b.rank;
+  unsigned alive = 0;
+  for (unsigned rank = 0; rank < cluster; ++rank) alive += blocks[first + rank]->alive;
+  if (alive == 0) end_cluster(first);
+}
+
+std::string Launch::deadlock() const {
+  struct Waiting {
+    unsigned count = 0;
+    const Thread* first;
+  };
+  std::map<std::string, Waiting> places;
+  unsigned ended = 0;
+  for (const auto& b : blocks) {
+    if (!b) continue;
+    for (const auto& t : b->threads) {
+      if (t->done) {
+        ++ended;
+        continue;
+      }
+      std::ostringstream place;
+      place << name(t->waits_for->scope) << " at " << t->where;
+      Waiting& waiting = places[place.str()];
+      if (waiting.count++ == 0) waiting.first = t.get();
+    }
+  }
+  std::ostringstream message;
+  message << "deadlock:";
+  for (const auto& [place, waiting] : places)
+    message << " " << waiting.count << " threads wait in " << place << ", the first "
+            << *waiting.first << ";";
+  message << " " << ended << " of their blocks' threads have ended";
+  return message.str();
+}
+
+void Launch::arrive(Barrier& barrier, unsigned need, Where where, bool ordered) {
+  spins = 0;
+  if (barrier.arrived++ == 0)
+    barrier.where = where;
+  else if (!same(barrier.where, where))
+    fail("divergent barrier: ", name(barrier.scope), " at ", where, " meets the one at ",
+         barrier.where);
+  if (ordered && settings.check) checker::arrive(barrier, *current);
+  if (barrier.arrived < need) return;
+  if (ordered && settings.check) checker::release(barrier);
+  barrier.arrived = 0;
+  ++barrier.phase;
+  ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+}
+
+void Launch::wait(Barrier& barrier, unsigned phase, Where where, bool ordered) {
+  Thread& thread = *current;
+  if (barrier.phase == phase) {
+    barrier.waiting.push_back(&thread);
+    thread.waits_for = &barrier;
+    thread.where = where;
+    switch_context(thread.context, scheduler);
+    thread.waits_for = nullptr;
+  }
+  if (ordered && settings.check) checker::leave(barrier, thread);
+}
+
+void Launch::give_way() {
+  Thread& thread = *current;
+  if (settings.policy == Policy::kLifo)
+    ready.push_front(&thread);
+  else
+    ready.push_back(&thread);
+  switch_context(thread.context, scheduler);
+}
+
+namespace {
+
+unsigned cluster_threads() { return launch().thread_count * launch().cluster; }
+Barrier& cluster_barrier() {
+  const Block& block = *current->block;
+  return launch().blocks[block.index - block.rank]->cluster_barrier;
+}
+
+void meet(Barrier& barrier, unsigned need, Where where, bool ordered) {
+  const unsigned phase = barrier.phase;
+  launch().arrive(barrier, need, where, ordered);
+  launch().wait(barrier, phase, where, ordered);
+}
+
+// Of the lanes of `mask` in this thread's warp.
+Collective& collective(unsigned mask, Where where) {
+  if ((mask >> here.lane & 1) == 0)
+    launch().fail("wrong mask: lane ", here.lane, " is not in it, at ", where);
+  return current->block->warps[current->index / 32][mask];
+}
+
+void meet(Collective& lanes, unsigned mask, Where where, bool ordered) {
+  const unsigned threads = std::min(32u, launch().thread_count - current->index / 32 * 32);
+  const unsigned exist = threads == 32 ? ~0u : (1u << threads) - 1;
+  meet(lanes.barrier, __builtin_popcount(mask & exist), where, ordered);
+}
+
+// What the lanes of `mask` show each other. It stays until this lane's next two calls.
+const char (&show(unsigned mask, const void* value, size_t bytes,
+                  Where where))[32][Collective::kMaxBytes] {
+  Collective& lanes = collective(mask, where);
+  auto& values = lanes.values[lanes.barrier.phase % 2];
+  if (bytes > Collective::kMaxBytes) launch().fail("a shuffle of more than 32 bytes at ", where);
+  memcpy(values[here.lane], value, bytes);
+  meet(lanes, mask, where, false);
+  return values;
+}
+
+}  // namespace
+
+void barrier(Scope scope, unsigned mask, Where where) {
+  constexpr const char* kCalls[] = {"__syncwarp", "__syncthreads", "cluster_sync", "grid_sync"};
+  if (left_out(kCalls[static_cast<int>(scope)], where)) return;
+  Launch& l = launch();
+  switch (scope) {
+    case Scope::kWarp:
+      return meet(collective(mask, where), mask, where, true);
+    case Scope::kBlock:
+      return meet(current->block->barrier, l.thread_count, where, true);
+    case Scope::kCluster:
+      return meet(cluster_barrier(), cluster_threads(), where, true);
+    case Scope::kGrid:
+      if (!l.cooperative) l.fail("grid_sync in a launch that is not cooperative, at ", where);
+      return meet(l.grid_barrier, l.thread_count * l.block_count, where, true);
+  }
+}
+
+void cluster_arrive(Where where) {
+  if (left_out("cluster_arrive", where)) return;
+  if (std::exchange(current->arrived_at_cluster, true))
+    launch().fail("cluster_arrive without cluster_wait before it, at ", where);
+  current->cluster_phase = cluster_barrier().phase;
+  launch().arrive(cluster_barrier(), cluster_threads(), where, true);
+}
+
+void cluster_wait(Where where) {
+  if (left_out("cluster_wait", where)) return;
+  if (!std::exchange(current->arrived_at_cluster, false))
+    launch().fail("cluster_wait without cluster_arrive before it, at ", where);
+  launch().wait(cluster_barrier(), current->cluster_phase, where, true);
+}
+
+void shuffle(unsigned mask, const void* value, unsigned source, void* result, size_t bytes,
+             Where where) {
+  const auto& values = show(mask, value, bytes, where);
+  if ((mask >> source & 1) == 0)
+    launch().fail("wrong mask: a shuffle reads lane ", source, ", which is not in it, at ", where);
+  memcpy(result, values[source], bytes);
+}
+
+unsigned ballot(unsigned mask, bool predicate, Where where) {
+  const auto& values = show(mask, &predicate, 1, where);
+  unsigned result = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) result |= (values[lane][0] != 0 ? 1u : 0u) << lane;
+  return result;
+}
+
+void yield(Where where) {
+  Launch& l = launch();
+  if (++l.spins > 1000ull * l.thread_count * l.block_count + 10000)
+    l.fail("deadlock: spinning at ", where, " while nothing else happens");
+  l.give_way();
+}
+
+// Where order among threads is decided by chance, every atomic access is an opportunity.
+void before_atomic(const void* address, size_t bytes, bool writes, bool ordered, Where where) {
+  Launch& l = launch();
+  if (l.settings.policy == Policy::kRandom) l.give_way();
+  if (writes) l.spins = 0;
+  if (!l.settings.check) return;
+  checker::access(address, bytes, writes ? Access::kAtomicWrite : Access::kAtomicRead,
+                  __builtin_return_address(0));
+  if (ordered && !left_out(writes ? "add_release" : "load_acquire", where)) {
+    if (writes)
+      checker::release(address, *current);
+    else
+      checker::acquire(address, *current);
+  }
+}
+
+void read_through_l2(const void* from, void* to, size_t bytes) {
+  if (checking()) checker::access(from, bytes, Access::kRead, __builtin_return_address(0));
+  memcpy(to, from, bytes);
+}
+
+void read_only(const void* from, void* to, size_t bytes) {
+  if (checking()) checker::access(from, bytes, Access::kReadOnly, __builtin_return_address(0));
+  memcpy(to, from, bytes);
+}
+
+void copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+
+void* static_shared(const void* id, size_t bytes) {
+  Launch& l = launch();
+  Block& block = *current->block;
+  auto found = std::find_if(l.statics.begin(), l.statics.end(),
+                            [&](const auto& declared) { return declared.first == id; });
+  if (found == l.statics.end()) {
+    const size_t offset = (l.static_end + 127) / 128 * 128;
+    l.static_end = offset + bytes + Launch::kRedZone;
+    l.static_bytes += bytes;
+    if (l.static_end > l.shared_bytes() ||
+        l.static_bytes + l.dynamic_bytes > static_cast<size_t>(device.shared_bytes))
+      l.fail("shared memory: expected at most 48 KB of it static, and with the dynamic part ",
+             device.shared_bytes, " bytes");
+    found = l.statics.insert(found, {id, offset});
+  }
+  if (checking()) checker::declare_static(block, found->second, bytes);
+  return block.shared + found->second;
+}
+
+void* dynamic_shared() { return current->block->shared + Launch::kRedZone; }
+
+void* map_shared(const void* shared, unsigned rank, Where where) {
+  const Block& block = *current->block;
+  const size_t offset = static_cast<const char*>(shared) - block.shared;
+  if (rank >= launch().cluster || offset >= launch().shared_bytes())
+    launch().fail("map_shared: expected own shared memory and a rank of the cluster, got rank ",
+                  rank, " at ", where);
+  return launch().blocks[block.index - block.rank + rank]->shared + offset;
+}
+
+// The worst that hardware may do: data land as late as they can.
+void cp_async16(void* shared, const void* global, Where where) {
+  const void* pc = __builtin_return_address(0);
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0)
+    launch().fail("misaligned: cp_async16 at ", where);
+  if (checking()) {
+    checker::access(global, 16, Access::kRead, pc);
+    checker::access(shared, 16, Access::kCopyStarts, pc);
+  }
+  current->copies.push_back({shared, global, pc});
+}
+
+void cp_async_commit() {
+  current->committed.push_back(std::move(current->copies));
+  current->copies.clear();
+}
+
+void cp_async_wait(unsigned keep, Where where) {
+  if (left_out("cp_async_wait", where)) return;
+  auto& groups = current->committed;
+  for (; groups.size() > keep; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      if (checking()) {  // both ends must have been left alone all the while
+        checker::access(copy.from, 16, Access::kRead, copy.pc);
+        checker::access(copy.to, 16, Access::kWrite, copy.pc);
+      }
+      memcpy(copy.to, copy.from, 16);
+    }
+  }
+}
+
+void ldmatrix(uint32_t* r, unsigned count, const void* row, Where where) {
+  const void* pc = __builtin_return_address(0);
+  if (here.lane < 8 * count && reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    launch().fail("misaligned: a row of ldmatrix at ", where);
+  const auto& rows = show(~0u, &row, sizeof(row), where);
+  for (unsigned matrix = 0; matrix < count; ++matrix) {
+    const char* word;
+    memcpy(&word, rows[8 * matrix + here.lane / 4], sizeof(word));
+    word += 4 * (here.lane % 4);
+    if (checking()) checker::access(word, 4, Access::kRead, pc);
+    memcpy(&r[matrix], word, 4);
+  }
+}
+
+namespace {
+
+float widen(uint16_t bits, Elements elements) {
+  return elements == Elements::kBfloat16
+             ? __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16)
+             : static_cast<float>(__builtin_bit_cast(_Float16, bits));
+}
+
+// The 1 or 2 elements of a register; tensor cores drop what TF32 has no bits for.
+struct Pair {
+  float low, high;
+  Pair(uint32_t bits, Elements elements)
+      : low(elements == Elements::kTf32 ? __builtin_bit_cast(float, bits & ~0x1fffu)
+                                        : widen(static_cast<uint16_t>(bits), elements)),
+        high(elements == Elements::kTf32 ? 0 : widen(bits >> 16, elements)) {}
+};
+
+}  // namespace
+
+// A register holds 1 or 2 neighbours along K, and a row of K is 8 registers: 4 of neighbouring
+// lanes, then the next 4 of the same lanes.
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Elements elements,
+         Where where) {
+  uint32_t registers[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const auto& all = show(~0u, registers, sizeof(registers), where);
+  const auto element = [&](unsigned lane, unsigned i) {
+    uint32_t bits;
+    memcpy(&bits, &all[lane][4 * i], 4);
+    return Pair(bits, elements);
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned lower = i / 2, column = here.lane % 4 * 2 + i % 2;  // row: lane / 4 + 8 lower
+    for (unsigned k = 0; k < 8; ++k) {
+      const Pair x = element(here.lane / 4 * 4 + k % 4, lower + k / 4 * 2);
+      const Pair y = element(column * 4 + k % 4, 4 + k / 4);
+      d[i] += x.low * y.low;
+      d[i] += x.high * y.high;
+    }
+  }
+}
+
+int resident_blocks(int threads, size_t shared_bytes, unsigned cluster) {
+  const auto shared = static_cast<int64_t>(shared_bytes);
+  if (threads < 1 || threads > 1024 || shared > device.shared_bytes) return 0;
+  if (cluster > 1 && (device.major < 9 || cluster > 16)) return 0;
+  constexpr int64_t kReserved = 1024, kThreads = 2048, kBlocks = 32;  // of a multiprocessor
+  const int64_t each = std::min({kThreads / ((threads + 31) / 32 * 32), kBlocks,
+                                 (device.shared_bytes + kReserved) / (shared + kReserved)});
+  const int64_t all = each * device.multiprocessors;
+  return static_cast<int>(all - all % std::max(cluster, 1u));
+}
+
+namespace {
+template <typename... Parts>
+int refuse(int code, const Parts&... parts) {
+  std::ostringstream what;
+  (what << ... << parts);
+  error_text = what.str();
+  return code;
+}
+}  // namespace
+
+int run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, unsigned cluster,
+        void (*body)(void*), void* argument) {
+  const std::lock_guard lock(machine);
+  const unsigned threads = block.x * block.y * block.z, blocks = grid.x * grid.y * grid.z;
+  const int resident = resident_blocks(static_cast<int>(threads), shared_bytes, cluster);
+  error_text.clear();
+  if (cluster == 0 || blocks == 0 || grid.x % cluster != 0 || resident == 0) {
+    return refuse(kInvalidConfiguration, "invalid configuration: ", blocks, " blocks of ", threads,
+                  " threads and ", shared_bytes, " bytes of shared memory, in clusters of ",
+                  cluster);
+  }
+  if (cooperative && blocks > static_cast<unsigned>(resident)) {
+    return refuse(kCooperativeLaunchTooLarge, "cooperative launch too large: ", blocks,
+                  " blocks, of which ", resident, " fit");
+  }
+  Launch launch(grid, block, shared_bytes, cooperative, cluster, settings);
+  launch.run(body, argument);
+  error_text = launch.error;
+  return error_text.empty() ? 0 : kLaunchFailure;
+}
+
+const char* last_error() { return error_text.c_str(); }
+
+}  // namespace iss::simt
+
+// What tests set and ask, through ctypes.
+#define SIMT_CONTROL extern "C" __attribute__((visibility("default")))
+
+SIMT_CONTROL void simt_configure(int policy, uint64_t seed, int check, unsigned preempt,
+                                 unsigned window) {
+  const std::lock_guard lock(iss::simt::machine);
+  iss::simt::settings = {.policy = static_cast<iss::simt::Policy>(policy),
+                         .seed = seed,
+                         .check = check != 0,
+                         .preempt = preempt,
+                         .window = window};
+}
+
+SIMT_CONTROL void simt_pretend(int major, int minor, int multiprocessors, int64_t shared_bytes) {
+  const std::lock_guard lock(iss::simt::machine);
+  iss::simt::device = {major, minor, multiprocessors, shared_bytes};
+}
+
+SIMT_CONTROL const char* simt_last_error() { return iss::simt::last_error(); }
+
+// For the mutation test. `call` is one of simt_calls(), or empty: the calls of synchronisation that
+// were made since recording began, one a line, as "__syncthreads file.cu:12:3".
+SIMT_CONTROL void simt_leave_out(const char* call) {
+  const std::lock_guard lock(iss::simt::machine);
+  iss::simt::omitted = call;
+}
+SIMT_CONTROL void simt_record_calls(int on) {
+  const std::lock_guard lock(iss::simt::machine);
+  iss::simt::recording = on != 0;
+  if (on != 0) iss::simt::calls.clear();
+}
+SIMT_CONTROL const char* simt_calls() {
+  thread_local std::string text;
+  const std::lock_guard lock(iss::simt::machine);
+  text.clear();
+  for (const std::string& call : iss::simt::calls) text += call + "\n";
+  return text.c_str();
+}
