@@ -32,8 +32,7 @@ def cuda_enabled() -> bool:
     possible = torch.version.cuda is not None and CUDA_HOME is not None
     if choice == "1" and not possible:
         sys.exit("iss_kernels: ISS_KERNELS_CUDA=1 needs a CUDA build of torch and nvcc; not found")
-    # An empty csrc/cuda means that this version has no CUDA kernels yet.
-    return choice != "0" and possible and any((ROOT / "csrc/cuda").glob("*.cu"))
+    return choice != "0" and possible
 
 
 def sources(*patterns: str) -> list[str]:
@@ -52,6 +51,7 @@ class Build(BuildExtension):
 
 
 cuda = cuda_enabled()
+PLANNER = "csrc/cuda/plan.cpp"
 # Never -march or -mavx2: code for one instruction set sits in target regions (csrc/README.md), and
 # FMA is used only where it is written (-ffp-contract=off), so every ISA computes what is read.
 cxx = ["-std=c++20", "-O0" if DEBUG else "-O3", "-g1", "-ffp-contract=off", "-fvisibility=hidden"]
@@ -61,7 +61,8 @@ openmp = ["-fopenmp"] if sys.platform == "linux" else []
 cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 extension = (CUDAExtension if cuda else CppExtension)(
     name="iss_kernels._C",
-    sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.c*"] if cuda else [])),
+    # The planner is always there: it can be asked about any GPU (iss_kernels.explain_plan).
+    sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.c*" if cuda else PLANNER),
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[("ISS_WITH_CUDA", "1")] if cuda else [],
     extra_compile_args={"cxx": [*cxx, *openmp], "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},

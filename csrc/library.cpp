@@ -7,21 +7,50 @@
 
 #include <torch/library.h>
 
+#include <cstring>
+#include <string>
+
 #include "library.h"
 
+namespace {
+
+#ifdef ISS_WITH_CUDA
+constexpr bool kWithCuda = true;
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+// Called for tensors of a device that there are no kernels for.
+void no_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack*) {
+  const std::string& name = op.schema().name();
+  TORCH_CHECK(false, name.substr(name.find("::") + 2), ": expected tensors on the CPU",
+              kWithCuda ? " or a CUDA device, got "
+                        : ", since this iss_kernels was built without CUDA kernels (to have them, "
+                          "build it with ISS_KERNELS_CUDA=1, nvcc and a CUDA build of torch), got ",
+              c10::toString(keys.highestPriorityTypeId()));
+}
+
+}  // namespace
+
 TORCH_LIBRARY(ISS_NAMESPACE, library) {
+  const auto def = [&](const char* schema) {
+    library.def(schema);
+    const std::string name(schema, std::strchr(schema, '('));
+    for (const auto key : {c10::DispatchKey::CUDA, c10::DispatchKey::MPS, c10::DispatchKey::XPU})
+      if (!(kWithCuda && key == c10::DispatchKey::CUDA))
+        library.impl(name.c_str(),
+                     torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&no_kernel>()));
+  };
   // x [T, B, I], or [N, I] with batch_sizes [T]; h0 [B, P], c0 [B, H]; w_ih [4H, I], w_hh [4H, P],
   // b_ih and b_hh [4H], w_hr [P, H]; gates in the order i, f, g, o.
   // -> y [T, B, P] or [N, P], h_n [B, P], c_n [B, H]; with `save`, what lstm_backward needs: the
   // activated gates [N, 4H] and the cells [N, H]; without, those two have no rows.
-  library.def(
-      "lstm_forward(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
+  def("lstm_forward(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
       "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, bool reverse, bool save) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   // The gradient d of each output -> the gradient of x, h0, c0, w_ih, w_hh, either bias, w_hr
   // (empty without one).
-  library.def(
-      "lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor? batch_sizes, Tensor "
+  def("lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor? batch_sizes, Tensor "
       "h0, "
       "Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor y, "
       "Tensor gates, Tensor cells, bool reverse) "
@@ -31,32 +60,26 @@ TORCH_LIBRARY(ISS_NAMESPACE, library) {
   // One step of inference, on CUDA alone, in one launch: x [B, I], h [B, P], bias [4H] -> out [B,
   // H] (o * tanh(c): the next h, or what a w_hr projects), which is not h; c [B, H] moves on in
   // place and is float32 where x has 16 bits.
-  library.def(
-      "lstm_step_(Tensor x, Tensor h, Tensor(a!) c, Tensor w_ih, Tensor w_hh, Tensor? bias, "
+  def("lstm_step_(Tensor x, Tensor h, Tensor(a!) c, Tensor w_ih, Tensor w_hh, Tensor? bias, "
       "Tensor(b!) out) -> ()");
 
   // weights[i] [R, C] with row_units[i] [R] and column_units[i] [C] (int32; -1: no unit). Norms and
   // factors have the weights' dtype; for bfloat16 weights they are float32, as are all sums.
   // -> norms [units]
-  library.def(
-      "group_norms_forward(Tensor[] weights, Tensor[] row_units, Tensor[] column_units, int units, "
+  def("group_norms_forward(Tensor[] weights, Tensor[] row_units, Tensor[] column_units, int units, "
       "float eps, bool paper_overlap) -> Tensor norms");
   // -> dweights[i] [R, C]
-  library.def(
-      "group_norms_backward(Tensor dnorms, Tensor norms, Tensor[] weights, Tensor[] row_units, "
+  def("group_norms_backward(Tensor dnorms, Tensor norms, Tensor[] weights, Tensor[] row_units, "
       "Tensor[] column_units, float eps, bool paper_overlap) -> Tensor[] dweights");
   // outputs[i][r, c] += weights[i][r, c] * (factors[row unit] + factors[column unit]); factors
   // [units]
-  library.def(
-      "add_scaled_by_units_(Tensor(a!)[] outputs, Tensor[] weights, Tensor[] row_units, "
+  def("add_scaled_by_units_(Tensor(a!)[] outputs, Tensor[] weights, Tensor[] row_units, "
       "Tensor[] column_units, Tensor factors, bool paper_overlap) -> ()");
   // weights[i][r, c] *= factors[row unit] * factors[column unit], one factor where both are the
   // same unit; factors [units]
-  library.def(
-      "scale_by_units_(Tensor(a!)[] weights, Tensor[] row_units, Tensor[] column_units, "
+  def("scale_by_units_(Tensor(a!)[] weights, Tensor[] row_units, Tensor[] column_units, "
       "Tensor factors) -> ()");
   // weights[i][r, c] = 0 where its size is below threshold and it belongs to a unit
-  library.def(
-      "threshold_(Tensor(a!)[] weights, Tensor[] row_units, Tensor[] column_units, "
+  def("threshold_(Tensor(a!)[] weights, Tensor[] row_units, Tensor[] column_units, "
       "float threshold) -> ()");
 }

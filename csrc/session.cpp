@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is not an op, bound with pybind11: what was built, the choice of instruction set, and
-// inference from packed weights (cpu/network.h). Importing the module also runs the registrations
-// of library.cpp and of the host files.
+// What is not an op, bound with pybind11: what was built, the choice of instruction set, the plan
+// of an LSTM for any GPU, and inference from packed weights (cpu/network.h). Importing the module
+// also runs the registrations of library.cpp and of the host files.
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
@@ -14,6 +14,7 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/network.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -32,6 +33,37 @@ py::dict build_info() {
   info["cuda_built"] = false;
 #endif
   return info;
+}
+
+// limits: major and minor version, multiprocessors, bytes of shared memory that a block may have.
+py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bool projected,
+              bool backward, const std::tuple<int, int, int, int64_t>& limits) {
+  const Math math = dtype == at::kDouble     ? Math::kFloat64
+                    : dtype == at::kBFloat16 ? Math::kBfloat16
+                    : dtype == at::kHalf     ? Math::kFloat16
+                    : tf32                   ? Math::kTf32
+                                             : Math::kFloat32;
+  const auto& [major, minor, multiprocessors, shared_bytes] = limits;
+  const LstmPlan plan = plan_lstm({.hidden = hidden,
+                                   .batch = batch,
+                                   .projected = projected,
+                                   .math = math,
+                                   .backward = backward},
+                                  {.major = major,
+                                   .minor = minor,
+                                   .multiprocessors = multiprocessors,
+                                   .shared_bytes = shared_bytes});
+  constexpr const char* kTiers[] = {"block", "cluster", "grid", "steps"};
+  py::dict result;
+  result["tier"] = kTiers[static_cast<int>(plan.tier)];
+  result["units"] = plan.units;
+  result["blocks"] = plan.blocks;
+  result["rows"] = plan.rows;
+  result["groups"] = plan.groups;
+  result["threads"] = plan.threads;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["why"] = plan.why;
+  return result;
 }
 
 // w_ih, w_hh, bias, w_hr, and the scales of the three matrices (None but for int8), reverse.
@@ -164,6 +196,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   module.def("supported_isas", &supported_isas);
   module.def("set_isa", &set_isa);
+  module.def("plan", &plan);
   py::class_<Network, std::shared_ptr<Network>>(module, "Network")
       .def(py::init(&make_network))
       .def("run", &run)

@@ -12,6 +12,7 @@ from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, Groups
 from iss_kernels.lstm import ISSLSTM, accelerate
+from iss_kernels.plan import explain_plan
 from iss_kernels.prepare import prepare
 from iss_kernels.shrink import ShrinkReport, shrink
 from iss_kernels.stream import Stream
@@ -25,6 +26,7 @@ __all__ = [
     "Stream",
     "accelerate",
     "build_info",
+    "explain_plan",
     "find_groups",
     "prepare",
     "shrink",

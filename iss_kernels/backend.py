@@ -39,6 +39,11 @@ def native() -> Any:
     return _C
 
 
+def on_cuda(device: torch.device) -> bool:
+    """Whether the CUDA kernels run for tensors of this device, when the extension does."""
+    return device.type == "cuda"
+
+
 def backend() -> str:
     """Name of the implementation that runs now: "extension" or "reference"."""
     return _backend
@@ -76,7 +81,7 @@ def _cpu_name() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What was built, what runs, and where: version, backend, torch, CPU, threads, ISAs."""
+    """What was built, what runs, and where: version, backend, torch, CPU, threads, GPU, ISAs."""
     from iss_kernels import __version__
 
     compiled = _C.build_info() if _C is not None else {"extension": _why_not}
@@ -86,6 +91,7 @@ def build_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         **compiled,
     }
 

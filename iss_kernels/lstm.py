@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from iss_kernels import ops
+from iss_kernels import backend, ops
 
 # One int for all layers; or per layer an int, or a (forward, backward) pair.
 Sizes: TypeAlias = int | Sequence[int | Sequence[int]]
@@ -59,9 +59,11 @@ class ISSLSTM(nn.Module):
     one tensor [D, B, size] per layer (where a layer's directions differ, a tuple of D tensors
     [B, size]), and hx takes the same form.
 
-    Weights are float32, float64, or bfloat16, which is summed in float32. Under autocast the layers
-    compute in the weights' dtype and the results come in autocast's dtype. Raises what nn.LSTM
-    raises for the same mistakes.
+    Weights are float32, float64, or bfloat16 (on a CUDA device also float16), which is summed in
+    float32. Under autocast the results come in autocast's dtype; the layers compute in the weights'
+    dtype, but on a CUDA device with float32 weights in autocast's, as nn.LSTM. There, products of
+    float32 use TF32 where torch.backends.cuda.matmul lets torch's own, which by default it does
+    not. Raises what nn.LSTM raises for the same mistakes.
 
     For the gradient, each layer and direction saves 5 H elements per step and row (gates and cells;
     4 bytes each, 8 in float64) beside its input and output. recompute=True, also as an attribute,
@@ -287,6 +289,8 @@ class ISSLSTM(nn.Module):
         kind = x.device.type
         if _autocast_enabled(kind):
             dtype, cast_to = self._dtype(), torch.get_autocast_dtype(kind)
+            if backend.on_cuda(x.device) and dtype == torch.float32:
+                dtype = cast_to  # where there are tensor cores for it
             with torch.autocast(kind, enabled=False):
                 states = [(h.to(dtype), c.to(dtype)) for h, c in states]
                 y, states = self._run(x.to(dtype), batch_sizes, states)
@@ -300,7 +304,7 @@ class ISSLSTM(nn.Module):
             for direction in range(directions):
                 index = layer * directions + direction
                 h0, c0 = states[index]
-                w_ih, w_hh, b_ih, b_hh, w_hr = self._parameters_of(index)
+                w_ih, w_hh, b_ih, b_hh, w_hr = self._parameters_of(index, x.dtype)
                 y, h, c = ops.lstm(
                     x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, direction == 1,
                     self.recompute,
@@ -311,18 +315,18 @@ class ISSLSTM(nn.Module):
         return x, final
 
     def _parameters_of(
-        self, index: int
+        self, index: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """w_ih, w_hh, b_ih, b_hh, w_hr of one layer and direction."""
+        """w_ih, w_hh, b_ih, b_hh, w_hr of one layer and direction, in the dtype to compute in."""
         names = self._all_weights[index]
-        w = [self._weight(name) for name in names]
+        w = [self._weight(name, dtype) for name in names]
         w_hr = w.pop() if names[-1].startswith("weight_hr") else None
         b_ih, b_hh = w[2:] if self.bias else (None, None)
         return w[0], w[1], b_ih, b_hh, w_hr
 
-    def _weight(self, name: str) -> Tensor:
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A parameter as the ops take it."""
-        return cast(Tensor, getattr(self, name))
+        return cast(Tensor, getattr(self, name)).to(dtype)
 
     def _dtype(self) -> torch.dtype:
         return cast(Tensor, self.weight_ih_l0).dtype

@@ -64,7 +64,7 @@ def lstm(
     """One LSTM layer in one direction over all time steps. Shapes, returns: `reference.lstm`.
 
     For the gradient it saves 5 N H elements (the activated gates and the cells; float32 for
-    bfloat16) beside its arguments and y; with recompute=True nothing more, and the backward runs
+    16 bits) beside its arguments and y; with recompute=True nothing more, and the backward runs
     the forward again.
 
     Raises RuntimeError for a wrong shape, dtype or device, naming the argument.
@@ -98,7 +98,7 @@ def _lstm_forward_fake(
     save: bool,
 ) -> tuple[Tensor, ...]:
     rows = x.shape[:-1].numel() if save else 0
-    wide = torch.float32 if x.dtype == torch.bfloat16 else x.dtype  # what the kernels compute in
+    wide = torch.promote_types(x.dtype, torch.float32)  # what the kernels compute in
     return (
         x.new_empty((*x.shape[:-1], h0.shape[1])),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
@@ -307,16 +307,30 @@ if backend.is_built():
 
 
 # -------------------------------------------------------------------------------------------------
-# In place, without derivatives: what a training loop does between steps.
-
-
-def _written(tensors: _Tensors) -> None:
-    """Let autograd refuse a graph that saved one of these before, as for torch's in-place ops."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+# In place, without derivatives: what a training loop does between steps, and a stream in one.
 
 
 @torch.no_grad()
+def _in_place(
+    name: str,
+    lists: Sequence[_Tensors],
+    rest: tuple[Any, ...],
+    by_reference: Callable[..., Tensor],
+) -> None:
+    """Run the op `name`(*lists, *rest), which changes lists[0].
+
+    by_reference, of one tensor of each list and `rest`, is what the first of them becomes.
+    """
+    if backend.backend() == "extension":
+        getattr(torch.ops.iss_kernels, name).default(*map(list, lists), *rest)
+        # Lets autograd refuse a graph that saved one of these before, as for torch's own.
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version([t for t in lists[0] if not t.is_inference()])
+        return
+    for tensors in zip(*lists, strict=True):
+        tensors[0].copy_(by_reference(*tensors, *rest))
+
+
 def add_scaled_by_units_(
     outputs: _Tensors,
     weights: _Tensors,
@@ -329,17 +343,14 @@ def add_scaled_by_units_(
 
     With factors = strength / norms this adds the penalty's gradient.
     """
-    arguments = (list(weights), list(row_units), list(column_units))
-    if backend.backend() == "extension":
-        torch.ops.iss_kernels.add_scaled_by_units_.default(
-            list(outputs), *arguments, factors, paper_overlap
-        )
-        return _written(outputs)
-    for output, weight, rows, columns in zip(outputs, *arguments, strict=True):
-        output += reference.scaled_by_units(weight, rows, columns, factors, paper_overlap)
+    _in_place(
+        "add_scaled_by_units_",
+        (outputs, weights, row_units, column_units),
+        (factors, paper_overlap),
+        lambda output, *others: output + reference.scaled_by_units(*others),
+    )
 
 
-@torch.no_grad()
 def scale_by_units_(
     weights: _Tensors, row_units: _Tensors, column_units: _Tensors, factors: Tensor
 ) -> None:
@@ -347,22 +358,32 @@ def scale_by_units_(
 
     With factors = max(0, 1 - step * strength / norms) this is a proximal step.
     """
-    arguments = (list(weights), list(row_units), list(column_units))
-    if backend.backend() == "extension":
-        torch.ops.iss_kernels.scale_by_units_.default(*arguments, factors)
-        return _written(weights)
-    for weight, rows, columns in zip(*arguments, strict=True):
-        weight.copy_(reference.scaled(weight, rows, columns, factors))
+    lists = (weights, row_units, column_units)
+    _in_place("scale_by_units_", lists, (factors,), reference.scaled)
 
 
-@torch.no_grad()
 def threshold_(
     weights: _Tensors, row_units: _Tensors, column_units: _Tensors, threshold: float
 ) -> None:
     """weights[i] = `reference.thresholded`(weights[i], ..., threshold), in place."""
-    arguments = (list(weights), list(row_units), list(column_units))
-    if backend.backend() == "extension":
-        torch.ops.iss_kernels.threshold_.default(*arguments, threshold)
-        return _written(weights)
-    for weight, rows, columns in zip(*arguments, strict=True):
-        weight.copy_(reference.thresholded(weight, rows, columns, threshold))
+    lists = (weights, row_units, column_units)
+    _in_place("threshold_", lists, (threshold,), reference.thresholded)
+
+
+def lstm_step_(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """One step on a CUDA device, in one launch: out is o * tanh(c), c moves on in place.
+
+    x: [B, I], h: [B, P], c: [B, H] (float32 where x has 16 bits), w_ih: [4H, I], w_hh: [4H, P],
+    bias: [4H], the sum of both; out: [B, H], not h. Weights have the dtype of x, or 16 bits beside
+    float32. Rows may be further apart than they are long; where each begins at a multiple of 16
+    bytes they are read faster.
+    """
+    torch.ops.iss_kernels.lstm_step_.default(x, h, c, w_ih, w_hh, bias, out)

@@ -53,8 +53,9 @@ class PreparedLSTM(ISSLSTM):
     under nn.LSTM's names (int8 adds "<name>_scale", float32, one per row); biases stay float32.
     Activations and sums are float32, and an input of another floating dtype is converted, as is
     what comes back; autocast changes nothing. With int8, each row of x and h is quantised on the
-    fly, to 8 bits (7 on AVX2). There is no dropout. Raises RuntimeError where a gradient is asked
-    for.
+    fly, to 8 bits (7 on AVX2). On a CUDA device activations have the 16 bits of the weights, with
+    sums and c in float32, and int8 weights are widened to float32, once. There is no dropout.
+    Raises RuntimeError where a gradient is asked for.
     """
 
     def __init__(self, lstm: ISSLSTM, weights: str) -> None:
@@ -71,6 +72,7 @@ class PreparedLSTM(ISSLSTM):
         )
         self.weights = weights
         self._native: Any = None
+        self._converted: dict[str, Tensor] = {}  # weights in the dtype that is computed in
         with torch.no_grad():
             for name in sum(self._all_weights, []):
                 stored, scale = _store(name, getattr(lstm, name).detach(), weights)
@@ -87,7 +89,7 @@ class PreparedLSTM(ISSLSTM):
         """Load into memory of its own: a Stream may still use what is here."""
         for name, value in self._buffers.items():
             self._buffers[name] = None if value is None else value.clone()
-        self._native = None
+        self._native, self._converted = None, {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreparedLSTM:
         """Move to a device; a change of dtype leaves the weights as they are."""
@@ -97,11 +99,11 @@ class PreparedLSTM(ISSLSTM):
             return fn(t) if like.dtype == t.dtype else t.to(like.device)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        self._native = None
+        self._native, self._converted = None, {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None}
+        return {**self.__dict__, "_native": None, "_converted": {}}
 
     def extra_repr(self) -> str:
         """nn.LSTM's line, and the format."""
@@ -136,8 +138,9 @@ class PreparedLSTM(ISSLSTM):
         return _to(y, dtype), _to(state, dtype)
 
     def native(self) -> Any:
-        """The compiled network; None where the reference runs instead."""
-        if backend.backend() == "reference":
+        """The compiled network; None where the ops or the reference run instead."""
+        device = self._buffers["weight_ih_l0"].device  # type: ignore[union-attr]
+        if backend.backend() == "reference" or device.type != "cpu" or backend.on_cuda(device):
             return None
         if self._native is None:
             directions = len(self.sizes[0])
@@ -162,19 +165,38 @@ class PreparedLSTM(ISSLSTM):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         native = self.native()
         if native is None or x.device.type != "cpu":
-            with torch.autocast(x.device.type, enabled=False):
-                return super()._run(x, batch_sizes, [(h.float(), c.float()) for h, c in states])
+            return self._run_by_ops(x, batch_sizes, states)
         # Copies: the kernels turn h_0 and c_0 into h_n and c_n.
         final = [(_copy(h), _copy(c)) for h, c in states]
         sizes = None if batch_sizes is None else batch_sizes.tolist()
         hs, cs = zip(*final, strict=True)
         return native.run(x, sizes, list(hs), list(cs)), final
 
-    def _weight(self, name: str) -> Tensor:
-        """Widened to float32, for the reference."""
-        weight: Tensor = getattr(self, name)
-        scale: Tensor | None = getattr(self, name + "_scale", None)
-        return weight.float() if scale is None else weight.float() * scale[:, None]
+    @property
+    def held(self) -> torch.dtype:
+        """What CUDA kernels take the weights in."""
+        return torch.float32 if self.weights == "int8" else _DTYPES[self.weights]
+
+    def _run_by_ops(
+        self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The CUDA kernels, in the dtype of the weights, or the reference, in float32."""
+        by_kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
+        dtype = self.held if by_kernels else torch.float32
+        states = [(h.to(dtype), c.to(dtype)) for h, c in states]
+        with torch.autocast(x.device.type, enabled=False):
+            y, final = super()._run(x.to(dtype), batch_sizes, states)
+        return y.float(), [(h.float(), c.float()) for h, c in final]
+
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """In the dtype that is computed in, converted once."""
+        found = self._converted.get(name)
+        if found is None or found.dtype != dtype:
+            weight: Tensor = getattr(self, name)
+            scale: Tensor | None = getattr(self, name + "_scale", None)
+            found = (weight if scale is None else weight.float() * scale[:, None]).to(dtype)
+            self._converted[name] = found
+        return found
 
     def _dtype(self) -> torch.dtype:
         return torch.float32

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from iss_kernels import backend
+from iss_kernels import backend, ops
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.prepare import PreparedLSTM, prepare
 
@@ -186,6 +186,16 @@ def _sizes(layers: Sequence[nn.Module]) -> tuple[int, int]:
     return begin, width
 
 
+def _device(layers: Sequence[nn.Module]) -> torch.device:
+    """Where the weights of all layers are."""
+    tensors = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+    devices = list(dict.fromkeys(t.device for t in tensors))
+    if len(devices) > 1:
+        got = ", ".join(map(str, devices))
+        raise ValueError(f"Stream: expected a model on one device, got {got}")
+    return devices[0]
+
+
 class Stream:
     """Runs a model one time step per call, with the state inside.
 
@@ -193,6 +203,10 @@ class Stream:
     Linear, LayerNorm and activations (Dropout is left out); one direction only. Weights are a
     snapshot in the format of the model (float32 unless `prepare` chose another). Nothing is
     allocated per call.
+
+    On a CUDA device x, y and out are tensors there; a step is one launch per LSTM layer, torch's
+    operations for the rest, and one to take over the states. int8 weights are widened to float32.
+    It can be captured in a CUDA graph, whose replays go on from the state.
 
         step = iss.Stream(model, batch_size=1)
         y = step(x)                    # x [B, I] -> y [B, O], tensors or NumPy arrays, float32
@@ -216,8 +230,13 @@ class Stream:
         sizes = _sizes(layers)
         self.batch_size = batch_size
         self._lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
-        reference = backend.backend() == "reference"
-        self._engine: Any = (_Reference if reference else _compiled)(layers, batch_size, sizes)
+        device = _device(layers)
+        engine: Any = _compiled
+        if backend.backend() == "reference":
+            engine = _Reference
+        elif backend.on_cuda(device):
+            engine = _OnCuda
+        self._engine: Any = engine(layers, batch_size, sizes)
         self._step = self._engine.step
 
     def __call__(self, x: Any, out: Any = None) -> Any:
@@ -280,6 +299,96 @@ def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -
             slope = getattr(layer, "negative_slope", 0.0)
             engine.add_activation(_ACTIVATIONS[type(layer)], slope)
     return engine
+
+
+class _OnCuda:
+    """A chain on a CUDA device.
+
+    States and what LSTM layers put out are buffers, at the same place in every step, so that a
+    captured one can be replayed. New states are taken over at the end of a step, all at once: the
+    blocks of a launch read the old h as long as it runs.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -> None:
+        self._device = _device(layers)
+        self._shapes = {"x": (batch, sizes[0]), "out": (batch, sizes[1])}
+        self._layers = [
+            [_Cell(layer, index, batch) for index in range(layer.num_layers)]
+            if isinstance(layer, PreparedLSTM)
+            else copy.deepcopy(layer).float()
+            for layer in layers
+        ]
+        self._cells = [cell for layer in self._layers if isinstance(layer, list) for cell in layer]
+
+    @torch.no_grad()
+    def step(self, x: Any, out: Any = None) -> Any:
+        """As the native step."""
+        value = self._checked(x, "x")
+        if out is not None and not self._checked(out, "out").is_contiguous():
+            raise ValueError("Stream: expected out to be contiguous and writeable")
+        with torch.autocast(self._device.type, enabled=False):
+            for layer in self._layers:
+                if isinstance(layer, list):
+                    for cell in layer:
+                        value = cell.step(value)
+                else:
+                    value = layer(value)
+        torch._foreach_copy_([c.h_rows for c in self._cells], [c.y_rows for c in self._cells])
+        return value if out is None else out.copy_(value)
+
+    def _checked(self, value: Any, name: str) -> Tensor:
+        wanted = (
+            f"{name} of shape [B, {'I' if name == 'x' else 'O'}] = {list(self._shapes[name])} and "
+            f"dtype float32 on {self._device}"
+        )
+        if not isinstance(value, Tensor):
+            raise TypeError(f"Stream: expected {wanted}, got {type(value).__name__}")
+        shape, dtype, device = value.shape, value.dtype, value.device
+        if (shape, dtype, device) != (self._shapes[name], torch.float32, self._device):
+            got = f"{list(shape)} and {str(dtype).removeprefix('torch.')} on {device}"
+            raise ValueError(f"Stream: expected {wanted}, got {got}")
+        return value
+
+    def states(self) -> list[tuple[Tensor, Tensor]]:
+        """By layer: h [B, P], c [B, H]."""
+        return [(cell.h, cell.c) for cell in self._cells]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Zero the state."""
+        for cell in self._cells:
+            cell.h.zero_()
+            cell.c.zero_()
+
+
+class _Cell:
+    """One layer of an LSTM in an `_OnCuda`: h [B, P] and c [B, H], and y [B, P], the next h."""
+
+    def __init__(self, lstm: PreparedLSTM, index: int, batch: int) -> None:
+        w_ih, w_hh, b_ih, b_hh, w_hr = lstm._parameters_of(index, lstm.held)
+        ((hidden, output),) = lstm.sizes[index]
+        columns = w_ih.shape[1]
+        self._w_ih, self._w_hh = _aligned(w_ih)[:, :columns], _aligned(w_hh)[:, :output]
+        self._bias = None if b_ih is None or b_hh is None else b_ih.float() + b_hh.float()
+        self._w_hr = None if w_hr is None else w_hr.float().t()
+        self.c = torch.zeros(batch, hidden, device=w_ih.device)
+        self.h_rows, self.y_rows = (_aligned(self.c.new_zeros(batch, output)) for _ in range(2))
+        self.h, self.y = self.h_rows[:, :output], self.y_rows[:, :output]
+        self._cell = self.y if w_hr is None else torch.empty_like(self.c)
+
+    def step(self, x: Tensor) -> Tensor:
+        """Put the next h into y."""
+        ops.lstm_step_(x, self.h, self.c, self._w_ih, self._w_hh, self._bias, self._cell)
+        if self._w_hr is not None:
+            torch.mm(self._cell, self._w_hr, out=self.y)
+        return self.y
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """A copy of a matrix with zero columns at the end that make rows multiples of 16 bytes."""
+    return F.pad(t, (0, -t.shape[1] % (16 // t.element_size())))
 
 
 class _Reference:

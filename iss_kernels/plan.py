@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain_plan: how the CUDA kernels run an LSTM layer on some GPU, and why; no GPU needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from iss_kernels import backend
+
+# (major, minor), multiprocessors, bytes of shared memory that a block can ask for.
+_GPUS = {
+    "A100": (8, 0, 108, 163 * 1024),
+    "L40S": (8, 9, 142, 99 * 1024),
+    "RTX 4090": (8, 9, 128, 99 * 1024),
+    "H100": (9, 0, 132, 227 * 1024),
+    "H200": (9, 0, 132, 227 * 1024),
+    "B200": (10, 0, 148, 227 * 1024),
+    "RTX 5090": (12, 0, 170, 99 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the steps of one LSTM layer run.
+
+    A group of `blocks` thread blocks runs `rows` rows of the batch at a time, for all steps; each
+    block owns `units` units and keeps their recurrent weights in `shared_bytes` of shared memory.
+    `groups` of them are resident at once. tier: what the blocks of a group exchange h through,
+    "block" (one block: its own shared memory), "cluster" (distributed shared memory), "grid" (L2);
+    or "steps": nothing is resident, a GEMM and a fused cell per step. why: one sentence.
+    """
+
+    tier: str
+    units: int
+    blocks: int
+    rows: int
+    groups: int
+    threads: int
+    shared_bytes: int
+    why: str
+
+    def __str__(self) -> str:
+        if self.tier == "steps":
+            return f"steps: {self.why}"
+        return (
+            f"{self.tier}: {self.groups} x {self.blocks} blocks of {self.units} units and "
+            f"{self.threads} threads, {self.rows} rows at a time, "
+            f"{self.shared_bytes / 1024:.0f} KB of shared memory each; {self.why}"
+        )
+
+
+def explain_plan(
+    hidden_size: int,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backward: bool = False,
+    proj_size: int = 0,
+    tf32: bool | None = None,
+    device: str | torch.device | Sequence[int] | None = None,
+) -> Plan:
+    """The `Plan` of a layer; print it.
+
+    device: a CUDA device of this machine, the name of a GPU ("A100", "L40S", "RTX 4090", "H100",
+    "H200", "B200", "RTX 5090"), or (major, minor, multiprocessors, shared memory bytes per block);
+    by default the current CUDA device, or an H100 where there is none. tf32: whether float32 may
+    use it; by default as torch.backends.cuda.matmul says. Raises ValueError for other arguments,
+    RuntimeError without the extension.
+    """
+    native = backend.native()
+    if native is None:
+        raise RuntimeError("explain_plan: expected the compiled extension, got plain torch")
+    for name, value, least in (
+        ("hidden_size", hidden_size, 1),
+        ("batch_size", batch_size, 1),
+        ("proj_size", proj_size, 0),
+    ):
+        if type(value) is not int or value < least:
+            raise ValueError(
+                f"explain_plan: expected {name} to be an int from {least}, got {value!r}"
+            )
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "explain_plan: expected dtype float32, float64, bfloat16 or float16, "
+            f"got {str(dtype).removeprefix('torch.')}"
+        )
+    if tf32 is None:
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    limits = _limits(device)
+    return Plan(
+        **native.plan(hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, limits)
+    )
+
+
+def _limits(device: str | torch.device | Sequence[int] | None) -> tuple[int, int, int, int]:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "H100"
+    if isinstance(device, str) and device in _GPUS:
+        return _GPUS[device]
+    if not isinstance(device, (str, torch.device)):
+        values = tuple(device)
+        if len(values) == 4 and all(type(v) is int and v >= 0 for v in values):
+            return values
+    elif str(device).startswith("cuda") and torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(device)
+        return (
+            found.major,
+            found.minor,
+            found.multi_processor_count,
+            found.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        )
+    raise ValueError(
+        f"explain_plan: expected device to be a CUDA device of this machine, one of "
+        f"{', '.join(_GPUS)}, or 4 ints (major, minor, multiprocessors, shared bytes), "
+        f"got {device!r}"
+    )
