@@ -122,10 +122,10 @@ __global__ void __launch_bounds__(max_threads(math), 1)
           for (int j = 0; j < 2; ++j) {
             const int64_t b = batch_first + lane_row + n * kTileRows + j;
             if (!owned(n, j) || b >= rows.n) continue;
-            const T* from = args.gates_x + (rows.first + b) * 4 * args.hidden + unit;
+            const T* from = args.gates_x + (rows.first + b) * 4 * hidden + unit;
 #pragma unroll
             for (int gate = 0; gate < 4; ++gate)
-              gates.values[n][j][gate] = from[gate * args.hidden];
+              gates.values[n][j][gate] = from[gate * hidden];
           }
       }
       return gates;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (!owned(n, j)) continue;
-        const int64_t at = (batch_first + lane_row + n * kTileRows + j) * args.hidden + unit;
+        const int64_t at = (batch_first + lane_row + n * kTileRows + j) * hidden + unit;
         state.h[n][j] = widen(args.h0[at]);
         state.c[n][j] = widen(args.c0[at]);
       }
@@ -181,14 +181,14 @@ __global__ void __launch_bounds__(max_threads(math), 1)
               state.c[n][j] = c;
               state.h[n][j] = widen(h);
               const int64_t at = rows.first + b;
-              args.y[at * args.hidden + unit] = h;
+              args.y[at * hidden + unit] = h;
               if (args.gates) {
-                Wide<T>* saved = args.gates + at * 4 * args.hidden + unit;
+                Wide<T>* saved = args.gates + at * 4 * hidden + unit;
                 saved[0] = i;
-                saved[args.hidden] = f;
-                saved[2 * args.hidden] = g;
-                saved[3 * args.hidden] = o;
-                args.cells[at * args.hidden + unit] = c;
+                saved[hidden] = f;
+                saved[2 * hidden] = g;
+                saved[3 * hidden] = o;
+                args.cells[at * hidden + unit] = c;
               }
             }
             // A row that does not run has the same h, for when it will.
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (!owned(n, j)) continue;
-        const int64_t at = (batch_first + lane_row + n * kTileRows + j) * args.hidden + unit;
+        const int64_t at = (batch_first + lane_row + n * kTileRows + j) * hidden + unit;
         args.h_n[at] = narrow<T>(state.h[n][j]);
         args.c_n[at] = narrow<T>(state.c[n][j]);
       }

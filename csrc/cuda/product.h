@@ -97,7 +97,8 @@ struct Product {
     float d[kUsed][2][4] = {};
     weights += lane % 16 * stride + lane / 16;
     vectors += lane % 8 * stride + lane / 8;
-#pragma unroll 2
+    constexpr int kUnroll = kUsed > 1 ? 1 : 2;
+#pragma unroll kUnroll
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
       uint32_t b[kUsed][4];
 #pragma unroll

@@ -23,7 +23,7 @@ __device__ __forceinline__ StepRows rows_at(const Steps& sequence, int64_t step)
 template <Math math, bool by_column, typename Get>
 __device__ __forceinline__ void fill(uint4* to, int rows, int chunks, int stride, Get get) {
   using C = Chunk<Element<math>>;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
     const int row = by_column ? i % rows : i / chunks;
     const int chunk = by_column ? i / rows : i % chunks;

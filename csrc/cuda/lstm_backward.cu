@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient of all time steps of an LSTM layer in one launch, but for the products that make the
+// gradients of weights. Groups, blocks and units are those of forward (lstm_forward.cu).
+//
+// dh of a step is dgates @ w_hh of the step after it, a sum over all 4H gates. A block multiplies
+// the gates of its own units, which it has just made, with its rows of w_hh: a part of dh for all
+// units. Each part goes to the block that owns the unit, which adds up parts in the order of
+// blocks: no atomics, the same bits every time. Sending parts of dh rather than dgates to everybody
+// is a quarter of the exchange, and only a block's own dgates lie in shared memory.
+//
+// A step costs what a step forward does, and one more barrier within the block.
+#include "cuda/sequence.h"
+
+namespace iss {
+namespace {
+
+// What one element (a row's unit) needs at one step.
+template <typename T>
+struct ItemInputs {
+  Wide<T> gates[4], cell, cell_before;
+  T dy;
+};
+
+template <Math math, Tier tier>
+__global__ void __launch_bounds__(max_threads(math), 1)
+    lstm_backward_kernel(LstmBackwardArgs<Element<math>> args, LstmTiles tiles) {
+  using T = Element<math>;
+  constexpr int kTiles = Product<math>::kTiles;
+  constexpr int kTileRows = tile_rows(math), kPassRows = pass_rows(math);
+
+  SIMT_DYN_SHARED(uint4, shared);
+  const int hidden = static_cast<int>(args.hidden), units = tiles.units;
+  const SharedLayout layout = shared_layout(math, tier, true, hidden, tiles, blockDim.x);
+  const int chunks = chunks_of(math, 4 * units), stride = chunks + 1;
+  uint4* const weights = shared + layout.weights;  // row j, column gate * units + u
+  uint4* const vectors = shared + layout.vectors;
+  Wide<T>* const sums = reinterpret_cast<Wide<T>*>(shared + layout.sums);
+  const int count = tiles.rows * units;  // of elements that this block owns
+
+  Group<tier> group(tiles, args.arrivals);
+  const int first_unit = group.rank * units;
+  const int parts = tiles.blocks * tiles.splits;  // of a sum over the whole group
+  const int buffer = parts * count;
+  Wide<T>* const exchange = reinterpret_cast<Wide<T>*>(
+      static_cast<uint4*>(args.exchange) + group.index * exchange_of(math, true, hidden, tiles));
+
+  // Warps: tiles of 32 units of one pass, then the other passes; all of that per split.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int per_split = blockDim.x / 32 / tiles.splits;
+  const int split = warp / per_split, worker = warp % per_split;
+  const int unit_tiles = static_cast<int>(ceil_div(hidden, kWeightRows));
+  const int products = unit_tiles * static_cast<int>(ceil_div(tiles.rows, kPassRows));
+  const KRange k = k_range(chunks, split, tiles.splits);
+
+  fill<math, true>(weights, unit_tiles * kWeightRows, chunks, stride, [&](int row, int column) {
+    const int u = first_unit + column % units, gate = column / units;
+    const bool inside = row < hidden && u < hidden && gate < 4;
+    return inside ? operand<math>(args.w_hh[(gate * args.hidden + u) * hidden + row]) : T{};
+  });
+  fill<math, false>(vectors, tiles.rows, chunks, stride, [](int, int) { return T{}; });
+  group.sync();
+
+  int parity = 0;  // of the products, over all tiles of rows
+  for (int64_t tile = group.index; tile * tiles.rows < args.sequence.batch; tile += tiles.groups) {
+    const int64_t batch_first = tile * tiles.rows;
+    int batch_row[kItems];  // of this thread's elements, -1 where there is none
+    int unit[kItems];
+    Wide<T> dh[kItems] = {}, dc[kItems] = {};
+#pragma unroll
+    for (int n = 0; n < kItems; ++n) {
+      const int item = threadIdx.x + n * blockDim.x;
+      batch_row[n] = static_cast<int>(batch_first) + item / units;
+      unit[n] = first_unit + item % units;
+      if (item >= count || unit[n] >= hidden || batch_row[n] >= args.sequence.batch)
+        batch_row[n] = -1;
+      if (batch_row[n] < 0) continue;
+      const int64_t at = int64_t{batch_row[n]} * hidden + unit[n];
+      dh[n] = widen(args.dh_n[at]);
+      dc[n] = widen(args.dc_n[at]);
+    }
+    const auto runs = [&](int n, const StepRows& rows) {
+      return batch_row[n] >= 0 && batch_row[n] < rows.n;
+    };
+    const auto load = [&](ItemInputs<T>(&inputs)[kItems], int64_t step) {
+      const StepRows rows = rows_at(args.sequence, step);
+      const StepRows before = step > 0 ? rows_at(args.sequence, step - 1) : StepRows{0, 0};
+#pragma unroll
+      for (int n = 0; n < kItems; ++n) {
+        if (!runs(n, rows)) continue;
+        const int64_t at = rows.first + batch_row[n];
+        const Wide<T>* gates = args.gates + at * 4 * hidden + unit[n];
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) inputs[n].gates[gate] = gates[gate * hidden];
+        inputs[n].cell = args.cells[at * hidden + unit[n]];
+        inputs[n].cell_before = batch_row[n] < before.n
+                                    ? args.cells[(before.first + batch_row[n]) * hidden + unit[n]]
+                                    : widen(args.c0[int64_t{batch_row[n]} * hidden + unit[n]]);
+        inputs[n].dy = args.dy[at * hidden + unit[n]];
+      }
+    };
+
+    ItemInputs<T> inputs[kItems] = {};
+    if (args.sequence.steps > 0) load(inputs, args.sequence.steps - 1);
+    for (int64_t step = args.sequence.steps - 1; step >= 0; --step) {
+      const StepRows rows = rows_at(args.sequence, step);
+#pragma unroll
+      for (int n = 0; n < kItems; ++n) {
+        if (batch_row[n] < 0) continue;
+        T dgates[4] = {};
+        if (runs(n, rows)) {
+          const auto& in = inputs[n];
+          const Wide<T> i = in.gates[0], f = in.gates[1], g = in.gates[2], o = in.gates[3];
+          const Wide<T> dh_here = dh[n] + widen(in.dy), tanh_c = tanh(in.cell);
+          const Wide<T> dc_here = fused(dh_here * o, 1 - tanh_c * tanh_c, dc[n]);
+          dgates[0] = narrow<T>(dc_here * g * i * (1 - i));
+          dgates[1] = narrow<T>(dc_here * in.cell_before * f * (1 - f));
+          dgates[2] = narrow<T>(dc_here * i * (1 - g * g));
+          dgates[3] = narrow<T>(dh_here * tanh_c * o * (1 - o));
+          dc[n] = dc_here * f;
+          T* to = args.dgates + (rows.first + batch_row[n]) * 4 * hidden + unit[n];
+#pragma unroll
+          for (int gate = 0; gate < 4; ++gate) to[gate * hidden] = dgates[gate];
+        }
+        T* to = reinterpret_cast<T*>(vectors + (batch_row[n] - batch_first) * stride) + unit[n] -
+                first_unit;
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) to[gate * units] = operand<math>(dgates[gate]);
+      }
+      if (step > 0) load(inputs, step - 1);
+      __syncthreads();
+
+      // Part `rank * splits + split` of dh, to the owners of its units.
+      for (int index = worker; index < products; index += per_split) {
+        const int first = index % unit_tiles * kWeightRows;
+        const int pass_first = index / unit_tiles * kPassRows;
+        const int rows_of_pass = min(kPassRows, tiles.rows - pass_first);
+        Product<math> product;
+        product.run(weights + first * stride, vectors + pass_first * stride, stride, k,
+                    rows_of_pass);
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+          if (first + g * kUnits >= hidden) break;
+          const int owner = (first + g * kUnits) / units;
+          Wide<T>* to = sums + split * count;
+          if constexpr (tier == Tier::kCluster)
+            to = map_shared(sums, owner) + parity * buffer +
+                 (group.rank * tiles.splits + split) * count;
+          if constexpr (tier == Tier::kGrid)
+            to = exchange + (static_cast<int64_t>(parity) * tiles.blocks + owner) * buffer +
+                 (group.rank * tiles.splits + split) * count;
+          to += first + g * kUnits - owner * units + Product<math>::weight_row(lane);
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const int row = Product<math>::batch_row(lane) + n * kTileRows + j;
+              if (row < rows_of_pass) to[(pass_first + row) * units] = product.sums[n][g][j];
+            }
+        }
+      }
+      group.sync();
+
+      const Wide<T>* from = sums;
+      int to_add = tier == Tier::kCluster ? parts : tiles.splits;
+      if constexpr (tier == Tier::kCluster) from += parity * buffer;
+      if constexpr (tier == Tier::kGrid) {
+        to_add = slices_of(tiles, blockDim.x);
+        const Wide<T>* all =
+            exchange + (static_cast<int64_t>(parity) * tiles.blocks + group.rank) * buffer;
+        for (int i = threadIdx.x; i < to_add * count; i += blockDim.x) {
+          const int item = i % count;
+          if (first_unit + item % units >= hidden) continue;
+          Wide<T> sum = 0;
+#pragma unroll 8
+          for (int part = i / count; part < parts; part += to_add)
+            sum += load_l2(all + part * count + item);
+          sums[i] = sum;
+        }
+        __syncthreads();
+      }
+#pragma unroll
+      for (int n = 0; n < kItems; ++n) {
+        if (!runs(n, rows)) continue;
+        Wide<T> sum = 0;
+        for (int part = 0; part < to_add; ++part)
+          sum += from[part * count + threadIdx.x + n * blockDim.x];
+        dh[n] = sum;
+      }
+      parity ^= 1;
+    }
+
+#pragma unroll
+    for (int n = 0; n < kItems; ++n) {
+      if (batch_row[n] < 0) continue;
+      const int64_t at = int64_t{batch_row[n]} * hidden + unit[n];
+      args.dh0[at] = narrow<T>(dh[n]);
+      args.dc0[at] = narrow<T>(dc[n]);
+    }
+  }
+}
+
+template <Math math>
+SequenceKernel<LstmBackwardArgs<Element<math>>> kernel_of(Tier tier) {
+  switch (tier) {
+    case Tier::kBlock:
+      return lstm_backward_kernel<math, Tier::kBlock>;
+    case Tier::kCluster:
+      return lstm_backward_kernel<math, Tier::kCluster>;
+    default:
+      return lstm_backward_kernel<math, Tier::kGrid>;
+  }
+}
+template <typename T>
+SequenceKernel<LstmBackwardArgs<T>> kernel_of(const LstmPlan& plan) {
+  if constexpr (std::is_same_v<T, float>)
+    if (plan.math == Math::kTf32) return kernel_of<Math::kTf32>(plan.tier);
+  return kernel_of<MathOf<T>::value>(plan.tier);
+}
+
+}  // namespace
+
+template <typename T>
+int launch_lstm_backward(const LstmPlan& plan, const LstmBackwardArgs<T>& args, CudaStream stream) {
+  return launch_sequence(kernel_of<T>(plan), plan, args, stream);
+}
+template <typename T>
+bool can_launch_lstm_backward(const LstmPlan& plan) {
+  return fits_device(kernel_of<T>(plan), plan);
+}
+
+#define ISS_INSTANCE(T)                                                                       \
+  template int launch_lstm_backward(const LstmPlan&, const LstmBackwardArgs<T>&, CudaStream); \
+  template bool can_launch_lstm_backward<T>(const LstmPlan&);
+ISS_LSTM_INSTANCES(ISS_INSTANCE)
+
+}  // namespace iss
