@@ -135,8 +135,9 @@ bool all_aligned(const P*... pointers) {
 template <typename T>
 int launch_lstm_cell(const LstmCellArgs<T>& args, CudaStream stream) {
   constexpr int kUnits = Chunk<T>::kSize;
-  const bool whole = args.hidden % kUnits == 0 && args.h_stride % kUnits == 0 &&
-                     all_aligned(args.gates_in, args.c_prev, args.c, args.h, args.gates, args.cells);
+  const bool whole =
+      args.hidden % kUnits == 0 && args.h_stride % kUnits == 0 &&
+      all_aligned(args.gates_in, args.c_prev, args.c, args.h, args.gates, args.cells);
   return whole ? launch(&lstm_cell<T, kUnits>, args, kUnits, stream)
                : launch(&lstm_cell<T, 1>, args, 1, stream);
 }
@@ -144,13 +145,13 @@ int launch_lstm_cell(const LstmCellArgs<T>& args, CudaStream stream) {
 template <typename T>
 int launch_lstm_cell_backward(const LstmCellBackwardArgs<T>& args, CudaStream stream) {
   constexpr int kUnits = Chunk<T>::kSize;
-  const bool whole = args.hidden % kUnits == 0 &&
-                     all_aligned(args.dh, args.gates, args.cells, args.c_prev, args.dc, args.dgates);
+  const bool whole = args.hidden % kUnits == 0 && all_aligned(args.dh, args.gates, args.cells,
+                                                              args.c_prev, args.dc, args.dgates);
   return whole ? launch(&lstm_cell_backward<T, kUnits>, args, kUnits, stream)
                : launch(&lstm_cell_backward<T, 1>, args, 1, stream);
 }
 
-#define ISS_INSTANCE(T)                                                \
+#define ISS_INSTANCE(T)                                              \
   template int launch_lstm_cell(const LstmCellArgs<T>&, CudaStream); \
   template int launch_lstm_cell_backward(const LstmCellBackwardArgs<T>&, CudaStream);
 ISS_EACH_DTYPE(ISS_INSTANCE)

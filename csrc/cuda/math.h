@@ -64,7 +64,12 @@ struct alignas(16) Chunk {
     return __builtin_bit_cast(Chunk, *reinterpret_cast<const uint4*>(p));
   }
   __device__ __forceinline__ void store(T* p) const {
-    *reinterpret_cast<uint4*>(p) = __builtin_bit_cast(uint4, *this);
+    const uint4 words = __builtin_bit_cast(uint4, *this);
+#ifdef __CUDACC__
+    __stwb(reinterpret_cast<uint4*>(p), words);  // nvcc breaks a plain store into four
+#else
+    *reinterpret_cast<uint4*>(p) = words;
+#endif
   }
 };
 
