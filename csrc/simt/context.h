@@ -37,7 +37,7 @@ extern "C" void iss_simt_switch(Context* from, Context to);
 
 inline void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
   constexpr int kPreserved = 6;
-  void** top = reinterpret_cast<void**>(stack + bytes) - 2;
+  void** top = reinterpret_cast<void**>(stack + bytes) - 1;
   *top = nullptr;  // entry's return address: its stack is as misaligned as a call leaves it
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kPreserved; ++i) *--top = nullptr;
