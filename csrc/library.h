@@ -5,7 +5,9 @@
 #pragma once
 
 #ifdef SIMT_HOST
+#ifndef ISS_NAMESPACE  // the checked build has another
 #define ISS_NAMESPACE iss_kernels_simt
+#endif
 #define ISS_DEVICE CPU
 #else
 #define ISS_NAMESPACE iss_kernels

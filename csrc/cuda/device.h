@@ -10,7 +10,9 @@
 #include "cuda/plan.h"
 #include "library.h"
 
-#ifndef SIMT_HOST
+#ifdef SIMT_HOST
+#include "simt/control.h"
+#else
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -19,18 +21,12 @@ namespace iss {
 
 #ifdef SIMT_HOST
 
-// An H100 with few multiprocessors, so that a launch that fills it is still small.
-inline DeviceLimits& pretended_device() {
-  static DeviceLimits limits{.major = 9, .minor = 0, .multiprocessors = 8, .shared_bytes = 232448};
-  return limits;
-}
-
 struct DeviceGuard {
   explicit DeviceGuard(const at::Device&) {}
 };
 inline CudaStream current_stream(const at::Tensor&) { return nullptr; }
-inline DeviceLimits device_limits(const at::Tensor&) { return pretended_device(); }
-inline std::string launch_error(int) { return "an error of the emulator"; }
+inline DeviceLimits device_limits(const at::Tensor&) { return simt::device; }
+inline std::string launch_error(int) { return simt::last_error(); }
 
 #else
 

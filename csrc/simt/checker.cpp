@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <tuple>
 #include <unordered_map>
 
 namespace iss::simt {
@@ -23,8 +24,11 @@ constexpr size_t kGranule = 2;
 // Who did it, and what its clock was; clock 0: nobody.
 struct Event {
   uint32_t thread = 0;  // Thread::id
-  uint32_t clock : 31 = 0;
-  uint32_t atomic : 1 = 0;
+  uint32_t clock : 30 = 0;
+  uint32_t atomic : 1 = 0, write : 1 = 0;
+
+  // Of events with the same source the last tells all.
+  std::tuple<uint32_t, bool, bool> source() const { return {thread, atomic, write}; }
 };
 
 // kHost: of memory that host code may have written; of shared memory: not part of any array.
@@ -33,10 +37,11 @@ enum class State : uint8_t { kHost, kUnwritten, kInFlight, kWritten };
 struct Cell {
   Event write, read;
   const void* write_pc;
-  std::vector<Event>* reads;  // others that `read` does not come after
-  uint32_t launch;            // that the events belong to; older ones are as good as none
+  std::vector<Event>* others;  // reads that `read` does not come after, atomic writes alike
+  uint32_t launch;             // that the events belong to; older ones are as good as none
   State state;
-  bool read_only;  // somebody relied on it
+  bool other_writes;  // among `others`
+  bool read_only;     // somebody relied on it
 };
 
 struct Region {
@@ -57,7 +62,7 @@ Region* last_region = nullptr;          // of a lookup
 uint32_t launches = 0;
 KnowledgePtr nothing;
 std::unordered_map<const void*, KnowledgePtr> flags;  // what each flag's releases published
-std::deque<std::vector<Event>> read_sets;             // of this launch's cells
+std::deque<std::vector<Event>> event_sets;            // Cell::others of this launch
 std::minstd_rand preemption;
 
 constexpr unsigned kThreadBits = 10;
@@ -195,22 +200,29 @@ struct Check {
     if (c.launch != launches) {
       c.launch = launches;
       c.write = c.read = {};
-      c.reads = nullptr;
-      c.read_only = false;
+      c.others = nullptr;
+      c.other_writes = c.read_only = false;
     }
     if (c.state == State::kHost && region.block != nullptr)
       launch.fail("out of bounds: ", verb(), " of ", bytes, " bytes at ", place(), ", at ", Pc{pc});
     if (conflicts(c.write))
       launch.fail("race: ", verb(), " of ", place(), " at ", Pc{pc}, ", and a write by ",
                   Doer{c.write}, " at ", Pc{c.write_pc});
+    if (c.other_writes)
+      for (Event e : *c.others)
+        if (e.write && conflicts(e)) race(e);
     if (reads()) read(c);
     if (writes()) write(c);
   }
 
+  void race(Event event) const {
+    launch.fail("race: ", verb(), " of ", place(), " at ", Pc{pc}, ", and a ",
+                event.write ? "write by " : "read by ", Doer{event});
+  }
   bool conflicts(Event event) const {
     return !(event.atomic && atomic()) && !is_before(event, thread);
   }
-  Event event() const { return {thread.id, thread.clock, atomic()}; }
+  Event event() const { return {thread.id, thread.clock, atomic(), writes()}; }
 
   void read(Cell& c) {
     if (c.state == State::kInFlight)
@@ -225,44 +237,48 @@ struct Check {
       c.read_only = true;
     }
     if (writes()) return;  // what conflicts with it is the write
-    if (!is_covered(c.read)) keep_read(c);
+    if (!is_covered(c.read)) keep(c, c.read);
     c.read = event();
   }
 
-  // Whether an earlier read can be forgotten: who comes after this one comes after both, unless it
-  // is an atomic write, which need not come after this one.
-  bool is_covered(Event read) const {
-    return is_before(read, thread) && (read.atomic || read.clock == 0 || !atomic());
+  // Whether an earlier event can be forgotten: who comes after this one comes after both, unless it
+  // is an atomic access, which need not come after this one.
+  bool is_covered(Event earlier) const {
+    return is_before(earlier, thread) && (earlier.atomic || earlier.clock == 0 || !atomic());
   }
 
-  void keep_read(Cell& c) {
-    if (c.reads == nullptr) c.reads = &read_sets.emplace_back();
-    auto& reads = *c.reads;
-    reads.push_back(c.read);
-    const size_t size = reads.size();
+  void keep(Cell& c, Event event) {
+    if (c.others == nullptr) c.others = &event_sets.emplace_back();
+    c.others->push_back(event);
+    c.other_writes |= event.write;
+    const size_t size = c.others->size();
     if (size < 32 || (size & (size - 1)) != 0) return;  // now and then, drop what tells nothing
-    std::sort(reads.begin(), reads.end(), [](Event a, Event b) {
-      return a.thread != b.thread ? a.thread < b.thread : a.clock > b.clock;
+    std::sort(c.others->begin(), c.others->end(), [](Event a, Event b) {
+      return a.source() != b.source() ? a.source() < b.source() : a.clock > b.clock;
     });
-    const auto same = [](Event a, Event b) { return a.thread == b.thread && a.atomic == b.atomic; };
-    reads.erase(std::unique(reads.begin(), reads.end(), same), reads.end());
-    std::erase_if(reads, [&](Event e) { return is_covered(e); });
+    const auto alike = [](Event a, Event b) { return a.source() == b.source(); };
+    c.others->erase(std::unique(c.others->begin(), c.others->end(), alike), c.others->end());
+    std::erase_if(*c.others, [&](Event e) { return is_covered(e); });
   }
 
   void write(Cell& c) {
-    Event unordered = conflicts(c.read) ? c.read : Event{};
-    if (c.reads != nullptr)
-      for (Event e : *c.reads)
-        if (conflicts(e)) unordered = e;
-    if (unordered.clock != 0)
-      launch.fail("race: write of ", place(), " at ", Pc{pc}, ", and a read by ", Doer{unordered});
+    if (conflicts(c.read)) race(c.read);
+    if (c.others != nullptr)
+      for (Event e : *c.others)
+        if (conflicts(e)) race(e);
     if (c.read_only)
       launch.fail("write of ", place(), ", which this launch reads by __ldg, at ", Pc{pc});
+    if (!atomic()) {  // it comes after all there was
+      c.others = nullptr;
+      c.other_writes = false;
+    } else {
+      for (Event e : {c.read, c.write})
+        if (!is_covered(e)) keep(c, e);
+    }
+    c.read = {};
     c.write = event();
     c.write_pc = pc;
     c.state = kind == Access::kCopyStarts ? State::kInFlight : State::kWritten;
-    c.read = {};
-    c.reads = nullptr;
   }
 };
 
@@ -315,7 +331,7 @@ void start(Launch& launch) {
 void end(Launch&) {
   nothing = nullptr;
   flags.clear();
-  read_sets.clear();
+  event_sets.clear();
 }
 
 void start_block(Block& block) {
