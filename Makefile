@@ -9,7 +9,15 @@ BIN    := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: build demo test bench lint format clean
+# The CUDA build has an environment of its own, with torch's CUDA build (5.5 GB). It asks for nvcc,
+# not for a GPU. The package is installed there, not used in place, where the _C of .venv is.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_ARCHS ?= 8.0;9.0a;10.0a;12.0+PTX
+CUDA_BIN   := .venv-cuda/bin
+CUDA_PIP   := $(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check
+CUDA_SOURCES := $(SOURCES) $(shell find csrc iss_kernels -name '*.cu' -o -name '*.py')
+
+.PHONY: build demo test bench lint format clean build-cuda test-gpu bench-gpu
 build: .venv/built
 demo: .venv/demo
 	$(BIN)/python -m iss_kernels demo $(ARGS)
@@ -17,17 +25,29 @@ test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 bench: .venv/bench
 	$(BIN)/python -m iss_kernels bench $(ARGS)
+build-cuda: .venv-cuda/built
+	cd .venv-cuda && bin/python -c 'import iss_kernels as iss; print(*iss.build_info().items(), sep="\n")'
+test-gpu: .venv-cuda/built
+	$(CUDA_PIP) expecttest hypothesis 'pytest>=8'
+	$(CUDA_BIN)/pytest python_tests/test_cuda_*.py -k "not simt" -rs $(ARGS)
+	@command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not on the PATH: left out"
+	@command -v compute-sanitizer >/dev/null && for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(CUDA_BIN)/pytest python_tests/test_cuda_*.py \
+	    -k "sanitizer and not simt" || exit 1; done
+bench-gpu: .venv-cuda/built
+	$(CUDA_PIP) 'matplotlib>=3.8'
+	$(CUDA_BIN)/python bench/bench_cuda.py $(ARGS)
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc python_tests -name "*.cpp" -o -name "*.h" | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc python_tests -name "*.cpp" -o -name "*.cu" -o -name "*.h" | xargs $(BIN)/clang-format --dry-run --Werror
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc python_tests -name "*.cpp" -o -name "*.h" | xargs $(BIN)/clang-format -i
+	find csrc python_tests -name "*.cpp" -o -name "*.cu" -o -name "*.h" | xargs $(BIN)/clang-format -i
 clean:
-	rm -rf .venv build *.egg-info iss_kernels/_C*.so
+	rm -rf .venv .venv-cuda build *.egg-info iss_kernels/_C*.so
 
 .venv/torch:
 	@command -v $(PYTHON) >/dev/null || { echo "iss_kernels: no $(PYTHON) on the PATH; install Python 3.10 or newer" >&2; exit 1; }
@@ -39,6 +59,12 @@ clean:
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 # An extra of pyproject.toml; what is built already is not compiled again.
-.venv/demo .venv/test .venv/bench .venv/dev: .venv/built
+.venv/demo .venv/test .venv/bench .venv/dev .venv/cuda: .venv/built
 	$(PIP) --no-build-isolation --editable '.[$(@F)]'
+	@touch $@
+.venv-cuda/built: $(CUDA_SOURCES)
+	@command -v nvcc >/dev/null || { echo "iss_kernels: no nvcc on the PATH; install the CUDA toolkit of torch's version" >&2; exit 1; }
+	@[ -x $(CUDA_BIN)/python ] || $(PYTHON) -m venv .venv-cuda
+	$(CUDA_PIP) '$(CUDA_TORCH)' 'numpy>=1.26' 'setuptools>=77' ninja
+	ISS_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(CUDA_PIP) --no-build-isolation --no-deps .
 	@touch $@

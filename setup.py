@@ -68,4 +68,6 @@ extension = (CUDAExtension if cuda else CppExtension)(
     extra_compile_args={"cxx": [*cxx, *openmp], "nvcc": ["-std=c++20", "-O3", "-lineinfo"]},
     extra_link_args=openmp,
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+# Objects of the two kinds of build are kept apart, so that each is compiled once.
+options = {"build": {"build_base": "build/cuda"}} if cuda else {}
+setup(ext_modules=[extension], cmdclass={"build_ext": Build}, options=options)

@@ -71,14 +71,18 @@ class Problem:
     factors: Tensor
 
     @staticmethod
-    def of(model: Model, dtype: torch.dtype) -> Problem:
+    def of(model: Model, dtype: torch.dtype, device: str = "cpu") -> Problem:
         """Factors so close to 0 that thousands of calls leave the gradients small."""
         torch.manual_seed(0)
         module = model.build().to(dtype)
         groups = find_groups(module, torch.zeros(2, 1, dtype=torch.long))
-        weights = [parameter.detach() for parameter in groups.parameters()]
-        factors = torch.full((groups.units,), 1e-6, dtype=torch.promote_types(dtype, torch.float32))
-        labels = [[w.row_units for w in groups.weights], [w.column_units for w in groups.weights]]
+        weights = [parameter.detach().to(device) for parameter in groups.parameters()]
+        wide = torch.promote_types(dtype, torch.float32)
+        factors = torch.full((groups.units,), 1e-6, dtype=wide, device=device)
+        labels = [
+            [w.row_units.to(device) for w in groups.weights],
+            [w.column_units.to(device) for w in groups.weights],
+        ]
         grads = [torch.zeros_like(w) for w in weights]
         return Problem(weights, labels[0], labels[1], groups.units, grads, factors)
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels compile for every GPU we support, and take what they are meant to take."""
+
+import re
+import subprocess
+
+import pytest
+from cuda_compile import (
+    ARCHITECTURES,
+    SOURCES,
+    committed,
+    compile_all,
+    compiled,
+    table,
+    tool,
+    version,
+)
+
+needs_nvcc = pytest.mark.skipif(
+    tool("nvcc") is None, reason="no nvcc: pip install --no-build-isolation -e '.[cuda]'"
+)
+needs_cuobjdump = pytest.mark.skipif(
+    tool("nvcc") is None or tool("cuobjdump") is None,
+    reason="no nvcc and cuobjdump: pip install --no-build-isolation -e '.[cuda]'",
+)
+
+
+@needs_nvcc
+def test_every_kernel_compiles_without_a_warning_on_every_architecture():
+    assert len(compile_all()) == len(SOURCES) * len(ARCHITECTURES) > 0
+
+
+@needs_nvcc
+def test_no_kernel_spills():
+    assert {key: spilled for key, (_, _, spilled) in table().items() if spilled} == {}
+
+
+@needs_nvcc
+def test_registers_and_shared_memory_are_those_of_the_table():
+    """cuda_resources.csv; `python python_tests/cuda_compile.py` writes it anew."""
+    if version() != "13.0":
+        pytest.skip(f"the table is nvcc 13.0's, this is {version()}")
+    found = {key: numbers[:2] for key, numbers in table().items()}
+    assert found == committed()
+
+
+def instructions(source, architecture):
+    """{kernel: its instructions}, from the machine code."""
+    cubin, _ = compiled(source, architecture)
+    command = [tool("cuobjdump"), "-sass", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kernels = {}
+    for part in done.stdout.split("Function : ")[1:]:
+        name, _, code = part.partition("\n")
+        kernels[name] = set(re.findall(r"\s([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)\s", code))
+    return kernels
+
+
+def uses(code, instruction):
+    return any(found.startswith(instruction) for found in code)
+
+
+# Math as in csrc/cuda/plan.h: of the five, those for tensor cores.
+TENSOR_CORES = "|".join(f"LNS_4MathE{i}E" for i in (2, 3, 4))
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["lstm_forward", "lstm_backward"])
+def test_tensor_cores_do_the_products_of_the_low_precisions(name, architecture):
+    source = next(s for s in SOURCES if s.stem == name)
+    kernels = instructions(source, architecture)
+    low = {k for k in kernels if re.search(TENSOR_CORES, k)}
+    assert low and low != set(kernels)
+    for kernel, code in kernels.items():
+        assert uses(code, "HMMA") == (kernel in low), kernel
+        assert uses(code, "LDSM") or kernel not in low, kernel
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_group_lasso_loads_16_bytes_at_a_time(architecture):
+    source = next(s for s in SOURCES if s.stem == "group_lasso")
+    kernels = instructions(source, architecture)
+    assert kernels and any(uses(code, "LDG.E.128") for code in kernels.values())
