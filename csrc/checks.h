@@ -163,6 +163,13 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
   }
 }
 
+// least, most: of all ids of one tensor and -1.
+inline void check_unit_ids(const char* op, const char* name, int64_t least, int64_t most,
+                           int64_t units) {
+  TORCH_CHECK(least == -1 && most < units, op, ": expected ", name,
+              " to be -1 or below units = ", units, ", got ", least < -1 ? least : most);
+}
+
 // Of what is computed for each unit: 16 bits are widened.
 inline at::ScalarType factor_type(const Tensor& weight) {
   const auto type = weight.scalar_type();

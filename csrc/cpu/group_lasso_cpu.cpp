@@ -69,8 +69,7 @@ struct Labelled {
         least = std::min(least, ids[i]);
         most = std::max(most, ids[i]);
       }
-      TORCH_CHECK(least == -1 && most < units, op, ": expected ", name,
-                  " to be -1 or below units = ", units, ", got ", least < -1 ? least : most);
+      check_unit_ids(op, name, least, most, units);
     };
     check("row_units", this->row_units, rows);
     check("column_units", this->column_units, columns);
