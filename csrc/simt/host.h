@@ -22,8 +22,10 @@
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 #define SIMT_UNCHECKED __attribute__((no_sanitize("thread")))
 
