@@ -15,6 +15,9 @@
 #include "cpu/kernels.h"
 #include "cpu/network.h"
 #include "cuda/plan.h"
+#ifdef ISS_WITH_CUDA
+#include "cuda/device.h"
+#endif
 
 namespace py = pybind11;
 
@@ -35,24 +38,30 @@ py::dict build_info() {
   return info;
 }
 
-// limits: major and minor version, multiprocessors, bytes of shared memory that a block may have.
+// major and minor version, multiprocessors, bytes of shared memory that a block may have
+using LimitsTuple = std::tuple<int, int, int, int64_t>;
+
+DeviceLimits limits_of(const LimitsTuple& tuple) {
+  const auto& [major, minor, multiprocessors, shared_bytes] = tuple;
+  return {.major = major,
+          .minor = minor,
+          .multiprocessors = multiprocessors,
+          .shared_bytes = shared_bytes};
+}
+
 py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bool projected,
-              bool backward, const std::tuple<int, int, int, int64_t>& limits) {
+              bool backward, const LimitsTuple& limits) {
   const Math math = dtype == at::kDouble     ? Math::kFloat64
                     : dtype == at::kBFloat16 ? Math::kBfloat16
                     : dtype == at::kHalf     ? Math::kFloat16
                     : tf32                   ? Math::kTf32
                                              : Math::kFloat32;
-  const auto& [major, minor, multiprocessors, shared_bytes] = limits;
   const LstmPlan plan = plan_lstm({.hidden = hidden,
                                    .batch = batch,
                                    .projected = projected,
                                    .math = math,
                                    .backward = backward},
-                                  {.major = major,
-                                   .minor = minor,
-                                   .multiprocessors = multiprocessors,
-                                   .shared_bytes = shared_bytes});
+                                  limits_of(limits));
   constexpr const char* kTiers[] = {"block", "cluster", "grid", "steps"};
   py::dict result;
   result["tier"] = kTiers[static_cast<int>(plan.tier)];
@@ -197,6 +206,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("supported_isas", &supported_isas);
   module.def("set_isa", &set_isa);
   module.def("plan", &plan);
+#ifdef ISS_WITH_CUDA
+  module.def("pretend_device", [](const std::optional<LimitsTuple>& limits) {
+    pretended_device() = limits ? std::optional(limits_of(*limits)) : std::nullopt;
+  });
+#endif
   py::class_<Network, std::shared_ptr<Network>>(module, "Network")
       .def(py::init(&make_network))
       .def("run", &run)

@@ -6,6 +6,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+#include <string>
+
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "library.h"
@@ -36,7 +39,14 @@ inline CudaStream current_stream(const at::Tensor& t) {
   return c10::cuda::getCurrentCUDAStream(t.device().index()).stream();
 }
 
+// For tests: a device taken for a lesser one, so that every plan runs on any.
+inline std::optional<DeviceLimits>& pretended_device() {
+  static std::optional<DeviceLimits> limits;
+  return limits;
+}
+
 inline DeviceLimits device_limits(const at::Tensor& t) {
+  if (pretended_device()) return *pretended_device();
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
     const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, t.device().index());
