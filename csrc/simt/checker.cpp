@@ -152,6 +152,16 @@ Region* find_region(const char* at) {
   return at < region.end ? last_region = &region : nullptr;
 }
 
+// Whose guard an address is in, or nullptr.
+Region* find_guarded(const char* at) {
+  auto after = regions.upper_bound(at);
+  if (after != regions.end() && after->second.begin - at <= ptrdiff_t{Launch::kRedZone})
+    return &after->second;
+  if (after == regions.begin()) return nullptr;
+  Region& region = std::prev(after)->second;
+  return at - region.end < ptrdiff_t{Launch::kRedZone} ? &region : nullptr;
+}
+
 bool is_poison(const char* at, size_t bytes) {
   const char* begin = at - reinterpret_cast<uintptr_t>(at) % kGranule;
   for (uint16_t value; begin < at + bytes; begin += kGranule) {
@@ -179,9 +189,8 @@ struct Check {
   const char* verb() const { return writes() ? "write" : "read"; }
   Described place() const { return {region, at}; }
 
-  void bounds() {
-    if (at + bytes > region.end)
-      launch.fail("out of bounds: ", verb(), " of ", bytes, " bytes at ", place(), ", at ", Pc{pc});
+  void out_of_bounds() const {
+    launch.fail("out of bounds: ", verb(), " of ", bytes, " bytes at ", place(), ", at ", Pc{pc});
   }
 
   // Shared memory of another block: it must have started and must not have ended.
@@ -203,8 +212,7 @@ struct Check {
       c.others = nullptr;
       c.other_writes = c.read_only = false;
     }
-    if (c.state == State::kHost && region.block != nullptr)
-      launch.fail("out of bounds: ", verb(), " of ", bytes, " bytes at ", place(), ", at ", Pc{pc});
+    if (c.state == State::kHost && region.block != nullptr) out_of_bounds();
     if (conflicts(c.write))
       launch.fail("race: ", verb(), " of ", place(), " at ", Pc{pc}, ", and a write by ",
                   Doer{c.write}, " at ", Pc{c.write_pc});
@@ -375,6 +383,8 @@ void access(const void* address, size_t bytes, Access kind, const void* pc) {
   Region* region = find_region(at);
   if (region == nullptr) {
     if (is_private(at, thread)) return;
+    if (Region* guarded = find_guarded(at); guarded != nullptr)
+      Check{launch, thread, *guarded, at, bytes, kind, pc}.out_of_bounds();
     launch.fail("out of bounds: access of ", bytes, " bytes at ", address,
                 ", which is no tensor's memory, at ", Pc{pc});
   }
@@ -383,7 +393,7 @@ void access(const void* address, size_t bytes, Access kind, const void* pc) {
     region = find_region(at);
   }
   Check check{launch, thread, *region, at, bytes, kind, pc};
-  check.bounds();
+  if (at + bytes > region->end) check.out_of_bounds();
   if (region->block != nullptr && region->block != thread.block) check.remote();
   if (check.reads() && region->block == nullptr && region->cell(at).state == State::kHost &&
       is_poison(at, bytes))

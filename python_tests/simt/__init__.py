@@ -7,6 +7,7 @@ when something that they are made of has changed.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import subprocess
@@ -142,15 +143,16 @@ def build(name, kernels, host_files=(), checked=False, flags=()):
     jobs += [(source, [*flags]) for source in host_files]
     jobs += [(source, ["-O2", *flags]) for source in SIMULATOR]
     objects = [BUILD / f"{name}-{Path(source).stem}.o" for source, _ in jobs]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda job, to: compile_object(job[0], to, job[1]), jobs, objects))
     library, torch_libraries = BUILD / f"{name}.so", Path(torch.__file__).parent / "lib"
     # Kernels come first: of an inline function the linker takes the first copy, the checked one.
     command = ["g++", "-shared", "-o", str(library), *map(str, objects), f"-L{torch_libraries}"]
     command += ["-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
-    if not is_current(library, " ".join(command), lambda _: objects):
-        run(command)
-        library.with_suffix(".made_by").write_text(digest(" ".join(command), objects))
+    with open(BUILD / f"{name}.lock", "w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of test runs at the same time, one builds
+        list(pool.map(lambda job, to: compile_object(job[0], to, job[1]), jobs, objects))
+        if not is_current(library, " ".join(command), lambda _: objects):
+            run(command)
+            library.with_suffix(".made_by").write_text(digest(" ".join(command), objects))
     return library
 
 

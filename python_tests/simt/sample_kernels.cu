@@ -80,7 +80,8 @@ __global__ void beyond_tensor(Args args) {
 
 template <bool kWrong>
 __global__ void before_tensor(Args args) {
-  args.out[threadIdx.x - (kWrong ? 1 : 0)] = args.in[threadIdx.x];
+  const int i = threadIdx.x;
+  args.out[i - kWrong] = args.in[i];
 }
 
 template <bool kWrong>
