@@ -4,11 +4,12 @@
 
 #include "simt/scheduler.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <set>
+#include <map>
 #include <string_view>
 #include <utility>
 
@@ -42,9 +43,9 @@ enum { kInvalidConfiguration = 9, kLaunchFailure = 719, kCooperativeLaunchTooLar
 
 thread_local std::string error_text;
 
-Settings settings;            // of the next launch
-std::string omitted;          // the synchronisation that is left out, as `text` writes it
-std::set<std::string> calls;  // of synchronisation that were made, while recording
+Settings settings;                         // of the next launch
+std::vector<const void*> omitted;          // calls of synchronisation that are left out
+std::map<const void*, const char*> calls;  // those that were made while recording
 bool recording = false;
 std::vector<char*> free_stacks;  // all of these: under `machine`
 
@@ -59,18 +60,21 @@ bool same(Where a, Where b) {
          std::string_view(a.file_name()) == b.file_name();
 }
 
-// Whether a test wants this call not to happen.
-bool left_out(const char* call, Where where) {
-  if (!recording && omitted.empty()) return false;
-  std::ostringstream out;
-  out << call << " " << where << ":" << where.column();
-  const std::string site = out.str();
-  if (recording) calls.insert(site);
-  return site == omitted;
+// Whether a test wants this call not to happen. Calls are told apart by the address that they
+// return to: a function that is inlined in several places has as many.
+bool left_out(const char* call, const void* pc) {
+  if (recording) calls.insert({pc, call});
+  return std::find(omitted.begin(), omitted.end(), pc) != omitted.end();
 }
 
 Launch& launch() { return *current->block->launch; }
 bool checking() { return launch().settings.check; }
+
+uint64_t offset_in_library(const void* pc) {
+  Dl_info info;
+  return dladdr(pc, &info) != 0 ? static_cast<const char*>(pc) - static_cast<char*>(info.dli_fbase)
+                                : 0;
+}
 
 char* new_stack() {
   if (!free_stacks.empty()) {
@@ -338,7 +342,7 @@ const char (&show(unsigned mask, const void* value, size_t bytes,
 
 void barrier(Scope scope, unsigned mask, Where where) {
   constexpr const char* kCalls[] = {"__syncwarp", "__syncthreads", "cluster_sync", "grid_sync"};
-  if (left_out(kCalls[static_cast<int>(scope)], where)) return;
+  if (left_out(kCalls[static_cast<int>(scope)], __builtin_return_address(0))) return;
   Launch& l = launch();
   switch (scope) {
     case Scope::kWarp:
@@ -354,7 +358,7 @@ void barrier(Scope scope, unsigned mask, Where where) {
 }
 
 void cluster_arrive(Where where) {
-  if (left_out("cluster_arrive", where)) return;
+  if (left_out("cluster_arrive", __builtin_return_address(0))) return;
   if (std::exchange(current->arrived_at_cluster, true))
     launch().fail("cluster_arrive without cluster_wait before it, at ", where);
   current->cluster_phase = cluster_barrier().phase;
@@ -362,7 +366,7 @@ void cluster_arrive(Where where) {
 }
 
 void cluster_wait(Where where) {
-  if (left_out("cluster_wait", where)) return;
+  if (left_out("cluster_wait", __builtin_return_address(0))) return;
   if (!std::exchange(current->arrived_at_cluster, false))
     launch().fail("cluster_wait without cluster_arrive before it, at ", where);
   launch().wait(cluster_barrier(), current->cluster_phase, where, true);
@@ -399,7 +403,7 @@ void before_atomic(const void* address, size_t bytes, bool writes, bool ordered,
   if (!l.settings.check) return;
   checker::access(address, bytes, writes ? Access::kAtomicWrite : Access::kAtomicRead,
                   __builtin_return_address(0));
-  if (ordered && !left_out(writes ? "add_release" : "load_acquire", where)) {
+  if (ordered && !left_out(writes ? "add_release" : "load_acquire", __builtin_return_address(0))) {
     if (writes)
       checker::release(address, *current);
     else
@@ -467,7 +471,7 @@ void cp_async_commit() {
 }
 
 void cp_async_wait(unsigned keep, Where where) {
-  if (left_out("cp_async_wait", where)) return;
+  if (left_out("cp_async_wait", __builtin_return_address(0))) return;
   auto& groups = current->committed;
   for (; groups.size() > keep; groups.pop_front()) {
     for (const Copy& copy : groups.front()) {
@@ -601,12 +605,8 @@ SIMT_CONTROL void simt_pretend(int major, int minor, int multiprocessors, int64_
 
 SIMT_CONTROL const char* simt_last_error() { return iss::simt::last_error(); }
 
-// For the mutation test. `call` is one of simt_calls(), or empty: the calls of synchronisation that
-// were made since recording began, one a line, as "__syncthreads file.cu:12:3".
-SIMT_CONTROL void simt_leave_out(const char* call) {
-  const std::lock_guard lock(iss::simt::machine);
-  iss::simt::omitted = call;
-}
+// For the mutation test: calls of synchronisation that were made since recording began, one a line,
+// as "__syncthreads 0x1234", an offset in this library; and those that are made no more.
 SIMT_CONTROL void simt_record_calls(int on) {
   const std::lock_guard lock(iss::simt::machine);
   iss::simt::recording = on != 0;
@@ -615,7 +615,16 @@ SIMT_CONTROL void simt_record_calls(int on) {
 SIMT_CONTROL const char* simt_calls() {
   thread_local std::string text;
   const std::lock_guard lock(iss::simt::machine);
-  text.clear();
-  for (const std::string& call : iss::simt::calls) text += call + "\n";
+  std::ostringstream out;
+  for (const auto& [pc, call] : iss::simt::calls)
+    out << call << " 0x" << std::hex << iss::simt::offset_in_library(pc) << "\n";
+  text = out.str();
   return text.c_str();
+}
+SIMT_CONTROL void simt_leave_out(const uint64_t* offsets, size_t count) {
+  const std::lock_guard lock(iss::simt::machine);
+  iss::simt::omitted.clear();
+  for (const auto& [pc, call] : iss::simt::calls)
+    if (std::count(offsets, offsets + count, iss::simt::offset_in_library(pc)) > 0)
+      iss::simt::omitted.push_back(pc);
 }

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ class Simulator:
 
     def __init__(self, path, checked):
         torch.ops.load_library(path)
-        self.library = ctypes.CDLL(str(path))
+        self.path = str(path)
+        self.library = ctypes.CDLL(self.path)
         self.library.simt_last_error.restype = ctypes.c_char_p
         self.library.simt_calls.restype = ctypes.c_char_p
         self.library.simt_configure.argtypes = [
@@ -77,23 +79,41 @@ class Simulator:
 
     @contextmanager
     def recorded_calls(self):
-        """Collects the synchronisation that launches call, as "__syncwarp file.cu:12:3"."""
-        calls = set()
+        """Collects the synchronisation that launches call: {place: offsets in the library}.
+
+        A place is "__syncwarp sample.h:3 called at sample.cu:12"; every template instance of the
+        kernel has an offset of its own.
+        """
+        places = {}
         self.library.simt_record_calls(1)
         try:
-            yield calls
+            yield places
         finally:
-            calls.update(self.library.simt_calls().decode().split("\n")[:-1])
+            lines = self.library.simt_calls().decode().splitlines()
             self.library.simt_record_calls(0)
+            calls = [line.split() for line in lines]
+            sources = self.source_lines([int(offset, 16) for _, offset in calls])
+            for (name, offset), source in zip(calls, sources, strict=True):
+                places.setdefault(f"{name} {source}", []).append(int(offset, 16))
+
+    def source_lines(self, offsets):
+        """Where each of these addresses is called, with the functions that are inlined there."""
+        addresses = [hex(offset - 1) for offset in offsets]  # the call, not what follows it
+        command = ["addr2line", "-a", "-s", "-i", "-e", self.path, *addresses]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        chains = re.split(r"^0x[0-9a-f]+\n", text, flags=re.M)[1:]
+        lines = [[line.split(" ")[0] for line in chain.splitlines()] for chain in chains]
+        return [" called at ".join(x for x in ls if not x.startswith("host.h:")) for ls in lines]
 
     @contextmanager
-    def left_out(self, call):
-        """Runs kernels as if one of `recorded_calls` were not in the source."""
-        self.library.simt_leave_out(call.encode())
+    def left_out(self, offsets):
+        """Runs kernels as if the last recorded calls at these offsets were not in the source."""
+        array = (ctypes.c_uint64 * len(offsets))(*offsets)
+        self.library.simt_leave_out(array, ctypes.c_size_t(len(offsets)))
         try:
             yield
         finally:
-            self.library.simt_leave_out(b"")
+            self.library.simt_leave_out(None, ctypes.c_size_t(0))
 
 
 def is_current(target, key, depends):

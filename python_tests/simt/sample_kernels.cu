@@ -185,7 +185,7 @@ __global__ void copy_left_behind(Args args) {
 
 // A cluster of two: each block reads the other's shared memory.
 template <int kWithout>
-__global__ void exchange(Args args) {
+__device__ __forceinline__ void exchange(const Args& args) {
   SIMT_SHARED(float, shared, [kThreads]);
   const int i = threadIdx.x;
   shared[i] = args.in[blockIdx.x * kThreads + i];
