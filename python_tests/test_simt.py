@@ -5,6 +5,8 @@ import ctypes
 import functools
 import platform
 import re
+import shutil
+import subprocess
 import threading
 
 import numpy as np
@@ -149,6 +151,16 @@ def test_matrix_product_is_exact(plain, name, dtype, k):
     d = torch.empty(16, 8)
     assert call(plain, f"product_{name}", a, b, d) == 0
     assert torch.equal(d, a.float() @ b.float().T)
+
+
+def test_matrix_product_widens_float16():
+    """Subnormal, infinite and not a number too: each times one and zeros."""
+    numbers = torch.arange(-(2**15), 2**15, 7, dtype=torch.int32)
+    a, b, d = torch.zeros(16, 16).half(), torch.eye(8, 16).half(), torch.empty(16, 8)
+    for column in numbers[: len(numbers) // 16 * 16].short().view(torch.float16).view(-1, 16):
+        a[:, 3] = column
+        assert call(samples(checked=False), "product_float16", a, b, d) == 0
+        torch.testing.assert_close(d[:, 3], column.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_matrix_product_of_every_kind_is_checked(checked):
@@ -309,3 +321,20 @@ def test_both_ways_to_switch_are_built():
         ).read_bytes(),
     ]
     assert [b"swapcontext" in text for text in symbols] == [False, True]
+
+
+def test_on_arm_under_an_emulator(tmp_path):
+    compiler, emulator = map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64"))
+    if compiler is None or emulator is None:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    flags = ["-std=c++20", "-O1", "-g1", f"-I{simt.ROOT / 'csrc'}", "-c", "-x", "c++"]
+    jobs = [(SAMPLES, simt.CHECKED), (SAMPLES.with_name("without_torch.cpp"), [])]
+    jobs += [(source, []) for source in simt.SIMULATOR if "guarded" not in source.name]
+    objects = [tmp_path / f"{source.stem}.o" for source, _ in jobs]
+    for (source, checked), target in zip(jobs, objects, strict=True):
+        subprocess.run([compiler, *flags, *checked, source, "-o", target], check=True)
+    program = tmp_path / "program"
+    subprocess.run([compiler, *objects, "-o", program, "-ldl"], check=True)
+    command = [emulator, "-L", "/usr/aarch64-linux-gnu", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("passed\n", "")

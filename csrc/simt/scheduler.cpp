@@ -501,9 +501,13 @@ void ldmatrix(uint32_t* r, unsigned count, const void* row, Where where) {
 namespace {
 
 float widen(uint16_t bits, Elements elements) {
-  return elements == Elements::kBfloat16
-             ? __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16)
-             : static_cast<float>(__builtin_bit_cast(_Float16, bits));
+  if (elements == Elements::kBfloat16)
+    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+  const bool finite = (bits & 0x7c00) != 0x7c00;
+  const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13 | (finite ? 0 : 0x7f800000);
+  const float value =
+      __builtin_bit_cast(float, magnitude) * (finite ? 0x1p112f : 1);  // their biases
+  return bits >> 15 ? -value : value;
 }
 
 // The 1 or 2 elements of a register; tensor cores drop what TF32 has no bits for.
