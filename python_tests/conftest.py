@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures: `isa` runs a test once for every instruction set this machine can run; --slow."""
+"""Fixtures: `isa` runs a test once for every instruction set this machine can run, `gpu` on the
+emulated and the real GPU; --slow."""
 
 import pytest
 import torch
+from gpu import Gpu
 
-from iss_kernels.backend import is_built, supported_isas, use_backend, use_isa
+from iss_kernels.backend import build_info, is_built, supported_isas, use_backend, use_isa
 
 
 def pytest_addoption(parser):
@@ -57,6 +59,26 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["simt", "cuda"])
+def gpu(request, monkeypatch):
+    """A `Gpu` that runs the package's ops: the emulated one, then the real one."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device: make test-gpu on a machine that has one")
+        if not build_info().get("cuda_built"):
+            pytest.skip("built without CUDA kernels: make build-cuda")
+    with Gpu(request.param).in_use(monkeypatch) as gpu:
+        yield gpu
+
+
+@pytest.fixture
+def checked_gpu(monkeypatch):
+    """An emulated `Gpu` that checks every access, also to tensors."""
+    gpu = Gpu("check")
+    with gpu.in_use(monkeypatch), gpu.simulator.guarded_tensors():
+        yield gpu
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])

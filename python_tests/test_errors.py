@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from test_cuda_lstm import step_inputs
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -271,3 +272,41 @@ def test_bfloat16_weights_have_float32_factors():
         "scale_by_units_: expected factors of dtype float32 for weights of dtype bfloat16, "
         "got bfloat16"
     )
+
+
+STEP_MISTAKES = {
+    "x is a vector": (0, lambda t: t[0], "expected x [B, I], h [B, P] and c [B, H], got [5], [3, 7] and [3, 7]"),
+    "x is int": (0, lambda t: t.int(), "expected x of dtype float32, float64, bfloat16 or float16, got int32"),
+    "h of another dtype": (1, lambda t: t.double(), "expected h of dtype float32, got float64"),
+    "c is narrow": (2, lambda t: t.half(), "expected c to be contiguous and of dtype float32, got float16 with strides [7, 1]"),
+    "w_ih of float64": (3, lambda t: t.double(), "expected w_ih of dtype float32, bfloat16 or float16, got float64"),
+    "w_hh unlike w_ih": (4, lambda t: t.half(), "expected w_hh of dtype float32, got float16"),
+    "w_hh too small": (4, lambda t: t[:, :6], "expected w_hh of shape [4H, P] = [28, 7], got [28, 6]"),
+    "a short bias": (5, lambda t: t[:5], "expected bias of shape [4H] = [28], got [5]"),
+    "out of another batch": (6, lambda t: t[:2], "expected out of shape [B, H] = [3, 7], got [2, 7]"),
+    "columns apart": (0, lambda t: t.t().contiguous().t(), "expected x with adjacent columns, got strides [1, 3]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", STEP_MISTAKES)
+def test_a_step_says_what_is_wrong(gpu, mistake):
+    which, change, message = STEP_MISTAKES[mistake]
+    arguments = step_inputs(gpu, torch.float32)
+    arguments[which] = change(arguments[which])
+    with pytest.raises(RuntimeError) as got:
+        torch.ops.iss_kernels.lstm_step_(*arguments)
+    assert str(got.value).splitlines()[0] == f"lstm_step_: {message}"
+
+
+@pytest.mark.skipif(build_info().get("cuda_built", False), reason="built with CUDA kernels")
+def test_a_cpu_build_says_how_to_get_kernels_for_the_gpu():
+    op = torch.ops.iss_kernels.lstm_forward.default
+    arguments = (*make_inputs(Case("device", 3, 2, 5, 4), torch.float32).values(), False)
+    for key in ("CUDA", "MPS"):  # as the dispatcher calls it for tensors of that device
+        with pytest.raises(RuntimeError) as got:
+            op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *arguments)
+        assert str(got.value).splitlines()[0] == (
+            "lstm_forward: expected tensors on the CPU, since this iss_kernels was built without CUDA "
+            "kernels (to have them, build it with ISS_KERNELS_CUDA=1, nvcc and a CUDA build of torch), "
+            f"got {key}"
+        )

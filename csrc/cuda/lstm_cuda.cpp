@@ -135,6 +135,7 @@ struct GroupMemory {
 // The output before each step, [N, P]: that of the step before, or h0 where a row begins.
 Tensor outputs_before(const Sequence& sequence, bool padded, const Tensor& y, const Tensor& h0,
                       bool reverse) {
+  if (sequence.rows == 0) return y;
   if (padded) {
     const int64_t others = sequence.rows - sequence.batch;
     return reverse ? at::cat({y.narrow(0, sequence.batch, others), h0})

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LSTM ops on a GPU: every tier of the planner, every dtype, against torch's own error."""
+
+import functools
+
+import pytest
+import test_lstm_ops
+import torch
+from gpu import limits_for, names_of_ops
+from test_lstm_ops import by_reference, is_floating, ours
+from test_reference import torch_lstm
+from torch.library import opcheck
+
+from iss_kernels import explain_plan, reference
+from iss_kernels.testing import Case, assert_no_worse_than_torch, make_inputs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TF32"),  # torch's own, whenever oneDNN is switched
+]
+
+lib = torch.ops.iss_kernels
+TIERS = ("block", "cluster", "grid", "steps")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+by_name = functools.partial(pytest.mark.parametrize, ids=lambda v: str(v).removeprefix("torch."))
+CASES = [
+    Case("one", 1, 1, 1, 1),  # every loop runs zero or one time
+    Case("odd", 7, 3, 4, 5),
+    Case("two_tiles", 2, 5, 3, 17),  # 2 * 8 + 1 units
+    Case("many_tiles", 3, 1, 6, 33),
+    Case("wide", 2, 3, 5, 64),
+    Case("packed", 7, 5, 3, 33, batch_sizes=(5, 5, 3, 3, 2, 1, 1)),
+]
+SMALL = Case("small", 3, 3, 4, 17, batch_sizes=(3, 2, 1))
+PROJECTED = [
+    Case("projected", 5, 4, 6, 19, P=5),
+    Case("packed_projected", 4, 3, 3, 10, P=7, batch_sizes=(3, 2, 2, 1)),
+]
+
+
+@pytest.fixture(params=TIERS)
+def tier(request, gpu):
+    """A tier, which `be` makes the GPU take for a case, or skips where it has no use."""
+    return request.param
+
+
+def be(gpu, tier, case, dtype, tf32=False):
+    """Make the GPU one on which this case is run by this tier."""
+    limits = limits_for(tier, case.H, case.B, dtype, tf32)
+    if limits is None:
+        pytest.skip(f"no GPU runs {case.H} units of {dtype} by {tier}")
+    gpu.pretend(limits)
+
+
+def run(gpu, function, case, dtype, reverse=False, numbers=None):
+    """As test_lstm_ops.run, with inputs on the GPU and results on the CPU."""
+    on_gpu = test_lstm_ops.run(
+        lambda inputs: [y.cpu() for y in function(gpu.to(inputs))], case, dtype, reverse, numbers
+    )
+    return [t.cpu() for t in on_gpu]
+
+
+def torchs(inputs):
+    """nn.LSTM; without oneDNN, whose 16-bit LSTM needs AVX-512 and fails elsewhere."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        return torch_lstm(inputs)
+
+
+def assert_as_good_as_torch(gpu, case, dtype, reverse):
+    result = run(gpu, ours, case, dtype, reverse)
+    same = test_lstm_ops.run(torchs, case, dtype, reverse)
+    assert [t.dtype for t in result] == [t.dtype for t in same] == [dtype] * len(same)
+    if dtype == torch.float64:  # no truth beyond float64 at hand: the two may differ by rounding
+        for a, b in zip(result, same, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        return
+    truth = test_lstm_ops.run(torchs, case, torch.float64, reverse, numbers=dtype)
+    for a, b, t in zip(result, same, truth, strict=True):
+        assert_no_worse_than_torch(a, b, t)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@by_name("dtype", DTYPES)
+def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(gpu, tier, dtype, case, reverse):
+    be(gpu, tier, case, dtype)
+    assert_as_good_as_torch(gpu, case, dtype, reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("case", PROJECTED, ids=str)
+@by_name("dtype", DTYPES)
+def test_projections_too(gpu, dtype, case, reverse):
+    plan = explain_plan(case.H, case.B, dtype, proj_size=case.P, device="H100")
+    assert plan.tier == "steps" and "proj" in plan.why
+    assert_as_good_as_torch(gpu, case, dtype, reverse)
+
+
+@pytest.mark.parametrize("case", [
+    Case("no_rows", 4, 0, 3, 5),
+    Case("no_steps", 0, 3, 4, 5),
+    Case("no_steps_projected", 0, 3, 4, 5, P=2),
+], ids=str)  # fmt: skip
+def test_nothing_to_do(gpu, case):
+    for a, b in zip(
+        run(gpu, ours, case, torch.float32),
+        test_lstm_ops.run(by_reference, case, torch.float32),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+# -- TF32 ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def to_tf32(t):
+    """To the nearest number with 10 bits after the point."""
+    bits = t.float().view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tf32_errs_no_more_than_its_rounding(gpu, tier, case, tf32):
+    """Held to a reference that rounds what its products multiply; gradients as outputs are."""
+    be(gpu, tier, case, torch.float32, tf32=True)
+    truth = test_lstm_ops.run(torchs, case, torch.float64, numbers=torch.float32)
+    result = run(gpu, ours, case, torch.float32)
+    exact = test_lstm_ops.run(torchs, case, torch.float32)
+    for a, b, t in zip(result, exact, truth, strict=True):
+        # A product's operands are each within 2^-11; sums over H (and N) terms of mixed sign.
+        assert_no_worse_than_torch(a, b, t, floor_eps=8 + 2**13)
+    if tier != "steps" and case.H > 1 and gpu.simulator:  # and it is what was computed with
+        assert not torch.equal(result[0], exact[0])
+
+
+def test_float32_is_exact_unless_asked(gpu):
+    assert torch.backends.cuda.matmul.fp32_precision == "none"
+    case = Case("wide", 2, 3, 5, 64)
+    assert_as_good_as_torch(gpu, case, torch.float32, False)
+
+
+# -- what else an op must do -----------------------------------------------------------------------
+
+
+@by_name("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_input_gives_the_same_bits_in_any_order_of_threads(gpu, tier, dtype):
+    be(gpu, tier, SMALL, dtype)
+    first = run(gpu, ours, SMALL, dtype)
+    orders = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2)]
+    for policy, seed in orders:
+        if gpu.simulator:
+            gpu.simulator.configure(policy, seed)
+        assert all(map(torch.equal, first, run(gpu, ours, SMALL, dtype)))
+    if gpu.simulator:
+        gpu.simulator.configure()
+
+
+def test_a_row_does_not_depend_on_its_batch(gpu, tier):
+    case = Case("rows", 3, 5, 4, 17)
+    be(gpu, tier, case, torch.float32)
+    inputs = gpu.to(make_inputs(case, torch.float32))
+    y, *_ = ours(inputs)
+    for row in (0, 4):
+        one = {k: inputs[k][row : row + 1] for k in ("h0", "c0")}
+        one_y, *_ = ours(inputs | one | {"x": inputs["x"][:, row : row + 1]})
+        # The emulated device's GEMM is torch's for the CPU, whose rows depend on their batch.
+        torch.testing.assert_close(one_y[:, 0], y[:, row], rtol=0, atol=1e-6)
+
+
+def test_non_contiguous_arguments_give_the_same_result(gpu, tier):
+    case = Case("strided", 4, 5, 6, 13)
+    be(gpu, tier, case, torch.float32)
+    inputs = make_inputs(case, torch.float32)
+
+    def strided(t):
+        if not is_floating(t):
+            return t
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+
+    apart = {k: strided(v) for k, v in inputs.items()}
+    for a, b in zip(ours(gpu.to(apart)), ours(gpu.to(inputs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_nan_and_infinity_pass_as_in_the_reference(gpu, tier):
+    case = Case("nan", 3, 5, 4, 11)
+    be(gpu, tier, case, torch.float32)
+    inputs = make_inputs(case, torch.float32)
+    inputs["x"][1, 2, 0] = float("nan")
+    inputs["x"][0, 4, 1] = float("inf")
+    inputs["h0"][0, 0] = float("-inf")
+    for a, b in zip(ours(gpu.to(inputs)), by_reference(inputs), strict=True):
+        torch.testing.assert_close(a.cpu(), b, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_no_bias_or_one(gpu, tier):
+    case = Case("biases", 3, 2, 4, 9)
+    be(gpu, tier, case, torch.float32)
+    for none in (("b_ih", "b_hh"), ("b_ih",), ("b_hh",)):
+        inputs = make_inputs(case, torch.float32) | dict.fromkeys(none)
+        for a, b in zip(ours(gpu.to(inputs)), by_reference(inputs), strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_saved_for_the_gradient_is_float32(gpu):
+    inputs = gpu.to(make_inputs(Case("saved", 3, 2, 5, 4), torch.float16))
+    y, h_n, c_n, gates, cells = lib.lstm_forward(*inputs.values(), True)
+    assert [t.dtype for t in (y, h_n, c_n)] == [torch.float16] * 3
+    assert [t.dtype for t in (gates, cells)] == [torch.float32] * 2
+    assert gates.shape == (6, 16) and cells.shape == (6, 4)
+    *_, gates, cells = lib.lstm_forward(*inputs.values(), False)
+    assert gates.numel() == cells.numel() == 0
+
+
+@pytest.mark.parametrize("case", [Case("padded", 2, 2, 2, 3), SMALL, PROJECTED[1]], ids=str)
+def test_gradcheck_and_gradgradcheck(gpu, case):
+    inputs = gpu.to(make_inputs(case, torch.float64, reverse=True))
+    names = [k for k, v in inputs.items() if is_floating(v)]
+    small = {k: v[:, :2] if k == "w_ih" else v for k, v in inputs.items()}
+    small["x"] = inputs["x"][..., :2]
+    leaves = [small[k].clone().requires_grad_() for k in names]
+
+    def function(*tensors):
+        return ours(small | dict(zip(names, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    if case.H == 3:
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
+@by_name("dtype", DTYPES)
+def test_opcheck(gpu, dtype):
+    for case in (Case("padded", 2, 1, 2, 3), PROJECTED[1]):
+        inputs = gpu.to(make_inputs(case, dtype))
+        outputs = lib.lstm_forward(*inputs.values(), True)
+        cotangents = [torch.randn_like(t) for t in outputs[:3]]
+        *tensors, reverse = inputs.values()
+        opcheck(lib.lstm_backward, (*cotangents, *tensors, outputs[0], *outputs[3:], reverse))
+        for tensor in filter(is_floating, tensors):
+            tensor.requires_grad_()
+        opcheck(lib.lstm_forward, (*tensors, reverse, True))
+
+
+def step_inputs(gpu, dtype, held=None, batch=3, sizes=(5, 7, 7)):
+    """x, h, c, w_ih, w_hh, bias, out of lstm_step_."""
+    inputs, hidden, output = sizes
+    wide = torch.promote_types(dtype, torch.float32)
+    shapes = [(batch, inputs), (batch, output), (batch, hidden), (4 * hidden, inputs),
+              (4 * hidden, output), (4 * hidden,), (batch, hidden)]  # fmt: skip
+    dtypes = [dtype, dtype, wide, held or dtype, held or dtype, dtype, dtype]
+    return gpu.to([torch.randn(s).to(d) for s, d in zip(shapes, dtypes, strict=True)])
+
+
+@by_name("dtype,held", [(d, d) for d in DTYPES] + [(torch.float32, d) for d in DTYPES[2:]])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 9])
+def test_a_step_is_a_sequence_of_one(gpu, dtype, held, batch):
+    x, h, c, w_ih, w_hh, bias, out = step_inputs(gpu, dtype, held, batch)
+    before = [t.clone() for t in (x, h, c, w_ih, w_hh, bias)]
+    lib.lstm_step_(x, h, c, w_ih, w_hh, bias, out)
+    wide = [t.cpu().double() for t in before]
+    y, _, c_n = reference.lstm(
+        wide[0][None], None, wide[1], wide[2], *wide[3:5], wide[5], None, None, False
+    )
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.cpu().double(), y[0], rtol=4 * eps, atol=16 * eps)
+    torch.testing.assert_close(c.cpu().double(), c_n, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, (x, h, w_ih, w_hh, bias), (before[i] for i in (0, 1, 3, 4, 5))))
+    again = before[2].clone()
+    second = torch.empty_like(out)
+    lib.lstm_step_(x, h, again, w_ih, w_hh, bias, second)
+    assert torch.equal(again, c) and torch.equal(second, out)
+
+
+def test_opcheck_of_a_step(gpu):
+    opcheck(lib.lstm_step_, tuple(step_inputs(gpu, torch.float32, torch.bfloat16)))
+
+
+def test_every_op_has_a_kernel(gpu):
+    key = "CPU" if gpu.simulator else "CUDA"
+    for name in names_of_ops():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"iss_kernels::{name}", key)
+
+
+def test_a_step_cannot_write_over_the_h_it_reads(gpu):
+    x, h, c, w_ih, w_hh, bias, _ = step_inputs(gpu, torch.float32)
+    with pytest.raises(RuntimeError, match="lstm_step_: expected out to be other memory than h"):
+        lib.lstm_step_(x, h, c, w_ih, w_hh, bias, h)
+
+
+# -- checked runs ----------------------------------------------------------------------------------
+
+
+@by_name("math", [*DTYPES, "tf32"])
+@pytest.mark.parametrize("tier", TIERS)
+def test_no_race_and_no_stray_access(checked_gpu, tier, math, request):
+    """Forward and backward with every access of the kernels checked, tensors between guards."""
+    dtype = torch.float32 if math == "tf32" else math
+    if math == "tf32":
+        request.getfixturevalue("tf32")
+    be(checked_gpu, tier, SMALL, dtype, tf32=math == "tf32")
+    results = run(checked_gpu, ours, SMALL, dtype, reverse=True)
+    assert all(t.isfinite().all() for t in results)
+
+
+@by_name("dtype", DTYPES)
+def test_the_sanitizer_finds_nothing(gpu, tier, dtype):
+    """What `make test-gpu` runs again under compute-sanitizer: small, each kernel once."""
+    be(gpu, tier, SMALL, dtype)
+    assert all(t.isfinite().all() for t in run(gpu, ours, SMALL, dtype))
