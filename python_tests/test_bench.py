@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 COLUMNS = (
@@ -79,6 +80,55 @@ def test_the_lasso_benchmark_writes_a_row_for_every_kernel(tmp_path):
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert all(float(row["ms_p50"]) > 0 for row in rows)
     assert all(float(row["gbps"]) > 0 for row in rows if row["kernel"] in kernels)
+
+
+def test_the_gpu_benchmark_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run(BENCH / "bench_cuda.py", "--quick")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "bench_cuda: needs a CUDA device; there is none here\n"
+
+
+def test_the_gpu_benchmark_writes_a_row_for_every_engine(tmp_path):
+    """Tried on the CPU: what differs on a GPU is the clock, the graphs and the kernels."""
+    path = tmp_path / "new" / "cuda.csv"
+    args = ["--quick", "--device", "cpu", "--precisions", "float32", "--seconds", "0.01"]
+    done = run(BENCH / "bench_cuda.py", *args, "--output", path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    layer = [row for row in rows if row["series"] == "layer"]
+    points = {(row["mode"], row["H"], row["B"], row["T"]) for row in layer}
+    assert points == {
+        (mode, *shape)
+        for mode in ("forward", "training")
+        for shape in (("32", "1", "8"), ("100", "8", "16"))
+    }
+    assert {row["engine"] for row in layer} == {"nn.LSTM", "ISSLSTM"} and len(layer) == 8
+    assert {bool(row["tier"]) for row in layer if row["engine"] == "ISSLSTM"} == {True}
+    kernels = {"w.sum()", "norms", "norms, torch", "gradient", "gradient, torch"}
+    assert {row["engine"] for row in rows if row["series"] == "lasso"} == kernels
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
+    assert "forward float32: geometric mean" in done.stdout
+    assert path.with_suffix(".svg").exists() == installed("matplotlib")
+
+
+def test_the_gpu_report_compares_the_best_call_of_each_side(tmp_path):
+    path = tmp_path / "cuda.csv"
+    times = {("nn.LSTM", 0): 4, ("nn.LSTM", 1): 3, ("ISSLSTM", 0): 5, ("ISSLSTM", 1): 1.5}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        columns = ("series", "engine", "mode", "precision", "H", "B", "T", "graph", "ms_p50")
+        writer.writerow(columns)
+        for (engine, graph), ms in times.items():
+            for H, factor in ((64, 1), (128, 4 if engine == "ISSLSTM" else 1)):
+                row = ["layer", engine, "forward", "tf32", H, 1, 128, graph, ms * factor]
+                writer.writerow(row)
+    done = run(BENCH / "bench_cuda.py", "--report", "--output", path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == (
+        "forward tf32: geometric mean 1.00, 1 of 2 points below 0.97, least 0.50 at H128 B1 T128"
+    )
 
 
 def test_bench_resumes_after_what_it_has(quick):

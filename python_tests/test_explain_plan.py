@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain_plan: the planner's choice for any GPU, from a build with or without CUDA kernels."""
+
+import pytest
+import torch
+
+import iss_kernels as iss
+from iss_kernels import backend
+
+
+def test_it_says_what_runs_and_why():
+    plan = iss.explain_plan(256, 16, torch.bfloat16, device="H100")
+    assert plan.tier in ("block", "cluster", "grid")
+    assert plan.units * plan.blocks >= 256 and plan.rows >= 1 and plan.groups >= 1
+    assert 0 < plan.shared_bytes <= 227 * 1024
+    text = str(plan)
+    assert text.startswith(f"{plan.tier}: ") and text.endswith(plan.why)
+    assert f"{plan.blocks} blocks of {plan.units} units" in text
+
+
+def test_projections_and_huge_layers_run_step_by_step():
+    for plan in (
+        iss.explain_plan(64, 4, proj_size=32, device="H100"),
+        iss.explain_plan(20_000, 4, device="A100"),
+        iss.explain_plan(64, 4, device=(7, 0, 80, 0)),
+    ):
+        assert plan.tier == "steps" and str(plan) == f"steps: {plan.why}"
+
+
+def test_it_is_for_an_h100_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert iss.explain_plan(512, 8) == iss.explain_plan(512, 8, device="H100")
+    assert iss.explain_plan(512, 8, device="H100") == iss.explain_plan(
+        512, 8, device=(9, 0, 132, 227 * 1024)
+    )
+
+
+def test_float32_is_exact_unless_torch_says_otherwise():
+    exact = iss.explain_plan(512, 8, device="H100")
+    assert exact == iss.explain_plan(512, 8, tf32=False, device="H100")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert iss.explain_plan(512, 8, device="H100") == iss.explain_plan(
+            512, 8, tf32=True, device="H100"
+        )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+DEVICES = (
+    "expected device to be a CUDA device of this machine, one of A100, L40S, RTX 4090, H100, H200, "
+    "B200, RTX 5090, or 4 ints (major, minor, multiprocessors, shared bytes)"
+)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"hidden_size": 0}, "expected hidden_size to be an int from 1, got 0"),
+    ({"batch_size": 2.0}, "expected batch_size to be an int from 1, got 2.0"),
+    ({"proj_size": -1}, "expected proj_size to be an int from 0, got -1"),
+    ({"dtype": torch.int8}, "expected dtype float32, float64, bfloat16 or float16, got int8"),
+    ({"device": "H1000"}, f"{DEVICES}, got 'H1000'"),
+    ({"device": (9, 0)}, f"{DEVICES}, got (9, 0)"),
+])  # fmt: skip
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError) as got:
+        iss.explain_plan(**({"hidden_size": 8, "batch_size": 2} | arguments))
+    assert str(got.value) == f"explain_plan: {message}"
+
+
+def test_it_needs_the_extension(monkeypatch):
+    monkeypatch.setattr(backend, "_C", None)
+    with pytest.raises(RuntimeError, match="explain_plan: expected the compiled extension"):
+        iss.explain_plan(8, 2)
