@@ -30,11 +30,13 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 
   SIMT_DYN_SHARED(uint4, shared);
   const int hidden = static_cast<int>(args.hidden), units = tiles.units;
+  const int batch = static_cast<int>(args.sequence.batch);
   const SharedLayout layout = shared_layout(math, tier, true, hidden, tiles, blockDim.x);
   const int chunks = chunks_of(math, 4 * units), stride = chunks + 1;
   uint4* const weights = shared + layout.weights;  // row j, column gate * units + u
   uint4* const vectors = shared + layout.vectors;
   Wide<T>* const sums = reinterpret_cast<Wide<T>*>(shared + layout.sums);
+  const int spread = column_step(math, tiles.rows);
   const int count = tiles.rows * units;  // of elements that this block owns
 
   Group<tier> group(tiles, args.arrivals);
@@ -50,6 +52,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   const int split = warp / per_split, worker = warp % per_split;
   const int unit_tiles = static_cast<int>(ceil_div(hidden, kWeightRows));
   const int products = unit_tiles * static_cast<int>(ceil_div(tiles.rows, kPassRows));
+  const int rows_of_pass = min(kPassRows, tiles.rows);  // which divides tiles.rows
+  const LaneRows lane_rows = Product<math>::lane_rows(lane, rows_of_pass);
   const KRange k = k_range(chunks, split, tiles.splits);
 
   fill<math, true>(weights, unit_tiles * kWeightRows, chunks, stride, [&](int row, int column) {
@@ -57,22 +61,21 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     const bool inside = row < hidden && u < hidden && gate < 4;
     return inside ? operand<math>(args.w_hh[(gate * args.hidden + u) * hidden + row]) : T{};
   });
-  fill<math, false>(vectors, tiles.rows, chunks, stride, [](int, int) { return T{}; });
+  fill<math, false>(vectors, tiles.rows * spread, chunks, stride, [](int, int) { return T{}; });
   group.sync();
 
   int parity = 0;  // of the products, over all tiles of rows
-  for (int64_t tile = group.index; tile * tiles.rows < args.sequence.batch; tile += tiles.groups) {
-    const int64_t batch_first = tile * tiles.rows;
+  for (int batch_first = group.index * tiles.rows; batch_first < batch;
+       batch_first += tiles.groups * tiles.rows) {
     int batch_row[kItems];  // of this thread's elements, -1 where there is none
     int unit[kItems];
     Wide<T> dh[kItems] = {}, dc[kItems] = {};
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int item = threadIdx.x + n * blockDim.x;
-      batch_row[n] = static_cast<int>(batch_first) + item / units;
+      batch_row[n] = batch_first + item / units;
       unit[n] = first_unit + item % units;
-      if (item >= count || unit[n] >= hidden || batch_row[n] >= args.sequence.batch)
-        batch_row[n] = -1;
+      if (item >= count || unit[n] >= hidden || batch_row[n] >= batch) batch_row[n] = -1;
       if (batch_row[n] < 0) continue;
       const int64_t at = int64_t{batch_row[n]} * hidden + unit[n];
       dh[n] = widen(args.dh_n[at]);
@@ -83,7 +86,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     };
     const auto load = [&](ItemInputs<T>(&inputs)[kItems], int64_t step) {
       const StepRows rows = rows_at(args.sequence, step);
-      const StepRows before = step > 0 ? rows_at(args.sequence, step - 1) : StepRows{0, 0};
+      const StepRows before = step > 0 ? rows_at(args.sequence, step - 1) : StepRows{};
 #pragma unroll
       for (int n = 0; n < kItems; ++n) {
         if (!runs(n, rows)) continue;
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
         if (runs(n, rows)) {
           const auto& in = inputs[n];
           const Wide<T> i = in.gates[0], f = in.gates[1], g = in.gates[2], o = in.gates[3];
-          const Wide<T> dh_here = dh[n] + widen(in.dy), tanh_c = tanh(in.cell);
+          const Wide<T> dh_here = dh[n] + widen(in.dy), tanh_c = tanh_for<math>(in.cell);
           const Wide<T> dc_here = fused(dh_here * o, 1 - tanh_c * tanh_c, dc[n]);
           dgates[0] = narrow<T>(dc_here * g * i * (1 - i));
           dgates[1] = narrow<T>(dc_here * in.cell_before * f * (1 - f));
@@ -121,8 +124,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 #pragma unroll
           for (int gate = 0; gate < 4; ++gate) to[gate * hidden] = dgates[gate];
         }
-        T* to = reinterpret_cast<T*>(vectors + (batch_row[n] - batch_first) * stride) + unit[n] -
-                first_unit;
+        T* to = reinterpret_cast<T*>(vectors + (batch_row[n] - batch_first) * spread * stride) +
+                unit[n] - first_unit;
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) to[gate * units] = operand<math>(dgates[gate]);
       }
@@ -133,28 +136,25 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       for (int index = worker; index < products; index += per_split) {
         const int first = index % unit_tiles * kWeightRows;
         const int pass_first = index / unit_tiles * kPassRows;
-        const int rows_of_pass = min(kPassRows, tiles.rows - pass_first);
         Product<math> product;
-        product.run(weights + first * stride, vectors + pass_first * stride, stride, k,
+        product.run(weights + first * stride, vectors + pass_first * spread * stride, stride, k,
                     rows_of_pass);
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           if (first + g * kUnits >= hidden) break;
           const int owner = (first + g * kUnits) / units;
           Wide<T>* to = sums + split * count;
-          if constexpr (tier == Tier::kCluster)
-            to = map_shared(sums, owner) + parity * buffer +
-                 (group.rank * tiles.splits + split) * count;
-          if constexpr (tier == Tier::kGrid)
-            to = exchange + (static_cast<int64_t>(parity) * tiles.blocks + owner) * buffer +
-                 (group.rank * tiles.splits + split) * count;
+          const int part = parity * buffer + (group.rank * tiles.splits + split) * count;
+          if constexpr (tier == Tier::kCluster) to = map_shared(sums, owner) + part;
+          if constexpr (tier == Tier::kGrid) to = exchange + owner * 2 * buffer + part;
           to += first + g * kUnits - owner * units + Product<math>::weight_row(lane);
 #pragma unroll
           for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              const int row = Product<math>::batch_row(lane) + n * kTileRows + j;
-              if (row < rows_of_pass) to[(pass_first + row) * units] = product.sums[n][g][j];
+              const int row = lane_rows.first + n * kTileRows + j;
+              if (j < lane_rows.count && row < rows_of_pass)
+                to[(pass_first + row) * units] = product.sums[n][g][j];
             }
         }
       }
@@ -165,8 +165,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       if constexpr (tier == Tier::kCluster) from += parity * buffer;
       if constexpr (tier == Tier::kGrid) {
         to_add = slices_of(tiles, blockDim.x);
-        const Wide<T>* all =
-            exchange + (static_cast<int64_t>(parity) * tiles.blocks + group.rank) * buffer;
+        const Wide<T>* all = exchange + (group.rank * 2 + parity) * buffer;
         for (int i = threadIdx.x; i < to_add * count; i += blockDim.x) {
           const int item = i % count;
           if (first_unit + item % units >= hidden) continue;

@@ -49,6 +49,7 @@ __device__ __forceinline__ void add_splits(Product<math>& product, Wide<Element<
   }
   __syncthreads();
   if (split > 0) return;
+#pragma unroll 1
   for (int from = 1; from < splits; ++from)
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
@@ -69,11 +70,13 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 
   SIMT_DYN_SHARED(uint4, shared);
   const int hidden = static_cast<int>(args.hidden);
+  const int batch = static_cast<int>(args.sequence.batch);
   const SharedLayout layout = shared_layout(math, tier, false, hidden, tiles, blockDim.x);
   const int chunks = chunks_of(math, hidden), stride = chunks + 1;
   uint4* const weights = shared + layout.weights;
   uint4* const vectors = shared + layout.vectors;
-  const int buffer = tiles.rows * stride;  // from one of the two vectors to the other
+  const int spread = column_step(math, tiles.rows), columns = tiles.rows * spread;
+  const int buffer = columns * stride;  // from one of the two vectors to the other
   Wide<T>* const partial_sums = reinterpret_cast<Wide<T>*>(shared + layout.sums);
 
   Group<tier> group(tiles, args.arrivals);
@@ -88,11 +91,12 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   const int per_split = blockDim.x / 32 / tiles.splits;
   const int split = warp / per_split, unit_tile = warp % per_split % unit_tiles;
   const int pass_first = warp % per_split / unit_tiles * kPassRows;  // in the group's rows
-  const int rows_of_pass = min(kPassRows, tiles.rows - pass_first);
+  const int rows_of_pass = min(kPassRows, tiles.rows);               // which divides tiles.rows
   const KRange k = k_range(chunks, split, tiles.splits);
   const int tile_first = first_unit + unit_tile * kUnits;
   const int unit = tile_first + Product<math>::weight_row(lane);
-  const int lane_row = pass_first + Product<math>::batch_row(lane);
+  const LaneRows lane_rows = Product<math>::lane_rows(lane, rows_of_pass);
+  const int lane_row = pass_first + lane_rows.first;
   const bool works = tile_first < hidden;     // the last block may have tiles to spare
   const bool finishes = works && split == 0;  // and holds the state
   const uint4* const tile_weights = weights + unit_tile * kWeightRows * stride;
@@ -103,14 +107,14 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     const bool inside = u < hidden && column < hidden;
     return inside ? operand<math>(args.w_hh[(gate * args.hidden + u) * hidden + column]) : T{};
   });
-  fill<math, false>(vectors + buffer, tiles.rows, chunks, stride, [](int, int) { return T{}; });
+  fill<math, false>(vectors + buffer, columns, chunks, stride, [](int, int) { return T{}; });
 
-  for (int64_t tile = group.index; tile * tiles.rows < args.sequence.batch; tile += tiles.groups) {
-    const int64_t batch_first = tile * tiles.rows;
+  for (int batch_first = group.index * tiles.rows; batch_first < batch;
+       batch_first += tiles.groups * tiles.rows) {
     const auto owned = [&](int n, int j) {  // whether such a row exists
       const int row = lane_row + n * kTileRows + j;
-      return finishes && unit < hidden && row < pass_first + rows_of_pass &&
-             batch_first + row < args.sequence.batch;
+      return finishes && unit < hidden && j < lane_rows.count && row < tiles.rows &&
+             batch_first + row < batch;
     };
     const auto load_gates = [&](int64_t step) {
       LaneGates<math> gates = {};
@@ -120,22 +124,21 @@ __global__ void __launch_bounds__(max_threads(math), 1)
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int64_t b = batch_first + lane_row + n * kTileRows + j;
+            const int b = batch_first + lane_row + n * kTileRows + j;
             if (!owned(n, j) || b >= rows.n) continue;
             const T* from = args.gates_x + (rows.first + b) * 4 * hidden + unit;
 #pragma unroll
-            for (int gate = 0; gate < 4; ++gate)
-              gates.values[n][j][gate] = from[gate * hidden];
+            for (int gate = 0; gate < 4; ++gate) gates.values[n][j][gate] = from[gate * hidden];
           }
       }
       return gates;
     };
 
     group.sync();  // the tile before may still be in use
-    fill<math, false>(vectors, tiles.rows, chunks, stride, [&](int row, int column) {
-      const int64_t b = batch_first + row;
-      const bool inside = b < args.sequence.batch && column < hidden;
-      return inside ? operand<math>(args.h0[b * hidden + column]) : T{};
+    fill<math, false>(vectors, columns, chunks, stride, [&](int row, int column) {
+      const int b = batch_first + row / spread;
+      const bool inside = row % spread == 0 && b < batch && column < hidden;
+      return inside ? operand<math>(args.h0[int64_t{b} * hidden + column]) : T{};
     });
     LaneState<math> state = {};
 #pragma unroll
@@ -143,11 +146,12 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (!owned(n, j)) continue;
-        const int64_t at = (batch_first + lane_row + n * kTileRows + j) * hidden + unit;
+        const int b = batch_first + lane_row + n * kTileRows + j;
+        const int64_t at = int64_t{b} * hidden + unit;
         state.h[n][j] = widen(args.h0[at]);
         state.c[n][j] = widen(args.c0[at]);
       }
-    LaneGates<math> next_gates = load_gates(0);
+    LaneGates<math> gates = load_gates(0);
     group.sync();
 
     for (int64_t step = 0; step < args.sequence.steps; ++step) {
@@ -156,28 +160,27 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 
       Product<math> product = {};
       if (works)
-        product.run(tile_weights, vectors + now + pass_first * stride, stride, k, rows_of_pass);
+        product.run(tile_weights, vectors + now + pass_first * spread * stride, stride, k,
+                    rows_of_pass);
       if (tiles.splits > 1)
-        add_splits(product, partial_sums, split, tiles.splits, per_split,
-                   min(kPassRows, tiles.rows));
+        add_splits(product, partial_sums, split, tiles.splits, per_split, rows_of_pass);
 
-      const LaneGates<math> gates_x = next_gates;
-      next_gates = load_gates(step + 1);
       if (finishes) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int row = lane_row + n * kTileRows + j;
-            const int64_t b = batch_first + row;
+            const int b = batch_first + row;
             if (owned(n, j) && b < rows.n) {
               Wide<T> a[4];
 #pragma unroll
               for (int gate = 0; gate < 4; ++gate)
-                a[gate] = product.sums[n][gate][j] + widen(gates_x.values[n][j][gate]);
-              const Wide<T> i = sigmoid(a[0]), f = sigmoid(a[1]), g = tanh(a[2]), o = sigmoid(a[3]);
+                a[gate] = product.sums[n][gate][j] + widen(gates.values[n][j][gate]);
+              const Wide<T> i = sigmoid_for<math>(a[0]), f = sigmoid_for<math>(a[1]);
+              const Wide<T> g = tanh_for<math>(a[2]), o = sigmoid_for<math>(a[3]);
               const Wide<T> c = fused(f, state.c[n][j], i * g);
-              const T h = narrow<T>(o * tanh(c));
+              const T h = narrow<T>(o * tanh_for<math>(c));
               state.c[n][j] = c;
               state.h[n][j] = widen(h);
               const int64_t at = rows.first + b;
@@ -192,12 +195,13 @@ __global__ void __launch_bounds__(max_threads(math), 1)
               }
             }
             // A row that does not run has the same h, for when it will.
-            if (row < pass_first + rows_of_pass)
-              reinterpret_cast<T*>(vectors + next + row * stride)[unit] =
+            if (j < lane_rows.count && row < tiles.rows)
+              reinterpret_cast<T*>(vectors + next + row * spread * stride)[unit] =
                   operand<math>(narrow<T>(state.h[n][j]));
           }
       }
       if (step + 1 == args.sequence.steps) break;
+      gates = load_gates(step + 1);
 
       // The warp's tile of h, 16 bytes at a time.
       if constexpr (tier != Tier::kBlock) {
@@ -208,7 +212,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
           for (int i = lane; i < count * copies; i += 32) {
             const int row = pass_first + i % count / kUnitChunks;
             const int chunk = tile_first * static_cast<int>(sizeof(T)) / 16 + i % kUnitChunks;
-            uint4* const from = vectors + next + row * stride + chunk;
+            uint4* const from = vectors + next + row * spread * stride + chunk;
             if constexpr (tier == Tier::kCluster) {
               const int peer = (group.rank + 1 + i / count) % group.blocks;
               *map_shared(from, peer) = *from;
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
         const uint4* from = exchange + (step + 1) % 2 * tiles.rows * row_chunks;
 #pragma unroll 4
         for (int i = threadIdx.x; i < tiles.rows * row_chunks; i += blockDim.x)
-          vectors[next + i / row_chunks * stride + i % row_chunks] = load_l2(from + i);
+          vectors[next + i / row_chunks * spread * stride + i % row_chunks] = load_l2(from + i);
         __syncthreads();
       }
     }
@@ -233,7 +237,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (!owned(n, j)) continue;
-        const int64_t at = (batch_first + lane_row + n * kTileRows + j) * hidden + unit;
+        const int b = batch_first + lane_row + n * kTileRows + j;
+        const int64_t at = int64_t{b} * hidden + unit;
         args.h_n[at] = narrow<T>(state.h[n][j]);
         args.c_n[at] = narrow<T>(state.c[n][j]);
       }

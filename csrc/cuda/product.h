@@ -3,8 +3,9 @@
 // shared memory (tile.h), for every Math.
 //
 // In all of them a lane ends up with the same kind of results: of the weights' rows those at
-// weight_row() + 8 g, g < 4, and of each tile of the batch rows batch_row() and the next. Forward,
-// the four are the gates of one unit.
+// weight_row() + 8 g, g < 4, and of the batch its lane_rows() in each tile: two of 8 rows, or one
+// where there are fewer, so that what is done with the results occupies all lanes. Forward, the
+// four are the gates of one unit.
 //   Tensor cores. Two mma tiles of 16 rows. One ldmatrix_x4 loads what lanes need of 4 chunks of 8
 //     rows of the batch, or of 2 chunks of 16 rows of weights; float32 words of TF32 fall into
 //     place as pairs of 16-bit elements do.
@@ -56,6 +57,11 @@ __device__ __forceinline__ KRange k_range(int chunks, int split, int splits) {
   return {split * rounds / splits * 4, (split + 1) * rounds / splits * 4};
 }
 
+// Rows [first, first + count) of a tile of the batch, count <= 2.
+struct LaneRows {
+  int first, count;
+};
+
 template <Math math>
 struct Product {
   using T = Element<math>;
@@ -67,12 +73,14 @@ struct Product {
   static __device__ __forceinline__ int weight_row(int lane) {
     return kTensor ? lane / 4 : lane % 8;
   }
-  static __device__ __forceinline__ int batch_row(int lane) {
-    return 2 * (kTensor ? lane % 4 : lane / 8);
+  static __device__ __forceinline__ LaneRows lane_rows(int lane, int rows) {
+    const int q = kTensor ? lane % 4 : lane / 8;
+    if (rows >= 8) return {2 * q, 2};
+    return {q * rows / 4, q * rows % 4 == 0 ? 1 : 0};
   }
 
-  // weights, vectors: the first of their rows, `stride` chunks from row to row; rows: of the batch
-  // that exist, a multiple of 8 for tensor cores, for FMA a power of two up to pass_rows.
+  // weights, vectors: the first of their rows, `stride` chunks from row to row; rows: of the batch,
+  // 4, 8 or 16 for tensor cores, 1, 2, 4 or 8 for FMA.
   __device__ __forceinline__ void run(const uint4* weights, const uint4* vectors, int stride,
                                       KRange k, int rows) {
     const int lane = threadIdx.x % 32;
@@ -97,8 +105,7 @@ struct Product {
     float d[kUsed][2][4] = {};
     weights += lane % 16 * stride + lane / 16;
     vectors += lane % 8 * stride + lane / 8;
-    constexpr int kUnroll = kUsed > 1 ? 1 : 2;
-#pragma unroll kUnroll
+#pragma unroll(kUsed > 1 ? 1 : 2)
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
       uint32_t b[kUsed][4];
 #pragma unroll
@@ -137,8 +144,7 @@ struct Product {
     T d[4][kRows] = {};
     weights += lane % 8 * stride + lane / 8;
     vectors += lane / 8;
-    constexpr int kUnroll = kRows * C::kSize > 8 ? 1 : 2;  // rounds whose loads are under way
-#pragma unroll kUnroll
+#pragma unroll(kRows* C::kSize > 8 ? 1 : 2)
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
       C w[4];
 #pragma unroll
@@ -152,8 +158,7 @@ struct Product {
           for (int g = 0; g < 4; ++g) d[g][row] = fused(w[g].values[e], x.values[e], d[g][row]);
       }
     }
-    constexpr int kHalf = kRows == 8 ? 4 : kRows;
-    constexpr int kKept = kHalf == 4 ? 2 : kHalf;
+    constexpr int kHalf = (kRows + 1) / 2, kKept = (kHalf + 1) / 2;
     T half[4][kHalf], kept[4][kKept];
     add_lanes(d, half, lane, 16);
     add_lanes(half, kept, lane, 8);
@@ -163,8 +168,8 @@ struct Product {
       for (int j = 0; j < 2; ++j) sums[0][g][j] = j < kKept ? kept[g][j < kKept ? j : 0] : T(0);
   }
 
-  // Adds what the lanes on either side of `bit` have. Where a lane keeps half of the rows, each
-  // sends the other half only: 24 shuffles for 8 rows in all, not 64.
+  // Adds what the lanes on either side of `bit` have. Each keeps half of the rows and sends the
+  // other half: 24 shuffles for 8 rows in all, not 64. A last row is kept by both.
   template <int kRows, int kKept>
   static __device__ __forceinline__ void add_lanes(const T (&d)[4][kRows], T (&kept)[4][kKept],
                                                    int lane, int bit) {

@@ -50,6 +50,11 @@ ISS_HOST_DEVICE constexpr int pass_rows(Math math) {
 }
 // Of them, those that share one set of 4 x 2 results per lane.
 ISS_HOST_DEVICE constexpr int tile_rows(Math math) { return math == Math::kFloat64 ? 4 : 8; }
+// Tensor cores multiply 8 columns of the batch, or more. 4 rows take every other column, which
+// leaves one to each lane.
+ISS_HOST_DEVICE constexpr int column_step(Math math, int rows) {
+  return uses_tensor_cores(math) && rows == 4 ? 2 : 1;
+}
 
 ISS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -74,9 +79,9 @@ ISS_HOST_DEVICE constexpr int slices_of(const LstmTiles& tiles, int threads) {
 // Offsets in chunks. weights: forward [units * 4 gates][H], each 32 rows the 4 gates of 8 units;
 // backward [H, to a multiple of 32][4 gates * units]. vectors: what they are multiplied with,
 // forward h [2][rows][H], the one read and the one being written; backward the gates' gradients
-// [rows][4 gates * units]. sums: forward of the splits after the first, as they lie in registers;
-// backward [parts][rows][units] for each block and split, twice in a cluster, where others write
-// while this block reads.
+// [rows][4 gates * units]; 4 rows of tensor cores lie in 8. sums: forward of the splits after the
+// first, as they lie in registers; backward [parts][rows][units] for each block and split, twice in
+// a cluster, where others write while this block reads.
 struct SharedLayout {
   int64_t weights, vectors, sums, end;
 };
@@ -88,7 +93,8 @@ ISS_HOST_DEVICE constexpr SharedLayout shared_layout(Math math, Tier tier, bool 
       backward ? ceil_div(hidden, kWeightRows) * kWeightRows : 4 * tiles.units;
   SharedLayout layout = {};
   layout.vectors = weight_rows * stride;
-  layout.sums = layout.vectors + (backward ? 1 : 2) * tiles.rows * stride;
+  const int columns = tiles.rows * column_step(math, tiles.rows);
+  layout.sums = layout.vectors + (backward ? 1 : 2) * columns * stride;
   int64_t sums = 0;  // in elements
   if (!backward) {
     sums = static_cast<int64_t>(tiles.splits - 1) * (tiles.units / kUnits) *
