@@ -326,7 +326,8 @@ class ISSLSTM(nn.Module):
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """A parameter as the ops take it."""
-        return cast(Tensor, getattr(self, name)).to(dtype)
+        parameter = cast(Tensor, getattr(self, name))
+        return parameter if parameter.dtype == dtype else parameter.to(dtype)
 
     def _dtype(self) -> torch.dtype:
         return cast(Tensor, self.weight_ih_l0).dtype

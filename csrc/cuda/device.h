@@ -16,6 +16,7 @@
 #ifdef SIMT_HOST
 #include "simt/control.h"
 #else
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -76,6 +77,10 @@ inline at::Tensor to_device(const at::Tensor& host, const at::Tensor& like) {
 #ifdef SIMT_HOST
   return host;
 #else
+  TORCH_CHECK(
+      c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+      "iss_kernels: expected padded sequences in a CUDA graph, got batch_sizes, which a replay "
+      "would copy again from host memory that is gone");
   return host.pin_memory().to(like.device(), /*non_blocking=*/true);
 #endif
 }
