@@ -21,9 +21,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "simt"
-SIMULATOR = [
-    ROOT / "csrc/simt" / f"{name}.cpp" for name in ("scheduler", "checker", "guarded_memory")
-]
+SIMULATOR = sorted((ROOT / "csrc/simt").glob("*.cpp"))
 NAMESPACES = {"plain": "iss_kernels_simt", "check": "iss_kernels_simt_check"}
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-DSIMT_HOST"]
