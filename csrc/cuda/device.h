@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a host file asks of the device: which one, its stream, its limits, whether a launch worked.
+// What a host file asks of the device: which one, its stream, its limits, whether a launch worked;
+// and the dtypes of its kernels.
 // Emulated (SIMT_HOST), the device is a pretended one that a test may change.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -12,6 +14,7 @@
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
 #include "library.h"
+#include "lstm.h"
 
 #ifdef SIMT_HOST
 #include "simt/control.h"
@@ -22,6 +25,26 @@
 #endif
 
 namespace iss {
+
+// What the kernels call a dtype of torch.
+template <typename scalar_t>
+struct StoredType {
+  using type = scalar_t;
+};
+template <>
+struct StoredType<at::BFloat16> {
+  using type = Bfloat16;
+};
+template <>
+struct StoredType<at::Half> {
+  using type = Float16;
+};
+template <typename scalar_t>
+using Stored = typename StoredType<scalar_t>::type;
+
+// With scalar_t for each dtype that there are kernels for.
+#define ISS_DISPATCH(TYPE, NAME, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, TYPE, NAME, __VA_ARGS__)
 
 #ifdef SIMT_HOST
 

@@ -5,7 +5,6 @@
 // waits for the device.
 
 #include <ATen/Context.h>
-#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/add.h>
@@ -43,25 +42,6 @@ Sequence sequence_of(const Tensor& x, const OptionalTensor& batch_sizes, int64_t
   return {{first, first + contiguous.numel()}, batch};
 }
 
-// What the kernels call a dtype of torch.
-template <typename scalar_t>
-struct StoredType {
-  using type = scalar_t;
-};
-template <>
-struct StoredType<at::BFloat16> {
-  using type = Bfloat16;
-};
-template <>
-struct StoredType<at::Half> {
-  using type = Float16;
-};
-template <typename scalar_t>
-using Stored = typename StoredType<scalar_t>::type;
-
-#define ISS_DISPATCH(TYPE, NAME, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, TYPE, NAME, __VA_ARGS__)
-
 template <typename T>
 T* data(const Tensor& t) {
   return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
@@ -96,6 +76,7 @@ Math math_of(at::ScalarType type) {
 
 template <typename T>
 LstmPlan plan_for(const Tensor& c0, at::ScalarType type, bool projected, bool backward) {
+  if (c0.size(0) == 0) return {.tier = Tier::kSteps, .math = math_of(type), .backward = backward};
   LstmPlan plan = plan_lstm({.hidden = c0.size(1),
                              .batch = c0.size(0),
                              .projected = projected,

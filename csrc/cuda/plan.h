@@ -39,15 +39,15 @@ struct LstmPlan {
   Tier tier;
   Math math;
   bool backward;
-  int units;               // of a block; a multiple of 8
-  int blocks;              // of a group: ceil(H / units)
-  int rows;                // of the batch that a group runs at a time
-  int groups;              // resident at once; each takes every groups-th tile of rows
-  int splits;              // of every sum over K, each taken by other warps
-  int threads;             // of a block
-  int64_t shared_bytes;    // of a block
-  int64_t exchange_bytes;  // global memory for what blocks exchange; Tier::kGrid alone
-  std::string why;         // one sentence: why this tier, and why not the ones before it
+  int units = 0;               // of a block; a multiple of 8
+  int blocks = 0;              // of a group: ceil(H / units)
+  int rows = 0;                // of the batch that a group runs at a time
+  int groups = 0;              // resident at once; each takes every groups-th tile of rows
+  int splits = 0;              // of every sum over K, each taken by other warps
+  int threads = 0;             // of a block
+  int64_t shared_bytes = 0;    // of a block
+  int64_t exchange_bytes = 0;  // global memory for what blocks exchange; Tier::kGrid alone
+  std::string why = {};        // one sentence: why this tier, and why not the ones before it
 };
 
 LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device);
