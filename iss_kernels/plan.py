@@ -46,9 +46,8 @@ class Plan:
         if self.tier == "steps":
             return f"steps: {self.why}"
         return (
-            f"{self.tier}: {self.groups} x {self.blocks} blocks of {self.units} units and "
-            f"{self.threads} threads, {self.rows} rows at a time, "
-            f"{self.shared_bytes / 1024:.0f} KB of shared memory each; {self.why}"
+            f"{self.tier}: {self.groups} groups at once, each for {self.rows} rows of the batch, "
+            f"{self.threads} threads in a block; {self.why}"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from iss_kernels import backend, explain_plan
 
-H100 = (9, 0, 8, 227 * 1024)  # with few multiprocessors: a launch that fills it is still small
+H100 = (9, 0, 16, 227 * 1024)  # with few multiprocessors: a launch that fills it is still small
 
 
 class Gpu:
@@ -25,6 +25,7 @@ class Gpu:
         self.simulator = None
         if kind != "cuda":
             self.simulator = simt.simulator("check" if kind == "check" else "plain")
+            self.pretend(None)
         self.device = torch.device("cuda" if self.simulator is None else "cpu")
 
     def to(self, value):
@@ -82,8 +83,8 @@ def limits_for(tier, hidden, batch, dtype, tf32=False):
     """
     if tier == "steps":
         return (8, 0, 8, 0)
-    for major, step in itertools.product((9, 8), range(40)):
-        limits = (major, 0, 8, int(227 * 1024 * 0.85**step))
+    for major, step in itertools.product((9, 8), range(60)):
+        limits = (major, 0, 16, int(227 * 1024 * 0.9**step))
         plans = [
             explain_plan(hidden, batch, dtype, backward=backward, tf32=tf32, device=limits)
             for backward in (False, True)

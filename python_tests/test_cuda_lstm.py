@@ -92,7 +92,7 @@ def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(gpu, tier, dty
 @by_name("dtype", DTYPES)
 def test_projections_too(gpu, dtype, case, reverse):
     plan = explain_plan(case.H, case.B, dtype, proj_size=case.P, device="H100")
-    assert plan.tier == "steps" and "proj" in plan.why
+    assert plan.tier == "steps" and "projection" in plan.why
     assert_as_good_as_torch(gpu, case, dtype, reverse)
 
 

@@ -15,7 +15,7 @@ def test_it_says_what_runs_and_why():
     assert 0 < plan.shared_bytes <= 227 * 1024
     text = str(plan)
     assert text.startswith(f"{plan.tier}: ") and text.endswith(plan.why)
-    assert f"{plan.blocks} blocks of {plan.units} units" in text
+    assert f"{plan.groups} groups at once, each for {plan.rows} rows" in text
 
 
 def test_projections_and_huge_layers_run_step_by_step():
