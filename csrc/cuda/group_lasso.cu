@@ -316,9 +316,7 @@ int launch_by_units(ByUnits what, const ByUnitsArgs<W>& args, CudaStream stream)
 #define ISS_INSTANCE(W)                                                       \
   template int launch_group_norms(const GroupNormsArgs<W>&, int, CudaStream); \
   template int launch_by_units(ByUnits, const ByUnitsArgs<W>&, CudaStream);
-ISS_INSTANCE(float)
-ISS_INSTANCE(double)
-ISS_INSTANCE(Bfloat16)
+ISS_EACH_DTYPE(ISS_INSTANCE)
 #undef ISS_INSTANCE
 
 }  // namespace iss

@@ -76,8 +76,8 @@ struct ByUnitsArgs {
   Wide<W> threshold;       // kThreshold alone
 };
 
-// Each returns 0 or a cudaError_t; instances for float, double and Bfloat16. Results do not depend
-// on the number of multiprocessors.
+// Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16. Results do not
+// depend on the number of multiprocessors.
 template <typename W>
 int launch_group_norms(const GroupNormsArgs<W>& args, int multiprocessors, CudaStream stream);
 template <typename W>

@@ -2,7 +2,6 @@
 // The group-lasso ops on CUDA: one launch for all matrices of a model (up to 32; one for each 32 of
 // a larger one). Nothing here waits for the device, but for the first look at a tensor of labels.
 
-#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/aminmax.h>
@@ -29,10 +28,6 @@ std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
   for (const Tensor& t : tensors) result.push_back(t.contiguous());
   return result;
 }
-
-// What the kernels call the dtype of a tensor.
-template <typename scalar_t>
-using Stored = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, Bfloat16, scalar_t>;
 
 template <typename W>
 const W* values(const Tensor& t) {
@@ -131,20 +126,19 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
                             columns = contiguous(column_units);
   const auto options = weights[0].options().dtype(factor_type(weights[0]));
   const Tensor norms = at::empty({units}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
+  ISS_DISPATCH(weights[0].scalar_type(), op, [&] {
     using W = Stored<scalar_t>;
     constexpr size_t kMatrices = LabelledModel<W>::kMatrices;
     const bool several = weights.size() > kMatrices;
     const Tensor squares = several ? at::empty({units}, options.dtype(at::kDouble)) : Tensor();
     for (size_t first = 0; first < weights.size(); first += kMatrices) {
-      GroupNormsArgs<W> args{
-          .model = model_of<W>(first, matrices, matrices, rows, columns, units),
-          .eps = eps,
-          .paper_overlap = paper_overlap,
-          .more_before = first > 0,
-          .more_after = first + kMatrices < weights.size(),
-          .squares = several ? squares.mutable_data_ptr<double>() : nullptr,
-          .norms = mutable_values<Wide<W>>(norms)};
+      GroupNormsArgs<W> args{.model = model_of<W>(first, matrices, matrices, rows, columns, units),
+                             .eps = eps,
+                             .paper_overlap = paper_overlap,
+                             .more_before = first > 0,
+                             .more_after = first + kMatrices < weights.size(),
+                             .squares = several ? squares.mutable_data_ptr<double>() : nullptr,
+                             .norms = mutable_values<Wide<W>>(norms)};
       int64_t sums = 0;
       const auto place_sums = [&](Wide<W>* begin) {
         sums = 0;
@@ -170,7 +164,7 @@ void run_by_units(const char* op, ByUnits what, const std::vector<Tensor>& outpu
                   const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
                   const std::vector<Tensor>& column_units, int64_t units, const Tensor& factors,
                   bool paper_overlap, bool overwrite, double threshold) {
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), "by_units", [&] {
+  ISS_DISPATCH(weights[0].scalar_type(), "by_units", [&] {
     using W = Stored<scalar_t>;
     for (size_t first = 0; first < weights.size(); first += LabelledModel<W>::kMatrices) {
       const ByUnitsArgs<W> args{
