@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     return inside ? operand<math>(args.w_hh[(gate * args.hidden + u) * hidden + row]) : T{};
   });
   fill<math, false>(vectors, tiles.rows * spread, chunks, stride, [](int, int) { return T{}; });
-  group.sync();
+  group.sync_shared();
 
   int parity = 0;  // of the products, over all tiles of rows
   for (int batch_first = group.index * tiles.rows; batch_first < batch;

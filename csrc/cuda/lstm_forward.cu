@@ -76,14 +76,14 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   uint4* const weights = shared + layout.weights;
   uint4* const vectors = shared + layout.vectors;
   const int spread = column_step(math, tiles.rows), columns = tiles.rows * spread;
-  const int buffer = columns * stride;  // from one of the two vectors to the other
+  const int buffer = (vectors_of(tier) - 1) * columns * stride;  // to the other of two vectors
   Wide<T>* const partial_sums = reinterpret_cast<Wide<T>*>(shared + layout.sums);
 
   Group<tier> group(tiles, args.arrivals);
   const int first_unit = group.rank * tiles.units;
   const int row_chunks = exchange_chunks(math, hidden);
-  uint4* const exchange = static_cast<uint4*>(args.exchange) +
-                          group.index * (2 * tiles.rows * static_cast<int64_t>(row_chunks));
+  uint4* const exchange =
+      static_cast<uint4*>(args.exchange) + group.index * exchange_of(math, false, hidden, tiles);
 
   // Warps: the units' tiles of one pass, then the other passes, then all of that per split.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     const bool inside = u < hidden && column < hidden;
     return inside ? operand<math>(args.w_hh[(gate * args.hidden + u) * hidden + column]) : T{};
   });
-  fill<math, false>(vectors + buffer, columns, chunks, stride, [](int, int) { return T{}; });
+  if (buffer > 0)
+    fill<math, false>(vectors + buffer, columns, chunks, stride, [](int, int) { return T{}; });
 
   for (int batch_first = group.index * tiles.rows; batch_first < batch;
        batch_first += tiles.groups * tiles.rows) {
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       return gates;
     };
 
-    group.sync();  // the tile before may still be in use
+    group.sync_shared();  // the tile before may still be in use
     fill<math, false>(vectors, columns, chunks, stride, [&](int row, int column) {
       const int b = batch_first + row / spread;
       const bool inside = row % spread == 0 && b < batch && column < hidden;
@@ -157,6 +158,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     for (int64_t step = 0; step < args.sequence.steps; ++step) {
       const StepRows rows = rows_at(args.sequence, step);
       const int now = static_cast<int>(step % 2) * buffer, next = buffer - now;
+      uint4* const published = exchange + step % 2 * tiles.rows * row_chunks;  // Tier::kGrid alone
 
       Product<math> product = {};
       if (works)
@@ -195,39 +197,34 @@ __global__ void __launch_bounds__(max_threads(math), 1)
               }
             }
             // A row that does not run has the same h, for when it will.
-            if (j < lane_rows.count && row < tiles.rows)
-              reinterpret_cast<T*>(vectors + next + row * spread * stride)[unit] =
-                  operand<math>(narrow<T>(state.h[n][j]));
+            if (j < lane_rows.count && row < tiles.rows) {
+              uint4* const to = tier == Tier::kGrid ? published + row * row_chunks
+                                                    : vectors + next + row * spread * stride;
+              reinterpret_cast<T*>(to)[unit] = operand<math>(narrow<T>(state.h[n][j]));
+            }
           }
       }
       if (step + 1 == args.sequence.steps) break;
       gates = load_gates(step + 1);
 
-      // The warp's tile of h, 16 bytes at a time.
-      if constexpr (tier != Tier::kBlock) {
+      // The warp's tile of h to the others, 16 bytes at a time.
+      if constexpr (tier == Tier::kCluster) {
         if (finishes) {
           __syncwarp();
           const int count = rows_of_pass * kUnitChunks;
-          const int copies = tier == Tier::kCluster ? group.blocks - 1 : 1;
-          for (int i = lane; i < count * copies; i += 32) {
+          for (int i = lane; i < count * (group.blocks - 1); i += 32) {
             const int row = pass_first + i % count / kUnitChunks;
             const int chunk = tile_first * static_cast<int>(sizeof(T)) / 16 + i % kUnitChunks;
             uint4* const from = vectors + next + row * spread * stride + chunk;
-            if constexpr (tier == Tier::kCluster) {
-              const int peer = (group.rank + 1 + i / count) % group.blocks;
-              *map_shared(from, peer) = *from;
-            } else {
-              exchange[((step + 1) % 2 * tiles.rows + row) * row_chunks + chunk] = *from;
-            }
+            *map_shared(from, (group.rank + 1 + i / count) % group.blocks) = *from;
           }
         }
       }
       group.sync();
       if constexpr (tier == Tier::kGrid) {
-        const uint4* from = exchange + (step + 1) % 2 * tiles.rows * row_chunks;
 #pragma unroll 4
         for (int i = threadIdx.x; i < tiles.rows * row_chunks; i += blockDim.x)
-          vectors[next + i / row_chunks * spread * stride + i % row_chunks] = load_l2(from + i);
+          vectors[i / row_chunks * spread * stride + i % row_chunks] = load_l2(published + i);
         __syncthreads();
       }
     }

@@ -6,8 +6,8 @@
 //
 // On an H100 (132 multiprocessors, 1.75 GHz) it says, in us per step forward, batch 16:
 //   H            64    128    256    512
-//   float32     0.5    0.7    1.2    2.1
-//   bfloat16    0.3    0.5    0.7    1.4
+//   float32     0.6    0.7    1.2    2.4
+//   bfloat16    0.3    0.5    0.8    1.3
 #include "cuda/plan.h"
 
 #include <algorithm>
@@ -20,8 +20,8 @@ namespace {
 
 // Clocks unless it says otherwise.
 struct Speeds {
+  int schedulers = 4;         // warps that issue an instruction, a clock
   double shared = 128;        // bytes a multiprocessor reads of its shared memory, a clock
-  double schedulers = 4;      // warps that issue an instruction, a clock
   double latency = 60;        // of a round of a product: a load, and two dependent mma or 16 fma
   double barrier = 40;        // of a block
   double cluster = 400;       // barrier of a cluster, and a store to a neighbour before it
@@ -50,7 +50,7 @@ double multiply_adds_per_clock(Math math, const DeviceLimits& device) {
     case Math::kFloat32:
       return 128;
     case Math::kFloat64:
-      return !data_centre ? 2 : device.major == 9 ? 64 : 32;
+      return !data_centre ? 2 : device.major >= 9 ? 64 : 32;
     case Math::kTf32:
       return 256;
     default:
@@ -71,10 +71,6 @@ struct Planner {
   const LstmProblem& problem;
   const DeviceLimits& device;
   int64_t least_shared = -1;  // of the ways that did not fit in the tier under way
-
-  LstmTiles tiles_of(const LstmPlan& plan) const {
-    return {plan.units, plan.blocks, plan.rows, plan.groups, plan.splits};
-  }
 
   // Warps, and how many of them split K: as many as there is room for, while each has two rounds.
   bool choose_threads(LstmPlan& plan) const {
@@ -121,17 +117,18 @@ struct Planner {
     double clocks = product_clocks(plan) + kSpeeds.barrier;
     double sent, received;  // bytes of one block
     if (!problem.backward) {
-      const double warps = plan.threads / 32 / plan.splits;
+      const int warps = plan.threads / 32 / plan.splits;
       const int rows_of_pass = std::min(plan.rows, pass_rows(problem.math));
       const double cells = rows_of_pass < 8 ? 1 : rows_of_pass / 4;  // of a lane
-      clocks += ceil_div(warps, 4) * cells * (tensor ? kCellTensor : kCellExact);
+      clocks += ceil_div(warps, kSpeeds.schedulers) * cells * (tensor ? kCellTensor : kCellExact);
       if (plan.splits > 1) clocks += kSpeeds.barrier + (plan.splits - 1) * warps * cells * 4;
       received = static_cast<double>(plan.rows) * problem.hidden * element_bytes(problem.math);
       sent = elements * element_bytes(problem.math) *
              (plan.tier == Tier::kCluster ? plan.blocks - 1 : 1);
     } else {
       const double parts = elements * plan.blocks * plan.splits * wide;
-      clocks += ceil_div(elements, 128) * kElement + kSpeeds.barrier;
+      clocks += ceil_div(plan.rows * plan.units, 32 * kSpeeds.schedulers) * kElement;
+      clocks += kSpeeds.barrier;
       clocks += 2 * parts / kSpeeds.shared;
       received = sent = parts;
     }
@@ -213,7 +210,7 @@ struct Planner {
     const double rate = multiply_adds_per_clock(problem.math, device) * 0.6;
     return kSpeeds.steps + std::max(products * problem.batch / rate,
                                     products * element_bytes(problem.math) / kSpeeds.grid_bytes) /
-                               device.multiprocessors;
+                               std::max(device.multiprocessors, 1);
   }
 };
 
@@ -242,6 +239,14 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
     return steps;
   }
   Planner planner{problem, device};
+  const double weights = 4.0 * problem.hidden * problem.hidden * element_bytes(problem.math);
+  const double room = static_cast<double>(device.multiprocessors) * device.shared_bytes;
+  if (weights > room) {
+    steps.why = "about " + microseconds(planner.steps_clocks()) + " a step; the weights take " +
+                number(weights / 1048576) + " MB, and all shared memory together has " +
+                number(room / 1048576) + " MB";
+    return steps;
+  }
   Choice best;
   std::string passed_over;  // the tiers before
   for (const Tier tier : {Tier::kBlock, Tier::kCluster, Tier::kGrid, Tier::kSteps}) {

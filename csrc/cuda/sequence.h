@@ -84,12 +84,15 @@ struct Group {
       __syncthreads();
     }
   }
-};
 
-// The tiles of a plan, for a kernel.
-inline LstmTiles tiles_of(const LstmPlan& plan) {
-  return {plan.units, plan.blocks, plan.rows, plan.groups, plan.splits};
-}
+  // The same for shared memory alone, of which Tier::kGrid's blocks have none in common.
+  __device__ __forceinline__ void sync_shared() {
+    if constexpr (tier == Tier::kGrid)
+      __syncthreads();
+    else
+      sync();
+  }
+};
 
 // The Math of T's kernels, or, for float, the one of the two that a plan asks for.
 template <typename T>

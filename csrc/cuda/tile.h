@@ -34,6 +34,9 @@ constexpr int kItems = 2;
 struct LstmTiles {
   int units, blocks, rows, groups, splits;
 };
+inline LstmTiles tiles_of(const LstmPlan& plan) {
+  return {plan.units, plan.blocks, plan.rows, plan.groups, plan.splits};
+}
 
 ISS_HOST_DEVICE constexpr bool uses_tensor_cores(Math math) {
   return math != Math::kFloat32 && math != Math::kFloat64;
@@ -76,9 +79,13 @@ ISS_HOST_DEVICE constexpr int slices_of(const LstmTiles& tiles, int threads) {
   return slices < 1 ? 1 : slices < tiles.blocks ? slices : tiles.blocks;
 }
 
+// Forward, buffers for h: the one read and the one being written. Through L2, blocks write to
+// global memory and load all of it when every warp is done with the step before.
+ISS_HOST_DEVICE constexpr int vectors_of(Tier tier) { return tier == Tier::kGrid ? 1 : 2; }
+
 // Offsets in chunks. weights: forward [units * 4 gates][H], each 32 rows the 4 gates of 8 units;
 // backward [H, to a multiple of 32][4 gates * units]. vectors: what they are multiplied with,
-// forward h [2][rows][H], the one read and the one being written; backward the gates' gradients
+// forward h [buffers][rows][H]; backward the gates' gradients
 // [rows][4 gates * units]; 4 rows of tensor cores lie in 8. sums: forward of the splits after the
 // first, as they lie in registers; backward [parts][rows][units] for each block and split, twice in
 // a cluster, where others write while this block reads.
@@ -94,7 +101,7 @@ ISS_HOST_DEVICE constexpr SharedLayout shared_layout(Math math, Tier tier, bool 
   SharedLayout layout = {};
   layout.vectors = weight_rows * stride;
   const int columns = tiles.rows * column_step(math, tiles.rows);
-  layout.sums = layout.vectors + (backward ? 1 : 2) * columns * stride;
+  layout.sums = layout.vectors + (backward ? 1 : vectors_of(tier)) * columns * stride;
   int64_t sums = 0;  // in elements
   if (!backward) {
     sums = static_cast<int64_t>(tiles.splits - 1) * (tiles.units / kUnits) *
