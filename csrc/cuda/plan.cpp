@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tries a few dozen ways to lay a layer out on the GPU, estimates what a step takes with each, and
 // keeps the fastest that is surely resident. The estimate counts, for one block, reads of shared
-// memory, arithmetic and instructions, and adds what an exchange takes; it need not be right to
-// more than the gaps between tiers, of which a later one must be faster by a fifth.
+// memory, arithmetic and instructions, and adds what an exchange takes. It need not be right to
+// more than the gaps between tiers: one whose blocks wait for each other must be faster by a fifth.
 //
 // On an H100 (132 multiprocessors, 1.75 GHz) it says, in us per step forward, batch 16:
 //   H            64    128    256    512
@@ -37,7 +37,7 @@ constexpr Speeds kSpeeds;
 // Instructions per cell (lstm_forward.cu) and per element (lstm_backward.cu).
 constexpr double kCellExact = 170, kCellTensor = 70, kElement = 120;
 
-// A later tier is worth its risks (other blocks, other launches) from here on.
+// Waiting for other blocks is worth its risks from here on.
 constexpr double kWorth = 0.8;
 
 // Clusters lie within one of the GPU's processing clusters, of at least 16 multiprocessors; 8
@@ -252,6 +252,7 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
   for (const Tier tier : {Tier::kBlock, Tier::kCluster, Tier::kGrid, Tier::kSteps}) {
     Choice choice{steps, planner.steps_clocks()};
     if (tier != Tier::kSteps) choice = planner.best_of(tier);
+    const double worth = tier == Tier::kSteps ? 1 : kWorth;
     const std::string subject = kSubjects[static_cast<int>(tier)];
     if (choice.clocks < 0) {
       if (best.clocks >= 0) continue;
@@ -262,7 +263,7 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
                        " of shared memory per block, of " + kilobytes(device.shared_bytes);
       else
         passed_over += "; " + subject + " has no room for H = " + std::to_string(problem.hidden);
-    } else if (best.clocks < 0 || choice.clocks < kWorth * best.clocks) {
+    } else if (best.clocks < 0 || choice.clocks < worth * best.clocks) {
       if (best.clocks >= 0)
         passed_over += "; " + std::string(kSubjects[static_cast<int>(best.plan.tier)]) +
                        " would take " + microseconds(best.clocks);

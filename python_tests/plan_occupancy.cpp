@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Asks NVIDIA's occupancy calculator, which needs no GPU, about every plan (test_cuda_plan.py).
+#include <cuda_occupancy.h>
+
+#include <cstdio>
+
+#include "cuda/plan.h"
+
+int main() {
+  struct Gpu {
+    iss::DeviceLimits limits;
+    int threads, shared;  // of a multiprocessor
+  };
+  const Gpu gpus[] = {
+      {{8, 0, 108, 163 * 1024}, 2048, 164 * 1024}, {{8, 6, 72, 99 * 1024}, 1536, 100 * 1024},
+      {{9, 0, 132, 227 * 1024}, 2048, 228 * 1024}, {{10, 0, 148, 227 * 1024}, 2048, 228 * 1024},
+      {{12, 0, 170, 99 * 1024}, 1536, 100 * 1024},
+  };
+  int asked = 0;
+  for (const Gpu& gpu : gpus)
+    for (int math = 0; math < 5; ++math)
+      for (const bool backward : {false, true})
+        for (const int batch : {1, 16, 128})
+          for (int hidden = 1; hidden < 1600; hidden += hidden < 64 ? 3 : 29) {
+            const iss::LstmPlan plan = plan_lstm(
+                {hidden, batch, false, static_cast<iss::Math>(math), backward}, gpu.limits);
+            if (plan.tier == iss::Tier::kSteps) continue;
+            cudaOccDeviceProp device;
+            device.computeMajor = gpu.limits.major;
+            device.computeMinor = gpu.limits.minor;
+            device.maxThreadsPerBlock = 1024;
+            device.maxThreadsPerMultiprocessor = gpu.threads;
+            device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+            device.warpSize = 32;
+            device.sharedMemPerBlock = 48 * 1024;
+            device.sharedMemPerBlockOptin = gpu.limits.shared_bytes;
+            device.sharedMemPerMultiprocessor = gpu.shared;
+            device.reservedSharedMemPerBlock = 1024;
+            device.numSms = gpu.limits.multiprocessors;
+            cudaOccFuncAttributes kernel = {};
+            kernel.maxThreadsPerBlock = 1024;
+            // What __launch_bounds__ lets the compiler use.
+            kernel.numRegs = plan.math == iss::Math::kFloat64 ? 255 : 128;
+            kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+            kernel.maxDynamicSharedSizeBytes = gpu.limits.shared_bytes;
+            cudaOccDeviceState state;
+            cudaOccResult result;
+            const cudaOccError error = cudaOccMaxActiveBlocksPerMultiprocessor(
+                &result, &device, &kernel, &state, plan.threads, plan.shared_bytes);
+            ++asked;
+            if (error != CUDA_OCC_SUCCESS || result.activeBlocksPerMultiprocessor < 1) {
+              std::printf("%d.%d H %d, batch %d: %s\n", gpu.limits.major, gpu.limits.minor, hidden,
+                          batch, plan.why.c_str());
+              return 1;
+            }
+          }
+  std::printf("%d plans\n", asked);
+}

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner: on any GPU, for any layer, what it picks fits; and it picks what it should."""
+
+import itertools
+import subprocess
+from pathlib import Path
+
+import cuda_compile
+import pytest
+import torch
+
+import iss_kernels as iss
+
+ROOT = Path(__file__).parents[1]
+GPUS = {
+    "A100": (8, 0, 108, 163 * 1024),
+    "A10": (8, 6, 72, 99 * 1024),
+    "H100": (9, 0, 132, 227 * 1024),
+    "a few multiprocessors": (9, 0, 8, 227 * 1024),
+    "B200": (10, 0, 148, 227 * 1024),
+    "RTX 5090": (12, 0, 170, 99 * 1024),
+}
+DTYPES = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+DTYPES += [(torch.float16, False), (torch.float64, False)]
+SIZES = [*range(1, 70), *range(71, 600, 13), *range(600, 2001, 97), 100_000, 10**9]
+TIERS = ["block", "cluster", "grid", "steps"]
+
+
+def plans(gpu, sizes=SIZES, batches=(1, 3, 16, 64, 128)):
+    for (dtype, tf32), backward, batch, hidden in itertools.product(
+        DTYPES, (False, True), batches, sizes
+    ):
+        yield (
+            hidden,
+            batch,
+            dtype,
+            iss.explain_plan(hidden, batch, dtype, backward=backward, tf32=tf32, device=GPUS[gpu]),
+        )
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_it_picks_fits(gpu):
+    major, minor, multiprocessors, shared_bytes = GPUS[gpu]
+    for hidden, batch, dtype, plan in plans(gpu):
+        what = (hidden, batch, dtype, plan)
+        assert plan.why, what
+        if plan.tier == "steps":
+            continue
+        assert plan.units % 8 == 0 and plan.blocks == -(-hidden // plan.units), what
+        assert plan.rows >= 1 and 1 <= plan.groups <= -(-batch // plan.rows), what
+        assert plan.threads % 32 == 0, what
+        assert 32 <= plan.threads <= (256 if dtype == torch.float64 else 512), what
+        assert 0 < plan.shared_bytes <= shared_bytes, what
+        if plan.tier == "block":
+            assert plan.blocks == 1, what
+        if plan.tier == "cluster":
+            data_centre = (major, minor) in ((9, 0), (10, 0))
+            assert major >= 9 and 2 <= plan.blocks <= (16 if data_centre else 8), what
+        if plan.tier == "grid":  # all of them resident, one on a multiprocessor
+            assert plan.blocks >= 2 and plan.blocks * plan.groups <= multiprocessors, what
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_larger_layer_never_goes_back_a_tier(gpu, dtype):
+    """For few rows. With many, grid and steps are close together where they meet, and which is
+    ahead depends on how H divides into blocks."""
+    for batch in (1, 16):
+        tiers = [
+            TIERS.index(iss.explain_plan(h, batch, dtype, tf32=False, device=GPUS[gpu]).tier)
+            for h in range(1, 2000, 5)
+        ]
+        assert tiers == sorted(tiers)
+
+
+@pytest.mark.parametrize(
+    "gpu, hidden, batch, dtype, tier",
+    [
+        ("H100", 64, 16, torch.float32, "block"),  # 64 KB of weights
+        ("H100", 64, 16, torch.bfloat16, "block"),
+        ("H100", 128, 16, torch.float32, "cluster"),  # 256 KB
+        ("H100", 256, 16, torch.float32, "cluster"),
+        ("H100", 256, 64, torch.bfloat16, "cluster"),
+        ("H100", 373, 16, torch.bfloat16, "cluster"),
+        ("H100", 512, 16, torch.float32, "grid"),  # 4 MB: more than 16 blocks hold
+        ("H100", 1024, 16, torch.bfloat16, "grid"),
+        ("H100", 1500, 64, torch.float32, "steps"),  # 36 MB: more than all blocks hold
+        ("H100", 1024, 128, torch.float32, "steps"),  # bound by arithmetic: 134 M FMA a step
+        ("A100", 64, 16, torch.float32, "block"),
+        ("A100", 128, 16, torch.bfloat16, "block"),  # 128 KB, and no clusters
+        ("A100", 256, 16, torch.float32, "grid"),
+        ("RTX 5090", 256, 16, torch.bfloat16, "cluster"),
+    ],
+)
+def test_landmarks(gpu, hidden, batch, dtype, tier):
+    plan = iss.explain_plan(hidden, batch, dtype, tf32=False, device=GPUS[gpu])
+    assert plan.tier == tier, plan.why
+
+
+def test_rows_spread_over_the_gpu_before_they_share_a_block():
+    plan = iss.explain_plan(64, 16, tf32=False, device=GPUS["H100"])
+    assert (plan.rows, plan.groups) == (1, 16)
+    plan = iss.explain_plan(64, 10_000, tf32=False, device=GPUS["H100"])
+    assert plan.groups <= 132 and plan.rows > 1
+
+
+def test_it_says_why_not_the_tiers_before():
+    why = iss.explain_plan(512, 16, tf32=False, device=GPUS["H100"]).why
+    assert "one block" in why and "a cluster would need" in why and "of 227 KB" in why
+    why = iss.explain_plan(256, 16, tf32=False, device=GPUS["A100"]).why
+    assert "clusters need compute capability 9.0" in why
+
+
+def test_nvidias_own_calculator_agrees(tmp_path):
+    """cuda_occupancy.h: a block of every plan fits on a multiprocessor with all its registers."""
+    nvcc = cuda_compile.tool("nvcc")
+    if nvcc is None:
+        pytest.skip("needs cuda_occupancy.h of the CUDA toolkit")
+    program = tmp_path / "occupancy"
+    sources = [ROOT / "python_tests/plan_occupancy.cpp", ROOT / "csrc/cuda/plan.cpp"]
+    # nvcc as a C++ compiler that knows where its headers are.
+    command = [nvcc, "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", *map(str, sources)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(done.stdout.split()[0]) > 1000  # plans that it was asked about
