@@ -5,10 +5,11 @@
 // finishes the cell in registers. Then h goes to the other blocks of the group, into the buffer
 // that the step after reads: one exchange, and one barrier of the group, per step.
 //
-// A step costs, per block, with W = 16 units * H * size bytes of weights (4 gates, 4 bytes for
-// float):  W / 128 clocks for reading them once per pass of rows (128 bytes a clock); for FMA at
-// least 4 units * H * rows / 128 clocks of arithmetic; then the exchange, some 100 clocks within a
-// block, 500 within a cluster, 2500 through L2. Gates of the next step are loaded a step ahead.
+// What a step costs a block: 4 units * H * size / 128 clocks to read the weights once per pass of
+// rows (shared memory gives 128 bytes a clock); for FMA at least 4 units * H * rows / 128 clocks of
+// arithmetic; 70 (tensor cores) or 170 instructions per cell of a lane; then the exchange, some 40
+// clocks within a block, 400 to 700 within a cluster, 2000 and more through L2. plan.cpp adds it
+// up.
 #include "cuda/sequence.h"
 
 namespace iss {
@@ -205,7 +206,6 @@ __global__ void __launch_bounds__(max_threads(math), 1)
           }
       }
       if (step + 1 == args.sequence.steps) break;
-      gates = load_gates(step + 1);
 
       // The warp's tile of h to the others, 16 bytes at a time.
       if constexpr (tier == Tier::kCluster) {
@@ -220,6 +220,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
           }
         }
       }
+      // On their way while this block waits for the others, and for the next product.
+      gates = load_gates(step + 1);
       group.sync();
       if constexpr (tier == Tier::kGrid) {
 #pragma unroll 4
