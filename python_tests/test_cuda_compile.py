@@ -73,6 +73,9 @@ def test_tensor_cores_do_the_products_of_the_low_precisions(name, architecture):
     low = {k for k in kernels if re.search(TENSOR_CORES, k)}
     assert low and low != set(kernels)
     for kernel, code in kernels.items():
+        if architecture == "sm_80" and "LNS_4TierE1E" in kernel:  # of clusters, which it has none
+            assert uses(code, "BPT.TRAP"), kernel
+            continue
         assert uses(code, "HMMA") == (kernel in low), kernel
         assert uses(code, "LDSM") or kernel not in low, kernel
 
