@@ -35,32 +35,22 @@ struct SquaresArgs {
   Compute<W>* column_sums;  // [C]  overwritten
 };
 
-// output[r, c] += weight[r, c] * (factor of row r + factor of column c), counting as above.
-template <typename W>
-struct AddScaledArgs {
-  LabelledRows rows;
-  const W* weight;             // [R, C]
-  const Compute<W>* factors;   // [units]
-  Compute<W>* column_factors;  // [C]  0 for no unit; changed during the call, restored after
-  W* output;                   // [R, C]
+// What happens to each element, given what its row's and its column's unit have for it: a factor,
+// or a limit. Where the two are one unit, it counts once (but for paper_overlap).
+enum class ByUnits {
+  kAddScaled,  // output += weight * (factor of the row + factor of the column); 0 of no unit
+  kScale,      // output = weight * factor of the row * factor of the column; 1 of no unit
+  kThreshold,  // output = weight, or 0 where |weight| < the limit of the row or of the column
 };
 
-// weight[r, c] *= factor of row r * factor of column c, one factor where they share a unit.
 template <typename W>
-struct ScaleArgs {
+struct ByUnitsArgs {
   LabelledRows rows;
-  const Compute<W>* factors;   // [units]
-  Compute<W>* column_factors;  // [C]  1 for no unit; changed during the call, restored after
-  W* weight;                   // [R, C]
-};
-
-// weight[r, c] = 0 where |weight[r, c]| is below the limit of row r or of column c.
-template <typename W>
-struct ThresholdArgs {
-  LabelledRows rows;
-  Compute<W> threshold;             // the limit of a row of some unit; 0 of others
-  const Compute<W>* column_limits;  // [C]  likewise
-  W* weight;                        // [R, C]
+  const W* weight;            // [R, C]
+  W* output;                  // [R, C]; weight, but for kAddScaled
+  const Compute<W>* factors;  // [units]; nullptr for kThreshold
+  Compute<W> threshold;       // the limit of every unit; kThreshold alone
+  Compute<W>* of_columns;     // [C] factors or limits; changed during the call, restored after
 };
 
 }  // namespace iss

@@ -290,10 +290,9 @@ void test_group_lasso(const iss::GroupLassoKernels<W>& kernels, int64_t rows, in
   const std::vector<T> added = spread(column_units, 0), scaled = spread(column_units, 1);
   std::vector<T> adding = added, scaling = scaled;
   kernels.add_scaled(
-      {labelled(overlap), weight.data(), factors.data(), adding.data(), output.data()});
-  kernels.scale({labelled(false), factors.data(), scaling.data(), weight.data()});
-  if (adding != added || scaling != scaled)
-    std::printf("column_factors: not restored\n"), ++failures;
+      {labelled(overlap), weight.data(), output.data(), factors.data(), 0, adding.data()});
+  kernels.scale({labelled(false), weight.data(), weight.data(), factors.data(), 0, scaling.data()});
+  if (adding != added || scaling != scaled) std::printf("of_columns: not restored\n"), ++failures;
   Doubles true_rows(rows), true_columns(columns), true_output, true_scaled, small;
   std::vector<T> limits;
   for (int64_t c = 0; c < columns; ++c) limits.push_back(column_units[c] < 0 ? T(0) : T(0.5));
@@ -316,7 +315,8 @@ void test_group_lasso(const iss::GroupLassoKernels<W>& kernels, int64_t rows, in
   expect("add_scaled", values(output), true_output, 4 * rounding);
   expect("scale", values(weight), true_scaled, 4 * rounding);
   weight = before;
-  kernels.threshold({labelled(false), T(0.5), limits.data(), weight.data()});
+  kernels.threshold(
+      {labelled(false), weight.data(), weight.data(), nullptr, T(0.5), limits.data()});
   expect("threshold", values(weight), small, 0);
 }
 
@@ -332,9 +332,11 @@ void test_bfloat16(const iss::GroupLassoKernels<iss::Bfloat16>& kernels) {
   const std::vector<int64_t> starts(kRows + 1);
   std::vector<iss::Bfloat16> weight(kRows * kColumns, {0x3f80});
   kernels.scale({{0, kRows, kColumns, row_units.data(), starts.data(), nullptr, false},
+                 weight.data(),
+                 weight.data(),
                  factors.data(),
-                 ones.data(),
-                 weight.data()});
+                 0,
+                 ones.data()});
   Doubles truth;
   for (int64_t at = 0; at < kRows * kColumns; ++at)
     truth.push_back(value(stored(iss::Bfloat16{}, factors[at / kColumns])));
@@ -345,9 +347,11 @@ void test_bfloat16(const iss::GroupLassoKernels<iss::Bfloat16>& kernels) {
   const int64_t rows = 0x10000 / kColumns;
   std::vector<iss::Bfloat16> same = all;
   kernels.scale({{0, rows, kColumns, row_units.data(), starts.data(), nullptr, false},
+                 same.data(),
+                 same.data(),
                  factors.data(),
-                 ones.data(),
-                 same.data()});
+                 0,
+                 ones.data()});
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const bool nan = (bits & 0x7fff) > 0x7f80;
     if (nan ? !std::isnan(value(same[bits])) : same[bits].bits != bits) {

@@ -86,64 +86,39 @@ void squares(const SquaresArgs<W>& args) {
   for (; row < args.rows.row_end; ++row) add_squares<1>(args, row);
 }
 
-template <typename W>
-void add_scaled(const AddScaledArgs<W>& args) {
+template <typename W, ByUnits kWhat>
+void by_units(const ByUnitsArgs<W>& args) {
   using T = Compute<W>;
   using V = Vec<T>;
+  constexpr T kNone = kWhat == ByUnits::kScale ? 1 : 0;  // of no unit
   const int64_t columns = args.rows.columns;
-  T* const column_factors = args.column_factors;
   for (int64_t row = args.rows.row_begin; row < args.rows.row_end; ++row) {
     const W* const weight = args.weight + row * columns;
     W* const output = args.output + row * columns;
     const int32_t unit = args.rows.row_units[row];
-    const T own = unit < 0 ? T(0) : args.factors[unit];
-    // The row's own unit scales these once, through the row.
-    each_shared_column(args.rows, row, [&](int64_t c) { column_factors[c] = 0; });
-    const V by_row = V::set(own);
+    T own = kNone;
+    if (unit >= 0) own = kWhat == ByUnits::kThreshold ? args.threshold : args.factors[unit];
+    // The row's own unit has these once, through the row. Of two equal limits one is enough anyway.
+    const auto set_shared = [&](T value) {
+      if constexpr (kWhat != ByUnits::kThreshold)
+        each_shared_column(args.rows, row, [&](int64_t c) { args.of_columns[c] = value; });
+    };
+    set_shared(kNone);
+    const V of_row = V::set(own);
     each_vector<T>(columns, [&](int64_t c, auto... lanes) {
       prefetch_after(weight + c);
-      prefetch_after(output + c);
-      const V factor = by_row + V::load(column_factors + c, lanes...);
-      fma(V::load(weight + c, lanes...), factor, V::load(output + c, lanes...))
-          .store(output + c, lanes...);
+      const V w = V::load(weight + c, lanes...);
+      const V of_column = V::load(args.of_columns + c, lanes...);
+      if constexpr (kWhat == ByUnits::kAddScaled) {
+        prefetch_after(output + c);
+        const V before = V::load(output + c, lanes...);
+        fma(w, of_row + of_column, before).store(output + c, lanes...);
+      } else if constexpr (kWhat == ByUnits::kScale) {
+        (w * (of_row * of_column)).store(output + c, lanes...);
+      } else {
+        zero_below(w, max(of_row, of_column)).store(output + c, lanes...);
+      }
     });
-    each_shared_column(args.rows, row, [&](int64_t c) { column_factors[c] = own; });
-  }
-}
-
-template <typename W>
-void scale(const ScaleArgs<W>& args) {
-  using T = Compute<W>;
-  using V = Vec<T>;
-  const int64_t columns = args.rows.columns;
-  T* const column_factors = args.column_factors;
-  for (int64_t row = args.rows.row_begin; row < args.rows.row_end; ++row) {
-    W* const weight = args.weight + row * columns;
-    const int32_t unit = args.rows.row_units[row];
-    const T own = unit < 0 ? T(1) : args.factors[unit];
-    each_shared_column(args.rows, row, [&](int64_t c) { column_factors[c] = 1; });
-    const V by_row = V::set(own);
-    each_vector<T>(columns, [&](int64_t c, auto... lanes) {
-      prefetch_after(weight + c);
-      const V factor = by_row * V::load(column_factors + c, lanes...);
-      (V::load(weight + c, lanes...) * factor).store(weight + c, lanes...);
-    });
-    each_shared_column(args.rows, row, [&](int64_t c) { column_factors[c] = own; });
-  }
-}
-
-template <typename W>
-void threshold(const ThresholdArgs<W>& args) {
-  using T = Compute<W>;
-  using V = Vec<T>;
-  const int64_t columns = args.rows.columns;
-  for (int64_t row = args.rows.row_begin; row < args.rows.row_end; ++row) {
-    W* const weight = args.weight + row * columns;
-    const V by_row = V::set(args.rows.row_units[row] < 0 ? T(0) : args.threshold);
-    each_vector<T>(columns, [&](int64_t c, auto... lanes) {
-      prefetch_after(weight + c);
-      const V limit = max(by_row, V::load(args.column_limits + c, lanes...));
-      zero_below(V::load(weight + c, lanes...), limit).store(weight + c, lanes...);
-    });
+    set_shared(own);
   }
 }

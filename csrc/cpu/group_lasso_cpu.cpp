@@ -101,22 +101,23 @@ struct Labelled {
     return range(index * kStripRows, kStripRows, paper_overlap);
   }
 
-  // of_unit[unit of column c] for each column, `none` where it has none: [C].
-  template <typename T>
-  std::vector<T> by_column(const T* of_unit, T none) const {
+  // of_unit(unit of column c) for each column, `none` where it has none: [C].
+  template <typename T, typename OfUnit>
+  std::vector<T> by_column(T none, const OfUnit& of_unit) const {
     std::vector<T> result(columns);
     for (int64_t c = 0; c < columns; ++c)
-      result[c] = column_units[c] < 0 ? none : of_unit[column_units[c]];
+      result[c] = column_units[c] < 0 ? none : of_unit(column_units[c]);
     return result;
   }
 };
 
 std::vector<Labelled> labelled(const char* op, const std::vector<Tensor>& row_units,
-                               const std::vector<Tensor>& column_units, int64_t units) {
+                               const std::vector<Tensor>& column_units, int64_t units,
+                               bool list_columns) {
   std::vector<Labelled> result;
   for (size_t i = 0; i < row_units.size(); ++i) {
     result.emplace_back(op, row_units[i], column_units[i], units);
-    result.back().list_columns(units);
+    if (list_columns) result.back().list_columns(units);
   }
   return result;
 }
@@ -152,7 +153,7 @@ Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,
   TORCH_CHECK(units >= 0, op, ": expected units >= 0, got ", units);
   const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
                             columns = contiguous(column_units);
-  const std::vector<Labelled> labels = labelled(op, rows, columns, units);
+  const std::vector<Labelled> labels = labelled(op, rows, columns, units, true);
   const Tensor norms = at::empty({units}, weights[0].options().dtype(factor_type(weights[0])));
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
     using W = Stored<scalar_t>;
@@ -194,6 +195,36 @@ Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,
   return norms;
 }
 
+// What the ops that go from element to element have in common, once their arguments are checked but
+// for the labels. outputs, and weights where they are the outputs, are contiguous.
+void run_by_units(const char* op, ByUnits what, const std::vector<Tensor>& outputs,
+                  const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
+                  const std::vector<Tensor>& column_units, int64_t units, const Tensor& factors,
+                  bool paper_overlap, double threshold) {
+  const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
+                            columns = contiguous(column_units);
+  const std::vector<Labelled> labels =
+      labelled(op, rows, columns, units, what != ByUnits::kThreshold);
+  const Tensor contiguous_factors = factors.defined() ? factors.contiguous() : factors;
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), "by_units", [&] {
+    using W = Stored<scalar_t>;
+    using T = Compute<W>;
+    const T* const of_unit = factors.defined() ? values<T>(contiguous_factors) : nullptr;
+    const T limit = static_cast<T>(threshold);
+    each_strip(labels, [&](size_t m, int64_t strip) {
+      std::vector<T> of_columns =
+          labels[m].by_column(T(what == ByUnits::kScale ? 1 : 0),
+                              [&](int32_t unit) { return of_unit ? of_unit[unit] : limit; });
+      cpu_kernels().lasso<W>().by_units(what)({.rows = labels[m].strip(strip, paper_overlap),
+                                               .weight = values<W>(matrices[m]),
+                                               .output = mutable_values<W>(outputs[m]),
+                                               .factors = of_unit,
+                                               .threshold = limit,
+                                               .of_columns = of_columns.data()});
+    });
+  });
+}
+
 void add_scaled_by_units_cpu_(const std::vector<Tensor>& outputs,
                               const std::vector<Tensor>& weights,
                               const std::vector<Tensor>& row_units,
@@ -209,22 +240,8 @@ void add_scaled_by_units_cpu_(const std::vector<Tensor>& outputs,
     check_shape(op, "outputs", outputs[m], "[R, C]", weights[m].sizes());
   }
   check_factors(op, factors, weights[0]);
-  const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
-                            columns = contiguous(column_units);
-  const std::vector<Labelled> labels = labelled(op, rows, columns, factors.size(0));
-  const Tensor of_unit = factors.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
-    using W = Stored<scalar_t>;
-    using T = Compute<W>;
-    each_strip(labels, [&](size_t m, int64_t strip) {
-      std::vector<T> column_factors = labels[m].by_column(values<T>(of_unit), T(0));
-      cpu_kernels().lasso<W>().add_scaled({.rows = labels[m].strip(strip, paper_overlap),
-                                           .weight = values<W>(matrices[m]),
-                                           .factors = values<T>(of_unit),
-                                           .column_factors = column_factors.data(),
-                                           .output = mutable_values<W>(outputs[m])});
-    });
-  });
+  run_by_units(op, ByUnits::kAddScaled, outputs, weights, row_units, column_units, factors.size(0),
+               factors, paper_overlap, 0);
 }
 
 std::vector<Tensor> group_norms_backward_cpu(const Tensor& dnorms, const Tensor& norms,
@@ -247,20 +264,8 @@ void scale_by_units_cpu_(const std::vector<Tensor>& weights, const std::vector<T
   check_labelled(op, weights, row_units, column_units);
   check_contiguous(op, "weights", weights);
   check_factors(op, factors, weights[0]);
-  const std::vector<Tensor> rows = contiguous(row_units), columns = contiguous(column_units);
-  const std::vector<Labelled> labels = labelled(op, rows, columns, factors.size(0));
-  const Tensor of_unit = factors.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
-    using W = Stored<scalar_t>;
-    using T = Compute<W>;
-    each_strip(labels, [&](size_t m, int64_t strip) {
-      std::vector<T> column_factors = labels[m].by_column(values<T>(of_unit), T(1));
-      cpu_kernels().lasso<W>().scale({.rows = labels[m].strip(strip, false),
-                                      .factors = values<T>(of_unit),
-                                      .column_factors = column_factors.data(),
-                                      .weight = mutable_values<W>(weights[m])});
-    });
-  });
+  run_by_units(op, ByUnits::kScale, weights, weights, row_units, column_units, factors.size(0),
+               factors, false, 0);
 }
 
 void threshold_cpu_(const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
@@ -269,23 +274,8 @@ void threshold_cpu_(const std::vector<Tensor>& weights, const std::vector<Tensor
   constexpr int64_t kAnyUnit = std::numeric_limits<int32_t>::max();
   check_labelled(op, weights, row_units, column_units);
   check_contiguous(op, "weights", weights);
-  const std::vector<Tensor> rows = contiguous(row_units), columns = contiguous(column_units);
-  std::vector<Labelled> labels;
-  for (size_t m = 0; m < weights.size(); ++m)
-    labels.emplace_back(op, rows[m], columns[m], kAnyUnit);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
-    using W = Stored<scalar_t>;
-    using T = Compute<W>;
-    each_strip(labels, [&](size_t m, int64_t strip) {
-      std::vector<T> column_limits(labels[m].columns);
-      for (int64_t c = 0; c < labels[m].columns; ++c)
-        column_limits[c] = labels[m].column_units[c] < 0 ? T(0) : static_cast<T>(threshold);
-      cpu_kernels().lasso<W>().threshold({.rows = labels[m].strip(strip, false),
-                                          .threshold = static_cast<T>(threshold),
-                                          .column_limits = column_limits.data(),
-                                          .weight = mutable_values<W>(weights[m])});
-    });
-  });
+  run_by_units(op, ByUnits::kThreshold, weights, weights, row_units, column_units, kAnyUnit,
+               Tensor(), false, threshold);
 }
 
 TORCH_LIBRARY_IMPL(iss_kernels, CPU, library) {

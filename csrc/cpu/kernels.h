@@ -46,9 +46,13 @@ struct Kernels {
 template <typename W>
 struct GroupLassoKernels {
   void (*squares)(const SquaresArgs<W>&);
-  void (*add_scaled)(const AddScaledArgs<W>&);
-  void (*scale)(const ScaleArgs<W>&);
-  void (*threshold)(const ThresholdArgs<W>&);
+  void (*add_scaled)(const ByUnitsArgs<W>&);
+  void (*scale)(const ByUnitsArgs<W>&);
+  void (*threshold)(const ByUnitsArgs<W>&);
+
+  auto by_units(ByUnits what) const {
+    return what == ByUnits::kAddScaled ? add_scaled : what == ByUnits::kScale ? scale : threshold;
+  }
 };
 
 struct CpuKernels {

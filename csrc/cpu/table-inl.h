@@ -19,8 +19,8 @@ template <typename W>
 constexpr GroupLassoKernels<W> lasso_table() {
   return {
       .squares = &squares<W>,
-      .add_scaled = &add_scaled<W>,
-      .scale = &scale<W>,
-      .threshold = &threshold<W>,
+      .add_scaled = &by_units<W, ByUnits::kAddScaled>,
+      .scale = &by_units<W, ByUnits::kScale>,
+      .threshold = &by_units<W, ByUnits::kThreshold>,
   };
 }

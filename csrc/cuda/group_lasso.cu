@@ -2,7 +2,7 @@
 // The group lasso on the GPU: each op is one launch that walks over all matrices of a model and
 // reads each weight once, at the speed of memory.
 
-#include "cuda/group_lasso.h"
+#include "cuda/group_lasso_kernels.h"
 
 #include "cuda/math.h"
 
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // What a row or column of `unit` contributes.
 template <typename W, ByUnits kWhat>
-__device__ __forceinline__ Wide<W> of_unit(const ByUnitsArgs<W>& args, int32_t unit) {
+__device__ __forceinline__ Wide<W> of_unit(const ModelByUnitsArgs<W>& args, int32_t unit) {
   if (unit < 0 || unit >= args.model.units) return kWhat == ByUnits::kScale ? 1 : 0;
   if constexpr (kWhat == ByUnits::kThreshold)
     return args.threshold;
@@ -235,7 +235,7 @@ __device__ __forceinline__ Wide<W> of_unit(const ByUnitsArgs<W>& args, int32_t u
 }
 
 template <typename W, ByUnits kWhat, bool kWhole>
-__device__ __forceinline__ void walk(const ByUnitsArgs<W>& args, const Tile<W>& tile) {
+__device__ __forceinline__ void walk(const ModelByUnitsArgs<W>& args, const Tile<W>& tile) {
   using T = Wide<W>;
   constexpr int kCount = LassoTile::kLaneColumns<W>;
   const LabelledMatrix<W>& m = *tile.matrix;
@@ -274,7 +274,7 @@ __device__ __forceinline__ void walk(const ByUnitsArgs<W>& args, const Tile<W>& 
 
 template <typename W, ByUnits kWhat>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    by_units(const __grid_constant__ ByUnitsArgs<W> args) {
+    by_units(const __grid_constant__ ModelByUnitsArgs<W> args) {
   const Tile<W> tile(args.model, blockIdx.x);
   if (tile.whole)
     walk<W, kWhat, true>(args, tile);
@@ -303,7 +303,7 @@ int launch_group_norms(const GroupNormsArgs<W>& args, int multiprocessors, CudaS
 }
 
 template <typename W>
-int launch_by_units(ByUnits what, const ByUnitsArgs<W>& args, CudaStream stream) {
+int launch_by_units(ByUnits what, const ModelByUnitsArgs<W>& args, CudaStream stream) {
   const dim3 grid(static_cast<unsigned>(tiles_of(args.model)));
   if (grid.x == 0) return 0;
   const auto kernel = what == ByUnits::kAddScaled ? &by_units<W, ByUnits::kAddScaled>
@@ -315,7 +315,7 @@ int launch_by_units(ByUnits what, const ByUnitsArgs<W>& args, CudaStream stream)
 
 #define ISS_INSTANCE(W)                                                       \
   template int launch_group_norms(const GroupNormsArgs<W>&, int, CudaStream); \
-  template int launch_by_units(ByUnits, const ByUnitsArgs<W>&, CudaStream);
+  template int launch_by_units(ByUnits, const ModelByUnitsArgs<W>&, CudaStream);
 ISS_EACH_DTYPE(ISS_INSTANCE)
 #undef ISS_INSTANCE
 

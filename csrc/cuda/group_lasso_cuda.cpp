@@ -18,7 +18,7 @@
 
 #include "checks.h"
 #include "cuda/device.h"
-#include "cuda/group_lasso.h"
+#include "cuda/group_lasso_kernels.h"
 
 namespace iss {
 namespace {
@@ -167,7 +167,7 @@ void run_by_units(const char* op, ByUnits what, const std::vector<Tensor>& outpu
   ISS_DISPATCH(weights[0].scalar_type(), "by_units", [&] {
     using W = Stored<scalar_t>;
     for (size_t first = 0; first < weights.size(); first += LabelledModel<W>::kMatrices) {
-      const ByUnitsArgs<W> args{
+      const ModelByUnitsArgs<W> args{
           .model = model_of<W>(first, weights, outputs, row_units, column_units, units),
           .factors = factors.defined() ? values<Wide<W>>(factors) : nullptr,
           .paper_overlap = paper_overlap,

@@ -8,6 +8,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/tile.h"
+#include "group_lasso.h"
 #include "lstm.h"
 
 namespace iss {
@@ -60,15 +61,9 @@ struct GroupNormsArgs {
   Wide<W>* norms;   // [units]
 };
 
-enum class ByUnits {
-  kAddScaled,  // output += weight * (factor of the row + factor of the column)
-  kScale,      // output = weight * factor of the row * factor of the column
-  kThreshold,  // output = weight, or 0 where |weight| < threshold and row or column has a unit
-};
-
-// An element whose row and column share a unit has one factor (but for paper_overlap).
+// ByUnits (group_lasso.h) for all elements of a model.
 template <typename W>
-struct ByUnitsArgs {
+struct ModelByUnitsArgs {
   LabelledModel<W> model;
   const Wide<W>* factors;  // [units]
   bool paper_overlap;      // kAddScaled alone
@@ -76,11 +71,11 @@ struct ByUnitsArgs {
   Wide<W> threshold;       // kThreshold alone
 };
 
-// Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16. Results do not
-// depend on the number of multiprocessors.
+// Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16. Results do
+// not depend on the number of multiprocessors.
 template <typename W>
 int launch_group_norms(const GroupNormsArgs<W>& args, int multiprocessors, CudaStream stream);
 template <typename W>
-int launch_by_units(ByUnits what, const ByUnitsArgs<W>& args, CudaStream stream);
+int launch_by_units(ByUnits what, const ModelByUnitsArgs<W>& args, CudaStream stream);
 
 }  // namespace iss
