@@ -11,7 +11,7 @@ from test_lstm_ops import by_reference, is_floating, ours
 from test_reference import torch_lstm
 from torch.library import opcheck
 
-from iss_kernels import explain_plan, reference
+from iss_kernels import explain_plan
 from iss_kernels.testing import Case, assert_no_worse_than_torch, make_inputs
 
 pytestmark = [
@@ -259,26 +259,6 @@ def step_inputs(gpu, dtype, held=None, batch=3, sizes=(5, 7, 7)):
               (4 * hidden, output), (4 * hidden,), (batch, hidden)]  # fmt: skip
     dtypes = [dtype, dtype, wide, held or dtype, held or dtype, dtype, dtype]
     return gpu.to([torch.randn(s).to(d) for s, d in zip(shapes, dtypes, strict=True)])
-
-
-@by_name("dtype,held", [(d, d) for d in DTYPES] + [(torch.float32, d) for d in DTYPES[2:]])
-@pytest.mark.parametrize("batch", [1, 2, 3, 5, 9])
-def test_a_step_is_a_sequence_of_one(gpu, dtype, held, batch):
-    x, h, c, w_ih, w_hh, bias, out = step_inputs(gpu, dtype, held, batch)
-    before = [t.clone() for t in (x, h, c, w_ih, w_hh, bias)]
-    lib.lstm_step_(x, h, c, w_ih, w_hh, bias, out)
-    wide = [t.cpu().double() for t in before]
-    y, _, c_n = reference.lstm(
-        wide[0][None], None, wide[1], wide[2], *wide[3:5], wide[5], None, None, False
-    )
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.cpu().double(), y[0], rtol=4 * eps, atol=16 * eps)
-    torch.testing.assert_close(c.cpu().double(), c_n, rtol=1e-5, atol=1e-5)
-    assert all(map(torch.equal, (x, h, w_ih, w_hh, bias), (before[i] for i in (0, 1, 3, 4, 5))))
-    again = before[2].clone()
-    second = torch.empty_like(out)
-    lib.lstm_step_(x, h, again, w_ih, w_hh, bias, second)
-    assert torch.equal(again, c) and torch.equal(second, out)
 
 
 def test_opcheck_of_a_step(gpu):
