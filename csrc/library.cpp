@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every schema: the only TORCH_LIBRARY. Fake kernels and derivatives are in iss_kernels/ops.py, the
-// definition of each op in iss_kernels/reference.py.
+// Every schema: the only TORCH_LIBRARY. Fake kernels are in iss_kernels/ops.py, derivatives there
+// and in autograd.cpp, the definition of each op in iss_kernels/reference.py.
 //
 // Letters: T steps, B batch, I input size, H hidden size, P output size (H, or proj_size), N rows
 // of a packed sequence (T * B for a padded one), R and C rows and columns of a weight.

@@ -2,8 +2,8 @@
 """The operations: a typed wrapper each, with shape inference and derivatives where compiled.
 
 The only file that names torch.ops. Each block has the same order: wrapper, fake, setup_context,
-backward, registration. First derivatives are ops of their own; second derivatives differentiate
-the reference, slowly but right.
+backward, registration (lstm_forward's derivative is csrc/autograd.cpp). First derivatives are ops
+of their own; second derivatives differentiate the reference, slowly but right.
 """
 
 from __future__ import annotations
@@ -108,34 +108,6 @@ def _lstm_forward_fake(
     )
 
 
-def _lstm_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, save = inputs
-    y, _, _, gates, cells = output
-    ctx.mark_non_differentiable(gates, cells)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells)
-    ctx.reverse, ctx.save = reverse, save
-
-
-def _lstm_backward(
-    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    *arguments, y, gates, cells = ctx.saved_tensors
-    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = arguments
-    if not ctx.save:
-        *_, gates, cells = torch.ops.iss_kernels.lstm_forward.default(*arguments, ctx.reverse, True)
-    dy = torch.zeros_like(y) if dy is None else dy
-    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    dc_n = torch.zeros_like(c0) if dc_n is None else dc_n
-    dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = torch.ops.iss_kernels.lstm_backward.default(
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells,
-        ctx.reverse,
-    )  # fmt: skip
-    db_ih, db_hh = (None if b is None else db for b in (b_ih, b_hh))
-    dw_hr = None if w_hr is None else dw_hr
-    return dx, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, None, None
-
-
 def _lstm_backward_fake(
     dy: Tensor,
     dh_n: Tensor,
@@ -197,9 +169,6 @@ def _lstm_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor 
 if backend.is_built():
     register_fake("iss_kernels::lstm_forward", _lstm_forward_fake)
     register_fake("iss_kernels::lstm_backward", _lstm_backward_fake)
-    register_autograd(
-        "iss_kernels::lstm_forward", _lstm_backward, setup_context=_lstm_setup_context
-    )
     register_autograd(
         "iss_kernels::lstm_backward",
         _lstm_double_backward,

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// The derivative of lstm_forward, on every device. It is not registered from Python, as the rest
+// are in iss_kernels/ops.py, because that took longer than all kernels of a small network.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace iss {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0,
+    const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+    const OptionalTensor& w_hr, bool reverse, bool save);
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n, const Tensor& x,
+    const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+    const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
+    bool reverse);
+
+template <typename Op>
+c10::TypedOperatorHandle<Op> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Op>();
+}
+
+const auto& forward_op() {
+  static const auto op = find<Forward>("iss_kernels::lstm_forward");
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = find<Backward>("iss_kernels::lstm_backward");
+  return op;
+}
+
+struct LstmForward : torch::autograd::Function<LstmForward> {
+  static variable_list forward(AutogradContext* context, const Tensor& x,
+                               const OptionalTensor& batch_sizes, const Tensor& h0,
+                               const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+                               const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                               const OptionalTensor& w_hr, bool reverse, bool save) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [y, h_n, c_n, gates, cells] =
+        forward_op().call(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, save);
+    const auto given = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
+    context->mark_non_differentiable({gates, cells});
+    context->set_materialize_grads(false);
+    context->save_for_backward({x, given(batch_sizes), h0, c0, w_ih, w_hh, given(b_ih), given(b_hh),
+                                given(w_hr), y, gates, cells});
+    context->saved_data["reverse"] = reverse;
+    context->saved_data["save"] = save;
+    return {y, h_n, c_n, gates, cells};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const variable_list saved = context->get_saved_variables();
+    const auto &x = saved[0], &h0 = saved[2], &c0 = saved[3], &w_ih = saved[4], &w_hh = saved[5];
+    const auto given = [&](size_t i) {
+      return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
+    };
+    const OptionalTensor batch_sizes = given(1), b_ih = given(6), b_hh = given(7), w_hr = given(8);
+    const auto& y = saved[9];
+    Tensor gates = saved[10], cells = saved[11];
+    const bool reverse = context->saved_data["reverse"].toBool();
+    // lstm_backward has a derivative of its own, for which nothing is recorded unless asked for.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
+    if (!context->saved_data["save"].toBool())
+      std::tie(std::ignore, std::ignore, std::ignore, gates, cells) =
+          forward_op().call(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, true);
+    const auto or_zeros = [&](size_t i, const Tensor& like) {
+      return gradients[i].defined() ? gradients[i] : at::zeros_like(like);
+    };
+    const auto [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] =
+        backward_op().call(or_zeros(0, y), or_zeros(1, h0), or_zeros(2, c0), x, batch_sizes, h0, c0,
+                           w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, reverse);
+    return {dx,
+            {},
+            dh0,
+            dc0,
+            dw_ih,
+            dw_hh,
+            b_ih ? db : Tensor(),
+            b_hh ? db : Tensor(),
+            w_hr ? dw_hr : Tensor(),
+            {},
+            {}};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_autograd(
+    const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0,
+    const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+    const OptionalTensor& w_hr, bool reverse, bool save) {
+  const variable_list outputs =
+      LstmForward::apply(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, save);
+  return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
+}
+
+TORCH_LIBRARY_IMPL(iss_kernels, Autograd, library) {
+  library.impl("lstm_forward", &lstm_forward_autograd);
+}
+
+}  // namespace
+}  // namespace iss
