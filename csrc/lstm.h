@@ -63,12 +63,13 @@ struct MatmulArgs {
   void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; kInt8 alone
 };
 
-// to = from, transposed: rows [row_begin, row_end) of it.
+// to = from, transposed, and the sum of each column: columns [column_begin, column_end) of it.
 template <typename T>
 struct TransposeArgs {
-  int64_t row_begin, row_end, rows, columns;
+  int64_t column_begin, column_end, rows, columns;
   const T* from;  // [rows, columns]
   T* to;          // [columns, rows]
+  T* sums;        // [columns]
 };
 
 // One time step for the units of `panels`. gates may be gates_x itself, c may be c_prev.

@@ -221,13 +221,18 @@ void test_lstm(const Kernels<T>& kernels, Format format, int64_t rows, int64_t h
 template <typename T>
 void test_transpose(const Kernels<T>& kernels, int64_t rows, int64_t columns) {
   const auto from = normal<T>(rows * columns);
-  std::vector<T> to(rows * columns, T(7));
-  for (const auto [begin, end] : {std::pair{int64_t{0}, rows / 2}, std::pair{rows / 2, rows}})
-    kernels.transpose({begin, end, rows, columns, from.data(), to.data()});
-  Doubles truth(rows * columns);
+  std::vector<T> to(rows * columns, T(7)), sums(columns, T(7));
+  for (const auto [begin, end] :
+       {std::pair{int64_t{0}, columns / 2}, std::pair{columns / 2, columns}})
+    kernels.transpose({begin, end, rows, columns, from.data(), to.data(), sums.data()});
+  Doubles truth(rows * columns), true_sums(columns);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) truth[c * rows + r] = from[r * columns + c];
+    for (int64_t c = 0; c < columns; ++c) {
+      truth[c * rows + r] = from[r * columns + c];
+      true_sums[c] += from[r * columns + c];
+    }
   expect("transpose", to, truth, 0);
+  expect("transpose sums", sums, true_sums, rows);
 }
 
 // A weight stored as W, and what W makes of a result.

@@ -86,17 +86,21 @@ Tensor product(const Tensor& a, const Tensor& b) {
   return out;
 }
 
+// out = a, transposed; returns the sums of a's columns.
 template <typename T>
-void transpose(const Tensor& a, const Tensor& out) {
+Tensor transpose(const Tensor& a, const Tensor& out) {
   const int64_t rows = a.size(0), columns = a.size(1);
-  each_part(rows, columns, [&](int64_t begin, int64_t end) {
-    cpu_kernels().of<T>().transpose({.row_begin = begin,
-                                     .row_end = end,
+  const Tensor sums = at::empty({columns}, a.options());
+  each_part(columns, rows, [&](int64_t begin, int64_t end) {
+    cpu_kernels().of<T>().transpose({.column_begin = begin,
+                                     .column_end = end,
                                      .rows = rows,
                                      .columns = columns,
                                      .from = data<T>(a),
-                                     .to = data<T>(out)});
+                                     .to = data<T>(out),
+                                     .sums = data<T>(sums)});
   });
+  return sums;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
@@ -196,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                   .w_hh = packed(w_hh),
                   .w_hr = w_hr ? packed(*w_hr) : Matrix(),
                   .bias = Tensor()};
-  Tensor dx, dw_ih, dw_hh, dw_hr = at::empty({0}, options);
+  Tensor dx, dw_ih, dw_hh, db, dw_hr = at::empty({0}, options);
   AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "lstm_backward", [&] {
     run_backward<scalar_t>(cell, sequence,
                            {.h0 = data<scalar_t>(h_first),
@@ -210,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                             .dgates = data<scalar_t>(dgates),
                             .h_prev = data<scalar_t>(h_prev)});
     dx = product<scalar_t>(dgates, w_ih.contiguous());
-    transpose<scalar_t>(dgates, by_gate);
+    db = transpose<scalar_t>(dgates, by_gate);
     dw_ih = product<scalar_t>(by_gate, rows);
     dw_hh = product<scalar_t>(by_gate, h_prev);
     if (w_hr) {
@@ -220,9 +224,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                                 saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh());
     }
   });
-  return {
-      dx.view(x.sizes()).to(dtype), dh.to(dtype),   dc.to(dtype), dw_ih.to(dtype), dw_hh.to(dtype),
-      dgates.sum(0).to(dtype),      dw_hr.to(dtype)};
+  return {dx.view(x.sizes()).to(dtype),
+          dh.to(dtype),
+          dc.to(dtype),
+          dw_ih.to(dtype),
+          dw_hh.to(dtype),
+          db.to(dtype),
+          dw_hr.to(dtype)};
 }
 
 TORCH_LIBRARY_IMPL(iss_kernels, CPU, library) {

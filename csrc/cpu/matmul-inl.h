@@ -317,6 +317,8 @@ inline void pack_as(const PackArgs& args) {
           if (args.stride_k == 1 && s % 4 == 0 && from[s + 3] != nullptr) {
             const float* const four[] = {from[s] + begin, from[s + 1] + begin, from[s + 2] + begin,
                                          from[s + 3] + begin};
+            for (const float* next : four)  // the next kRows of these
+              for (int64_t i = kRows; i < 2 * kRows; i += 16) __builtin_prefetch(next + i, 0, 2);
             transpose_four(four, count, kColumns, rows + s);
             s += 3;
             continue;
@@ -364,25 +366,50 @@ inline void pack_int8(const PackArgs& args) {
 
 template <typename T>
 void transpose(const TransposeArgs<T>& args) {
-  // Small enough that the lines written stay in L1 though they may fall into one set of it.
-  constexpr int64_t kRows = 32, kColumns = 16;
-  for (int64_t row = args.row_begin; row < args.row_end; row += kRows)
-    for (int64_t column = 0; column < args.columns; column += kColumns) {
-      const int64_t rows = std::min(kRows, args.row_end - row);
-      const int64_t columns = std::min(kColumns, args.columns - column);
-      const T* const from = args.from + row * args.columns + column;
-      T* const to = args.to + column * args.rows + row;
-      int64_t r = 0;
-      if constexpr (std::is_same_v<T, float>)
-        for (; r + 4 <= rows; r += 4) {
-          const float* const four[] = {from + r * args.columns, from + (r + 1) * args.columns,
-                                       from + (r + 2) * args.columns,
-                                       from + (r + 3) * args.columns};
-          transpose_four(four, columns, args.rows, to + r);
+  using V = Vec<T>;
+  // kWide columns go down all rows, a block that is a line wide and a line high at a time, so that
+  // the lines which are written stay in L1 though they may fall into one set of it. Both neighbours
+  // of a block are asked for ahead. Sums are cut into parts, for their rounding.
+  constexpr int64_t kWide = 64, kRows = 16, kColumns = 16, kTerms = 512;
+  std::fill(args.sums + args.column_begin, args.sums + args.column_end, T(0));
+  for (int64_t begin = args.column_begin; begin < args.column_end; begin += kWide) {
+    const int64_t end = std::min(begin + kWide, args.column_end);
+    T part[kWide] = {};
+    for (int64_t row = 0; row < args.rows; row += kRows) {
+      for (int64_t column = begin; column < end; column += kColumns) {
+        const int64_t rows = std::min(kRows, args.rows - row);
+        const int64_t columns = std::min(kColumns, end - column);
+        const T* const from = args.from + row * args.columns + column;
+        T* const to = args.to + column * args.rows + row;
+        for (int64_t r = 0; r < rows; ++r)
+          __builtin_prefetch(from + (kRows + r) * args.columns, 0, 2);
+        for (int64_t c = 0; c < columns; ++c) __builtin_prefetch(to + c * args.rows + kRows, 1, 3);
+        int64_t r = 0;
+        if constexpr (std::is_same_v<T, float>)
+          for (; r + 4 <= rows; r += 4) {
+            const float* const four[] = {from + r * args.columns, from + (r + 1) * args.columns,
+                                         from + (r + 2) * args.columns,
+                                         from + (r + 3) * args.columns};
+            transpose_four(four, columns, args.rows, to + r);
+          }
+        for (; r < rows; ++r)
+          for (int64_t c = 0; c < columns; ++c) to[c * args.rows + r] = from[r * args.columns + c];
+        for (int64_t c = 0; c < columns; c += V::kLanes) {
+          const int64_t left = columns - c;
+          V sum = V::set(0);
+          for (r = 0; r < rows; ++r) {
+            const T* const at = from + r * args.columns + c;
+            sum = sum + (left >= V::kLanes ? V::load(at) : V::load(at, left));
+          }
+          T* const sums = part + column - begin + c;
+          (V::load(sums) + sum).store(sums);
         }
-      for (; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) to[c * args.rows + r] = from[r * args.columns + c];
+      }
+      if ((row + kRows) % kTerms == 0 || row + kRows >= args.rows)
+        for (int64_t column = begin; column < end; ++column)
+          args.sums[column] += std::exchange(part[column - begin], T(0));
     }
+  }
 }
 
 template <typename T>
@@ -411,6 +438,9 @@ void matmul(const MatmulArgs<T>& args) {
         const Vec<T>* const sum = sums + r * kSumVectors + p * kPanelVectors;
         T* const out = args.out + (row + r) * args.out_stride + column;
         const T* const bias = args.bias == nullptr ? nullptr : args.bias + column;
+        // Asks for what the next panel writes.
+        for (int64_t at = 0; at < kPanelColumns<T>; at += 64 / sizeof(T))
+          __builtin_prefetch(out + kPanelColumns<T> + at, 1, 2);
         const auto put = [&](int64_t at, int64_t lanes) {
           Vec<T> value = sum[at / kLanes];
           if (bias != nullptr)

@@ -20,17 +20,6 @@
 namespace iss {
 namespace {
 
-// Asks for pages of 2 MB for memory that is not touched yet: weights beyond the L3 cache are read
-// up to 1.28x as fast. Only a wish, so nobody minds a refusal.
-void prefer_huge_pages(void* memory, int64_t bytes) {
-#ifdef __linux__
-  constexpr int64_t kPage = 4096, kWorthIt = 1 << 22;
-  if (bytes < kWorthIt) return;
-  const auto first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
-#endif
-}
-
 // 64 bits of all values and the shape, in eight independent chains so that it runs at the speed of
 // the cache. Each word is mixed in by a multiplication and a rotation: an odd factor alone would
 // never carry the topmost bit, the sign of every other float, to another place.
@@ -117,6 +106,15 @@ std::list<Entry>& entries() {
 }
 
 }  // namespace
+
+void prefer_huge_pages(void* memory, int64_t bytes) {
+#ifdef __linux__
+  constexpr int64_t kPage = 4096, kWorthIt = 1 << 22;
+  if (bytes < kWorthIt) return;
+  const auto first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
+#endif
+}
 
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
   const Format format = format_of(weight.scalar_type());

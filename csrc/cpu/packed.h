@@ -26,6 +26,10 @@ struct Matrix {
 // weight]. The format follows from its dtype.
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
+// Asks for pages of 2 MB for memory that is not touched yet: what is larger than the L3 cache, or
+// is read in long strides, is read faster. Only a wish, so nobody minds a refusal.
+void prefer_huge_pages(void* memory, int64_t bytes);
+
 // The same, remembered and found again while the weight has the same values. What decides is a
 // fingerprint of all values, taken on every call, and not the tensor's version: writing through
 // .data, a NumPy view or shared memory changes a weight without changing its version.

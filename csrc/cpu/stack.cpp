@@ -177,6 +177,7 @@ void* scratch(int64_t bytes) {
     block.memory.reset();
     block.memory.reset(new char[bytes + 63]);  // not zeroed
     block.bytes = bytes;
+    prefer_huge_pages(block.memory.get(), bytes);
   }
   void* start = block.memory.get();
   size_t space = bytes + 63;
