@@ -28,7 +28,9 @@ struct PanelRange {
 // A matrix B [K, columns] to be multiplied from the right, cut into panels of 4 vectors of columns:
 // packed [panel][K][4][lanes], zero where a panel reaches past the last column. With `gates` the
 // columns are 4H gate rows, and the 4 vectors of a panel are the i, f, g, o of the same units, so
-// that one panel is all that those units need. kBfloat16: each two vectors are interleaved. kInt8:
+// that one panel is all that those units need. Where units are left for a part of the last panel,
+// its gates stand that many columns apart instead of `lanes`: what is empty is its end, which no
+// kernel reads. kBfloat16: each two vectors are interleaved. kInt8:
 // [panel][K / depth][4][lanes][depth], then the panel's scales, float [4][lanes], and what its sums
 // start from, int32 [4][lanes].
 struct PackArgs {

@@ -9,39 +9,48 @@ void lstm_step(const LstmStepArgs<T>& args) {
   using V = Vec<T>;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
-  const auto finish = [&](const V* sums, int64_t row, int64_t rows, int64_t panel,
+  const auto finish = [&](const T* sums, int64_t first_row, int64_t rows, int64_t panel,
                           int64_t panels) __attribute__((noinline)) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < panels; ++p) {
-        const int64_t unit = (panel + p) * kLanes;
-        const int64_t left = hidden - unit;  // the last panel may be partly empty
-        const auto load = [&](const T* from) {
-          return left >= kLanes ? V::load(from) : V::load(from, left);
+        const int64_t unit = (panel + p) * kLanes, row = first_row + r;
+        const int64_t left = hidden - unit;
+        const T* const sum = sums + sum_at<T>(r, p * kPanelVectors);
+        const int64_t at_unit = row * hidden + unit;
+        const int64_t at_gate = row * 4 * hidden + unit;
+        V gate[4], c_prev;
+        const auto load_all = [&](int64_t apart, const auto& load) __attribute__((always_inline)) {
+          c_prev = load(args.c_prev + at_unit);
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < 4; ++k)
+            gate[k] = load(sum + k * apart) + load(args.gates_x + at_gate + k * hidden);
         };
-        const auto store = [&](V value, T* to) {
-          left >= kLanes ? value.store(to) : value.store(to, left);
-        };
-        const V* sum = sums + r * kSumVectors + p * kPanelVectors;
-        const int64_t at_unit = (row + r) * hidden + unit;
-        const int64_t at_gate = (row + r) * 4 * hidden + unit;
-        const V i = sigmoid(sum[0] + load(args.gates_x + at_gate));
-        const V f = sigmoid(sum[1] + load(args.gates_x + at_gate + hidden));
-        const V g = tanh(sum[2] + load(args.gates_x + at_gate + 2 * hidden));
-        const V o = sigmoid(sum[3] + load(args.gates_x + at_gate + 3 * hidden));
-        const V c = fma(f, load(args.c_prev + at_unit), i * g);
-        store(c, args.c + at_unit);
-        store(o * tanh(c), args.h + (row + r) * args.h_stride + unit);
-        if (args.gates != nullptr) {
+        if (left >= kLanes)
+          load_all(kLanes, [](const T* from) { return V::load(from); });
+        else  // the last panel: its gates stand close together
+          load_all(left, [&](const T* from) { return V::load(from, left); });
+        activate<T>(gate);
+        const V i = gate[0], f = gate[1], g = gate[2], o = gate[3];
+        const V c = fma(f, c_prev, i * g);
+        const V h = o * tanh(c);
+        const auto store_all = [&](const auto& store) __attribute__((always_inline)) {
+          store(c, args.c + at_unit);
+          store(h, args.h + row * args.h_stride + unit);
+          if (args.gates == nullptr) return;
           store(i, args.gates + at_gate);
           store(f, args.gates + at_gate + hidden);
           store(g, args.gates + at_gate + 2 * hidden);
           store(o, args.gates + at_gate + 3 * hidden);
           store(c, args.cells + at_unit);
-        }
+        };
+        if (left >= kLanes)
+          store_all([](V value, T* to) { value.store(to); });
+        else
+          store_all([&](V value, T* to) { value.store(to, left); });
       }
   };
-  each_tile<T>(args.h_prev, args.h_prev_stride, args.rows, args.k, args.w_hh, args.panels,
-               args.scratch, finish);
+  each_tile<T>(args.h_prev, args.h_prev_stride, args.rows, args.k, args.w_hh, 4 * hidden,
+               args.panels, args.scratch, finish);
 }
 
 template <typename T>
@@ -49,7 +58,7 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
   using V = Vec<T>;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
-  const auto finish = [&](const V* sums, int64_t first_row, int64_t rows, int64_t panel,
+  const auto finish = [&](const T* sums, int64_t first_row, int64_t rows, int64_t panel,
                           int64_t panels) __attribute__((noinline)) {
     const V one = V::set(1);
     const int64_t begin = panel * kPanelColumns<T>;
@@ -69,7 +78,7 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
         const V f = load(args.gates + at_gate + hidden);
         const V g = load(args.gates + at_gate + 2 * hidden);
         const V o = load(args.gates + at_gate + 3 * hidden);
-        const V sum = sums[r * kSumVectors + (unit - begin) / kLanes];
+        const V sum = V::load(sums + sum_at<T>(r, (unit - begin) / kLanes));
         const V dh = args.dy == nullptr ? sum : sum + load(args.dy + at_unit);
         const V tanh_c = tanh(load(args.cells + at_unit));
         const V dc = fma(dh * o, one - tanh_c * tanh_c, load(args.dc + at_unit));
@@ -80,5 +89,6 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
         store(dc * f, args.dc + at_unit);
       }
   };
-  each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, args.panels, nullptr, finish);
+  each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, hidden, args.panels, nullptr,
+               finish);
 }

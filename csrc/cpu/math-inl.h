@@ -29,36 +29,55 @@ struct ExpConstants<double> {
 };
 
 // exp(x) = scale * (1 + fraction) for |x| <= kLimit; beyond, the value at the limit. NaN passes.
-template <typename T>
+// Of N vectors in step: that leaves the CPU independent work next to each other.
+template <typename T, int N>
 struct Exp {
-  Vec<T> scale, fraction;
+  Vec<T> scale[N], fraction[N];
 
-  explicit Exp(Vec<T> x) {
+  __attribute__((always_inline)) explicit Exp(const Vec<T>* of) {
     using C = ExpConstants<T>;
     constexpr int kTerms = sizeof(C::kSeries) / sizeof(T);
-    x = max(Vec<T>::set(-C::kLimit), min(Vec<T>::set(C::kLimit), x));
-    const Vec<T> shifted = fma(x, Vec<T>::set(T(1.4426950408889634)), Vec<T>::set(C::kShift));
-    const Vec<T> n = shifted - Vec<T>::set(C::kShift);
-    Vec<T> r = fma(n, Vec<T>::set(-C::kLn2Hi), x);
-    r = fma(n, Vec<T>::set(-C::kLn2Lo), r);
-    Vec<T> p = Vec<T>::set(C::kSeries[kTerms - 1]);
+    Vec<T> x[N], shifted[N], n[N], r[N], p[N];
+    const auto each = [](const auto& one) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) one(i);
+    };
+    each([&](int i) { x[i] = max(Vec<T>::set(-C::kLimit), min(Vec<T>::set(C::kLimit), of[i])); });
+    each([&](int i) {
+      shifted[i] = fma(x[i], Vec<T>::set(T(1.4426950408889634)), Vec<T>::set(C::kShift));
+    });
+    each([&](int i) { n[i] = shifted[i] - Vec<T>::set(C::kShift); });
+    each([&](int i) { r[i] = fma(n[i], Vec<T>::set(-C::kLn2Hi), x[i]); });
+    each([&](int i) { r[i] = fma(n[i], Vec<T>::set(-C::kLn2Lo), r[i]); });
+    each([&](int i) { p[i] = Vec<T>::set(C::kSeries[kTerms - 1]); });
 #pragma GCC unroll 16
-    for (int k = kTerms - 2; k >= 0; --k) p = fma(p, r, Vec<T>::set(C::kSeries[k]));
-    fraction = fma(p * r, r, r);
-    scale = exp2_of(shifted);
+    for (int k = kTerms - 2; k >= 0; --k)
+      each([&](int i) { p[i] = fma(p[i], r[i], Vec<T>::set(C::kSeries[k])); });
+    each([&](int i) { fraction[i] = fma(p[i] * r[i], r[i], r[i]); });
+    each([&](int i) { scale[i] = exp2_of(shifted[i]); });
   }
+
+  // exp(x) - 1 and exp(x) + 1 of the i-th.
+  Vec<T> minus_one(int i) const { return fma(scale[i], fraction[i], scale[i] - Vec<T>::set(1)); }
+  Vec<T> plus_one(int i) const { return fma(scale[i], fraction[i], scale[i] + Vec<T>::set(1)); }
 };
 
 template <typename T>
-inline Vec<T> sigmoid(Vec<T> x) {
-  const Vec<T> one = Vec<T>::set(1);
-  const Exp<T> e(Vec<T>::set(0) - x);
-  return one / fma(e.scale, e.fraction, e.scale + one);
+__attribute__((always_inline)) inline Vec<T> tanh(Vec<T> x) {
+  const Vec<T> twice = x + x;
+  const Vec<T> expm1 = Exp<T, 1>(&twice).minus_one(0);
+  return expm1 / (expm1 + Vec<T>::set(2));
 }
 
+// i, f, g, o before their activation -> sigmoid, but tanh of g.
 template <typename T>
-inline Vec<T> tanh(Vec<T> x) {
-  const Exp<T> e(x + x);
-  const Vec<T> expm1 = fma(e.scale, e.fraction, e.scale - Vec<T>::set(1));
-  return expm1 / (expm1 + Vec<T>::set(2));
+__attribute__((always_inline)) inline void activate(Vec<T>* gates) {
+  const Vec<T> zero = Vec<T>::set(0), one = Vec<T>::set(1);
+  const Vec<T> x[] = {zero - gates[0], zero - gates[1], gates[2] + gates[2], zero - gates[3]};
+  const Exp<T, 4> e(x);
+  const Vec<T> expm1 = e.minus_one(2);
+  gates[0] = one / e.plus_one(0);
+  gates[1] = one / e.plus_one(1);
+  gates[2] = expm1 / (expm1 + Vec<T>::set(2));
+  gates[3] = one / e.plus_one(3);
 }

@@ -6,11 +6,23 @@
 constexpr int kPanelVectors = 4;
 // So many rows are worked on together: a multiple of every tile.
 constexpr int64_t kMostRows = 66;
-// Sums of one row stand next to each other, of two panels at most.
-constexpr int kSumVectors = 2 * kPanelVectors;
+// A single row takes two panels at a time, to keep enough sums in flight.
+constexpr int kMostPanels = 2;
 
 template <typename T>
 constexpr int64_t kPanelColumns = kPanelVectors * Vec<T>::kLanes;
+
+// The sums of some rows and of up to two panels: [panel][row][kPanelColumns]. A last panel that is
+// partly empty leaves the end of its rows as it was.
+template <typename T>
+constexpr int64_t kSums = kMostPanels * kMostRows * kPanelColumns<T>;
+
+// Where the j-th vector of row r is, counted over both panels.
+template <typename T>
+constexpr int64_t sum_at(int64_t r, int64_t j) {
+  return (j / kPanelVectors * kMostRows + r) * kPanelColumns<T> +
+         j % kPanelVectors * Vec<T>::kLanes;
+}
 
 // B stored as W: T, or what a vector of T is widened from.
 template <typename T, typename W>
@@ -50,19 +62,19 @@ struct Stored {
       return Vec<T>::load(at);
   }
 
-  // sums [Rows][kSumVectors] += the products of rows [begin, end) of B; = where begin is 0.
-  template <int Rows, int Panels>
-  void multiply(int64_t row, int64_t panel, int64_t begin, int64_t end, Vec<T>* sums) const {
-    far ? multiply_as<true, Rows, Panels>(row, panel, begin, end, sums)
-        : multiply_as<false, Rows, Panels>(row, panel, begin, end, sums);
+  // sums += the products of rows [begin, end) of B; = where begin is 0. Vectors: from the panel's
+  // first on, those of the next panel included.
+  template <int Rows, int Vectors>
+  void multiply(int64_t row, int64_t panel, int64_t begin, int64_t end, T* sums) const {
+    far ? multiply_as<true, Rows, Vectors>(row, panel, begin, end, sums)
+        : multiply_as<false, Rows, Vectors>(row, panel, begin, end, sums);
   }
 
   // Not inlined: next to the code that finishes a tile, the compiler would keep that code's
   // constants in registers and the sums in memory.
-  template <bool kFar, int Rows, int Panels>
+  template <bool kFar, int Rows, int Vectors>
   __attribute__((noinline)) void multiply_as(int64_t row, int64_t panel, int64_t begin, int64_t end,
-                                             Vec<T>* sums) const {
-    constexpr int kVectors = Panels * kPanelVectors;
+                                             T* sums) const {
     const T* const x_rows = a + row * stride + begin;
     const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
     const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
@@ -70,12 +82,12 @@ struct Stored {
     const bool together = tiles > 2, ahead = !together && tile == 0;
     const char* const here = reinterpret_cast<const char*>(weights);
     const char* next = here + steps * (kStepBytes + tile * share);
-    Vec<T> sum[Rows][kVectors];
+    Vec<T> sum[Rows][Vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j)
-        sum[r][j] = begin == 0 ? Vec<T>::set(0) : sums[r * kSumVectors + j];
+      for (int j = 0; j < Vectors; ++j)
+        sum[r][j] = begin == 0 ? Vec<T>::set(0) : Vec<T>::load(sums + sum_at<T>(r, j));
     for (int64_t i = 0; i < steps; ++i) {
       Vec<T> x[Rows];
 #pragma GCC unroll 16
@@ -90,7 +102,7 @@ struct Stored {
         next += share;
       }
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < Vectors; ++j) {
         const W* const at =
             of_step + j / kPanelVectors * to_next + j % kPanelVectors * Vec<T>::kLanes;
         const Vec<T> w = load<Rows>(at, j);
@@ -103,7 +115,7 @@ struct Stored {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) sums[r * kSumVectors + j] = sum[r][j];
+      for (int j = 0; j < Vectors; ++j) sum[r][j].store(sums + sum_at<T>(r, j));
   }
 };
 
@@ -150,16 +162,16 @@ struct Quantised {
     return int64_t{1} << 40;
   }  // in one go: only its end turns sums to floats
 
-  template <int Rows, int Panels>
+  template <int Rows, int Vectors>
   __attribute__((noinline)) void multiply(int64_t row, int64_t panel, int64_t, int64_t,
-                                          Vec<float>* sums) const {
-    constexpr int kVectors = Panels * kPanelVectors, kLanes = Vec<float>::kLanes;
+                                          float* sums) const {
+    constexpr int kLanes = Vec<float>::kLanes;
     const int64_t steps = groups, bytes = panel_bytes(groups);
     const int8_t* const weights = reinterpret_cast<const int8_t*>(panels + panel * bytes);
     const auto* const tail =
         reinterpret_cast<const float*>(weights + kColumns * steps * Dot::kDepth);
     const Activation* const x = a + row * steps * Dot::kDepth;
-    Dot sum[Rows][kVectors];
+    Dot sum[Rows][Vectors];
     const auto of_vector = [&](const auto* at, int j) {
       const int next = j / kPanelVectors, vector = j % kPanelVectors;
       return reinterpret_cast<decltype(at)>(reinterpret_cast<const char*>(at) + next * bytes) +
@@ -168,12 +180,12 @@ struct Quantised {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j)
+      for (int j = 0; j < Vectors; ++j)
         sum[r][j] = Dot::load(reinterpret_cast<const int32_t*>(of_vector(tail + kColumns, j)));
     for (int64_t i = 0; i < steps; ++i) {
       const int8_t* const group = weights + i * kColumns * Dot::kDepth;
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j) {
+      for (int j = 0; j < Vectors; ++j) {
         const int8_t* const at =
             group + j / kPanelVectors * bytes + j % kPanelVectors * kLanes * Dot::kDepth;
 #pragma GCC unroll 16
@@ -184,54 +196,62 @@ struct Quantised {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < kVectors; ++j)
-        sums[r * kSumVectors + j] = sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
-                                    Vec<float>::set(scales[row + r]);
+      for (int j = 0; j < Vectors; ++j)
+        (sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
+         Vec<float>::set(scales[row + r]))
+            .store(sums + sum_at<float>(r, j));
   }
 };
 
-// multiply() for fewer rows than a whole tile has, 0 included.
-template <int Rows, typename T, typename Operands>
-inline void short_tile(const Operands& operands, int64_t row, int64_t rows, int64_t panel,
-                       int64_t begin, int64_t end, Vec<T>* sums) {
+// multiply() for up to Rows rows, 0 included, and up to Vectors vectors.
+template <int Rows, int Vectors, typename T, typename Operands>
+inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t panel,
+                 int64_t vectors, int64_t begin, int64_t end, T* sums) {
   if constexpr (Rows > 0) {
-    if (rows < Rows) return short_tile<Rows - 1>(operands, row, rows, panel, begin, end, sums);
-    operands.template multiply<Rows, 1>(row, panel, begin, end, sums);
+    if (rows < Rows)
+      return tile<Rows - 1, Vectors>(operands, row, rows, panel, vectors, begin, end, sums);
+    if constexpr (Vectors > 1)
+      if (vectors < Vectors)
+        return tile<Rows, Vectors - 1>(operands, row, rows, panel, vectors, begin, end, sums);
+    operands.template multiply<Rows, Vectors>(row, panel, begin, end, sums);
   }
 }
 
 // Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels.
-// Tiles are as tall as registers allow; a single row that is left over takes two panels at a time,
-// to keep enough sums in flight.
+// Tiles are as tall as registers allow, and as wide as a panel, of which the last may be partly
+// empty; a single row that is left over takes two panels.
 template <typename T, typename Operands, typename Finish>
-inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, PanelRange range,
-                         const Finish& finish) {
+inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
+                         PanelRange range, const Finish& finish) {
   constexpr int kTileRows = Vec<T>::kTileRows;
-  Vec<T> sums[kMostRows * kSumVectors];
+  alignas(64) T sums[kSums<T>];
   for (int64_t start = 0; start < all_rows; start += kMostRows) {
     const int64_t stop = std::min(start + kMostRows, all_rows), rows = stop - start;
-    const int64_t most_panels = rows % kTileRows == 1 && rows <= 4 * kTileRows ? 2 : 1;
+    const int64_t most_panels = rows % kTileRows == 1 && rows <= 4 * kTileRows ? kMostPanels : 1;
     const int64_t block = rows <= kTileRows ? k : operands.block() / most_panels;
     const int64_t group = k <= block ? kTileRows : kMostRows;
     for (int64_t panel = range.begin; panel < range.end; panel += most_panels) {
       const int64_t panels = std::min(most_panels, range.end - panel);
+      // Of all `panels`, where the last is partly empty.
+      const int64_t vectors =
+          std::min(panels * kPanelVectors,
+                   (columns - panel * kPanelColumns<T> + Vec<T>::kLanes - 1) / Vec<T>::kLanes);
       for (int64_t first = start; first < stop; first += group) {
         const int64_t last = std::min(first + group, stop);
         int64_t begin = 0;
         do {
           const int64_t end = std::min(begin + block, k);
-          int64_t row = first;
-          Vec<T>* to = sums;
-          for (; row + kTileRows <= last; row += kTileRows, to += kTileRows * kSumVectors)
-            for (int64_t p = 0; p < panels; ++p)
-              operands.template multiply<kTileRows, 1>(row, panel + p, begin, end,
-                                                       to + p * kPanelVectors);
-          if (last - row == 1 && panels == 2)
-            operands.template multiply<1, 2>(row, panel, begin, end, to);
-          else
-            for (int64_t p = 0; p < panels; ++p)
-              short_tile<kTileRows - 1>(operands, row, last - row, panel + p, begin, end,
-                                        to + p * kPanelVectors);
+          for (int64_t row = first; row < last; row += kTileRows) {
+            T* const to = sums + sum_at<T>(row - first, 0);
+            if (last - row == 1 && most_panels == kMostPanels)
+              tile<1, kMostPanels * kPanelVectors>(operands, row, 1, panel, vectors, begin, end,
+                                                   to);
+            else
+              for (int64_t p = 0; p < panels; ++p)
+                tile<kTileRows, kPanelVectors>(operands, row, last - row, panel + p,
+                                               vectors - p * kPanelVectors, begin, end,
+                                               to + sum_at<T>(0, p * kPanelVectors));
+          }
           begin = end;
         } while (begin < k);
         finish(sums, first, last - first, panel, panels);
@@ -240,25 +260,27 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
   }
 }
 
-// The tiles of a [rows, k] @ b.
+// The tiles of a [rows, k] @ b [k, columns].
 template <typename T, typename Finish>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
-                      PanelRange panels, void* scratch, const Finish& finish) {
+                      int64_t columns, PanelRange panels, void* scratch, const Finish& finish) {
   const auto stored = [&]<typename W>(const W* weights) {
-    each_tile_of<T>(Stored<T, W>(a, stride, rows, k, panels, weights), rows, k, panels, finish);
+    each_tile_of<T>(Stored<T, W>(a, stride, rows, k, panels, weights), rows, k, columns, panels,
+                    finish);
   };
   if constexpr (std::is_same_v<T, float>) {
     if (b.format == Format::kFloat16) return stored(static_cast<const Float16*>(b.panels));
     if (b.format == Format::kBfloat16) return stored(static_cast<const Bfloat16*>(b.panels));
     if (b.format == Format::kInt8)
-      return each_tile_of<T>(Quantised(a, rows, stride, k, b.panels, scratch), rows, k, panels,
-                             finish);
+      return each_tile_of<T>(Quantised(a, rows, stride, k, b.panels, scratch), rows, k, columns,
+                             panels, finish);
   }
   stored(static_cast<const T*>(b.panels));
 }
 
-// Calls visit(panel, slot, column) for each column of args.panels, -1 where there is none. Slot
-// (vector j, lane l) holds gate j of unit first + l, or simply column first + slot.
+// Calls visit(panel, slot, column) for each column of args.panels, -1 where there is none. Slot s
+// holds column first + s; with gates, gate s / n of unit first + s % n, where n is the number of
+// the panel's units: a vector's lanes, fewer in the last.
 template <typename T, typename Visit>
 inline void each_column(const PackArgs& args, const Visit& visit) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
@@ -266,9 +288,10 @@ inline void each_column(const PackArgs& args, const Visit& visit) {
   const int64_t per_panel = args.gates ? kLanes : kPanelColumns<T>;
   for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel)
     for (int64_t slot = 0; slot < kPanelColumns<T>; ++slot) {
-      const int64_t unit = panel * per_panel + (args.gates ? slot % kLanes : slot);
-      const int64_t column = args.gates ? slot / kLanes * units + unit : unit;
-      visit(panel, slot, unit < units ? column : -1);
+      const int64_t first = panel * per_panel, count = std::min(per_panel, units - first);
+      const int64_t column =
+          args.gates ? slot / count * units + first + slot % count : first + slot;
+      visit(panel, slot, column < args.columns && slot < 4 * count ? column : -1);
     }
 }
 
@@ -429,20 +452,20 @@ void pack(const PackArgs& args) {
 template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
-  const auto finish = [&](const Vec<T>* sums, int64_t row, int64_t rows, int64_t panel,
+  const auto finish = [&](const T* sums, int64_t row, int64_t rows, int64_t panel,
                           int64_t panels) __attribute__((noinline)) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t column = (panel + p) * kPanelColumns<T>;
         const int64_t left = args.columns - column;
-        const Vec<T>* const sum = sums + r * kSumVectors + p * kPanelVectors;
+        const T* const sum = sums + sum_at<T>(r, p * kPanelVectors);
         T* const out = args.out + (row + r) * args.out_stride + column;
         const T* const bias = args.bias == nullptr ? nullptr : args.bias + column;
         // Asks for what the next panel writes.
         for (int64_t at = 0; at < kPanelColumns<T>; at += 64 / sizeof(T))
           __builtin_prefetch(out + kPanelColumns<T> + at, 1, 2);
         const auto put = [&](int64_t at, int64_t lanes) {
-          Vec<T> value = sum[at / kLanes];
+          Vec<T> value = Vec<T>::load(sum + at);
           if (bias != nullptr)
             value = value +
                     (lanes >= kLanes ? Vec<T>::load(bias + at) : Vec<T>::load(bias + at, lanes));
@@ -458,5 +481,6 @@ void matmul(const MatmulArgs<T>& args) {
           for (int64_t at = 0; at < left; at += kLanes) put(at, left - at);
       }
   };
-  each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, args.panels, args.scratch, finish);
+  each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, args.columns, args.panels,
+               args.scratch, finish);
 }
