@@ -13,8 +13,8 @@
 
 namespace iss {
 
-// Multiplies that take about 1 us: what it costs to meet at a barrier, and then some.
-inline constexpr int64_t kWorthABarrier = 1 << 15;
+// Multiplies that take about 0.5 us: what it costs to meet at a barrier, and then some.
+inline constexpr int64_t kWorthABarrier = 1 << 14;
 // Recurrent weights of one cell that stay in a core's L2 cache from step to step.
 inline constexpr int64_t kCachedWeights = 1 << 17;
 
