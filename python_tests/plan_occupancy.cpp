@@ -1,10 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asks NVIDIA's occupancy calculator, which needs no GPU, about every plan (test_cuda_plan.py).
+// Asks NVIDIA's occupancy calculator, which needs no GPU, about every plan (test_cuda_plan.py), and
+// refuses each of them: what is planned instead is another plan, and in the end one of steps.
 #include <cuda_occupancy.h>
 
+#include <algorithm>
 #include <cstdio>
 
 #include "cuda/plan.h"
+
+// How many plans there are in all where none can be launched; 0 where that does not end.
+int refusals(const iss::LstmProblem& problem, iss::DeviceLimits limits) {
+  for (int count = 0; count < 100; ++count) {
+    const iss::LstmPlan plan = plan_lstm(problem, limits);
+    if (plan.tier == iss::Tier::kSteps) return count;
+    limits = less_than(plan, limits);
+  }
+  return 0;
+}
 
 int main() {
   struct Gpu {
@@ -16,15 +28,23 @@ int main() {
       {{9, 0, 132, 227 * 1024}, 2048, 228 * 1024}, {{10, 0, 148, 227 * 1024}, 2048, 228 * 1024},
       {{12, 0, 170, 99 * 1024}, 1536, 100 * 1024},
   };
-  int asked = 0;
+  int asked = 0, most_refused = 0;
   for (const Gpu& gpu : gpus)
     for (int math = 0; math < 5; ++math)
       for (const bool backward : {false, true})
         for (const int batch : {1, 16, 128})
           for (int hidden = 1; hidden < 1600; hidden += hidden < 64 ? 3 : 29) {
-            const iss::LstmPlan plan = plan_lstm(
-                {hidden, batch, false, static_cast<iss::Math>(math), backward}, gpu.limits);
+            const iss::LstmProblem problem = {hidden, batch, false, static_cast<iss::Math>(math),
+                                              backward};
+            const iss::LstmPlan plan = plan_lstm(problem, gpu.limits);
             if (plan.tier == iss::Tier::kSteps) continue;
+            const int refused = refusals(problem, gpu.limits);
+            if (refused == 0) {
+              std::printf("%d.%d H %d, batch %d: no end\n", gpu.limits.major, gpu.limits.minor,
+                          hidden, batch);
+              return 1;
+            }
+            most_refused = std::max(most_refused, refused);
             cudaOccDeviceProp device;
             device.computeMajor = gpu.limits.major;
             device.computeMinor = gpu.limits.minor;
@@ -54,5 +74,5 @@ int main() {
               return 1;
             }
           }
-  std::printf("%d plans\n", asked);
+  std::printf("%d plans, up to %d refused\n", asked, most_refused);
 }

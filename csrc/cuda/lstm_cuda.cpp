@@ -77,13 +77,19 @@ Math math_of(at::ScalarType type) {
 template <typename T>
 LstmPlan plan_for(const Tensor& c0, at::ScalarType type, bool projected, bool backward) {
   if (c0.size(0) == 0) return {.tier = Tier::kSteps, .math = math_of(type), .backward = backward};
-  LstmPlan plan = plan_lstm({.hidden = c0.size(1),
-                             .batch = c0.size(0),
-                             .projected = projected,
-                             .math = math_of(type),
-                             .backward = backward},
-                            device_limits(c0));
-  if (plan.tier != Tier::kSteps && !can_launch<T>(plan)) plan.tier = Tier::kSteps;
+  const LstmProblem problem = {.hidden = c0.size(1),
+                               .batch = c0.size(0),
+                               .projected = projected,
+                               .math = math_of(type),
+                               .backward = backward};
+  DeviceLimits limits = device_limits(c0);
+  LstmPlan plan = plan_lstm(problem, limits);
+  // The limits do not say all: a large cluster needs neighbours that are free, and another process
+  // may hold part of the device.
+  while (plan.tier != Tier::kSteps && !can_launch<T>(plan)) {
+    limits = less_than(plan, limits);
+    plan = plan_lstm(problem, limits);
+  }
   return plan;
 }
 

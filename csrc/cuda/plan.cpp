@@ -195,8 +195,8 @@ struct Planner {
           if (ceil_div(all, units) == blocks) best.keep_better(best_rows(tier, units));
         }
       };
-      try_up_to(kPortableCluster);
-      if (best.clocks < 0 && larger) try_up_to(kProcessingCluster);
+      try_up_to(std::min(kPortableCluster, device.cluster_blocks));
+      if (best.clocks < 0 && larger) try_up_to(std::min(kProcessingCluster, device.cluster_blocks));
       return best;
     }
     for (const int units : {8, 16, 24, 32, 48, 64, 96, 128})
@@ -278,6 +278,16 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
                 " units and " + kilobytes(plan.shared_bytes) + " in each group";
   plan.why += passed_over;
   return plan;
+}
+
+DeviceLimits less_than(const LstmPlan& plan, DeviceLimits device) {
+  if (plan.tier == Tier::kCluster)
+    device.cluster_blocks = plan.blocks - 1;
+  else if (plan.tier == Tier::kGrid)
+    device.multiprocessors = plan.blocks * plan.groups - 1;
+  else
+    device.shared_bytes = plan.shared_bytes - 1;
+  return device;
 }
 
 }  // namespace iss

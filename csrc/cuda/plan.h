@@ -25,7 +25,8 @@ enum class Math { kFloat32, kFloat64, kTf32, kBfloat16, kFloat16 };
 
 struct DeviceLimits {
   int major, minor, multiprocessors;
-  int64_t shared_bytes;  // that a block can ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+  int64_t shared_bytes;     // that a block can ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+  int cluster_blocks = 16;  // of the largest cluster, as far as is known
 };
 
 struct LstmProblem {
@@ -51,5 +52,8 @@ struct LstmPlan {
 };
 
 LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device);
+
+// A device that turned out not to hold all blocks of `plan` at once, as far as that tells.
+DeviceLimits less_than(const LstmPlan& plan, DeviceLimits device);
 
 }  // namespace iss
