@@ -58,9 +58,12 @@ clean:
 	@command -v $${CXX:-c++} >/dev/null || { echo "iss_kernels: no C++ compiler ($${CXX:-c++}) on the PATH; install one (Debian: apt install g++) or set CXX" >&2; exit 1; }
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
-# An extra of pyproject.toml; what is built already is not compiled again.
+# An extra of pyproject.toml, from what the installed package says of it: to install the package with
+# an extra would compile it again.
 .venv/demo .venv/test .venv/bench .venv/dev .venv/cuda: .venv/built
-	$(PIP) --no-build-isolation --editable '.[$(@F)]'
+	$(BIN)/python -c 'from importlib.metadata import requires; \
+	  print(*(r.split(";")[0] for r in requires("iss_kernels") if "$(@F)" in r.split("extra ==")[-1]), sep="\n")' > $@.txt
+	$(PIP) -r $@.txt
 	@touch $@
 .venv-cuda/built: $(CUDA_SOURCES)
 	@command -v nvcc >/dev/null || { echo "iss_kernels: no nvcc on the PATH; install the CUDA toolkit of torch's version" >&2; exit 1; }
