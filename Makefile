@@ -29,11 +29,13 @@ build-cuda: .venv-cuda/built
 	cd .venv-cuda && bin/python -c 'import iss_kernels as iss; print(*iss.build_info().items(), sep="\n")'
 test-gpu: .venv-cuda/built
 	$(CUDA_PIP) expecttest hypothesis 'pytest>=8'
-	$(CUDA_BIN)/pytest python_tests/test_cuda_*.py -k "not simt" -rs $(ARGS)
-	@command -v compute-sanitizer >/dev/null || echo "compute-sanitizer is not on the PATH: left out"
-	@command -v compute-sanitizer >/dev/null && for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(CUDA_BIN)/pytest python_tests/test_cuda_*.py \
-	    -k "sanitizer and not simt" || exit 1; done
+	$(CUDA_BIN)/pytest python_tests/test_cuda_*.py -m gpu -rs $(ARGS)
+	@if command -v compute-sanitizer >/dev/null; then \
+	  for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      $(CUDA_BIN)/pytest python_tests/test_cuda_*.py -m gpu -k sanitizer || exit 1; \
+	  done; \
+	else echo "compute-sanitizer is not on the PATH: left out"; fi
 bench-gpu: .venv-cuda/built
 	$(CUDA_PIP) 'matplotlib>=3.8'
 	$(CUDA_BIN)/python bench/bench_cuda.py $(ARGS)

@@ -15,6 +15,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a large case, run with --slow")
+    config.addinivalue_line("markers", "gpu: on a real GPU, run with -m gpu (make test-gpu)")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -61,7 +62,7 @@ def two_threads():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["simt", "cuda"])
+@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
 def gpu(request, monkeypatch):
     """A `Gpu` that runs the package's ops: the emulated one, then the real one."""
     if request.param == "cuda":
