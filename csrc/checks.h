@@ -170,11 +170,13 @@ inline void check_unit_ids(const char* op, const char* name, int64_t least, int6
               " to be -1 or below units = ", units, ", got ", least < -1 ? least : most);
 }
 
-// Of what is computed for each unit: 16 bits are widened.
-inline at::ScalarType factor_type(const Tensor& weight) {
-  const auto type = weight.scalar_type();
+// What kernels compute in: 16 bits are widened.
+inline at::ScalarType wide_type(at::ScalarType type) {
   return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
 }
+
+// Of what is computed for each unit.
+inline at::ScalarType factor_type(const Tensor& weight) { return wide_type(weight.scalar_type()); }
 
 inline void check_factors(const char* op, const Tensor& factors, const Tensor& weight) {
   TORCH_CHECK(factors.scalar_type() == factor_type(weight), op, ": expected factors of dtype ",

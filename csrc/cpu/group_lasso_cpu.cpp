@@ -19,6 +19,7 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "host.h"
 
 namespace iss {
 namespace {
@@ -31,25 +32,9 @@ constexpr int64_t kStripRows = 4 * kBlockRows;
 // Elements of a thread: to walk over so many takes some 10 us, below that a thread is not woken.
 constexpr int64_t kGrain = 1 << 17;
 
-std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> result;
-  for (const Tensor& t : tensors) result.push_back(t.contiguous());
-  return result;
-}
-
 // What the kernels call the dtype of a tensor.
 template <typename scalar_t>
 using Stored = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, Bfloat16, scalar_t>;
-
-template <typename W>
-const W* values(const Tensor& t) {
-  return static_cast<const W*>(t.const_data_ptr());
-}
-
-template <typename W>
-W* mutable_values(const Tensor& t) {
-  return static_cast<W*>(t.mutable_data_ptr());
-}
 
 // The labels of one matrix [R, C] and, for each unit, the list of its columns.
 struct Labelled {

@@ -9,7 +9,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,40 +19,24 @@
 #include "cpu/kernels.h"
 #include "cpu/stack.h"
 #include "cpu/team.h"
+#include "host.h"
 
 namespace iss {
 namespace {
 
 constexpr auto kContiguous = at::MemoryFormat::Contiguous;
 
-// The GEMMs below run in the dtype of their arguments, also where autocast is on.
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
-
-Sequence sequence_of(const Tensor& x, const OptionalTensor& batch_sizes, int64_t batch) {
-  if (!batch_sizes) return {std::vector<int64_t>(x.size(0), batch), batch};
-  const Tensor contiguous = batch_sizes->contiguous();
-  const int64_t* first = contiguous.const_data_ptr<int64_t>();
-  return {{first, first + contiguous.numel()}, batch};
-}
-
 template <typename T>
 T* data(const Tensor& t) {
   return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr;
 }
 
-// What the kernels compute in: float32 for bfloat16.
-at::ScalarType compute_type(at::ScalarType type) {
-  return type == at::kBFloat16 ? at::kFloat : type;
-}
-
 // A contiguous copy of its own in the type that the kernels compute in.
 Tensor copied(const Tensor& t) {
-  return t.to(t.options().dtype(compute_type(t.scalar_type())), false, true, kContiguous);
+  return t.to(t.options().dtype(wide_type(t.scalar_type())), false, true, kContiguous);
 }
 
-Tensor widened(const Tensor& t) { return t.to(compute_type(t.scalar_type())).contiguous(); }
+Tensor widened(const Tensor& t) { return t.to(wide_type(t.scalar_type())).contiguous(); }
 
 // a [rows, K] @ b [K, columns], through the register tile of the rest: torch's GEMM took 1.3 times
 // as long with AVX-512 on an AMD CPU. K may be all rows of a long sequence, so sums are cut into
@@ -113,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
 
   const auto dtype = x.scalar_type();
-  const auto options = x.options().dtype(compute_type(dtype));
+  const auto options = x.options().dtype(wide_type(dtype));
   std::vector<int64_t> y_shape = x.sizes().vec();
   y_shape.back() = output;
   const Tensor y = at::empty(y_shape, options);
@@ -169,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   check_shape("lstm_backward", "cells", cells, "[N, H]", {sequence.rows, hidden});
 
   const auto dtype = x.scalar_type();
-  const auto options = x.options().dtype(compute_type(dtype));
+  const auto options = x.options().dtype(wide_type(dtype));
   const Tensor rows = widened(x).reshape({sequence.rows, x.size(-1)});
   const Tensor outputs = widened(y), h_first = widened(h0), c_first = widened(c0);
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();

@@ -19,25 +19,10 @@
 #include "checks.h"
 #include "cuda/device.h"
 #include "cuda/group_lasso_kernels.h"
+#include "host.h"
 
 namespace iss {
 namespace {
-
-std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> result;
-  for (const Tensor& t : tensors) result.push_back(t.contiguous());
-  return result;
-}
-
-template <typename W>
-const W* values(const Tensor& t) {
-  return static_cast<const W*>(t.const_data_ptr());
-}
-
-template <typename W>
-W* mutable_values(const Tensor& t) {
-  return static_cast<W*>(t.mutable_data_ptr());
-}
 
 // Least and most of some ids and -1.
 struct IdRange {

@@ -13,16 +13,15 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
-#include "cpu/sequence.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "host.h"
 #include "lstm.h"
 
 namespace iss {
@@ -30,26 +29,9 @@ namespace {
 
 constexpr auto kContiguous = at::MemoryFormat::Contiguous;
 
-// The GEMMs below run in the dtype of their arguments, also where autocast is on.
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
-
-Sequence sequence_of(const Tensor& x, const OptionalTensor& batch_sizes, int64_t batch) {
-  if (!batch_sizes) return {std::vector<int64_t>(x.size(0), batch), batch};
-  const Tensor contiguous = batch_sizes->contiguous();
-  const int64_t* first = contiguous.const_data_ptr<int64_t>();
-  return {{first, first + contiguous.numel()}, batch};
-}
-
 template <typename T>
 T* data(const Tensor& t) {
-  return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
-}
-
-// What the kernels compute in: float32 for the 16-bit types.
-at::ScalarType compute_type(at::ScalarType type) {
-  return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
+  return t.numel() > 0 ? mutable_values<T>(t) : nullptr;
 }
 
 // A contiguous copy of its own.
@@ -234,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cuda(
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
 
-  const auto dtype = x.scalar_type(), wide = compute_type(dtype);
+  const auto dtype = x.scalar_type(), wide = wide_type(dtype);
   const auto options = x.options();
   std::vector<int64_t> y_shape = x.sizes().vec();
   y_shape.back() = output;
@@ -302,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   check_shape("lstm_backward", "gates", gates, "[N, 4H]", {sequence.rows, 4 * hidden});
   check_shape("lstm_backward", "cells", cells, "[N, H]", {sequence.rows, hidden});
 
-  const auto dtype = x.scalar_type(), wide = compute_type(dtype);
+  const auto dtype = x.scalar_type(), wide = wide_type(dtype);
   const auto options = x.options();
   const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
   const Tensor outputs = y.reshape({sequence.rows, output});
@@ -388,7 +370,7 @@ void run_step(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w
 
 void lstm_step_cuda_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,
                      const Tensor& w_hh, const OptionalTensor& bias, const Tensor& out) {
-  check_lstm_step("lstm_step_", x, h, c, w_ih, w_hh, bias, out, compute_type(x.scalar_type()));
+  check_lstm_step("lstm_step_", x, h, c, w_ih, w_hh, bias, out, wide_type(x.scalar_type()));
   const DeviceGuard guard(x.device());
   const Tensor b = bias ? bias->contiguous() : Tensor();
   if (w_ih.scalar_type() == x.scalar_type()) {
