@@ -30,9 +30,10 @@ struct Stored {
   // Several tiles of rows go over this many bytes of B while they are in the L1 cache.
   static constexpr int64_t kBlockBytes = 1 << 14;
   // A matrix of more bytes than this comes from L3 or memory, where the hardware's prefetcher falls
-  // behind what several rows can use. With one or two tiles the first asks for what comes kAhead
-  // bytes later; more tiles ask for the next block together, which paces the requests.
-  static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 13;
+  // behind what several rows can use. A tile that is alone asks for what comes kAhead bytes later,
+  // the first of two, which come back to each block, for what comes kNear later; more tiles ask for
+  // the next block together, which paces the requests.
+  static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 16, kNear = 1 << 13;
   static constexpr int64_t kStepBytes = kPanelColumns<T> * sizeof(W);
 
   const T* a;
@@ -80,6 +81,7 @@ struct Stored {
     const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
     const int64_t tile = row % kMostRows / Vec<T>::kTileRows, share = kStepBytes / tiles;
     const bool together = tiles > 2, ahead = !together && tile == 0;
+    const int64_t distance = tiles == 1 ? kAhead : kNear;
     const char* const here = reinterpret_cast<const char*>(weights);
     const char* next = here + steps * (kStepBytes + tile * share);
     Vec<T> sum[Rows][Vectors];
@@ -98,7 +100,7 @@ struct Stored {
         if (ahead)
 #pragma GCC unroll 4
           for (int64_t line = 0; line < kStepBytes; line += 64)
-            __builtin_prefetch(here + i * kStepBytes + kAhead + line, 0, 2);
+            __builtin_prefetch(here + i * kStepBytes + distance + line, 0, 2);
         next += share;
       }
 #pragma GCC unroll 16
