@@ -139,10 +139,12 @@ class PreparedLSTM(ISSLSTM):
 
     def native(self) -> Any:
         """The compiled network; None where the ops or the reference run instead."""
-        device = self._buffers["weight_ih_l0"].device  # type: ignore[union-attr]
-        if backend.backend() == "reference" or device.type != "cpu" or backend.on_cuda(device):
+        if backend.backend() == "reference":
             return None
         if self._native is None:
+            device = self._buffers["weight_ih_l0"].device  # type: ignore[union-attr]
+            if device.type != "cpu" or backend.on_cuda(device):
+                return None
             directions = len(self.sizes[0])
             cells = []
             for index, names in enumerate(self._all_weights):

@@ -2,8 +2,10 @@
 """Stream: step by step what the model gives for the whole sequence, from its own memory."""
 
 import copy
+import gc
 import pickle
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -238,6 +240,35 @@ def test_out_is_written_and_returned(implementation):
             assert torch.equal(torch.as_tensor(other_kind), expected)
 
 
+def test_arguments_go_by_position_or_by_name(implementation):
+    step, x, out = Stream(nn.LSTM(5, 4)), torch.randn(1, 5), torch.empty(1, 4)
+    for y in (step(x, out), step(x, out=out), step(x=x, out=out), step(out=out, x=x)):
+        assert y is out
+    for y in (step(x), step(x=x), step(x, None), step(x, out=None)):
+        assert y is not out
+    for arguments, named in (
+        ((), {}),
+        ((), {"out": out}),
+        ((x, out, x), {}),
+        ((x,), {"x": x}),
+        ((x, out), {"out": out}),
+        ((x,), {"y": x}),
+    ):
+        with pytest.raises(TypeError):
+            step(*arguments, **named)
+
+
+def test_what_is_called_keeps_its_stream_alive(implementation):
+    lstm, x = nn.LSTM(5, 4), torch.randn(1, 5)
+    call = Stream(lstm).__call__
+    gc.collect()
+    y = call(x).clone()
+    again = weakref.ref(Stream(lstm))
+    gc.collect()
+    assert again() is None  # and yet it goes
+    torch.testing.assert_close(y, Stream(lstm)(x), rtol=0, atol=0)
+
+
 def test_without_out_the_same_memory_comes_back(isa):
     step, x = Stream(nn.LSTM(5, 4), 2), torch.randn(2, 5)
     first = step(x)
@@ -447,6 +478,22 @@ def test_two_python_threads_stream_from_one_prepared_model(isa, two_threads, siz
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(work, range(2)))
+
+
+def test_two_python_threads_take_turns_at_one_stream(isa, two_threads):
+    lstm, x, steps = nn.LSTM(20, 20), torch.randn(1, 20), 200
+    alone, shared = Stream(lstm), Stream(lstm)
+    for _ in range(2 * steps):
+        alone(x)
+
+    def work(_):
+        out = torch.empty(1, 20)
+        for _ in range(steps):
+            shared(x, out)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert all(map(torch.equal, shared.state, alone.state))
 
 
 def test_two_python_threads_make_their_streams_at_once():

@@ -43,11 +43,10 @@ CellState<T> in_place(void* h, void* c) {
   return {.h0 = h_data, .c = static_cast<T*>(c), .h_n = h_data, .gates = nullptr, .cells = nullptr};
 }
 
-template <typename T>
-T activated(int kind, T x, T parameter) {
+float activated(int kind, float x, float parameter) {
   switch (kind) {
     case 0:
-      return x < 0 ? T(0) : x;  // NaN passes
+      return x < 0 ? 0 : x;  // NaN passes
     case 1:
       return std::tanh(x);
     case 2:
@@ -55,7 +54,7 @@ T activated(int kind, T x, T parameter) {
     case 3:
       return x / (1 + std::exp(-x));
     case 4:
-      return x * T(0.5) * (1 + std::erf(x * T(M_SQRT1_2)));
+      return x * 0.5f * (1 + std::erf(x * float(M_SQRT1_2)));
     default:
       return x < 0 ? x * parameter : x;
   }
@@ -136,23 +135,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::
   return {y, state[0], state[1]};
 }
 
-Stream::Stream(int64_t batch, at::ScalarType dtype, int64_t input)
-    : batch_(batch), input_(input), width_(input), dtype_(dtype), one_step_({batch}, batch) {}
+Stream::Stream(int64_t batch, int64_t input)
+    : batch_(batch), input_(input), width_(input), one_step_({batch}, batch) {}
 
 void Stream::add(Stage stage, int64_t width) {
   stages_.push_back(std::move(stage));
   width_ = width;
-  between_.push_back(at::empty({batch_, width}, dtype_));
+  between_.push_back(at::empty({batch_, width}, at::kFloat));
 }
 
 void Stream::add_lstm(std::shared_ptr<const Network> network) {
-  const size_t first = states_.size();
+  std::vector<CellState<float>> states;
   for (const Layer& layer : *network->stack())
-    for (const Cell& cell : layer)
-      states_.emplace_back(at::zeros({batch_, cell.output}, dtype_),
-                           at::zeros({batch_, cell.hidden}, dtype_));
+    for (const Cell& cell : layer) {
+      const auto& [h, c] =
+          states_.emplace_back(at::zeros({batch_, cell.output}), at::zeros({batch_, cell.hidden}));
+      states.push_back(in_place<float>(h.mutable_data_ptr(), c.mutable_data_ptr()));
+    }
   const int64_t width = network->output();
-  add(Lstm{std::move(network), first}, width);
+  add(Lstm{std::move(network), std::move(states)}, width);
 }
 
 void Stream::add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -170,46 +171,41 @@ void Stream::add_activation(const std::string& name, double parameter) {
   TORCH_INTERNAL_ASSERT(false, name);
 }
 
-template <typename T>
-void Stream::run(Lstm& lstm, const T* x, T* y, int64_t) {
-  const auto stack = lstm.network->stack();
-  thread_local std::vector<CellState<T>> states;
-  states.clear();
-  for (size_t i = 0; i < stack->size(); ++i) {
-    const auto& [h, c] = states_[lstm.first_state + i];
-    states.push_back(in_place<T>(h.mutable_data_ptr(), c.mutable_data_ptr()));
+void Stream::run(Lstm& lstm, const float* x, float* y, int64_t) {
+  if (lstm.packed_for != &cpu_kernels()) {
+    lstm.packed_for = &cpu_kernels();
+    lstm.stack = lstm.network->stack();
   }
-  run_stack<T>(*stack, one_step_, x, states, y);
+  run_stack<float>(*lstm.stack, one_step_, x, lstm.states, y);
 }
 
-template <typename T>
-void Stream::run(Linear& linear, const T* x, T* y, int64_t columns) {
-  const Kernels<T>& kernels = cpu_kernels().of<T>();
+void Stream::run(Linear& linear, const float* x, float* y, int64_t columns) {
+  const Kernels<float>& kernels = cpu_kernels().f32;
   if (linear.packed_for != &kernels) {
     linear.packed = pack(linear.weight, {.transposed = true, .gates = false});
     linear.packed_for = &kernels;
   }
   const int64_t k = linear.weight.size(1);
   const int64_t panels = kernels.panels(columns, false);
-  each_part(
-      panels, batch_ * k * columns / std::max<int64_t>(1, panels), [&](int64_t begin, int64_t end) {
-        kernels.matmul({.rows = batch_,
-                        .k = k,
-                        .columns = columns,
-                        .panels = {begin, end},
-                        .a = x,
-                        .a_stride = k,
-                        .b = linear.packed.view(),
-                        .bias = linear.bias.defined() ? linear.bias.const_data_ptr<T>() : nullptr,
-                        .accumulate = false,
-                        .out = y,
-                        .out_stride = columns,
-                        .scratch = nullptr});
-      });
+  each_part(panels, batch_ * k * columns / std::max<int64_t>(1, panels),
+            [&](int64_t begin, int64_t end) {
+              kernels.matmul(
+                  {.rows = batch_,
+                   .k = k,
+                   .columns = columns,
+                   .panels = {begin, end},
+                   .a = x,
+                   .a_stride = k,
+                   .b = linear.packed.view(),
+                   .bias = linear.bias.defined() ? linear.bias.const_data_ptr<float>() : nullptr,
+                   .accumulate = false,
+                   .out = y,
+                   .out_stride = columns,
+                   .scratch = nullptr});
+            });
 }
 
-template <typename T>
-void Stream::run(LayerNorm& norm, const T* x, T* y, int64_t n) {
+void Stream::run(LayerNorm& norm, const float* x, float* y, int64_t n) {
   for (int64_t b = 0; b < batch_; ++b, x += n, y += n) {
     double sum = 0, squares = 0;
     for (int64_t i = 0; i < n; ++i) sum += x[i];
@@ -218,34 +214,25 @@ void Stream::run(LayerNorm& norm, const T* x, T* y, int64_t n) {
     const double scale = 1 / std::sqrt(squares / n + norm.eps);
     for (int64_t i = 0; i < n; ++i) {
       double value = (x[i] - mean) * scale;
-      if (norm.weight.defined()) value *= norm.weight.const_data_ptr<T>()[i];
-      if (norm.bias.defined()) value += norm.bias.const_data_ptr<T>()[i];
-      y[i] = static_cast<T>(value);
+      if (norm.weight.defined()) value *= norm.weight.const_data_ptr<float>()[i];
+      if (norm.bias.defined()) value += norm.bias.const_data_ptr<float>()[i];
+      y[i] = static_cast<float>(value);
     }
   }
 }
 
-template <typename T>
-void Stream::run(Activation& activation, const T* x, T* y, int64_t width) {
+void Stream::run(Activation& activation, const float* x, float* y, int64_t width) {
   for (int64_t i = 0; i < batch_ * width; ++i)
-    y[i] = activated(activation.kind, x[i], static_cast<T>(activation.parameter));
+    y[i] = activated(activation.kind, x[i], static_cast<float>(activation.parameter));
 }
 
-template <typename T>
-void Stream::step_as(const T* x, T* out) {
+void Stream::step(const float* x, float* out) {
+  const std::lock_guard lock(mutex_);
   for (size_t i = 0; i < stages_.size(); ++i) {
-    T* const y = i + 1 == stages_.size() ? out : between_[i].mutable_data_ptr<T>();
-    std::visit([&](auto& stage) { run<T>(stage, x, y, between_[i].size(1)); }, stages_[i]);
+    float* const y = i + 1 == stages_.size() ? out : between_[i].mutable_data_ptr<float>();
+    std::visit([&](auto& stage) { run(stage, x, y, between_[i].size(1)); }, stages_[i]);
     x = y;
   }
-}
-
-void Stream::step(const void* x, void* out) {
-  const std::lock_guard lock(mutex_);
-  if (dtype_ == at::kDouble)
-    step_as(static_cast<const double*>(x), static_cast<double*>(out));
-  else
-    step_as(static_cast<const float*>(x), static_cast<float*>(out));
 }
 
 void Stream::reset() {

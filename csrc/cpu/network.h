@@ -56,9 +56,10 @@ class Network {
   mutable const void* packed_for_ = nullptr;
 };
 
+// In float32, whatever the weights are stored as.
 class Stream {
  public:
-  Stream(int64_t batch, at::ScalarType dtype, int64_t input);
+  Stream(int64_t batch, int64_t input);
 
   void add_lstm(std::shared_ptr<const Network> network);
   void add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias);
@@ -68,20 +69,21 @@ class Stream {
   void add_activation(const std::string& name, double parameter);
 
   // x [B, input()] -> out [B, output()], contiguous.
-  void step(const void* x, void* out);
+  void step(const float* x, float* out);
   void reset();
 
   int64_t batch() const { return batch_; }
   int64_t input() const { return input_; }
   int64_t output() const { return width_; }
-  at::ScalarType dtype() const { return dtype_; }
   // By layer: h [B, P], c [B, H]; the stream's own memory.
   const std::vector<std::pair<at::Tensor, at::Tensor>>& states() const { return states_; }
 
  private:
   struct Lstm {
     std::shared_ptr<const Network> network;
-    size_t first_state;
+    std::vector<CellState<float>> states;
+    std::shared_ptr<const Stack> stack = nullptr;
+    const void* packed_for = nullptr;
   };
   struct Linear {
     at::Tensor weight, bias;
@@ -99,19 +101,12 @@ class Stream {
   using Stage = std::variant<Lstm, Linear, LayerNorm, Activation>;
 
   void add(Stage stage, int64_t width);
-  template <typename T>
-  void run(Lstm& lstm, const T* x, T* y, int64_t width);
-  template <typename T>
-  void run(Linear& linear, const T* x, T* y, int64_t width);
-  template <typename T>
-  void run(LayerNorm& norm, const T* x, T* y, int64_t width);
-  template <typename T>
-  void run(Activation& activation, const T* x, T* y, int64_t width);
-  template <typename T>
-  void step_as(const T* x, T* out);
+  void run(Lstm& lstm, const float* x, float* y, int64_t width);
+  void run(Linear& linear, const float* x, float* y, int64_t width);
+  void run(LayerNorm& norm, const float* x, float* y, int64_t width);
+  void run(Activation& activation, const float* x, float* y, int64_t width);
 
   int64_t batch_, input_, width_;
-  at::ScalarType dtype_;
   Sequence one_step_;
   std::vector<Stage> stages_;
   std::vector<at::Tensor> between_;  // [B, width] after each stage
