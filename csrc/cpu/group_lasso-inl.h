@@ -21,15 +21,12 @@ inline void each_vector(int64_t columns, const Visit& visit) {
   if (c < columns) visit(c, columns - c);
 }
 
-// Asks for the cache line at p to come into L2. The hardware's prefetcher starts anew with each
-// page of 4 KB, and several rows at a time are more streams than it follows.
-inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
-
-// For a walk that has come to p: 4 to 32 KB ahead measured alike, into L1 slower than not at all.
-constexpr int64_t kAhead = 1 << 14;
+// Asks for what a walk that has come to p reads later to come into L2: the hardware's prefetcher
+// starts anew with each page of 4 KB. 4 to 32 KB ahead measured alike, into L1 slower than not at
+// all.
 template <typename W>
 inline void prefetch_after(const W* p) {
-  prefetch(reinterpret_cast<const char*>(p) + kAhead);
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + (1 << 14), 0, 2);
 }
 
 template <typename W>
@@ -40,50 +37,44 @@ inline Compute<W> widened(W w) {
     return w;
 }
 
-// Several rows in one pass load and store the column sums once for all of them. The rows after them
-// are asked for from first to last, as they lie in memory.
+// Rows that far apart in one pass: the hardware's prefetcher follows each of them, and the column
+// sums are loaded and stored once for all.
 template <int Rows, typename W>
-inline void add_squares(const SquaresArgs<W>& args, int64_t row) {
+inline void add_squares(const SquaresArgs<W>& args, int64_t row, int64_t apart) {
   using T = Compute<W>;
   using V = Vec<T>;
   const int64_t columns = args.rows.columns;
   const W* const weight = args.weight + row * columns;
   T* const column_sums = args.column_sums;
-  constexpr int64_t kBytes = Rows * V::kLanes * sizeof(W);
-  const char* next =
-      reinterpret_cast<const char*>(weight) + std::max<int64_t>(kAhead, Rows * columns * sizeof(W));
   V row_sums[Rows];
   for (V& sum : row_sums) sum = V::set(0);
   each_vector<T>(columns, [&](int64_t c, auto... lanes) {
-#pragma GCC unroll 8
-    for (int64_t line = 0; line < kBytes; line += 64) prefetch(next + line);
-    next += kBytes;
-    V column_sum = V::load(column_sums + c, lanes...);
+    V of_rows = V::set(0);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const V w = V::load(weight + r * columns + c, lanes...);
+      const V w = V::load(weight + r * apart * columns + c, lanes...);
       row_sums[r] = fma(w, w, row_sums[r]);
-      column_sum = fma(w, w, column_sum);
+      of_rows = fma(w, w, of_rows);
     }
-    column_sum.store(column_sums + c, lanes...);
+    (V::load(column_sums + c, lanes...) + of_rows).store(column_sums + c, lanes...);
   });
   // Unrolled, or row_sums would stand in memory: a quarter of the time where weights are in L3.
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) args.row_sums[row + r] = row_sums[r].sum();
+  for (int r = 0; r < Rows; ++r) args.row_sums[row + r * apart] = row_sums[r].sum();
   for (int r = 0; r < Rows; ++r)
-    each_shared_column(args.rows, row + r, [&](int64_t c) {
-      const T w = widened(weight[r * columns + c]);
+    each_shared_column(args.rows, row + r * apart, [&](int64_t c) {
+      const T w = widened(weight[r * apart * columns + c]);
       column_sums[c] -= w * w;
     });
 }
 
 template <typename W>
 void squares(const SquaresArgs<W>& args) {
-  constexpr int kRows = 2;  // 4 measured no faster from memory, slower from L3
   std::fill_n(args.column_sums, args.rows.columns, Compute<W>(0));
+  const int64_t apart = (args.rows.row_end - args.rows.row_begin) / kStreams;
   int64_t row = args.rows.row_begin;
-  for (; row + kRows <= args.rows.row_end; row += kRows) add_squares<kRows>(args, row);
-  for (; row < args.rows.row_end; ++row) add_squares<1>(args, row);
+  for (; row < args.rows.row_begin + apart; ++row) add_squares<kStreams>(args, row, apart);
+  for (row += (kStreams - 1) * apart; row < args.rows.row_end; ++row) add_squares<1>(args, row, 0);
 }
 
 template <typename W, ByUnits kWhat>

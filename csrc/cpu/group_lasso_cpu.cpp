@@ -24,11 +24,9 @@
 namespace iss {
 namespace {
 
-// A column sum adds up at most so many squares in Compute<W>, which bounds its rounding; these sums
-// are then added in double.
-constexpr int64_t kBlockRows = 64;
-// What a thread takes at a time. Its column sums, [C] in double, are a percent of its weights.
-constexpr int64_t kStripRows = 4 * kBlockRows;
+// What a thread takes at a time. A column sum adds up so many squares, kStreams at once, in
+// Compute<W>, which bounds its rounding; these sums are then added in double.
+constexpr int64_t kStripRows = 64 * kStreams;
 // Elements of a thread: to walk over so many takes some 10 us, below that a thread is not woken.
 constexpr int64_t kGrain = 1 << 17;
 
@@ -71,19 +69,14 @@ struct Labelled {
       if (column_units[c] >= 0) unit_columns[next[column_units[c]]++] = c;
   }
 
-  // Rows [begin, begin + count), as far as there are.
-  LabelledRows range(int64_t begin, int64_t count, bool paper_overlap) const {
-    return {.row_begin = begin,
-            .row_end = std::min(rows, begin + count),
+  LabelledRows strip(int64_t index, bool paper_overlap) const {
+    return {.row_begin = index * kStripRows,
+            .row_end = std::min(rows, (index + 1) * kStripRows),
             .columns = columns,
             .row_units = row_units,
             .unit_starts = unit_starts.data(),
             .unit_columns = unit_columns.data(),
             .paper_overlap = paper_overlap};
-  }
-
-  LabelledRows strip(int64_t index, bool paper_overlap) const {
-    return range(index * kStripRows, kStripRows, paper_overlap);
   }
 
   // of_unit(unit of column c) for each column, `none` where it has none: [C].
@@ -143,35 +136,29 @@ Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
     using W = Stored<scalar_t>;
     using T = Compute<W>;
-    std::vector<std::vector<T>> row_sums;                // of each matrix: [R]
-    std::vector<std::unique_ptr<double[]>> column_sums;  // of each matrix: [strips, C]
+    std::vector<std::vector<T>> row_sums;           // of each matrix: [R]
+    std::vector<std::unique_ptr<T[]>> column_sums;  // of each matrix: [strips, C]
     for (const Labelled& m : labels) {
       row_sums.emplace_back(m.rows);
-      column_sums.push_back(std::make_unique_for_overwrite<double[]>(m.strips * m.columns));
+      column_sums.push_back(std::make_unique_for_overwrite<T[]>(m.strips * m.columns));
     }
     each_strip(labels, [&](size_t m, int64_t strip) {
-      const Labelled& matrix = labels[m];
-      double* const sums = column_sums[m].get() + strip * matrix.columns;
-      std::fill_n(sums, matrix.columns, 0.0);
-      std::vector<T> of_block(matrix.columns);
-      const int64_t begin = strip * kStripRows, end = std::min(matrix.rows, begin + kStripRows);
-      for (int64_t row = begin; row < end; row += kBlockRows) {
-        cpu_kernels().lasso<W>().squares({.rows = matrix.range(row, kBlockRows, paper_overlap),
-                                          .weight = values<W>(matrices[m]),
-                                          .row_sums = row_sums[m].data(),
-                                          .column_sums = of_block.data()});
-        for (int64_t c = 0; c < matrix.columns; ++c) sums[c] += of_block[c];
-      }
+      cpu_kernels().lasso<W>().squares(
+          {.rows = labels[m].strip(strip, paper_overlap),
+           .weight = values<W>(matrices[m]),
+           .row_sums = row_sums[m].data(),
+           .column_sums = column_sums[m].get() + strip * labels[m].columns});
     });
     std::vector<double> squares(units, eps);
     for (size_t m = 0; m < labels.size(); ++m) {
       const Labelled& matrix = labels[m];
       for (int64_t r = 0; r < matrix.rows; ++r)
         if (matrix.row_units[r] >= 0) squares[matrix.row_units[r]] += row_sums[m][r];
-      double* const sums = column_sums[m].get();
-      for (int64_t strip = 1; strip < matrix.strips; ++strip)
-        for (int64_t c = 0; c < matrix.columns; ++c) sums[c] += sums[strip * matrix.columns + c];
-      for (int64_t c = 0; matrix.strips > 0 && c < matrix.columns; ++c)
+      std::vector<double> sums(matrix.columns);
+      for (int64_t strip = 0; strip < matrix.strips; ++strip)
+        for (int64_t c = 0; c < matrix.columns; ++c)
+          sums[c] += column_sums[m][strip * matrix.columns + c];
+      for (int64_t c = 0; c < matrix.columns; ++c)
         if (matrix.column_units[c] >= 0) squares[matrix.column_units[c]] += sums[c];
     }
     for (int64_t u = 0; u < units; ++u)
