@@ -20,9 +20,11 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Panels [begin, end) of a packed matrix: a thread's share of the columns or units.
+// Panels [begin, end) of a packed matrix: a thread's share of the columns or units. A kernel may
+// take them the other way round, `backwards`.
 struct PanelRange {
   int64_t begin, end;
+  bool backwards = false;
 };
 
 // A matrix B [K, columns] to be multiplied from the right, cut into panels of 4 vectors of columns:

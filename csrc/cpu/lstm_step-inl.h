@@ -63,7 +63,19 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
     const V one = V::set(1);
     const int64_t begin = panel * kPanelColumns<T>;
     const int64_t end = std::min(begin + panels * kPanelColumns<T>, hidden);
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows; ++r) {
+      // Asks for what the next panel reads and writes.
+      for (int64_t ahead = end; ahead < end + kPanelColumns<T>; ahead += 64 / sizeof(T)) {
+        const int64_t at_unit = (first_row + r) * hidden + ahead;
+        const int64_t at_gate = (first_row + r) * 4 * hidden + ahead;
+        for (int64_t k = 0; k < 4; ++k) {
+          __builtin_prefetch(args.gates + at_gate + k * hidden, 0, 2);
+          __builtin_prefetch(args.dgates + at_gate + k * hidden, 1, 2);
+        }
+        __builtin_prefetch(args.cells + at_unit, 0, 2);
+        __builtin_prefetch(args.c_prev + at_unit, 0, 2);
+        __builtin_prefetch(args.dc + at_unit, 1, 2);
+      }
       for (int64_t unit = begin; unit < end; unit += kLanes) {
         const int64_t left = hidden - unit;
         const auto load = [&](const T* from) {
@@ -88,6 +100,7 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
         store(dh * tanh_c * o * (one - o), args.dgates + at_gate + 3 * hidden);
         store(dc * f, args.dc + at_unit);
       }
+    }
   };
   each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, hidden, args.panels, nullptr,
                finish);

@@ -27,8 +27,10 @@ constexpr int64_t sum_at(int64_t r, int64_t j) {
 // B stored as W: T, or what a vector of T is widened from.
 template <typename T, typename W>
 struct Stored {
-  // Several tiles of rows go over this many bytes of B while they are in the L1 cache.
-  static constexpr int64_t kBlockBytes = 1 << 14;
+  // Several tiles of rows go over this many bytes of B while they are in the L1 cache. Tall tiles
+  // take 11 bytes a cycle, which the L2 cache gives too: longer blocks then save reading sums
+  // again.
+  static constexpr int64_t kBlockBytes = Vec<T>::kTileRows < 6 ? 1 << 14 : 1 << 16;
   // A matrix of more bytes than this comes from L3 or memory, where the hardware's prefetcher falls
   // behind what several rows can use. A tile that is alone asks for what comes kAhead bytes later,
   // the first of two, which come back to each block, for what comes kNear later; more tiles ask for
@@ -39,7 +41,7 @@ struct Stored {
   const T* a;
   int64_t stride, k;
   const W* panels;
-  int64_t tiles;
+  int64_t most_rows, tiles;
   bool far;
 
   Stored(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range, const void* packed)
@@ -47,7 +49,8 @@ struct Stored {
         stride(stride),
         k(k),
         panels(static_cast<const W*>(packed)),
-        tiles((std::min(rows, kMostRows) + Vec<T>::kTileRows - 1) / Vec<T>::kTileRows),
+        most_rows(std::min(rows, kMostRows)),
+        tiles((most_rows + Vec<T>::kTileRows - 1) / Vec<T>::kTileRows),
         far(rows > 1 && (range.end - range.begin) * k * kStepBytes > kFarBytes) {}
 
   // Rows of one panel to take at a time.
@@ -79,7 +82,8 @@ struct Stored {
     const T* const x_rows = a + row * stride + begin;
     const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
     const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
-    const int64_t tile = row % kMostRows / Vec<T>::kTileRows, share = kStepBytes / tiles;
+    const int64_t tile = row % kMostRows * tiles / most_rows;
+    const int64_t share = kStepBytes / tiles;
     const bool together = tiles > 2, ahead = !together && tile == 0;
     const int64_t distance = tiles == 1 ? kAhead : kNear;
     const char* const here = reinterpret_cast<const char*>(weights);
@@ -220,37 +224,48 @@ inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t pa
 }
 
 // Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels.
-// Tiles are as tall as registers allow, and as wide as a panel, of which the last may be partly
-// empty; a single row that is left over takes two panels.
+// Tiles are as few as registers allow, of heights as even as can be, since one of two or three rows
+// runs at 0.8 of the speed; and as wide as a panel, of which the last may be partly empty. A single
+// row that would be left over is a tile of its own, two panels wide.
 template <typename T, typename Operands, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
                          PanelRange range, const Finish& finish) {
   constexpr int kTileRows = Vec<T>::kTileRows;
   alignas(64) T sums[kSums<T>];
   for (int64_t start = 0; start < all_rows; start += kMostRows) {
-    const int64_t stop = std::min(start + kMostRows, all_rows), rows = stop - start;
-    const int64_t most_panels = rows % kTileRows == 1 && rows <= 4 * kTileRows ? kMostPanels : 1;
-    const int64_t block = rows <= kTileRows ? k : operands.block() / most_panels;
-    const int64_t group = k <= block ? kTileRows : kMostRows;
-    for (int64_t panel = range.begin; panel < range.end; panel += most_panels) {
-      const int64_t panels = std::min(most_panels, range.end - panel);
+    const int64_t rows = std::min(kMostRows, all_rows - start);
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const bool single = rows % kTileRows == 1 && rows <= 4 * kTileRows;
+    const int64_t most_panels = single ? kMostPanels : 1;
+    const int64_t height = single ? kTileRows : rows / tiles, higher = single ? 0 : rows % tiles;
+    const auto row_of = [&](int64_t t) {  // a tile's first
+      return start + std::min(rows, t * height + std::min(t, higher));
+    };
+    const int64_t block = tiles == 1 ? k : operands.block() / most_panels;
+    const int64_t group = k <= block ? 1 : tiles;
+    // Backwards, a single row finds those panels in the cache that the last call came to last.
+    const bool backwards = range.backwards && all_rows == 1;
+    for (int64_t done = range.begin; done < range.end; done += most_panels) {
+      const int64_t panels = std::min(most_panels, range.end - done);
+      const int64_t panel = backwards ? range.begin + range.end - done - panels : done;
       // Of all `panels`, where the last is partly empty.
       const int64_t vectors =
           std::min(panels * kPanelVectors,
                    (columns - panel * kPanelColumns<T> + Vec<T>::kLanes - 1) / Vec<T>::kLanes);
-      for (int64_t first = start; first < stop; first += group) {
-        const int64_t last = std::min(first + group, stop);
+      for (int64_t of = 0; of < tiles; of += group) {
+        const int64_t first = row_of(of), last = row_of(of + group);
         int64_t begin = 0;
         do {
           const int64_t end = std::min(begin + block, k);
-          for (int64_t row = first; row < last; row += kTileRows) {
+          for (int64_t t = of; t < of + group; ++t) {
+            const int64_t row = row_of(t), rows_here = row_of(t + 1) - row;
             T* const to = sums + sum_at<T>(row - first, 0);
-            if (last - row == 1 && most_panels == kMostPanels)
+            if (rows_here == 1 && single)
               tile<1, kMostPanels * kPanelVectors>(operands, row, 1, panel, vectors, begin, end,
                                                    to);
             else
               for (int64_t p = 0; p < panels; ++p)
-                tile<kTileRows, kPanelVectors>(operands, row, last - row, panel + p,
+                tile<kTileRows, kPanelVectors>(operands, row, rows_here, panel + p,
                                                vectors - p * kPanelVectors, begin, end,
                                                to + sum_at<T>(0, p * kPanelVectors));
           }

@@ -78,8 +78,8 @@ struct Share {
   int64_t begin, end, member, members;
   Barrier barrier;
 
-  PanelRange of(int64_t panels) const {
-    return {panels * member / members, panels * (member + 1) / members};
+  PanelRange of(int64_t panels, bool backwards = false) const {
+    return {panels * member / members, panels * (member + 1) / members, backwards};
   }
 };
 

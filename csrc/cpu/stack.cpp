@@ -110,7 +110,7 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
               {.rows = rows,
                .hidden = hidden,
                .k = output,
-               .panels = share.of(kernels.panels(hidden, true)),
+               .panels = share.of(kernels.panels(hidden, true), k % 2 == 1),
                .h_prev = previous < 0 ? state.h0 + b * output : y + previous * y_stride,
                .h_prev_stride = previous < 0 ? output : y_stride,
                .c_prev = state.c + b * hidden,
