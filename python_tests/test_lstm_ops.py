@@ -128,7 +128,8 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_th
     assert all(map(torch.equal, ours(inputs), (y, h_n, c_n)))
     alone = run(ours, case, dtype)
     torch.set_num_threads(2)
-    assert all(map(torch.equal, run(ours, case, dtype), alone))
+    for _ in range(2):
+        assert all(map(torch.equal, run(ours, case, dtype), alone))
 
 
 @pytest.mark.parametrize("threads", [2, 7])  # 7: more than this machine may have cores
@@ -142,7 +143,8 @@ def test_threads_that_divide_the_units_give_the_same_bits(isa, dtype, two_thread
         torch.set_num_threads(1)
         alone = run(ours, case, dtype, reverse)
         torch.set_num_threads(threads)
-        assert all(map(torch.equal, run(ours, case, dtype, reverse), alone))
+        for _ in range(2):  # sleeping threads are not woken for so little: the first may run alone
+            assert all(map(torch.equal, run(ours, case, dtype, reverse), alone))
 
 
 def test_isas_agree_to_rounding(dtype):

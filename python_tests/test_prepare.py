@@ -506,7 +506,8 @@ def test_threads_give_the_same_bits(isa, weights, two_threads, split):
     torch.set_num_threads(1)
     alone = prepared(x), prepared(packed)
     torch.set_num_threads(2)
-    for _ in range(10 if split == "rows" else 2):  # rows: cheap, and threads drift apart by chance
+    # rows: cheap, and threads drift apart by chance. The first call may run alone.
+    for _ in range(10 if split == "rows" else 3):
         assert equal((prepared(x), prepared(packed)), alone)
 
 

@@ -214,6 +214,15 @@ def test_isas_agree_also_when_they_change_on_the_way():
             torch.testing.assert_close(step(x[t]), y, rtol=0, atol=1e-5)
 
 
+def test_the_number_of_threads_may_change_on_the_way(isa, two_threads):
+    lstm, x = nn.LSTM(300, 300, 2), torch.randn(12, 1, 300)
+    torch.set_num_threads(1)
+    alone, step = step_by_step(Stream(lstm), x), Stream(lstm)
+    for t, y in enumerate(alone):
+        torch.set_num_threads(1 + t // 3 % 2)
+        assert torch.equal(step(x[t]), y)
+
+
 def test_two_threads_give_the_same_bits(isa, two_threads):
     model = Chain(nn.LSTM(300, 300, 2), nn.Linear(300, 1000))
     x = torch.randn(6, 1, 300)

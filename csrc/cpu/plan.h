@@ -49,7 +49,7 @@ Plan plan(const Stack& stack, const Sequence& sequence) {
       panels = std::min(panels, cpu_kernels().of<T>().panels(cell.hidden, true));
       ++cells;
     }
-  const int64_t by_work = std::min(threads, sequence.rows * per_row / kWorthAThread);
+  const int64_t by_work = threads_for(sequence.rows * per_row);
   if (by_work <= 1) return {Split::kRows, 1};
   const int64_t tile = cpu_kernels().of<T>().tile_rows;
   const int64_t rows_per_step = sequence.rows / std::max<int64_t>(1, sequence.steps);

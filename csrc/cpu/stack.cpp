@@ -274,7 +274,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
     for (int64_t l = 0; l < layers; ++l) {
       for (int64_t d = direction; d < directions; d += divided ? 2 : 1)
         run_cell(jobs[l * directions + d], share, own + member * quantising);
-      everyone();
+      if (divided) everyone();  // a cell by units ends at a barrier of its own
     }
   });
 }

@@ -7,20 +7,36 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
+#include <utility>
 
 namespace iss {
 
-// Multiplies that take about 10 us: what it costs to wake a thread.
-constexpr int64_t kWorthAThread = 1 << 18;
+// Multiplies that take 2 to 4 us, and 30 to 80: what it costs to have a thread take part that still
+// spins from the last time, as OpenMP's do for some milliseconds, and one that has to be woken.
+constexpr int64_t kWorthAThread = 1 << 17, kWorthWaking = 1 << 21;
+// A thread that was asked for no longer ago than this is taken to spin.
+constexpr std::chrono::milliseconds kSpinning{2};
+
+// The threads that so many multiplies are worth.
+inline int64_t threads_for(int64_t multiplies) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1 || multiplies < 2 * kWorthAThread) return 1;
+  using Clock = std::chrono::steady_clock;
+  thread_local Clock::time_point last;
+  const Clock::time_point now = Clock::now();
+  const bool spinning = now - std::exchange(last, now) < kSpinning;
+  const int64_t each = spinning ? kWorthAThread : kWorthWaking;
+  return std::clamp<int64_t>(multiplies / each, 1, threads);
+}
 
 // Calls body(begin, end) for parts of `count` things that take so many multiplies each, on as many
 // threads as that is worth.
 template <typename Body>
 void each_part(int64_t count, int64_t multiplies, const Body& body) {
-  const int64_t parts =
-      std::clamp<int64_t>(count * multiplies / kWorthAThread, 1, at::get_num_threads());
+  const int64_t parts = threads_for(count * multiplies);
   if (parts == 1) return body(0, count);
   at::parallel_for(0, count, (count + parts - 1) / parts, body);
 }
