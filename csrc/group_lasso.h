@@ -15,9 +15,6 @@ namespace iss {
 template <typename W>
 using Compute = std::conditional_t<std::is_same_v<W, Bfloat16>, float, W>;
 
-// Distant rows that are read side by side. 2 and 8 measured slower from memory.
-inline constexpr int kStreams = 4;
-
 // Rows [row_begin, row_end) of one matrix [R, C].
 struct LabelledRows {
   int64_t row_begin, row_end, columns;

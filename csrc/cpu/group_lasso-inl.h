@@ -70,11 +70,12 @@ inline void add_squares(const SquaresArgs<W>& args, int64_t row, int64_t apart) 
 
 template <typename W>
 void squares(const SquaresArgs<W>& args) {
+  constexpr int kRows = 4;  // 2 and 8 measured slower from memory
   std::fill_n(args.column_sums, args.rows.columns, Compute<W>(0));
-  const int64_t apart = (args.rows.row_end - args.rows.row_begin) / kStreams;
+  const int64_t apart = (args.rows.row_end - args.rows.row_begin) / kRows;
   int64_t row = args.rows.row_begin;
-  for (; row < args.rows.row_begin + apart; ++row) add_squares<kStreams>(args, row, apart);
-  for (row += (kStreams - 1) * apart; row < args.rows.row_end; ++row) add_squares<1>(args, row, 0);
+  for (; row < args.rows.row_begin + apart; ++row) add_squares<kRows>(args, row, apart);
+  for (row += (kRows - 1) * apart; row < args.rows.row_end; ++row) add_squares<1>(args, row, 0);
 }
 
 template <typename W, ByUnits kWhat>

@@ -24,9 +24,9 @@
 namespace iss {
 namespace {
 
-// What a thread takes at a time. A column sum adds up so many squares, kStreams at once, in
+// What a thread takes at a time. A column sum adds up so many squares, several at once, in
 // Compute<W>, which bounds its rounding; these sums are then added in double.
-constexpr int64_t kStripRows = 64 * kStreams;
+constexpr int64_t kStripRows = 256;
 // Elements of a thread: to walk over so many takes some 10 us, below that a thread is not woken.
 constexpr int64_t kGrain = 1 << 17;
 

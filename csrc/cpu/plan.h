@@ -38,7 +38,7 @@ inline int64_t multiplies(const Cell& cell) {  // per row: of the step, without 
 
 template <typename T>
 Plan plan(const Stack& stack, const Sequence& sequence) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = available_threads();
   if (threads == 1) return {Split::kRows, 1};
   int64_t per_row = 0, narrowest = INT64_MAX, widest = 0, panels = INT64_MAX, cells = 0;
   for (const Layer& layer : stack)

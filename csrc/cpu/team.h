@@ -20,9 +20,12 @@ constexpr int64_t kWorthAThread = 1 << 17, kWorthWaking = 1 << 21;
 // A thread that was asked for no longer ago than this is taken to spin.
 constexpr std::chrono::milliseconds kSpinning{2};
 
+// One inside another parallel region.
+inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
 // The threads that so many multiplies are worth.
 inline int64_t threads_for(int64_t multiplies) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = available_threads();
   if (threads == 1 || multiplies < 2 * kWorthAThread) return 1;
   using Clock = std::chrono::steady_clock;
   thread_local Clock::time_point last;
