@@ -10,7 +10,7 @@
 #endif
 #include <immintrin.h>
 
-ISS_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+ISS_TARGET_BEGIN("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace iss {
 namespace {
 #include "cpu/vec_avx512-inl.h"
@@ -30,7 +30,8 @@ const CpuKernels kAvx512Kernels = {
           // A CPU without VNNI (2017's Skylake-SP) is served by AVX2.
           return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                 __builtin_cpu_supports("avx512vnni");
+                 __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
+                 __builtin_cpu_supports("f16c");
         },
     .f32 = table<float>(),
     .f64 = table<double>(),

@@ -6,7 +6,7 @@
 constexpr int kPanelVectors = 4;
 // So many rows are worked on together: a multiple of every tile.
 constexpr int64_t kMostRows = 66;
-// A single row takes two panels at a time, to keep enough sums in flight.
+// A single row takes up to two panels at a time, where one has too few sums to keep in flight.
 constexpr int kMostPanels = 2;
 
 template <typename T>
@@ -37,6 +37,9 @@ struct Stored {
   // the next block together, which paces the requests.
   static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 16, kNear = 1 << 13;
   static constexpr int64_t kStepBytes = kPanelColumns<T> * sizeof(W);
+  // Panels that a single row takes at a time; what is widened comes from the cache fast enough for
+  // two.
+  static constexpr int kRowPanels = std::is_same_v<T, W> ? Vec<T>::kRowPanels : kMostPanels;
 
   const T* a;
   int64_t stride, k;
@@ -58,8 +61,10 @@ struct Stored {
 
   // The j-th vector of a step.
   template <int Rows>
-  static Vec<T> load(const W* at, int j) {
-    if constexpr (std::is_same_v<W, Bfloat16>)
+  static auto load(const W* at, int j) {
+    if constexpr (std::is_same_v<W, Float16>)
+      return Vec<T>::template load<Rows>(at);
+    else if constexpr (std::is_same_v<W, Bfloat16>)
       return j % 2 == 0 ? Vec<T>::load_even(at)
                         : Vec<T>::template load_odd<Rows>(at - Vec<T>::kLanes);
     else
@@ -88,16 +93,17 @@ struct Stored {
     const int64_t distance = tiles == 1 ? kAhead : kNear;
     const char* const here = reinterpret_cast<const char*>(weights);
     const char* next = here + steps * (kStepBytes + tile * share);
-    Vec<T> sum[Rows][Vectors];
+    using V = decltype(load<Rows>(weights, 0));
+    V sum[Rows][Vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j)
-        sum[r][j] = begin == 0 ? Vec<T>::set(0) : Vec<T>::load(sums + sum_at<T>(r, j));
+        sum[r][j] = begin == 0 ? V::set(0) : V::load(sums + sum_at<T>(r, j));
     for (int64_t i = 0; i < steps; ++i) {
-      Vec<T> x[Rows];
+      V x[Rows];
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) x[r] = Vec<T>::set(x_rows[r * x_stride + i]);
+      for (int r = 0; r < Rows; ++r) x[r] = V::set(x_rows[r * x_stride + i]);
       const W* const of_step = weights + i * kPanelColumns<T>;
       if constexpr (kFar) {
         if (together) __builtin_prefetch(next, 0, 2);
@@ -111,7 +117,7 @@ struct Stored {
       for (int j = 0; j < Vectors; ++j) {
         const W* const at =
             of_step + j / kPanelVectors * to_next + j % kPanelVectors * Vec<T>::kLanes;
-        const Vec<T> w = load<Rows>(at, j);
+        const V w = load<Rows>(at, j);
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
         // Keeps the compiler from holding both vectors of a pair: there is no register for that.
@@ -129,6 +135,7 @@ struct Stored {
 // each. The sums are integers: exact, in any order.
 struct Quantised {
   using Activation = Dot::Activation;
+  static constexpr int kRowPanels = Vec<float>::kRowPanels;
   static constexpr int64_t kColumns = kPanelColumns<float>;
   const Activation* a;  // [rows, groups * kDepth]
   const float* scales;  // [rows]
@@ -223,6 +230,34 @@ inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t pa
   }
 }
 
+// How many vectors of columns there are from `panel` on, where the last panel may be partly empty.
+template <typename T>
+inline int64_t vectors_from(int64_t panel, int64_t columns) {
+  return (columns - panel * kPanelColumns<T> + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
+}
+
+// A single row: each_tile_of without its loops, also within finish, which is compiled for
+// one row. That much counts where a panel's product takes a few hundred cycles.
+template <typename T, typename Operands, typename Finish>
+inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, PanelRange range,
+                          const Finish& finish) {
+  constexpr int kPanels = Operands::kRowPanels;
+  constexpr std::integral_constant<int64_t, 0> kFirst;
+  constexpr std::integral_constant<int64_t, 1> kOne;
+  alignas(64) T sums[kSums<T>];
+  for (int64_t done = range.begin; done < range.end; done += kPanels) {
+    const int64_t panels = std::min<int64_t>(kPanels, range.end - done);
+    // Backwards, it finds those panels in the cache that the last call came to last.
+    const int64_t panel = range.backwards ? range.begin + range.end - done - panels : done;
+    const int64_t vectors = std::min(panels * kPanelVectors, vectors_from<T>(panel, columns));
+    tile<1, kPanels * kPanelVectors>(operands, 0, 1, panel, vectors, 0, k, sums);
+    if constexpr (kPanels == 1)
+      finish(sums, kFirst, kOne, panel, kOne);
+    else
+      finish(sums, kFirst, kOne, panel, panels);
+  }
+}
+
 // Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels.
 // Tiles are as few as registers allow, of heights as even as can be, since one of two or three rows
 // runs at 0.8 of the speed; and as wide as a panel, of which the last may be partly empty. A single
@@ -230,6 +265,7 @@ inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t pa
 template <typename T, typename Operands, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
                          PanelRange range, const Finish& finish) {
+  if (all_rows == 1) return each_panel_of<T>(operands, k, columns, range, finish);
   constexpr int kTileRows = Vec<T>::kTileRows;
   alignas(64) T sums[kSums<T>];
   for (int64_t start = 0; start < all_rows; start += kMostRows) {
@@ -243,15 +279,9 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
     };
     const int64_t block = tiles == 1 ? k : operands.block() / most_panels;
     const int64_t group = k <= block ? 1 : tiles;
-    // Backwards, a single row finds those panels in the cache that the last call came to last.
-    const bool backwards = range.backwards && all_rows == 1;
-    for (int64_t done = range.begin; done < range.end; done += most_panels) {
-      const int64_t panels = std::min(most_panels, range.end - done);
-      const int64_t panel = backwards ? range.begin + range.end - done - panels : done;
-      // Of all `panels`, where the last is partly empty.
-      const int64_t vectors =
-          std::min(panels * kPanelVectors,
-                   (columns - panel * kPanelColumns<T> + Vec<T>::kLanes - 1) / Vec<T>::kLanes);
+    for (int64_t panel = range.begin; panel < range.end; panel += most_panels) {
+      const int64_t panels = std::min(most_panels, range.end - panel);
+      const int64_t vectors = std::min(panels * kPanelVectors, vectors_from<T>(panel, columns));
       for (int64_t of = 0; of < tiles; of += group) {
         const int64_t first = row_of(of), last = row_of(of + group);
         int64_t begin = 0;
@@ -469,8 +499,8 @@ void pack(const PackArgs& args) {
 template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
-  const auto finish = [&](const T* sums, int64_t row, int64_t rows, int64_t panel,
-                          int64_t panels) __attribute__((noinline)) {
+  const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel, auto panels)
+                          __attribute__((noinline)) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t column = (panel + p) * kPanelColumns<T>;

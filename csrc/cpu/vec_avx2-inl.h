@@ -14,10 +14,12 @@ template <>
 struct Vec<float> {
   static constexpr int64_t kLanes = 8;
   static constexpr int kTileRows = 3;  // 3 rows x 4 accumulators + 3 broadcasts of 16 registers
+  static constexpr int kRowPanels = 2;
   __m256 v;
 
   static Vec set(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  template <int Rows>
   static Vec load(const Float16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
@@ -72,6 +74,7 @@ template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 4;
   static constexpr int kTileRows = 3;
+  static constexpr int kRowPanels = 2;
   __m256d v;
 
   static Vec set(double x) { return {_mm256_set1_pd(x)}; }

@@ -8,10 +8,12 @@ template <>
 struct Vec<float> {
   static constexpr int64_t kLanes = 4;
   static constexpr int kTileRows = 6;  // 6 rows x 4 accumulators + 6 broadcasts of 32 registers
+  static constexpr int kRowPanels = 2;
   float32x4_t v;
 
   static Vec set(float x) { return {vdupq_n_f32(x)}; }
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  template <int Rows>
   static Vec load(const Float16* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))};
   }
@@ -53,6 +55,7 @@ template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 2;
   static constexpr int kTileRows = 6;
+  static constexpr int kRowPanels = 2;
   float64x2_t v;
 
   static Vec set(double x) { return {vdupq_n_f64(x)}; }

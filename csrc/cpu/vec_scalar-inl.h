@@ -22,13 +22,17 @@ template <typename T>
 struct Vec {
   static constexpr int64_t kLanes = 1;
   static constexpr int kTileRows = 2;  // 2 rows x 4 accumulators of 16 registers
+  static constexpr int kRowPanels = 2;  // that a single row takes at a time
   T v;
 
   static Vec set(T x) { return {x}; }
   static Vec load(const T* p) { return {*p}; }
-  static Vec load(const Float16* p) { return {to_float(*p)}; }
-  // p[0], p[2], ... and p[1], p[3], ... of 2 * kLanes: cheaper to widen than neighbours. Rows: of
-  // the tile that they are for.
+  // Rows: of the tile that it is for.
+  template <int Rows>
+  static Vec load(const Float16* p) {
+    return {to_float(*p)};
+  }
+  // p[0], p[2], ... and p[1], p[3], ... of 2 * kLanes: cheaper to widen than neighbours.
   static Vec load_even(const Bfloat16* p) {
     return {std::bit_cast<float>(static_cast<uint32_t>(p[0].bits) << 16)};
   }
