@@ -9,8 +9,8 @@ void lstm_step(const LstmStepArgs<T>& args) {
   using V = Vec<T>;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
-  const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel, auto panels)
-                          __attribute__((noinline)) {
+  const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel,
+                          auto panels) __attribute__((noinline)) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t unit = (panel + p) * kLanes, row = first_row + r;
@@ -58,8 +58,8 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
   using V = Vec<T>;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
-  const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel, auto panels)
-                          __attribute__((noinline)) {
+  const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel,
+                          auto panels) __attribute__((noinline)) {
     const V one = V::set(1);
     const int64_t begin = panel * kPanelColumns<T>;
     const int64_t end = std::min(begin + panels * kPanelColumns<T>, hidden);

@@ -37,15 +37,12 @@ struct Stored {
   // the next block together, which paces the requests.
   static constexpr int64_t kFarBytes = 1 << 21, kAhead = 1 << 16, kNear = 1 << 13;
   static constexpr int64_t kStepBytes = kPanelColumns<T> * sizeof(W);
-  // Panels that a single row takes at a time; what is widened comes from the cache fast enough for
-  // two.
-  static constexpr int kRowPanels = std::is_same_v<T, W> ? Vec<T>::kRowPanels : kMostPanels;
 
   const T* a;
   int64_t stride, k;
   const W* panels;
   int64_t most_rows, tiles;
-  bool far;
+  bool beyond_cache, far;
 
   Stored(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range, const void* packed)
       : a(a),
@@ -54,10 +51,17 @@ struct Stored {
         panels(static_cast<const W*>(packed)),
         most_rows(std::min(rows, kMostRows)),
         tiles((most_rows + Vec<T>::kTileRows - 1) / Vec<T>::kTileRows),
-        far(rows > 1 && (range.end - range.begin) * k * kStepBytes > kFarBytes) {}
+        beyond_cache((range.end - range.begin) * k * kStepBytes > kFarBytes),
+        far(rows > 1 && beyond_cache) {}
 
   // Rows of one panel to take at a time.
   int64_t block() const { return kBlockBytes / kStepBytes; }
+
+  // Panels that a single row takes at a time: two where weights are widened, which the cache is
+  // fast enough for, or come from afar, where the hardware's prefetcher follows both.
+  int row_panels() const {
+    return std::is_same_v<T, W> && !beyond_cache ? Vec<T>::kRowPanels : kMostPanels;
+  }
 
   // The j-th vector of a step.
   template <int Rows>
@@ -135,7 +139,6 @@ struct Stored {
 // each. The sums are integers: exact, in any order.
 struct Quantised {
   using Activation = Dot::Activation;
-  static constexpr int kRowPanels = Vec<float>::kRowPanels;
   static constexpr int64_t kColumns = kPanelColumns<float>;
   const Activation* a;  // [rows, groups * kDepth]
   const float* scales;  // [rows]
@@ -170,6 +173,8 @@ struct Quantised {
       for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
     }
   }
+
+  int row_panels() const { return Vec<float>::kRowPanels; }
 
   int64_t block() const {
     return int64_t{1} << 40;
@@ -236,12 +241,11 @@ inline int64_t vectors_from(int64_t panel, int64_t columns) {
   return (columns - panel * kPanelColumns<T> + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
 }
 
-// A single row: each_tile_of without its loops, also within finish, which is compiled for
-// one row. That much counts where a panel's product takes a few hundred cycles.
-template <typename T, typename Operands, typename Finish>
+// A single row: each_tile_of without its loops, also within finish, which is compiled for one row.
+// That much counts where a panel's product takes a few hundred cycles.
+template <typename T, int kPanels, typename Operands, typename Finish>
 inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, PanelRange range,
                           const Finish& finish) {
-  constexpr int kPanels = Operands::kRowPanels;
   constexpr std::integral_constant<int64_t, 0> kFirst;
   constexpr std::integral_constant<int64_t, 1> kOne;
   alignas(64) T sums[kSums<T>];
@@ -265,7 +269,10 @@ inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, 
 template <typename T, typename Operands, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
                          PanelRange range, const Finish& finish) {
-  if (all_rows == 1) return each_panel_of<T>(operands, k, columns, range, finish);
+  if (all_rows == 1)
+    return operands.row_panels() == 1
+               ? each_panel_of<T, 1>(operands, k, columns, range, finish)
+               : each_panel_of<T, kMostPanels>(operands, k, columns, range, finish);
   constexpr int kTileRows = Vec<T>::kTileRows;
   alignas(64) T sums[kSums<T>];
   for (int64_t start = 0; start < all_rows; start += kMostRows) {
@@ -499,8 +506,8 @@ void pack(const PackArgs& args) {
 template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
-  const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel, auto panels)
-                          __attribute__((noinline)) {
+  const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel,
+                          auto panels) __attribute__((noinline)) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t column = (panel + p) * kPanelColumns<T>;
