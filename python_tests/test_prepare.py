@@ -486,6 +486,17 @@ def test_a_row_does_not_depend_on_its_batch_and_no_call_on_the_last(isa, weights
             assert equal(one, (y[:, row : row + 1], (h[:, row : row + 1], c[:, row : row + 1])))
 
 
+def test_a_row_of_weights_beyond_the_cache_is_the_same_too(isa, weights):
+    # Over 2 MB of float32 in w_ih and w_hh, where a single row takes two panels at a time; with
+    # AVX-512 an odd number of them, the last in part.
+    prepared = prepare(nn.LSTM(390, 397), weights)
+    x = torch.randn(3, 2, 390)
+    y, (h, c) = prepared(x)
+    for row in (0, 1):
+        one = prepared(x[:, row : row + 1].contiguous())
+        assert equal(one, (y[:, row : row + 1], (h[:, row : row + 1], c[:, row : row + 1])))
+
+
 # Shapes that are split by units, directions, layers and rows: T, B, and the LSTM's options.
 SPLITS = {
     "units": (20, 1, {"hidden_size": 300}),
