@@ -67,13 +67,15 @@ struct MatmulArgs {
   void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; kInt8 alone
 };
 
-// to = from, transposed, and the sum of each column: columns [column_begin, column_end) of it.
+// to = from, transposed; sums += the sum of each column.
 template <typename T>
 struct TransposeArgs {
-  int64_t column_begin, column_end, rows, columns;
-  const T* from;  // [rows, columns]
-  T* to;          // [columns, rows]
-  T* sums;        // [columns]
+  int64_t rows, columns;
+  const T* from;  // [rows, columns], from_stride elements from row to row
+  int64_t from_stride;
+  T* to;  // [columns, rows], to_stride elements from row to row
+  int64_t to_stride;
+  T* sums;  // [columns]
 };
 
 // One time step for the units of `panels`. gates may be gates_x itself, c may be c_prev.

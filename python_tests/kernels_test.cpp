@@ -220,15 +220,22 @@ void test_lstm(const Kernels<T>& kernels, Format format, int64_t rows, int64_t h
 
 template <typename T>
 void test_transpose(const Kernels<T>& kernels, int64_t rows, int64_t columns) {
+  const int64_t to_stride = rows + 3;
   const auto from = normal<T>(rows * columns);
-  std::vector<T> to(rows * columns, T(7)), sums(columns, T(7));
+  std::vector<T> to(to_stride * columns, T(7)), sums(columns, T(7));
   for (const auto [begin, end] :
        {std::pair{int64_t{0}, columns / 2}, std::pair{columns / 2, columns}})
-    kernels.transpose({begin, end, rows, columns, from.data(), to.data(), sums.data()});
-  Doubles truth(rows * columns), true_sums(columns);
+    kernels.transpose({.rows = rows,
+                       .columns = end - begin,
+                       .from = from.data() + begin,
+                       .from_stride = columns,
+                       .to = to.data() + begin * to_stride,
+                       .to_stride = to_stride,
+                       .sums = sums.data() + begin});
+  Doubles truth(to_stride * columns, 7), true_sums(columns, 7);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      truth[c * rows + r] = from[r * columns + c];
+      truth[c * to_stride + r] = from[r * columns + c];
       true_sums[c] += from[r * columns + c];
     }
   expect("transpose", to, truth, 0);

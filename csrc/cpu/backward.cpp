@@ -101,7 +101,7 @@ void run_backward(const Cell& cell, const Sequence& sequence, const CellGradient
     for (int64_t e = 0; last >= 0 && e < output; ++e)
       gradient.dy[last * output + e] += gradient.dh[b * output + e];
   }
-  const auto [split, threads] = plan<T>({{cell}}, sequence);
+  const auto [split, threads] = plan<T>({{cell}}, sequence, false);
   if (split == Split::kRows)
     each_share_of_rows(sequence.batch, threads, [&](const auto& share, int64_t) {
       walk_back(cell, sequence, gradient, share);

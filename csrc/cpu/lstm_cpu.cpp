@@ -38,52 +38,105 @@ Tensor copied(const Tensor& t) {
 
 Tensor widened(const Tensor& t) { return t.to(wide_type(t.scalar_type())).contiguous(); }
 
-// a [rows, K] @ b [K, columns], through the register tile of the rest: torch's GEMM took 1.3 times
-// as long with AVX-512 on an AMD CPU. K may be all rows of a long sequence, so sums are cut into
-// parts, for the rounding; a part of b also stays in the L2 cache.
+// Sums over all rows of a long sequence are cut into parts of so many terms, for their rounding; a
+// part of what they go over also stays in the L2 cache.
+constexpr int64_t kTerms = 512;
+// Rows of a product that are worked on together.
+constexpr int64_t kBlockRows = 66;
+// Columns of a matrix that are transposed together, in lines of the cache.
+constexpr int64_t kLine = 16, kBlockLines = 4;
+// The rows of a transposed block do not all start in the same set of the cache.
+constexpr int64_t kBlockStride = kTerms + kLine;
+constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
+
+// A matrix [K, columns] to multiply from the right, packed in parts of kTerms rows. (torch's GEMM
+// took 1.3 times as long as the register tile of the rest, with AVX-512 on an AMD CPU.)
+template <typename T>
+class Factor {
+ public:
+  explicit Factor(const Tensor& b) : k_(b.size(0)), columns_(b.size(1)) {
+    for (int64_t first = 0; first < k_; first += kTerms)
+      parts_.push_back(pack(b.narrow(0, first, std::min(kTerms, k_ - first)),
+                            {.transposed = false, .gates = false}));
+  }
+
+  int64_t columns() const { return columns_; }
+
+  // out [rows, columns] = a [rows, K of the part] @ the part that begins in row `first`; for the
+  // parts after the first, +=.
+  void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, T* out) const {
+    const Kernels<T>& kernels = cpu_kernels().of<T>();
+    kernels.matmul({.rows = rows,
+                    .k = std::min(kTerms, k_ - first),
+                    .columns = columns_,
+                    .panels = {0, kernels.panels(columns_, false)},
+                    .a = a,
+                    .a_stride = a_stride,
+                    .b = parts_[first / kTerms].view(),
+                    .bias = nullptr,
+                    .accumulate = first > 0,
+                    .out = out,
+                    .out_stride = columns_,
+                    .scratch = nullptr});
+  }
+
+ private:
+  int64_t k_, columns_;
+  std::vector<Matrix> parts_;
+};
+
+// a [rows, K] @ b [K, columns].
 template <typename T>
 Tensor product(const Tensor& a, const Tensor& b) {
-  constexpr int64_t kTerms = 512;
-  const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t rows = a.size(0), k = a.size(1), columns = b.size(1);
-  const Tensor out =
-      k > 0 ? at::empty({rows, columns}, a.options()) : at::zeros({rows, columns}, a.options());
-  for (int64_t first = 0; first < k; first += kTerms) {
-    const int64_t terms = std::min(kTerms, k - first);
-    const Matrix packed = pack(b.narrow(0, first, terms), {.transposed = false, .gates = false});
-    each_part(rows, terms * columns, [&](int64_t begin, int64_t end) {
-      kernels.matmul({.rows = end - begin,
-                      .k = terms,
-                      .columns = columns,
-                      .panels = {0, kernels.panels(columns, false)},
-                      .a = data<T>(a) + begin * k + first,
-                      .a_stride = k,
-                      .b = packed.view(),
-                      .bias = nullptr,
-                      .accumulate = first > 0,
-                      .out = data<T>(out) + begin * columns,
-                      .out_stride = columns,
-                      .scratch = nullptr});
-    });
-  }
+  const int64_t rows = a.size(0), k = a.size(1);
+  const Factor<T> factor(b);
+  const Tensor out = at::empty({rows, factor.columns()}, a.options());
+  if (k == 0) return out.zero_();
+  each_block(rows, kBlockRows, k * factor.columns(), [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t first = 0; first < k; first += kTerms)
+      factor.multiply(first, end - begin, data<T>(a) + begin * k + first, k,
+                      data<T>(out) + begin * factor.columns());
+  });
   return out;
 }
 
-// out = a, transposed; returns the sums of a's columns.
+// a [N, rows] -> a.T @ b for each b [N, columns], and the sums of a's columns. a is transposed by
+// blocks, each into a thread's own part of `blocks` [available_threads(), kBlockElements].
 template <typename T>
-Tensor transpose(const Tensor& a, const Tensor& out) {
-  const int64_t rows = a.size(0), columns = a.size(1);
-  const Tensor sums = at::empty({columns}, a.options());
-  each_part(columns, rows, [&](int64_t begin, int64_t end) {
-    cpu_kernels().of<T>().transpose({.column_begin = begin,
-                                     .column_end = end,
-                                     .rows = rows,
-                                     .columns = columns,
-                                     .from = data<T>(a),
-                                     .to = data<T>(out),
-                                     .sums = data<T>(sums)});
-  });
-  return sums;
+std::pair<std::vector<Tensor>, Tensor> transposed_products(const Tensor& a,
+                                                           const std::vector<Tensor>& right,
+                                                           T* blocks) {
+  const int64_t n = a.size(0), rows = a.size(1);
+  const Tensor sums = at::zeros({rows}, a.options());
+  std::vector<Tensor> products;
+  std::vector<Factor<T>> factors;
+  int64_t columns = 0;
+  for (const Tensor& b : right) {
+    factors.emplace_back(b);
+    products.push_back(at::empty({rows, b.size(1)}, a.options()));
+    if (n == 0) products.back().zero_();
+    columns += b.size(1);
+  }
+  const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
+    for (int64_t first = 0; first < n; first += kTerms) {
+      cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, n - first),
+                                       .columns = end - begin,
+                                       .from = data<T>(a) + first * rows + begin,
+                                       .from_stride = rows,
+                                       .to = block,
+                                       .to_stride = kBlockStride,
+                                       .sums = data<T>(sums) + begin});
+      for (size_t i = 0; i < factors.size(); ++i)
+        factors[i].multiply(first, end - begin, block, kBlockStride,
+                            data<T>(products[i]) + begin * factors[i].columns());
+    }
+  };
+  each_block((rows + kLine - 1) / kLine, kBlockLines, kLine * n * columns,
+             [&](int64_t begin, int64_t end, int64_t thread) {
+               block_of_rows(begin * kLine, std::min(end * kLine, rows),
+                             blocks + thread * kBlockElements);
+             });
+  return {std::move(products), sums};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
@@ -158,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
   const Tensor dh = copied(dh_n), dc = copied(dc_n);
   // Not allocated anew: to be given fresh pages took up to half as long as all the rest.
-  Tensor douts, dgates, by_gate, h_prev;
+  Tensor douts, dgates, h_prev, blocks;
   const auto lay_out = [&](Arena arena) {
     const auto take = [&](int64_t first, int64_t second) {
       const auto count = first * second * options.dtype().itemsize();
@@ -166,8 +219,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     };
     douts = take(sequence.rows, output);
     dgates = take(sequence.rows, 4 * hidden);
-    by_gate = take(4 * hidden, sequence.rows);
     h_prev = take(sequence.rows, output);
+    blocks = take(available_threads(), kBlockElements);
     return arena.used;
   };
   lay_out({static_cast<char*>(scratch(lay_out({nullptr})))});
@@ -197,15 +250,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                             .dgates = data<scalar_t>(dgates),
                             .h_prev = data<scalar_t>(h_prev)});
     dx = product<scalar_t>(dgates, w_ih.contiguous());
-    db = transpose<scalar_t>(dgates, by_gate);
-    dw_ih = product<scalar_t>(by_gate, rows);
-    dw_hh = product<scalar_t>(by_gate, h_prev);
-    if (w_hr) {
-      const Tensor by_output = at::empty({output, sequence.rows}, options);
-      transpose<scalar_t>(douts, by_output);
-      dw_hr = product<scalar_t>(by_output,
-                                saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh());
-    }
+    auto [products, sums] = transposed_products(dgates, {rows, h_prev}, data<scalar_t>(blocks));
+    dw_ih = products[0], dw_hh = products[1], db = sums;
+    if (w_hr)
+      dw_hr = transposed_products(douts,
+                                  {saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh()},
+                                  data<scalar_t>(blocks))
+                  .first[0];
   });
   return {dx.view(x.sizes()).to(dtype),
           dh.to(dtype),

@@ -444,47 +444,46 @@ inline void pack_int8(const PackArgs& args) {
 template <typename T>
 void transpose(const TransposeArgs<T>& args) {
   using V = Vec<T>;
-  // kWide columns go down all rows, a block that is a line wide and a line high at a time, so that
-  // the lines which are written stay in L1 though they may fall into one set of it. Both neighbours
-  // of a block are asked for ahead. Sums are cut into parts, for their rounding.
-  constexpr int64_t kWide = 64, kRows = 16, kColumns = 16, kTerms = 512;
-  std::fill(args.sums + args.column_begin, args.sums + args.column_end, T(0));
-  for (int64_t begin = args.column_begin; begin < args.column_end; begin += kWide) {
-    const int64_t end = std::min(begin + kWide, args.column_end);
-    T part[kWide] = {};
+  // A block that is a line wide and a line high at a time, down all rows, so that the lines which
+  // are written stay in L1 though they may fall into one set of it. The block below is asked for
+  // ahead.
+  constexpr int64_t kRows = 16, kColumns = 16;
+  static_assert(kColumns % V::kLanes == 0);
+  for (int64_t column = 0; column < args.columns; column += kColumns) {
+    const int64_t columns = std::min(kColumns, args.columns - column);
+    V sums[kColumns / V::kLanes];
+    for (V& sum : sums) sum = V::set(0);
     for (int64_t row = 0; row < args.rows; row += kRows) {
-      for (int64_t column = begin; column < end; column += kColumns) {
-        const int64_t rows = std::min(kRows, args.rows - row);
-        const int64_t columns = std::min(kColumns, end - column);
-        const T* const from = args.from + row * args.columns + column;
-        T* const to = args.to + column * args.rows + row;
-        for (int64_t r = 0; r < rows; ++r)
-          __builtin_prefetch(from + (kRows + r) * args.columns, 0, 2);
-        for (int64_t c = 0; c < columns; ++c) __builtin_prefetch(to + c * args.rows + kRows, 1, 3);
-        int64_t r = 0;
-        if constexpr (std::is_same_v<T, float>)
-          for (; r + 4 <= rows; r += 4) {
-            const float* const four[] = {from + r * args.columns, from + (r + 1) * args.columns,
-                                         from + (r + 2) * args.columns,
-                                         from + (r + 3) * args.columns};
-            transpose_four(four, columns, args.rows, to + r);
-          }
-        for (; r < rows; ++r)
-          for (int64_t c = 0; c < columns; ++c) to[c * args.rows + r] = from[r * args.columns + c];
-        for (int64_t c = 0; c < columns; c += V::kLanes) {
-          const int64_t left = columns - c;
-          V sum = V::set(0);
-          for (r = 0; r < rows; ++r) {
-            const T* const at = from + r * args.columns + c;
-            sum = sum + (left >= V::kLanes ? V::load(at) : V::load(at, left));
-          }
-          T* const sums = part + column - begin + c;
-          (V::load(sums) + sum).store(sums);
+      const int64_t rows = std::min(kRows, args.rows - row);
+      const T* const from = args.from + row * args.from_stride + column;
+      T* const to = args.to + column * args.to_stride + row;
+      for (int64_t r = 0; r < rows; ++r)
+        __builtin_prefetch(from + (kRows + r) * args.from_stride, 0, 2);
+      int64_t r = 0;
+      if constexpr (std::is_same_v<T, float>)
+        for (; r + 4 <= rows; r += 4) {
+          const float* const four[] = {
+              from + r * args.from_stride, from + (r + 1) * args.from_stride,
+              from + (r + 2) * args.from_stride, from + (r + 3) * args.from_stride};
+          transpose_four(four, columns, args.to_stride, to + r);
         }
-      }
-      if ((row + kRows) % kTerms == 0 || row + kRows >= args.rows)
-        for (int64_t column = begin; column < end; ++column)
-          args.sums[column] += std::exchange(part[column - begin], T(0));
+      for (; r < rows; ++r)
+        for (int64_t c = 0; c < columns; ++c)
+          to[c * args.to_stride + r] = from[r * args.from_stride + c];
+      for (int64_t c = 0; c < columns; c += V::kLanes)
+        for (r = 0; r < rows; ++r) {
+          const T* const at = from + r * args.from_stride + c;
+          V& sum = sums[c / V::kLanes];
+          sum = sum + (columns - c >= V::kLanes ? V::load(at) : V::load(at, columns - c));
+        }
+    }
+    for (int64_t c = 0; c < columns; c += V::kLanes) {
+      T* const to = args.sums + column + c;
+      const int64_t left = columns - c;
+      if (left >= V::kLanes)
+        (V::load(to) + sums[c / V::kLanes]).store(to);
+      else
+        (V::load(to, left) + sums[c / V::kLanes]).store(to, left);
     }
   }
 }

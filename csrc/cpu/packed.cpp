@@ -72,7 +72,8 @@ at::Tensor panels_of(const at::Tensor& weight, Layout layout, Format format,
   prefer_huge_pages(result.mutable_data_ptr(), result.numel());
   if (result.numel() == 0) return result;
   const int64_t panels = kernels.panels(layout.gates ? columns / 4 : columns, layout.gates);
-  each_part(panels, k * columns / panels, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
+  each_part(panels, kMultiplies * k * columns / panels, [&](int64_t begin, int64_t end) {
     kernels.pack({.k = k,
                   .columns = columns,
                   .gates = layout.gates,

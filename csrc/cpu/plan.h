@@ -17,6 +17,10 @@ namespace iss {
 inline constexpr int64_t kWorthABarrier = 1 << 14;
 // Recurrent weights of one cell that stay in a core's L2 cache from step to step.
 inline constexpr int64_t kCachedWeights = 1 << 17;
+// Rows that take longer to multiply than the weights take to come from beyond that cache.
+inline constexpr int64_t kManyRows = 16;
+// What a division by units may cost, which reads each weight once, over one by rows.
+inline constexpr double kUneven = 1.15;
 
 // How the threads divide the work.
 enum class Split {
@@ -36,8 +40,10 @@ inline int64_t multiplies(const Cell& cell) {  // per row: of the step, without 
   return 4 * cell.hidden * cell.output + projection;
 }
 
+// gates: the panels of a unit's four gates are what is divided, as in forward.
 template <typename T>
-Plan plan(const Stack& stack, const Sequence& sequence) {
+Plan plan(const Stack& stack, const Sequence& sequence, bool gates) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
   const int64_t threads = available_threads();
   if (threads == 1) return {Split::kRows, 1};
   int64_t per_row = 0, narrowest = INT64_MAX, widest = 0, panels = INT64_MAX, cells = 0;
@@ -46,20 +52,30 @@ Plan plan(const Stack& stack, const Sequence& sequence) {
       per_row += 4 * cell.hidden * cell.input + multiplies(cell);
       narrowest = std::min(narrowest, multiplies(cell));
       widest = std::max(widest, 4 * cell.hidden * cell.output);
-      panels = std::min(panels, cpu_kernels().of<T>().panels(cell.hidden, true));
+      panels = std::min(panels, kernels.panels(cell.hidden, gates));
       ++cells;
     }
   const int64_t by_work = threads_for(sequence.rows * per_row);
   if (by_work <= 1) return {Split::kRows, 1};
-  const int64_t tile = cpu_kernels().of<T>().tile_rows;
+  const int64_t tile = kernels.tile_rows;
   const int64_t rows_per_step = sequence.rows / std::max<int64_t>(1, sequence.steps);
   const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
-  const int64_t members = std::min({by_work, panels, by_step});
+  const int64_t members = std::max<int64_t>(1, std::min({by_work, panels, by_step}));
   const bool both_directions = stack[0].size() == 2;
-  // Rows that fill the register tile of every thread are best divided, unless each thread would
-  // then read weights again in every step that its cache cannot hold.
+  // What the one with most units has to do, as a multiple of its share.
+  double uneven = 1;
+  for (const Layer& layer : stack)
+    for (const Cell& cell : layer) {
+      const int64_t all = kernels.panels(cell.hidden, gates),
+                    width = (gates ? 1 : 4) * kernels.lanes;
+      const int64_t most = std::min((all + members - 1) / members * width, cell.hidden);
+      uneven = std::max(uneven, static_cast<double>(most * members) / cell.hidden);
+    }
+  // Rows that fill the register tile of every thread are best divided, unless they are few and each
+  // thread would then read weights again in every step that its cache cannot hold.
   if (sequence.batch >= threads * tile &&
-      (widest <= kCachedWeights || both_directions || members < threads))
+      (widest <= kCachedWeights || sequence.batch >= threads * kManyRows || uneven > kUneven ||
+       both_directions || members < threads))
     return {Split::kRows, by_work};
   if (both_directions) {
     // An odd thread would leave one direction slower, and the other waiting.
@@ -93,7 +109,7 @@ template <typename Body>
 void each_share_of_rows(int64_t batch, int64_t threads, const Body& body) {
   if (threads == 1) return body(Share<Alone>{0, batch, 0, 1, {}}, 0);
   const int64_t grain = (batch + threads - 1) / threads;
-  at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+  together(batch, grain, [&](int64_t begin, int64_t end) {
     body(Share<Alone>{begin, end, 0, 1, {}}, begin / std::max<int64_t>(1, grain));
   });
 }

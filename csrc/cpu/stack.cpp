@@ -188,7 +188,7 @@ template <typename T>
 void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
                const std::vector<CellState<T>>& states, T* y) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const auto [split, threads] = plan<T>(stack, sequence);
+  const auto [split, threads] = plan<T>(stack, sequence, true);
   const int64_t directions = static_cast<int64_t>(stack[0].size());
   const int64_t layers = static_cast<int64_t>(stack.size());
 
