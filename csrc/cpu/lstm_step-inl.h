@@ -11,6 +11,14 @@ void lstm_step(const LstmStepArgs<T>& args) {
   const int64_t hidden = args.hidden;
   const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel,
                           auto panels) __attribute__((noinline)) {
+    // Asks for what the next panel reads: weights that do not stay in L2 drive it out of there.
+    if (rows > 1)
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = first_row + r, last = (panel + panels + 1) * kLanes - 1;
+        for (int64_t k = 0; k < 4; ++k)
+          __builtin_prefetch(args.gates_x + (4 * row + k) * hidden + last, 0, 2);
+        __builtin_prefetch(args.c_prev + row * hidden + last, 0, 2);
+      }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t unit = (panel + p) * kLanes, row = first_row + r;
