@@ -41,8 +41,6 @@ Tensor widened(const Tensor& t) { return t.to(wide_type(t.scalar_type())).contig
 // Sums over all rows of a long sequence are cut into parts of so many terms, for their rounding; a
 // part of what they go over also stays in the L2 cache.
 constexpr int64_t kTerms = 512;
-// Rows of a product that are worked on together.
-constexpr int64_t kBlockRows = 66;
 // Columns of a matrix that are transposed together, in lines of the cache.
 constexpr int64_t kLine = 16, kBlockLines = 4;
 // The rows of a transposed block do not all start in the same set of the cache.

@@ -19,8 +19,6 @@ namespace {
 // Projected inputs are made for so many steps at a time that they stay in a core's L2 cache, but
 // for kBlockRows rows at least: fewer would read w_ih too often.
 constexpr int64_t kChunkBytes = 1 << 18;
-// Few enough rows that they stay in the cache while the panels pass by; a multiple of every tile.
-constexpr int64_t kBlockRows = 66;
 
 template <typename T>
 void copy_rows(const T* from, int64_t rows, int64_t from_stride, int64_t columns, T* to) {

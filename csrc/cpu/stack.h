@@ -10,6 +10,10 @@
 
 namespace iss {
 
+// Rows of a product that are worked on together: few enough that they stay in the cache while the
+// panels pass by; a multiple of every tile.
+inline constexpr int64_t kBlockRows = 66;
+
 // One direction of one layer.
 struct Cell {
   int64_t input, hidden, output;  // I, H, P
