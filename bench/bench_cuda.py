@@ -209,19 +209,26 @@ def replayed(call: Call) -> Call:
     return replay
 
 
-def calls_of(point: Point, device: str) -> dict[tuple[str, bool], Call]:
-    """The engines that compute the right thing, plainly and from a graph; the others are named."""
-    torch.manual_seed(0)
-    double = nn.LSTM(point.H, point.H).double()
-    both = torch.randn(2, point.T, point.B, point.H)
-    x64, dy64 = both.to(point.dtype).double().to(device)
+def calls_of(
+    point: Point, engines: Sequence[str], device: str
+) -> dict[tuple[str, bool], Call]:
+    """Those of the engines that compute the right thing, plainly and from a graph; the others are named."""
+    # Numbers of a generator of their own: a capture that fails leaves torch's unusable.
+    numbers = torch.Generator(device).manual_seed(0)
+    both = torch.randn(2, point.T, point.B, point.H, device=device, generator=numbers)
+    x64, dy64 = both.to(point.dtype).double()
+
+    def empty(dtype: torch.dtype) -> nn.LSTM:
+        return nn.LSTM(point.H, point.H, device="meta", dtype=dtype).to_empty(device=device)
+
+    double = empty(torch.float64)
     with torch.no_grad():  # the same numbers in every dtype
         for p in double.parameters():
+            p.uniform_(-(point.H**-0.5), point.H**-0.5, generator=numbers)
             p.copy_(p.to(point.dtype))
-    double.to(device)
 
     def built(build: Callable[[nn.LSTM], Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Call:
-        lstm = nn.LSTM(point.H, point.H, device=device, dtype=dtype)
+        lstm = empty(dtype)
         lstm.load_state_dict(double.state_dict())
         x = x64.to(dtype).requires_grad_(point.training)
         return call_of(build(lstm), x, dy64.to(dtype), list(lstm.parameters()))
@@ -229,7 +236,8 @@ def calls_of(point: Point, device: str) -> dict[tuple[str, bool], Call]:
     truth = built(_cudnn, torch.float64)()
     theirs = built(_cudnn, point.dtype)()
     result: dict[tuple[str, bool], Call] = {}
-    for name, engine in ENGINES.items():
+    for name in engines:
+        engine = ENGINES[name]
         if not engine.runs(point):
             continue
         for graph in (False, True) if engine.graphs and device == "cuda" else (False,):
@@ -283,10 +291,12 @@ def timed(call: Callable[[], object], repeats: int, device: str) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
-def measure(point: Point, seconds: float, device: str) -> list[dict[str, object]]:
+def measure(
+    point: Point, engines: Sequence[str], seconds: float, device: str
+) -> list[dict[str, object]]:
     """A row per engine, plainly called and from a graph."""
     with tf32(point.precision == "tf32"):
-        calls = calls_of(point, device)
+        calls = calls_of(point, engines, device)
         times = interleaved_ms(calls, seconds * max(1, len(calls)), device)
     plan = explain_plan(
         point.H, point.B, point.dtype, backward=point.training, tf32=point.precision == "tf32"
@@ -422,6 +432,7 @@ def main() -> None:
     add("--batch", type=int, nargs="+", metavar="B", default=BATCH)
     add("--steps", type=int, nargs="+", metavar="T", default=STEPS)
     add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     add("--seconds", type=float, default=0.05, metavar="S", help="per engine and point, at least")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script")
     add("--output", type=Path, metavar="CSV", help="default: results/cuda-<device>.csv")
@@ -443,7 +454,7 @@ def main() -> None:
         print(*(f"{key}: {value}" for key, value in build_info().items()), sep="\n")
         with contextlib.suppress(KeyboardInterrupt):  # what is measured so far is written
             for point in points(options) if "layer" in options.only else []:
-                new = measure(point, options.seconds, device)
+                new = measure(point, options.engines, options.seconds, device)
                 rows += new
                 print(f"{point!s:<38}{summary(new)}", flush=True)
             models = [Model(50, 64)] if options.quick else [Model(10_000, 1500), Model(10_000, 650)]

@@ -440,7 +440,8 @@ class ISSLSTM(nn.Module):
 
 
 def _autocast_enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Not by torch.amp.is_autocast_available, which torch.compile cannot trace before torch 2.13.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
