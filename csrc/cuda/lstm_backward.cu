@@ -21,12 +21,13 @@ struct ItemInputs {
   T dy;
 };
 
-template <Math math, Tier tier>
+template <Math math, Tier tier, int kRows>
 __global__ void __launch_bounds__(max_threads(math), 1)
     lstm_backward_kernel(LstmBackwardArgs<Element<math>> args, LstmTiles tiles) {
   using T = Element<math>;
-  constexpr int kTiles = Product<math>::kTiles;
-  constexpr int kTileRows = tile_rows(math), kPassRows = pass_rows(math);
+  using W = Wide<T>;
+  using P = Product<math, kRows>;
+  constexpr int kSpread = column_step(math, kRows);
 
   SIMT_DYN_SHARED(uint4, shared);
   const int hidden = static_cast<int>(args.hidden), units = tiles.units;
@@ -35,142 +36,164 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   const int chunks = chunks_of(math, 4 * units), stride = chunks + 1;
   uint4* const weights = shared + layout.weights;  // row j, column gate * units + u
   uint4* const vectors = shared + layout.vectors;
-  Wide<T>* const sums = reinterpret_cast<Wide<T>*>(shared + layout.sums);
-  const int spread = column_step(math, tiles.rows);
+  W* const sums = reinterpret_cast<W*>(shared + layout.sums);
   const int count = tiles.rows * units;  // of elements that this block owns
 
   Group<tier> group(tiles, args.arrivals);
   const int first_unit = group.rank * units;
   const int parts = tiles.blocks * tiles.splits;  // of a sum over the whole group
   const int buffer = parts * count;
-  Wide<T>* const exchange = reinterpret_cast<Wide<T>*>(
-      static_cast<uint4*>(args.exchange) + group.index * exchange_of(math, true, hidden, tiles));
+  W* const exchange = reinterpret_cast<W*>(static_cast<uint4*>(args.exchange) +
+                                           group.index * exchange_of(math, true, hidden, tiles));
 
   // Warps: tiles of 32 units of one pass, then the other passes; all of that per split.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int per_split = blockDim.x / 32 / tiles.splits;
   const int split = warp / per_split, worker = warp % per_split;
   const int unit_tiles = static_cast<int>(ceil_div(hidden, kWeightRows));
-  const int products = unit_tiles * static_cast<int>(ceil_div(tiles.rows, kPassRows));
-  const int rows_of_pass = min(kPassRows, tiles.rows);  // which divides tiles.rows
-  const LaneRows lane_rows = Product<math>::lane_rows(lane, rows_of_pass);
+  const int products = unit_tiles * (tiles.rows > kRows ? tiles.rows / kRows : 1);
+  const int lane_row = P::batch_row(lane);
   const KRange k = k_range(chunks, split, tiles.splits);
+  // Of eight units to the block that owns them, by a multiplication: good below 1024 eights.
+  const unsigned per_owner = (1u << 20) / (units / kUnits) + 1;
 
   fill<math, true>(weights, unit_tiles * kWeightRows, chunks, stride, [&](int row, int column) {
     const int u = first_unit + column % units, gate = column / units;
     const bool inside = row < hidden && u < hidden && gate < 4;
     return inside ? operand<math>(args.w_hh[(gate * args.hidden + u) * hidden + row]) : T{};
   });
-  fill<math, false>(vectors, tiles.rows * spread, chunks, stride, [](int, int) { return T{}; });
+  fill<math, false>(vectors, tiles.rows * kSpread, chunks, stride, [](int, int) { return T{}; });
   group.sync_shared();
 
   int parity = 0;  // of the products, over all tiles of rows
   for (int batch_first = group.index * tiles.rows; batch_first < batch;
        batch_first += tiles.groups * tiles.rows) {
     int batch_row[kItems];  // of this thread's elements, -1 where there is none
-    int unit[kItems];
-    Wide<T> dh[kItems] = {}, dc[kItems] = {};
+    int unit[kItems];       // within this block
+    W dh[kItems] = {}, dc[kItems] = {};
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int item = threadIdx.x + n * blockDim.x;
       batch_row[n] = batch_first + item / units;
-      unit[n] = first_unit + item % units;
-      if (item >= count || unit[n] >= hidden || batch_row[n] >= batch) batch_row[n] = -1;
+      unit[n] = item % units;
+      if (item >= count || first_unit + unit[n] >= hidden || batch_row[n] >= batch)
+        batch_row[n] = -1;
       if (batch_row[n] < 0) continue;
-      const int64_t at = int64_t{batch_row[n]} * hidden + unit[n];
+      const int64_t at = int64_t{batch_row[n]} * hidden + first_unit + unit[n];
       dh[n] = widen(args.dh_n[at]);
       dc[n] = widen(args.dc_n[at]);
     }
+    const auto own_vectors = [&](int n) {
+      return reinterpret_cast<T*>(vectors + (batch_row[n] - batch_first) * kSpread * stride) +
+             unit[n];
+    };
     const auto runs = [&](int n, const StepRows& rows) {
       return batch_row[n] >= 0 && batch_row[n] < rows.n;
     };
-    const auto load = [&](ItemInputs<T>(&inputs)[kItems], int64_t step) {
-      const StepRows rows = rows_at(args.sequence, step);
-      const StepRows before = step > 0 ? rows_at(args.sequence, step - 1) : StepRows{};
+    ItemInputs<T> inputs[kItems] = {};
+    // before: the rows of the step before in the layer's order; none where there is no such step.
+    const auto load = [&](const StepRows& rows, const StepRows& before) {
 #pragma unroll
       for (int n = 0; n < kItems; ++n) {
         if (!runs(n, rows)) continue;
         const int64_t at = rows.first + batch_row[n];
-        const Wide<T>* gates = args.gates + at * 4 * hidden + unit[n];
+        const W* gates = args.gates + at * 4 * hidden + first_unit + unit[n];
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) inputs[n].gates[gate] = gates[gate * hidden];
-        inputs[n].cell = args.cells[at * hidden + unit[n]];
-        inputs[n].cell_before = batch_row[n] < before.n
-                                    ? args.cells[(before.first + batch_row[n]) * hidden + unit[n]]
-                                    : widen(args.c0[int64_t{batch_row[n]} * hidden + unit[n]]);
-        inputs[n].dy = args.dy[at * hidden + unit[n]];
+        inputs[n].cell = args.cells[at * hidden + first_unit + unit[n]];
+        inputs[n].cell_before =
+            batch_row[n] < before.n
+                ? args.cells[(before.first + batch_row[n]) * hidden + first_unit + unit[n]]
+                : widen(args.c0[int64_t{batch_row[n]} * hidden + first_unit + unit[n]]);
+        inputs[n].dy = args.dy[at * hidden + first_unit + unit[n]];
       }
     };
 
-    ItemInputs<T> inputs[kItems] = {};
-    if (args.sequence.steps > 0) load(inputs, args.sequence.steps - 1);
-    for (int64_t step = args.sequence.steps - 1; step >= 0; --step) {
-      const StepRows rows = rows_at(args.sequence, step);
+    Walk<true> walk(args.sequence);  // one step ahead
+    StepRows rows = {};
+    int64_t left = args.sequence.steps + 1;
+    const auto look_ahead = [&] {
+      rows = walk.rows;
+      if (--left == 0) return;
+      if (left > 1)
+        walk.go_on();
+      else
+        walk.rows = {};
+      load(rows, walk.rows);
+    };
+    look_ahead();
+    while (left > 0) {
 #pragma unroll
       for (int n = 0; n < kItems; ++n) {
         if (batch_row[n] < 0) continue;
         T dgates[4] = {};
         if (runs(n, rows)) {
           const auto& in = inputs[n];
-          const Wide<T> i = in.gates[0], f = in.gates[1], g = in.gates[2], o = in.gates[3];
-          const Wide<T> dh_here = dh[n] + widen(in.dy), tanh_c = tanh_for<math>(in.cell);
-          const Wide<T> dc_here = fused(dh_here * o, 1 - tanh_c * tanh_c, dc[n]);
+          const W i = in.gates[0], f = in.gates[1], g = in.gates[2], o = in.gates[3];
+          const W dh_here = dh[n] + widen(in.dy), tanh_c = tanh(in.cell);
+          const W dc_here = fused(dh_here * o, 1 - tanh_c * tanh_c, dc[n]);
           dgates[0] = narrow<T>(dc_here * g * i * (1 - i));
           dgates[1] = narrow<T>(dc_here * in.cell_before * f * (1 - f));
           dgates[2] = narrow<T>(dc_here * i * (1 - g * g));
           dgates[3] = narrow<T>(dh_here * tanh_c * o * (1 - o));
           dc[n] = dc_here * f;
-          T* to = args.dgates + (rows.first + batch_row[n]) * 4 * hidden + unit[n];
-#pragma unroll
-          for (int gate = 0; gate < 4; ++gate) to[gate * hidden] = dgates[gate];
         }
-        T* to = reinterpret_cast<T*>(vectors + (batch_row[n] - batch_first) * spread * stride) +
-                unit[n] - first_unit;
+        T* to = own_vectors(n);
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) to[gate * units] = operand<math>(dgates[gate]);
       }
-      if (step > 0) load(inputs, step - 1);
+      const StepRows done = rows;
+      // Memory takes as long as the product, or, where there is one, the wait for the others.
+      if constexpr (tier == Tier::kBlock) look_ahead();
       __syncthreads();
 
       // Part `rank * splits + split` of dh, to the owners of its units.
       for (int index = worker; index < products; index += per_split) {
         const int first = index % unit_tiles * kWeightRows;
-        const int pass_first = index / unit_tiles * kPassRows;
-        Product<math> product;
-        product.run(weights + first * stride, vectors + pass_first * spread * stride, stride, k,
-                    rows_of_pass);
+        const int pass_first = index / unit_tiles * kRows;
+        P product;
+        product.run(weights + first * stride, vectors + pass_first * kSpread * stride, stride, k);
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           if (first + g * kUnits >= hidden) break;
-          const int owner = (first + g * kUnits) / units;
-          Wide<T>* to = sums + split * count;
+          const int owner = tier == Tier::kBlock ? 0 : (first / kUnits + g) * per_owner >> 20;
+          W* to = sums + split * count;
           const int part = parity * buffer + (group.rank * tiles.splits + split) * count;
           if constexpr (tier == Tier::kCluster) to = map_shared(sums, owner) + part;
           if constexpr (tier == Tier::kGrid) to = exchange + owner * 2 * buffer + part;
-          to += first + g * kUnits - owner * units + Product<math>::weight_row(lane);
+          to += first + g * kUnits - owner * units + P::weight_row(lane);
+          if (lane_row < 0) continue;
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n)
+          for (int n = 0; n < P::kTiles; ++n)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int row = lane_rows.first + n * kTileRows + j;
-              if (j < lane_rows.count && row < rows_of_pass)
-                to[(pass_first + row) * units] = product.sums[n][g][j];
-            }
+            for (int j = 0; j < P::kOfTile; ++j)
+              to[(pass_first + lane_row + n * tile_rows(math) + j) * units] = product.sums[n][g][j];
         }
       }
-      group.sync();
+      group.arrive();
+#pragma unroll
+      for (int n = 0; n < kItems; ++n) {
+        if (!runs(n, done)) continue;
+        const T* const from = own_vectors(n);
+        T* to = args.dgates + (done.first + batch_row[n]) * 4 * hidden + first_unit + unit[n];
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) to[gate * hidden] = from[gate * units];
+      }
+      if constexpr (tier == Tier::kCluster) look_ahead();
+      group.wait();
+      if constexpr (tier == Tier::kGrid) look_ahead();
 
-      const Wide<T>* from = sums;
+      const W* from = sums;
       int to_add = tier == Tier::kCluster ? parts : tiles.splits;
       if constexpr (tier == Tier::kCluster) from += parity * buffer;
       if constexpr (tier == Tier::kGrid) {
         to_add = slices_of(tiles, blockDim.x);
-        const Wide<T>* all = exchange + (group.rank * 2 + parity) * buffer;
+        const W* all = exchange + (group.rank * 2 + parity) * buffer;
         for (int i = threadIdx.x; i < to_add * count; i += blockDim.x) {
           const int item = i % count;
           if (first_unit + item % units >= hidden) continue;
-          Wide<T> sum = 0;
-#pragma unroll 8
+          W sum = 0;
+#pragma unroll 4
           for (int part = i / count; part < parts; part += to_add)
             sum += load_l2(all + part * count + item);
           sums[i] = sum;
@@ -179,8 +202,9 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       }
 #pragma unroll
       for (int n = 0; n < kItems; ++n) {
-        if (!runs(n, rows)) continue;
-        Wide<T> sum = 0;
+        if (!runs(n, done)) continue;
+        W sum = 0;
+#pragma unroll 4
         for (int part = 0; part < to_add; ++part)
           sum += from[part * count + threadIdx.x + n * blockDim.x];
         dh[n] = sum;
@@ -191,29 +215,18 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       if (batch_row[n] < 0) continue;
-      const int64_t at = int64_t{batch_row[n]} * hidden + unit[n];
+      const int64_t at = int64_t{batch_row[n]} * hidden + first_unit + unit[n];
       args.dh0[at] = narrow<T>(dh[n]);
       args.dc0[at] = narrow<T>(dc[n]);
     }
   }
 }
 
-template <Math math>
-SequenceKernel<LstmBackwardArgs<Element<math>>> kernel_of(Tier tier) {
-  switch (tier) {
-    case Tier::kBlock:
-      return lstm_backward_kernel<math, Tier::kBlock>;
-    case Tier::kCluster:
-      return lstm_backward_kernel<math, Tier::kCluster>;
-    default:
-      return lstm_backward_kernel<math, Tier::kGrid>;
-  }
-}
 template <typename T>
 SequenceKernel<LstmBackwardArgs<T>> kernel_of(const LstmPlan& plan) {
-  if constexpr (std::is_same_v<T, float>)
-    if (plan.math == Math::kTf32) return kernel_of<Math::kTf32>(plan.tier);
-  return kernel_of<MathOf<T>::value>(plan.tier);
+  return with_kernel<T>(plan, [](auto v) {
+    return SequenceKernel<LstmBackwardArgs<T>>(lstm_backward_kernel<v.math, v.tier, v.rows>);
+  });
 }
 
 }  // namespace

@@ -7,67 +7,59 @@
 //
 // What a step costs a block: 4 units * H * size / 128 clocks to read the weights once per pass of
 // rows (shared memory gives 128 bytes a clock); for FMA at least 4 units * H * rows / 128 clocks of
-// arithmetic; 70 (tensor cores) or 170 instructions per cell of a lane; then the exchange, some 40
-// clocks within a block, 400 to 700 within a cluster, 2000 and more through L2. plan.cpp adds it
-// up.
+// arithmetic; then the cells and the exchange. In a small layer all of these are short and what
+// counts is the chain of instructions from one h to the next: what need not be in it, addresses,
+// the results for memory, the loads for the next step, stands between arrive() and wait().
 #include "cuda/sequence.h"
 
 namespace iss {
 namespace {
 
-// What one lane owns: a unit, and two rows in each tile of its warp's pass.
-template <Math math>
-struct LaneState {
-  static constexpr int kTiles = Product<math>::kTiles;
-  Wide<Element<math>> h[kTiles][2], c[kTiles][2];
-};
+// What one lane has of something: a unit's, of kOfTile rows in each tile of its warp's pass.
+template <typename P, typename V>
+using OfLane = V[P::kTiles][P::kOfTile];
 
-// What it needs of gates_x at one step.
-template <Math math>
-struct LaneGates {
-  Element<math> values[Product<math>::kTiles][2][4];
-};
+// f(n, j) for each of them.
+template <typename P, typename F>
+__device__ __forceinline__ void each_of_lane(F f) {
+#pragma unroll
+  for (int n = 0; n < P::kTiles; ++n)
+#pragma unroll
+    for (int j = 0; j < P::kOfTile; ++j) f(n, j);
+}
 
 // Adds what the other splits of K have made of the same tiles to what split 0 has, in order.
-template <Math math>
-__device__ __forceinline__ void add_splits(Product<math>& product, Wide<Element<math>>* partial,
-                                           int split, int splits, int per_split, int rows) {
-  constexpr int kTiles = Product<math>::kTiles, kLaneSums = 8;
+template <typename P, typename W>
+__device__ __forceinline__ void add_splits(P& product, W* partial, int split, int splits,
+                                           int per_split) {
   const int lane = threadIdx.x % 32, worker = threadIdx.x / 32 % per_split;
-  const int used = rows > tile_rows(math) ? kTiles : 1;
-  const auto slot = [&](int from, int n, int g, int j) -> Wide<Element<math>>& {
-    const int tile = ((from - 1) * per_split + worker) * used + n;
-    return partial[(tile * kLaneSums + g * 2 + j) * 32 + lane];
+  const auto slot = [&](int from, int n, int g, int j) -> W& {
+    const int tile = ((from - 1) * per_split + worker) * P::kTiles + n;
+    return partial[((tile * 4 + g) * P::kOfTile + j) * 32 + lane];
   };
-  if (split > 0) {
+  if (split > 0)
+    each_of_lane<P>([&](int n, int j) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int g = 0; g < 4; ++g)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          if (n < used) slot(split, n, g, j) = product.sums[n][g][j];
-  }
+      for (int g = 0; g < 4; ++g) slot(split, n, g, j) = product.sums[n][g][j];
+    });
   __syncthreads();
   if (split > 0) return;
 #pragma unroll 1
   for (int from = 1; from < splits; ++from)
+    each_of_lane<P>([&](int n, int j) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int g = 0; g < 4; ++g)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          if (n < used) product.sums[n][g][j] += slot(from, n, g, j);
+      for (int g = 0; g < 4; ++g) product.sums[n][g][j] += slot(from, n, g, j);
+    });
 }
 
-template <Math math, Tier tier>
+template <Math math, Tier tier, int kRows>
 __global__ void __launch_bounds__(max_threads(math), 1)
     lstm_forward_kernel(LstmForwardArgs<Element<math>> args, LstmTiles tiles) {
   using T = Element<math>;
-  constexpr int kTiles = Product<math>::kTiles;
-  constexpr int kTileRows = tile_rows(math), kPassRows = pass_rows(math);
+  using W = Wide<T>;
+  using P = Product<math, kRows>;
   constexpr int kUnitChunks = kUnits * sizeof(T) / 16;  // of 8 units of one row
+  constexpr int kSpread = column_step(math, kRows);
 
   SIMT_DYN_SHARED(uint4, shared);
   const int hidden = static_cast<int>(args.hidden);
@@ -76,9 +68,9 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   const int chunks = chunks_of(math, hidden), stride = chunks + 1;
   uint4* const weights = shared + layout.weights;
   uint4* const vectors = shared + layout.vectors;
-  const int spread = column_step(math, tiles.rows), columns = tiles.rows * spread;
+  const int columns = tiles.rows * kSpread;
   const int buffer = (vectors_of(tier) - 1) * columns * stride;  // to the other of two vectors
-  Wide<T>* const partial_sums = reinterpret_cast<Wide<T>*>(shared + layout.sums);
+  W* const partial_sums = reinterpret_cast<W*>(shared + layout.sums);
 
   Group<tier> group(tiles, args.arrivals);
   const int first_unit = group.rank * tiles.units;
@@ -91,16 +83,18 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   const int unit_tiles = tiles.units / kUnits;
   const int per_split = blockDim.x / 32 / tiles.splits;
   const int split = warp / per_split, unit_tile = warp % per_split % unit_tiles;
-  const int pass_first = warp % per_split / unit_tiles * kPassRows;  // in the group's rows
-  const int rows_of_pass = min(kPassRows, tiles.rows);               // which divides tiles.rows
+  const int pass_first = warp % per_split / unit_tiles * kRows;  // in the group's rows
   const KRange k = k_range(chunks, split, tiles.splits);
   const int tile_first = first_unit + unit_tile * kUnits;
-  const int unit = tile_first + Product<math>::weight_row(lane);
-  const LaneRows lane_rows = Product<math>::lane_rows(lane, rows_of_pass);
-  const int lane_row = pass_first + lane_rows.first;
+  const int unit = tile_first + P::weight_row(lane);
+  const int lane_row = pass_first + P::batch_row(lane);
   const bool works = tile_first < hidden;     // the last block may have tiles to spare
   const bool finishes = works && split == 0;  // and holds the state
+  const bool publishes = finishes && P::batch_row(lane) >= 0;
+  const bool owns = publishes && unit < hidden;
   const uint4* const tile_weights = weights + unit_tile * kWeightRows * stride;
+  const uint4* const pass_vectors = vectors + pass_first * kSpread * stride;
+  T* const own_vectors = reinterpret_cast<T*>(vectors + lane_row * kSpread * stride) + unit;
 
   fill<math, false>(weights, 4 * tiles.units, chunks, stride, [&](int row, int column) {
     const int u = first_unit + row / kWeightRows * kUnits + row % kUnits;
@@ -113,153 +107,134 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 
   for (int batch_first = group.index * tiles.rows; batch_first < batch;
        batch_first += tiles.groups * tiles.rows) {
-    const auto owned = [&](int n, int j) {  // whether such a row exists
-      const int row = lane_row + n * kTileRows + j;
-      return finishes && unit < hidden && j < lane_rows.count && row < tiles.rows &&
-             batch_first + row < batch;
+    const auto row_of = [&](int n, int j) {  // of the batch
+      return batch_first + lane_row + n * tile_rows(math) + j;
     };
-    const auto load_gates = [&](int64_t step) {
-      LaneGates<math> gates = {};
-      if (step < args.sequence.steps) {
-        const StepRows rows = rows_at(args.sequence, step);
+    struct Gates {
+      T of[4];
+    };
+    OfLane<P, Gates> gates_x = {};
+    const auto load_gates = [&](const StepRows& rows) {
+      each_of_lane<P>([&](int n, int j) {
+        const int b = row_of(n, j);
+        if (!owns || b >= rows.n) return;
+        const T* from = args.gates_x + (rows.first + b) * 4 * hidden + unit;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int b = batch_first + lane_row + n * kTileRows + j;
-            if (!owned(n, j) || b >= rows.n) continue;
-            const T* from = args.gates_x + (rows.first + b) * 4 * hidden + unit;
-#pragma unroll
-            for (int gate = 0; gate < 4; ++gate) gates.values[n][j][gate] = from[gate * hidden];
-          }
-      }
-      return gates;
+        for (int gate = 0; gate < 4; ++gate) gates_x[n][j].of[gate] = from[gate * hidden];
+      });
     };
 
     group.sync_shared();  // the tile before may still be in use
     fill<math, false>(vectors, columns, chunks, stride, [&](int row, int column) {
-      const int b = batch_first + row / spread;
-      const bool inside = row % spread == 0 && b < batch && column < hidden;
+      const int b = batch_first + row / kSpread;
+      const bool inside = row % kSpread == 0 && b < batch && column < hidden;
       return inside ? operand<math>(args.h0[int64_t{b} * hidden + column]) : T{};
     });
-    LaneState<math> state = {};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (!owned(n, j)) continue;
-        const int b = batch_first + lane_row + n * kTileRows + j;
-        const int64_t at = int64_t{b} * hidden + unit;
-        state.h[n][j] = widen(args.h0[at]);
-        state.c[n][j] = widen(args.c0[at]);
-      }
-    LaneGates<math> gates = load_gates(0);
+    OfLane<P, W> h = {}, c = {};
+    each_of_lane<P>([&](int n, int j) {
+      const int b = row_of(n, j);
+      if (!owns || b >= batch) return;
+      h[n][j] = widen(args.h0[int64_t{b} * hidden + unit]);
+      c[n][j] = widen(args.c0[int64_t{b} * hidden + unit]);
+    });
+    Walk<false> walk(args.sequence);
+    load_gates(walk.rows);
     group.sync();
 
-    for (int64_t step = 0; step < args.sequence.steps; ++step) {
-      const StepRows rows = rows_at(args.sequence, step);
-      const int now = static_cast<int>(step % 2) * buffer, next = buffer - now;
-      uint4* const published = exchange + step % 2 * tiles.rows * row_chunks;  // Tier::kGrid alone
+    int now = 0;  // the buffer that is read
+    for (int64_t step = 0;;) {
+      P product = {};
+      if (works) product.run(tile_weights, pass_vectors + now, stride, k);
+      if (tiles.splits > 1) add_splits(product, partial_sums, split, tiles.splits, per_split);
 
-      Product<math> product = {};
-      if (works)
-        product.run(tile_weights, vectors + now + pass_first * spread * stride, stride, k,
-                    rows_of_pass);
-      if (tiles.splits > 1)
-        add_splits(product, partial_sums, split, tiles.splits, per_split, rows_of_pass);
-
-      if (finishes) {
+      const int next = buffer - now;
+      uint4* const published =
+          tier == Tier::kGrid ? exchange + step % 2 * tiles.rows * row_chunks : nullptr;
+      if (publishes)
+        each_of_lane<P>([&](int n, int j) {
+          if (owns && row_of(n, j) < walk.rows.n) {
+            W a[4];
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int row = lane_row + n * kTileRows + j;
-            const int b = batch_first + row;
-            if (owned(n, j) && b < rows.n) {
-              Wide<T> a[4];
-#pragma unroll
-              for (int gate = 0; gate < 4; ++gate)
-                a[gate] = product.sums[n][gate][j] + widen(gates.values[n][j][gate]);
-              const Wide<T> i = sigmoid_for<math>(a[0]), f = sigmoid_for<math>(a[1]);
-              const Wide<T> g = tanh_for<math>(a[2]), o = sigmoid_for<math>(a[3]);
-              const Wide<T> c = fused(f, state.c[n][j], i * g);
-              const T h = narrow<T>(o * tanh_for<math>(c));
-              state.c[n][j] = c;
-              state.h[n][j] = widen(h);
-              const int64_t at = rows.first + b;
-              args.y[at * hidden + unit] = h;
-              if (args.gates) {
-                Wide<T>* saved = args.gates + at * 4 * hidden + unit;
-                saved[0] = i;
-                saved[hidden] = f;
-                saved[2 * hidden] = g;
-                saved[3 * hidden] = o;
-                args.cells[at * hidden + unit] = c;
-              }
-            }
-            // A row that does not run has the same h, for when it will.
-            if (j < lane_rows.count && row < tiles.rows) {
-              uint4* const to = tier == Tier::kGrid ? published + row * row_chunks
-                                                    : vectors + next + row * spread * stride;
-              reinterpret_cast<T*>(to)[unit] = operand<math>(narrow<T>(state.h[n][j]));
-            }
+            for (int gate = 0; gate < 4; ++gate)
+              a[gate] = product.sums[n][gate][j] + widen(gates_x[n][j].of[gate]);
+            const W i = sigmoid(a[0]), f = sigmoid(a[1]), g = tanh(a[2]), o = sigmoid(a[3]);
+            c[n][j] = fused(f, c[n][j], i * g);
+            h[n][j] = widen(narrow<T>(o * tanh(c[n][j])));
+            product.sums[n][0][j] = i;
+            product.sums[n][1][j] = f;
+            product.sums[n][2][j] = g;
+            product.sums[n][3][j] = o;
           }
-      }
-      if (step + 1 == args.sequence.steps) break;
-
-      // The warp's tile of h to the others, 16 bytes at a time.
-      if constexpr (tier == Tier::kCluster) {
-        if (finishes) {
-          __syncwarp();
-          const int count = rows_of_pass * kUnitChunks;
-          for (int i = lane; i < count * (group.blocks - 1); i += 32) {
-            const int row = pass_first + i % count / kUnitChunks;
-            const int chunk = tile_first * static_cast<int>(sizeof(T)) / 16 + i % kUnitChunks;
-            uint4* const from = vectors + next + row * spread * stride + chunk;
-            *map_shared(from, (group.rank + 1 + i / count) % group.blocks) = *from;
+          // A row that does not run has the same h, for when it will.
+          const int below = n * tile_rows(math) + j;  // rows
+          T* const to =
+              tier == Tier::kGrid
+                  ? reinterpret_cast<T*>(published + (lane_row + below) * row_chunks) + unit
+                  : own_vectors + (next + below * kSpread * stride) * (16 / sizeof(T));
+          *to = operand<math>(narrow<T>(h[n][j]));
+        });
+      const StepRows done = walk.rows;
+      const bool last = ++step == args.sequence.steps;
+      if (!last) {
+        // The warp's tile of h to the others, 16 bytes at a time.
+        if constexpr (tier == Tier::kCluster) {
+          if (finishes) {
+            __syncwarp();
+            constexpr int kCount = kRows * kUnitChunks;
+            for (int i = lane; i < kCount * (group.blocks - 1); i += 32) {
+              const int row = pass_first + i % kCount / kUnitChunks;
+              const int chunk = tile_first * static_cast<int>(sizeof(T)) / 16 + i % kUnitChunks;
+              const int to = group.rank + 1 + i / kCount;
+              uint4* const from = vectors + next + row * kSpread * stride + chunk;
+              *map_shared(from, to < group.blocks ? to : to - group.blocks) = *from;
+            }
           }
         }
+        group.arrive();
+        walk.go_on();
+        load_gates(walk.rows);
       }
-      // On their way while this block waits for the others, and for the next product.
-      gates = load_gates(step + 1);
-      group.sync();
+
+      if (owns)
+        each_of_lane<P>([&](int n, int j) {
+          const int b = row_of(n, j);
+          if (b >= done.n) return;
+          const int64_t at = done.first + b;
+          args.y[at * hidden + unit] = narrow<T>(h[n][j]);
+          if (args.gates) {
+            W* saved = args.gates + at * 4 * hidden + unit;
+#pragma unroll
+            for (int gate = 0; gate < 4; ++gate) saved[gate * hidden] = product.sums[n][gate][j];
+            args.cells[at * hidden + unit] = c[n][j];
+          }
+        });
+      if (last) break;
+
+      group.wait();
+      now = next;
       if constexpr (tier == Tier::kGrid) {
 #pragma unroll 4
         for (int i = threadIdx.x; i < tiles.rows * row_chunks; i += blockDim.x)
-          vectors[i / row_chunks * spread * stride + i % row_chunks] = load_l2(published + i);
+          vectors[i / row_chunks * kSpread * stride + i % row_chunks] = load_l2(published + i);
         __syncthreads();
       }
     }
 
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (!owned(n, j)) continue;
-        const int b = batch_first + lane_row + n * kTileRows + j;
-        const int64_t at = int64_t{b} * hidden + unit;
-        args.h_n[at] = narrow<T>(state.h[n][j]);
-        args.c_n[at] = narrow<T>(state.c[n][j]);
-      }
+    if (owns)
+      each_of_lane<P>([&](int n, int j) {
+        const int b = row_of(n, j);
+        if (b >= batch) return;
+        args.h_n[int64_t{b} * hidden + unit] = narrow<T>(h[n][j]);
+        args.c_n[int64_t{b} * hidden + unit] = narrow<T>(c[n][j]);
+      });
   }
 }
 
-template <Math math>
-SequenceKernel<LstmForwardArgs<Element<math>>> kernel_of(Tier tier) {
-  switch (tier) {
-    case Tier::kBlock:
-      return lstm_forward_kernel<math, Tier::kBlock>;
-    case Tier::kCluster:
-      return lstm_forward_kernel<math, Tier::kCluster>;
-    default:
-      return lstm_forward_kernel<math, Tier::kGrid>;
-  }
-}
 template <typename T>
 SequenceKernel<LstmForwardArgs<T>> kernel_of(const LstmPlan& plan) {
-  if constexpr (std::is_same_v<T, float>)
-    if (plan.math == Math::kTf32) return kernel_of<Math::kTf32>(plan.tier);
-  return kernel_of<MathOf<T>::value>(plan.tier);
+  return with_kernel<T>(plan, [](auto v) {
+    return SequenceKernel<LstmForwardArgs<T>>(lstm_forward_kernel<v.math, v.tier, v.rows>);
+  });
 }
 
 }  // namespace

@@ -103,48 +103,38 @@ __device__ __forceinline__ T sum_lanes(T (&values)[N]) {
   return values[0];
 }
 
-// Reciprocal by the special function unit, 2 ulp in all, for 2^-126 <= |b| <= 2^126.
-__device__ __forceinline__ float quotient(float a, float b) {
-#ifdef __CUDACC__
-  return __fdividef(a, b);
-#else
-  return a / b;
-#endif
-}
-__device__ __forceinline__ double quotient(double a, double b) { return a / b; }
-
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
-template <typename T>
-struct ExpConstants;
+// Sigmoid and tanh. In float they are short chains of dependent instructions, which is what a step
+// of a small layer waits for: the special function unit's 2^x and 1/x have 2 and 1 ulp, overflow to
+// infinity and 0 as these two want it, and pass NaN.
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal(1 + exp2_approx(x * -0x1.715476p0f));  // log2 e
+}
+__device__ __forceinline__ float tanh(float x) {
+  const float large = fmaf(-2, reciprocal(1 + exp2_approx(x * 0x1.715476p1f)), 1);
+  // x + x^3 p(x^2), Taylor: keeps its relative accuracy at 0, and has 9e-9 at 1/4.
+  const float square = x * x;
+  float p = fmaf(square, 62.f / 2835, -17.f / 315);
+  p = fmaf(square, p, 2.f / 15);
+  p = fmaf(square, p, -1.f / 3);
+  const float small = fmaf(x * square, p, x);
+  return fabsf(x) < 0.25f ? small : large;
+}
 
-// kShift: adding 1.5 * 2^(mantissa bits) leaves round(x) in the low bits. kLn2Hi has few enough
-// bits that n * kLn2Hi is exact; kLn2Lo is the rest of ln 2.
-template <>
-struct ExpConstants<float> {
-  using Bits = uint32_t;
-  static constexpr int kMantissa = 23;
-  static constexpr float kLimit = 87.0f;  // exp(87) < 2^126, as `quotient` wants it
-  static constexpr float kShift = 0x1.8p23f, kLog2e = 0x1.715476p0f;
-  static constexpr float kLn2Hi = 0x1.63p-1f, kLn2Lo = -0x1.bd0106p-13f;
-  // (exp(r) - 1 - r) / r^2, minimax over |r| <= ln(2)/2: a quarter of an ulp of exp(r) - 1.
-  static __device__ __forceinline__ float series(float r) {
-    float p = 0x1.6bec06p-10f;
-    p = fmaf(p, r, 0x1.122776p-7f);
-    p = fmaf(p, r, 0x1.555674p-5f);
-    p = fmaf(p, r, 0x1.5554b0p-3f);
-    return fmaf(p, r, 0x1.fffffep-2f);
-  }
-};
-template <>
-struct ExpConstants<double> {
-  using Bits = uint64_t;
-  static constexpr int kMantissa = 52;
-  static constexpr double kLimit = 708.0, kShift = 0x1.8p52, kLog2e = 1.4426950408889634;
-  static constexpr double kLn2Hi = 0x1.62e42feep-1, kLn2Lo = 0x1.a39ef35793c76p-33;
-  static __device__ __forceinline__ double series(double r) {  // Taylor: 1/2! ... 1/14!
-    double p = 1. / 87178291200;
+// exp(x) = scale * (1 + fraction) for |x| <= 708; beyond, the value at the limit. NaN passes.
+struct Exp {
+  double scale, fraction;
+
+  __device__ __forceinline__ explicit Exp(double x) {
+    constexpr double kLimit = 708;
+    x = x > kLimit ? kLimit : x < -kLimit ? -kLimit : x;  // fmin would drop NaN
+    // Adding 1.5 * 2^52 leaves round(x / ln 2) in the low bits.
+    const double shifted = fma(x, 1.4426950408889634, 0x1.8p52), n = shifted - 0x1.8p52;
+    // ln 2 in two parts, the first with so few bits that its product with n is exact.
+    const double r = fma(n, -0x1.a39ef35793c76p-33, fma(n, -0x1.62e42feep-1, x));
+    double p = 1. / 87178291200;  // Taylor: (exp(r) - 1 - r) / r^2 = 1/2! + ... r^12/14!
     p = fma(p, r, 1. / 6227020800);
     p = fma(p, r, 1. / 479001600);
     p = fma(p, r, 1. / 39916800);
@@ -156,40 +146,22 @@ struct ExpConstants<double> {
     p = fma(p, r, 1. / 120);
     p = fma(p, r, 1. / 24);
     p = fma(p, r, 1. / 6);
-    return fma(p, r, 1. / 2);
+    p = fma(p, r, 1. / 2);
+    fraction = fma(p * r, r, r);
+    scale = __builtin_bit_cast(double, (__builtin_bit_cast(uint64_t, shifted) << 52) +
+                                           __builtin_bit_cast(uint64_t, 1.0));  // 2^n
   }
 };
 
-// exp(x) = scale * (1 + fraction) for |x| <= kLimit; beyond, the value at the limit. NaN passes.
-template <typename T>
-struct Exp {
-  T scale, fraction;
-
-  __device__ __forceinline__ explicit Exp(T x) {
-    using C = ExpConstants<T>;
-    using Bits = typename C::Bits;
-    x = x > C::kLimit ? C::kLimit : x < -C::kLimit ? -C::kLimit : x;  // fmin would drop NaN
-    const T shifted = fused(x, C::kLog2e, C::kShift);
-    const T n = shifted - C::kShift;
-    const T r = fused(n, -C::kLn2Lo, fused(n, -C::kLn2Hi, x));
-    fraction = fused(C::series(r) * r, r, r);
-    scale = __builtin_bit_cast(T, (__builtin_bit_cast(Bits, shifted) << C::kMantissa) +
-                                      __builtin_bit_cast(Bits, T(1)));  // 2^n
-  }
-};
-
-template <typename T>
-__device__ __forceinline__ T sigmoid(T x) {
-  const Exp<T> e(-x);
-  return quotient(T(1), fused(e.scale, e.fraction, e.scale + 1));
+__device__ __forceinline__ double sigmoid(double x) {
+  const Exp e(-x);
+  return 1 / fma(e.scale, e.fraction, e.scale + 1);
 }
-
 // By expm1, so that it keeps its relative accuracy at 0.
-template <typename T>
-__device__ __forceinline__ T tanh(T x) {
-  const Exp<T> e(x + x);
-  const T expm1 = fused(e.scale, e.fraction, e.scale - 1);
-  return quotient(expm1, expm1 + 2);
+__device__ __forceinline__ double tanh(double x) {
+  const Exp e(x + x);
+  const double expm1 = fma(e.scale, e.fraction, e.scale - 1);
+  return expm1 / (expm1 + 2);
 }
 
 }  // namespace iss

@@ -3,9 +3,9 @@
 // shared memory (tile.h), for every Math.
 //
 // In all of them a lane ends up with the same kind of results: of the weights' rows those at
-// weight_row() + 8 g, g < 4, and of the batch its lane_rows() in each tile: two of 8 rows, or one
-// where there are fewer, so that what is done with the results occupies all lanes. Forward, the
-// four are the gates of one unit.
+// weight_row() + 8 g, g < 4, and of the batch kOfTile rows from batch_row() on in each tile of 8:
+// two, or one where there are fewer than 8, so that what is done with the results occupies all
+// lanes. Forward, the four are the gates of one unit.
 //   Tensor cores. Two mma tiles of 16 rows. One ldmatrix_x4 loads what lanes need of 4 chunks of 8
 //     rows of the batch, or of 2 chunks of 16 rows of weights; float32 words of TF32 fall into
 //     place as pairs of 16-bit elements do.
@@ -57,59 +57,47 @@ __device__ __forceinline__ KRange k_range(int chunks, int split, int splits) {
   return {split * rounds / splits * 4, (split + 1) * rounds / splits * 4};
 }
 
-// Rows [first, first + count) of a tile of the batch, count <= 2.
-struct LaneRows {
-  int first, count;
-};
-
-template <Math math>
+// kRows: of the batch; 4, 8 or 16 for tensor cores, 1, 2, 4 or, in float32, 8 for FMA.
+template <Math math, int kRows>
 struct Product {
   using T = Element<math>;
   static constexpr bool kTensor = uses_tensor_cores(math);
-  static constexpr int kTiles = pass_rows(math) / tile_rows(math);
+  static constexpr int kTiles = kRows > tile_rows(math) ? 2 : 1;
+  static constexpr int kOfTile = kRows >= 8 ? 2 : 1;  // rows of a tile that a lane has
 
-  Wide<T> sums[kTiles][4][2];
+  Wide<T> sums[kTiles][4][kOfTile];
 
   static __device__ __forceinline__ int weight_row(int lane) {
     return kTensor ? lane / 4 : lane % 8;
   }
-  static __device__ __forceinline__ LaneRows lane_rows(int lane, int rows) {
+  // The first of the rows that a lane has; -1 where it has none.
+  static __device__ __forceinline__ int batch_row(int lane) {
     const int q = kTensor ? lane % 4 : lane / 8;
-    if (rows >= 8) return {2 * q, 2};
-    return {q * rows / 4, q * rows % 4 == 0 ? 1 : 0};
+    if constexpr (kRows >= 4) return kOfTile * q;
+    return q * kRows % 4 == 0 ? q * kRows / 4 : -1;
   }
 
-  // weights, vectors: the first of their rows, `stride` chunks from row to row; rows: of the batch,
-  // 4, 8 or 16 for tensor cores, 1, 2, 4 or 8 for FMA.
+  // weights, vectors: the first of their rows, `stride` chunks from row to row.
   __device__ __forceinline__ void run(const uint4* weights, const uint4* vectors, int stride,
-                                      KRange k, int rows) {
+                                      KRange k) {
     const int lane = threadIdx.x % 32;
-    if constexpr (kTensor) {
-      if (rows > 8)
-        multiply_tensor<2>(weights, vectors, stride, k, lane);
-      else
-        multiply_tensor<1>(weights, vectors, stride, k, lane);
-    } else {
-      if (rows == 1) multiply_fma<1>(weights, vectors, stride, k, lane);
-      if (rows == 2) multiply_fma<2>(weights, vectors, stride, k, lane);
-      if (rows == 4) multiply_fma<4>(weights, vectors, stride, k, lane);
-      if constexpr (pass_rows(math) == 8)
-        if (rows == 8) multiply_fma<8>(weights, vectors, stride, k, lane);
-    }
+    if constexpr (kTensor)
+      multiply_tensor(weights, vectors, stride, k, lane);
+    else
+      multiply_fma(weights, vectors, stride, k, lane);
   }
 
  private:
-  template <int kUsed>
   __device__ __forceinline__ void multiply_tensor(const uint4* weights, const uint4* vectors,
                                                   int stride, KRange k, int lane) {
-    float d[kUsed][2][4] = {};
+    float d[kTiles][2][4] = {};
     weights += lane % 16 * stride + lane / 16;
     vectors += lane % 8 * stride + lane / 8;
-#pragma unroll(kUsed > 1 ? 1 : 2)
+#pragma unroll(kTiles > 1 || math == Math::kTf32 ? 1 : 4)
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
-      uint32_t b[kUsed][4];
+      uint32_t b[kTiles][4];
 #pragma unroll
-      for (int tile = 0; tile < kUsed; ++tile)
+      for (int tile = 0; tile < kTiles; ++tile)
         ldmatrix_x4(b[tile], vectors + tile * 8 * stride + chunk);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -118,7 +106,7 @@ struct Product {
           uint32_t a[4];
           ldmatrix_x4(a, weights + pair * 16 * stride + chunk + 2 * half);
 #pragma unroll
-          for (int tile = 0; tile < kUsed; ++tile) {
+          for (int tile = 0; tile < kTiles; ++tile) {
             const uint32_t pair_b[2] = {b[tile][2 * half], b[tile][2 * half + 1]};
             if constexpr (math == Math::kTf32)
               mma_m16n8k8_tf32(d[tile][pair], a, pair_b);
@@ -133,18 +121,16 @@ struct Product {
 #pragma unroll
       for (int g = 0; g < 4; ++g)
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          sums[tile][g][j] = tile < kUsed ? d[tile < kUsed ? tile : 0][g / 2][g % 2 * 2 + j] : 0;
+        for (int j = 0; j < kOfTile; ++j) sums[tile][g][j] = d[tile][g / 2][g % 2 * 2 + j];
   }
 
-  template <int kRows>
   __device__ __forceinline__ void multiply_fma(const uint4* weights, const uint4* vectors,
                                                int stride, KRange k, int lane) {
     using C = Chunk<T>;
     T d[4][kRows] = {};
     weights += lane % 8 * stride + lane / 8;
     vectors += lane / 8;
-#pragma unroll(kRows* C::kSize > 8 ? 1 : 2)
+#pragma unroll 1
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
       C w[4];
 #pragma unroll
@@ -165,20 +151,20 @@ struct Product {
 #pragma unroll
     for (int g = 0; g < 4; ++g)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) sums[0][g][j] = j < kKept ? kept[g][j < kKept ? j : 0] : T(0);
+      for (int j = 0; j < kOfTile; ++j) sums[0][g][j] = kept[g][j];
   }
 
   // Adds what the lanes on either side of `bit` have. Each keeps half of the rows and sends the
   // other half: 24 shuffles for 8 rows in all, not 64. A last row is kept by both.
-  template <int kRows, int kKept>
-  static __device__ __forceinline__ void add_lanes(const T (&d)[4][kRows], T (&kept)[4][kKept],
+  template <int kHeld, int kKept>
+  static __device__ __forceinline__ void add_lanes(const T (&d)[4][kHeld], T (&kept)[4][kKept],
                                                    int lane, int bit) {
     const bool upper = (lane & bit) != 0;
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
 #pragma unroll
       for (int row = 0; row < kKept; ++row) {
-        const T low = d[g][row], high = d[g][row + kRows - kKept];
+        const T low = d[g][row], high = d[g][row + kHeld - kKept];
         kept[g][row] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, bit);
       }
     }

@@ -1,40 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the two kernels that walk a sequence share: which rows run at a step, how shared memory is
-// filled, how the blocks of a group wait for each other.
+// filled, how the blocks of a group wait for each other, and how a plan's kernel is found.
 #pragma once
 
 #include "cuda/product.h"
 
 namespace iss {
 
-// Rows [first, first + n) of N, those of the batch that run at a step of the walk.
+// Rows [first, first + n) of N, those of the batch that run at a step.
 struct StepRows {
   int64_t first;
   int n;
 };
-__device__ __forceinline__ StepRows rows_at(const Steps& sequence, int64_t step) {
-  const int64_t t = sequence.reverse ? sequence.steps - 1 - step : step;
-  if (!sequence.offsets) return {t * sequence.batch, static_cast<int>(sequence.batch)};
-  const int64_t first = sequence.offsets[t];
-  return {first, static_cast<int>(sequence.offsets[t + 1] - first)};
-}
 
-// Sigmoid and tanh. Where products round their operands to 11 bits or fewer, to 3e-7 absolutely:
-// a quarter of the instructions, which otherwise take as long as the product.
-template <Math math, typename W>
-__device__ __forceinline__ W sigmoid_for(W x) {
-  if constexpr (uses_tensor_cores(math))
-    return quotient(1.0f, 1.0f + __expf(-x));
-  else
-    return sigmoid(x);
-}
-template <Math math, typename W>
-__device__ __forceinline__ W tanh_for(W x) {
-  if constexpr (uses_tensor_cores(math))
-    return 1.0f - quotient(2.0f, 1.0f + __expf(2.0f * x));
-  else
-    return tanh(x);
-}
+// The steps of a sequence, at least one, in the order of the layer or back.
+template <bool back>
+class Walk {
+ public:
+  StepRows rows;  // of the step it is at
+
+  __device__ __forceinline__ explicit Walk(const Steps& sequence)
+      : sequence_(sequence), t_(sequence.reverse == back ? 0 : sequence.steps - 1) {
+    rows = {t_ * sequence.batch, static_cast<int>(sequence.batch)};
+    if (sequence.offsets) look_up();
+  }
+  // To the step that follows, which must be there.
+  __device__ __forceinline__ void go_on() {
+    const bool up = sequence_.reverse == back;
+    t_ += up ? 1 : -1;
+    rows.first += up ? sequence_.batch : -sequence_.batch;
+    if (sequence_.offsets) look_up();
+  }
+
+ private:
+  __device__ __forceinline__ void look_up() {
+    rows.first = sequence_.offsets[t_];
+    rows.n = static_cast<int>(sequence_.offsets[t_ + 1] - rows.first);
+  }
+
+  const Steps& sequence_;  // the kernel's argument: in no register
+  int64_t t_;
+};
 
 // Writes rows x chunks; get(row, element) is an operand. Lanes walk along a row, or, by_column,
 // down a column: whichever is contiguous where `get` reads.
@@ -67,22 +73,31 @@ struct Group {
         arrivals(all_arrivals + (tier == Tier::kGrid ? index : 0)),
         expected(0) {}
 
-  // What any thread of the group wrote before, all of them see afterwards. Counters only grow, so
-  // that none is ever reset while somebody still waits for it.
-  __device__ __forceinline__ void sync() {
-    if constexpr (tier == Tier::kBlock) {
-      __syncthreads();
-    } else if constexpr (tier == Tier::kCluster) {
-      cluster_sync();
+  // What any thread of the group wrote before arrive(), all of them see after wait(). What is
+  // stored between the two is nobody's business: nobody waits until it has reached memory.
+  // Counters only grow, so that none is ever reset while somebody still waits for it.
+  __device__ __forceinline__ void arrive() {
+    if constexpr (tier == Tier::kCluster) {
+      cluster_arrive();
     } else {
-      expected += blocks;
       __syncthreads();
-      if (threadIdx.x == 0) {
-        add_release(arrivals, 1);
-        while (static_cast<int32_t>(load_acquire(arrivals) - expected) < 0) spin_hint();
+      if constexpr (tier == Tier::kGrid) {
+        expected += blocks;
+        if (threadIdx.x == 0) add_release(arrivals, 1);
       }
+    }
+  }
+  __device__ __forceinline__ void wait() {
+    if constexpr (tier == Tier::kCluster) cluster_wait();
+    if constexpr (tier == Tier::kGrid) {
+      if (threadIdx.x == 0)
+        while (static_cast<int32_t>(load_acquire(arrivals) - expected) < 0) spin_hint();
       __syncthreads();
     }
+  }
+  __device__ __forceinline__ void sync() {
+    arrive();
+    wait();
   }
 
   // The same for shared memory alone, of which Tier::kGrid's blocks have none in common.
@@ -116,6 +131,45 @@ struct MathOf<Float16> {
 
 template <typename Args>
 using SequenceKernel = void (*)(Args, LstmTiles);
+
+template <Math kMath, Tier kTier, int kRowsOfPass>
+struct Variant {
+  static constexpr Math math = kMath;
+  static constexpr Tier tier = kTier;
+  static constexpr int rows = kRowsOfPass;
+};
+
+// f(the Variant that a plan of T's asks for).
+template <Math math, Tier tier, typename F>
+auto with_rows(int rows, F f) {
+  if constexpr (uses_tensor_cores(math)) {
+    if (rows == 8) return f(Variant<math, tier, 8>{});
+    if (rows >= 16) return f(Variant<math, tier, 16>{});
+  } else {
+    if (rows == 1) return f(Variant<math, tier, 1>{});
+    if (rows == 2) return f(Variant<math, tier, 2>{});
+    if constexpr (pass_rows(math) == 8)
+      if (rows >= 8) return f(Variant<math, tier, 8>{});
+  }
+  return f(Variant<math, tier, 4>{});
+}
+template <Math math, typename F>
+auto with_tier(const LstmPlan& plan, F f) {
+  switch (plan.tier) {
+    case Tier::kBlock:
+      return with_rows<math, Tier::kBlock>(plan.rows, f);
+    case Tier::kCluster:
+      return with_rows<math, Tier::kCluster>(plan.rows, f);
+    default:
+      return with_rows<math, Tier::kGrid>(plan.rows, f);
+  }
+}
+template <typename T, typename F>
+auto with_kernel(const LstmPlan& plan, F f) {
+  if constexpr (std::is_same_v<T, float>)
+    if (plan.math == Math::kTf32) return with_tier<Math::kTf32>(plan, f);
+  return with_tier<MathOf<T>::value>(plan, f);
+}
 
 template <typename Args>
 int launch_sequence(SequenceKernel<Args> kernel, const LstmPlan& plan, const Args& args,

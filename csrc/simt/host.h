@@ -201,8 +201,6 @@ SIMT_DEVICE T __ldg(const T* from) {
 
 using std::max;
 using std::min;
-inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
@@ -261,6 +259,9 @@ SIMT_DEVICE uint32_t to_tf32(float value) {
   bool finite = (bits & 0x7f800000) != 0x7f800000;
   return finite ? (bits + 0x1000) & ~0x1fffu : bits;
 }
+
+SIMT_DEVICE float exp2_approx(float x) { return exp2f(x); }
+SIMT_DEVICE float reciprocal(float x) { return 1 / x; }
 
 SIMT_DEVICE unsigned cluster_rank() { return simt::here.cluster_rank; }
 SIMT_DEVICE unsigned cluster_size() { return simt::here.cluster_size; }

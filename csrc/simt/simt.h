@@ -46,7 +46,7 @@ SIMT_DEVICE uint32_t load_acquire(const uint32_t* flag) {
 SIMT_DEVICE void add_release(uint32_t* flag, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-SIMT_DEVICE void spin_hint() { __nanosleep(32); }
+SIMT_DEVICE void spin_hint() {}  // asking takes as long as L2 does: reason enough not to sleep
 
 // Through L2, past L1: what another multiprocessor has written.
 template <typename T>
@@ -134,6 +134,18 @@ SIMT_DEVICE uint32_t to_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
+}
+
+// 2^x within 2 ulp and 1/x within 1 ulp, by the special function unit; denormal numbers are 0.
+SIMT_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SIMT_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // The cluster that a block belongs to (sm_90 and later; elsewhere no launch gets this far). What a
