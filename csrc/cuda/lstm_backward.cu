@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     lstm_backward_kernel(LstmBackwardArgs<Element<math>> args, LstmTiles tiles) {
   using T = Element<math>;
   using W = Wide<T>;
-  using P = Product<math, kRows>;
+  using P =
+      Product<math, kRows, uses_tensor_cores(math) && math != Math::kTf32 && kRows <= 8 ? 4 : 1>;
   constexpr int kSpread = column_step(math, kRows);
 
   SIMT_DYN_SHARED(uint4, shared);

@@ -57,7 +57,10 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     lstm_forward_kernel(LstmForwardArgs<Element<math>> args, LstmTiles tiles) {
   using T = Element<math>;
   using W = Wide<T>;
-  using P = Product<math, kRows>;
+  using P = Product<math, kRows,
+                    uses_tensor_cores(math) ? (kRows <= 8 ? 4 : 2)
+                    : kRows <= 2            ? 2
+                                            : 1>;
   constexpr int kUnitChunks = kUnits * sizeof(T) / 16;  // of 8 units of one row
   constexpr int kSpread = column_step(math, kRows);
 

@@ -57,8 +57,9 @@ __device__ __forceinline__ KRange k_range(int chunks, int split, int splits) {
   return {split * rounds / splits * 4, (split + 1) * rounds / splits * 4};
 }
 
-// kRows: of the batch; 4, 8 or 16 for tensor cores, 1, 2, 4 or, in float32, 8 for FMA.
-template <Math math, int kRows>
+// kRows: of the batch; 4, 8 or 16 for tensor cores, 1, 2, 4 or, in float32, 8 for FMA. kTogether:
+// rounds whose loads are under way together, as far as the caller has registers for them.
+template <Math math, int kRows, int kTogether>
 struct Product {
   using T = Element<math>;
   static constexpr bool kTensor = uses_tensor_cores(math);
@@ -93,7 +94,7 @@ struct Product {
     float d[kTiles][2][4] = {};
     weights += lane % 16 * stride + lane / 16;
     vectors += lane % 8 * stride + lane / 8;
-#pragma unroll(kTiles > 1 || math == Math::kTf32 ? 1 : 4)
+#pragma unroll kTogether
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
       uint32_t b[kTiles][4];
 #pragma unroll
@@ -130,7 +131,7 @@ struct Product {
     T d[4][kRows] = {};
     weights += lane % 8 * stride + lane / 8;
     vectors += lane / 8;
-#pragma unroll 1
+#pragma unroll kTogether
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
       C w[4];
 #pragma unroll
