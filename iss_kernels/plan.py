@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,8 +66,9 @@ def explain_plan(
 
     device: a CUDA device of this machine, the name of a GPU ("A100", "L40S", "RTX 4090", "H100",
     "H200", "B200", "RTX 5090"), or (major, minor, multiprocessors, shared memory bytes per block);
-    by default the current CUDA device, or an H100 where there is none. tf32: whether float32 may
-    use it; by default as torch.backends.cuda.matmul says. Raises ValueError for other arguments,
+    by default the current CUDA device, or an H100 where there is none. How many clusters it holds
+    at once is asked of a CUDA device, otherwise estimated. tf32: whether float32 may use it;
+    by default as torch.backends.cuda.matmul says. Raises ValueError for other arguments,
     RuntimeError without the extension.
     """
     native = backend.native()
@@ -88,24 +90,27 @@ def explain_plan(
         )
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    limits = _limits(device)
+    limits = _limits(native, device)
     return Plan(
         **native.plan(hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, limits)
     )
 
 
-def _limits(device: str | torch.device | Sequence[int] | None) -> tuple[int, int, int, int]:
+def _limits(native: Any, device: str | torch.device | Sequence[int] | None) -> Any:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "H100"
     if isinstance(device, str) and device in _GPUS:
-        return _GPUS[device]
+        return native.DeviceLimits(*_GPUS[device])
     if not isinstance(device, (str, torch.device)):
         values = tuple(device)
         if len(values) == 4 and all(type(v) is int and v >= 0 for v in values):
-            return values
+            return native.DeviceLimits(*values)
     elif str(device).startswith("cuda") and torch.cuda.is_available():
+        if native.build_info()["cuda_built"]:  # what the ops are told
+            index = torch.device(device).index
+            return native.device_limits(torch.cuda.current_device() if index is None else index)
         found = torch.cuda.get_device_properties(device)
-        return (
+        return native.DeviceLimits(
             found.major,
             found.minor,
             found.multi_processor_count,

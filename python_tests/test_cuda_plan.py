@@ -24,6 +24,9 @@ DTYPES = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)
 DTYPES += [(torch.float16, False), (torch.float64, False)]
 SIZES = [*range(1, 70), *range(71, 600, 13), *range(600, 2001, 97), 100_000, 10**9]
 TIERS = ["block", "cluster", "grid", "steps"]
+# Clusters of 2, 3, ... 16 blocks that an H100 said it holds at once (cudaOccupancyMaxActiveClusters
+# for 200 KB of shared memory and 512 threads, so one block on a multiprocessor).
+CLUSTERS = dict(zip(range(2, 17), (66, 39, 30, 22, 17, 15, 15, 9, *[7] * 7), strict=True))
 
 
 def plans(gpu, sizes=SIZES, batches=(1, 3, 16, 64, 128)):
@@ -95,6 +98,16 @@ def test_a_larger_layer_never_goes_back_a_tier(gpu, dtype):
 def test_landmarks(gpu, hidden, batch, dtype, tier):
     plan = iss.explain_plan(hidden, batch, dtype, tf32=False, device=GPUS[gpu])
     assert plan.tier == tier, plan.why
+
+
+def test_all_clusters_of_a_plan_are_resident_at_once():
+    """16 groups of 8 blocks, of which 15 are, would take twice as long as they need."""
+    seen = set()
+    for hidden, batch, dtype, plan in plans("H100", sizes=range(1, 900, 9), batches=(16, 128, 999)):
+        if plan.tier == "cluster":
+            assert plan.groups <= CLUSTERS[plan.blocks], (hidden, batch, dtype, plan)
+            seen.add((plan.blocks, plan.groups))
+    assert {blocks for blocks, groups in seen if groups > 1} >= {2, 4, 8}
 
 
 def test_rows_spread_over_the_gpu_before_they_share_a_block():

@@ -150,4 +150,8 @@ bool can_launch(const LstmPlan& plan) {
   return plan.backward ? can_launch_lstm_backward<T>(plan) : can_launch_lstm_forward<T>(plan);
 }
 
+// Clusters of so many blocks that the current device holds at once, where each block takes
+// `shared_bytes` of shared memory.
+int resident_clusters(int blocks, int64_t shared_bytes);
+
 }  // namespace iss

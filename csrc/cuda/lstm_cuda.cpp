@@ -64,7 +64,7 @@ LstmPlan plan_for(const Tensor& c0, at::ScalarType type, bool projected, bool ba
                                .projected = projected,
                                .math = math_of(type),
                                .backward = backward};
-  DeviceLimits limits = device_limits(c0);
+  DeviceLimits limits = device_limits(c0.device());
   LstmPlan plan = plan_lstm(problem, limits);
   // The limits do not say all: a large cluster needs neighbours that are free, and another process
   // may hold part of the device.

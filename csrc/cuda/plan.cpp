@@ -40,12 +40,8 @@ constexpr double kCellExact = 170, kCellTensor = 70, kElement = 120;
 // Waiting for other blocks is worth its risks from here on.
 constexpr double kWorth = 0.8;
 
-// Clusters lie within one of the GPU's processing clusters, of at least 16 multiprocessors; 8
-// blocks can be had everywhere, 16 on data centre GPUs.
-constexpr int kProcessingCluster = 16, kPortableCluster = 8;
-
 double multiply_adds_per_clock(Math math, const DeviceLimits& device) {
-  const bool data_centre = device.minor == 0 && device.major < 12;
+  const bool data_centre = is_data_centre(device.major, device.minor);
   switch (math) {
     case Math::kFloat32:
       return 128;
@@ -147,9 +143,9 @@ struct Planner {
   Choice best_rows(Tier tier, int units) {
     Choice best;
     const int blocks = static_cast<int>(ceil_div(problem.hidden, units));
-    const int resident = tier == Tier::kCluster ? device.multiprocessors / kProcessingCluster *
-                                                      (kProcessingCluster / blocks)
-                                                : device.multiprocessors / blocks;
+    const int resident = tier == Tier::kCluster ? device.clusters[blocks - 1]
+                                                : std::max(device.multiprocessors / blocks, 1);
+    if (resident == 0) return best;
     for (const int rows : {1, 2, 4, 8, 16, 32, 64}) {
       if (uses_tensor_cores(problem.math) && rows < 4) continue;
       Choice choice;
@@ -161,7 +157,7 @@ struct Planner {
               .blocks = blocks,
               .rows = rows};
       const int64_t tiles = ceil_div(problem.batch, rows);
-      plan.groups = static_cast<int>(std::min<int64_t>(tiles, std::max(resident, 1)));
+      plan.groups = static_cast<int>(std::min<int64_t>(tiles, resident));
       if (!choose_threads(plan)) break;
       const LstmTiles shape = tiles_of(plan);
       plan.shared_bytes = 16 * shared_layout(problem.math, tier, problem.backward, problem.hidden,
@@ -187,16 +183,14 @@ struct Planner {
     const int all = static_cast<int>(ceil_div(problem.hidden, kUnits) * kUnits);
     if (tier == Tier::kBlock) return best_rows(tier, all);
     if (tier == Tier::kCluster) {
-      if (device.major < 9 || device.multiprocessors < kProcessingCluster) return best;
-      const bool larger = device.minor == 0 && device.major < 12;
       const auto try_up_to = [&](int most) {
         for (int64_t blocks = 2; blocks <= std::min<int64_t>(most, all / kUnits); ++blocks) {
           const int units = static_cast<int>(ceil_div(all / kUnits, blocks)) * kUnits;
           if (ceil_div(all, units) == blocks) best.keep_better(best_rows(tier, units));
         }
       };
-      try_up_to(std::min(kPortableCluster, device.cluster_blocks));
-      if (best.clocks < 0 && larger) try_up_to(std::min(kProcessingCluster, device.cluster_blocks));
+      try_up_to(kPortableCluster);
+      if (best.clocks < 0) try_up_to(kLargestCluster);
       return best;
     }
     for (const int units : {8, 16, 24, 32, 48, 64, 96, 128})
@@ -281,8 +275,9 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
 }
 
 DeviceLimits less_than(const LstmPlan& plan, DeviceLimits device) {
-  if (plan.tier == Tier::kCluster)
-    device.cluster_blocks = plan.blocks - 1;
+  if (plan.tier == Tier::kCluster)  // by half, so that whoever goes on asking is soon done
+    for (int n = plan.blocks; n <= kLargestCluster; ++n)
+      device.clusters[n - 1] = std::min(device.clusters[n - 1], plan.groups / 2);
   else if (plan.tier == Tier::kGrid)
     device.multiprocessors = plan.blocks * plan.groups - 1;
   else
