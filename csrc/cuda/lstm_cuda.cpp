@@ -121,7 +121,7 @@ Tensor outputs_before(const Sequence& sequence, bool padded, const Tensor& y, co
   return at::cat({h0, y}).index_select(0, to_device(index, y));
 }
 
-// Tier::kSteps. c [B, H] in Wide<T>: c0 in, c_n out; h_n [B, P] is written.
+// Tier::kSteps. gates_x is overwritten. c [B, H] in Wide<T>: c0 in, c_n out; h_n [B, P] is written.
 template <typename T>
 void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Tensor& w_hh,
                       const OptionalTensor& w_hr, const Tensor& h0, const Tensor& c,
@@ -130,7 +130,6 @@ void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Ten
   const int64_t hidden = c.size(1), output = h0.size(1);
   const bool save = gates.numel() > 0;
   const Tensor by_gate = w_hh.t();
-  const Tensor sums = at::empty({sequence.batch, 4 * hidden}, gates_x.options());
   const Tensor cell_out = w_hr ? at::empty({sequence.batch, hidden}, gates_x.options()) : Tensor();
   for (int64_t k = 0; k < sequence.steps; ++k) {
     const int64_t now = sequence.step(k, reverse);
@@ -138,16 +137,15 @@ void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Ten
     sequence.each_piece(
         k, reverse, 0, sequence.batch,
         [&](int64_t batch_row, int64_t rows, int64_t row, int64_t previous) {
-          Tensor to = sums.narrow(0, batch_row, rows);
-          at::addmm_out(to, gates_x.narrow(0, row, rows),
-                        previous < 0 ? h0.narrow(0, batch_row, rows) : y.narrow(0, previous, rows),
-                        by_gate);
+          gates_x.narrow(0, row, rows)
+              .addmm_(previous < 0 ? h0.narrow(0, batch_row, rows) : y.narrow(0, previous, rows),
+                      by_gate);
         });
     check_launch(
         "lstm_forward",
         launch_lstm_cell<T>({.rows = running,
                              .hidden = hidden,
-                             .gates_in = data<T>(sums),
+                             .gates_in = data<T>(gates_x) + first * 4 * hidden,
                              .c_prev = data<Wide<T>>(c),
                              .c = data<Wide<T>>(c),
                              .h = w_hr ? data<T>(cell_out) : data<T>(y) + first * output,
