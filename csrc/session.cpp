@@ -48,7 +48,7 @@ DeviceLimits make_limits(int major, int minor, int multiprocessors, int64_t shar
 }
 
 py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bool projected,
-              bool backward, const DeviceLimits& limits) {
+              bool backward, std::optional<int64_t> steps, const DeviceLimits& limits) {
   const Math math = dtype == at::kDouble     ? Math::kFloat64
                     : dtype == at::kBFloat16 ? Math::kBfloat16
                     : dtype == at::kHalf     ? Math::kFloat16
@@ -58,9 +58,10 @@ py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bo
                                    .batch = batch,
                                    .projected = projected,
                                    .math = math,
-                                   .backward = backward},
+                                   .backward = backward,
+                                   .steps = steps.value_or(kManySteps)},
                                   limits);
-  constexpr const char* kTiers[] = {"block", "cluster", "grid", "steps"};
+  constexpr const char* kTiers[] = {"block", "cluster", "grid", "steps", "one step"};
   py::dict result;
   result["tier"] = kTiers[static_cast<int>(plan.tier)];
   result["units"] = plan.units;

@@ -30,8 +30,9 @@ class Plan:
     A group of `blocks` thread blocks runs `rows` rows of the batch at a time, for all steps; each
     block owns `units` units and keeps their recurrent weights in `shared_bytes` of shared memory.
     `groups` of them are resident at once. tier: what the blocks of a group exchange h through,
-    "block" (one block: its own shared memory), "cluster" (distributed shared memory), "grid" (L2);
-    or "steps": nothing is resident, a GEMM and a fused cell per step. why: one sentence.
+    "block" (one block: its own shared memory), "cluster" (distributed shared memory), "grid" (L2).
+    Or nothing is resident: "steps", a GEMM and a fused cell per step, and "one step", a single
+    launch for a sequence of one step. why: one sentence.
     """
 
     tier: str
@@ -44,8 +45,8 @@ class Plan:
     why: str
 
     def __str__(self) -> str:
-        if self.tier == "steps":
-            return f"steps: {self.why}"
+        if self.blocks == 0:
+            return f"{self.tier}: {self.why}"
         return (
             f"{self.tier}: {self.groups} groups at once, each for {self.rows} rows of the batch, "
             f"{self.threads} threads in a block; {self.why}"
@@ -59,6 +60,7 @@ def explain_plan(
     *,
     backward: bool = False,
     proj_size: int = 0,
+    steps: int | None = None,
     tf32: bool | None = None,
     device: str | torch.device | Sequence[int] | None = None,
 ) -> Plan:
@@ -67,7 +69,8 @@ def explain_plan(
     device: a CUDA device of this machine, the name of a GPU ("A100", "L40S", "RTX 4090", "H100",
     "H200", "B200", "RTX 5090"), or (major, minor, multiprocessors, shared memory bytes per block);
     by default the current CUDA device, or an H100 where there is none. How many clusters it holds
-    at once is asked of a CUDA device, otherwise estimated. tf32: whether float32 may use it;
+    at once is asked of a CUDA device, otherwise estimated. steps: of the sequence; None: many, so
+    that it does not matter how long filling shared memory takes. tf32: whether float32 may use it;
     by default as torch.backends.cuda.matmul says. Raises ValueError for other arguments,
     RuntimeError without the extension.
     """
@@ -78,6 +81,7 @@ def explain_plan(
         ("hidden_size", hidden_size, 1),
         ("batch_size", batch_size, 1),
         ("proj_size", proj_size, 0),
+        ("steps", 1 if steps is None else steps, 1),
     ):
         if type(value) is not int or value < least:
             raise ValueError(
@@ -92,7 +96,7 @@ def explain_plan(
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     limits = _limits(native, device)
     return Plan(
-        **native.plan(hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, limits)
+        **native.plan(hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, steps, limits)
     )
 
 

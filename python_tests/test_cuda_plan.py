@@ -110,6 +110,46 @@ def test_all_clusters_of_a_plan_are_resident_at_once():
     assert {blocks for blocks, groups in seen if groups > 1} >= {2, 4, 8}
 
 
+@pytest.mark.parametrize(
+    "hidden, batch, tier",
+    [
+        (64, 1, "one step"),
+        (512, 16, "one step"),
+        (256, 128, "one step"),  # 14 us on an H100; two GEMMs take 15 and more
+        (1500, 4, "one step"),
+        (10**9, 4, "one step"),
+        (1024, 64, "steps"),  # 83 us on an H100
+        (64, 10**5, "steps"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_step_keeps_nothing_resident(hidden, batch, tier, dtype):
+    for proj_size in (0, 32):
+        plan = iss.explain_plan(
+            hidden, batch, dtype, proj_size=proj_size, steps=1, tf32=False, device=GPUS["H100"]
+        )
+        assert plan.tier == tier and plan.blocks == 0, plan
+    plan = iss.explain_plan(
+        hidden, batch, dtype, backward=True, steps=1, tf32=False, device=GPUS["H100"]
+    )
+    assert plan.tier == "steps" or hidden == 64, plan  # few KB are soon filled
+
+
+def test_a_short_sequence_is_not_worth_filling_shared_memory():
+    def tiers(backward):
+        return [
+            iss.explain_plan(
+                1024, 16, backward=backward, steps=steps, tf32=False, device=GPUS["H100"]
+            ).tier
+            for steps in (2, 3, 5, 10, 35, None)
+        ]
+
+    for backward in (False, True):
+        kept = [tier != "steps" for tier in tiers(backward)]
+        assert kept == sorted(kept) and not kept[0] and kept[-2:] == [True, True]
+    assert sum(t != "steps" for t in tiers(True)) <= sum(t != "steps" for t in tiers(False))
+
+
 def test_rows_spread_over_the_gpu_before_they_share_a_block():
     plan = iss.explain_plan(64, 16, tf32=False, device=GPUS["H100"])
     assert (plan.rows, plan.groups) == (1, 16)

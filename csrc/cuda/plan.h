@@ -19,6 +19,7 @@ enum class Tier {
   kCluster,  // a group is a cluster (sm_90 and later): through distributed shared memory
   kGrid,     // blocks anywhere, launched cooperatively: through L2, with a counter of arrivals
   kSteps,    // nothing resident: a GEMM and a fused cell per step; always possible
+  kOneStep,  // forward, a sequence of a single step: x and h are multiplied in one launch
 };
 
 // What products are computed with. Exact float32 and float64 take FMA, the rest tensor cores with
@@ -55,11 +56,14 @@ struct DeviceLimits {
   ClusterCounts clusters = estimated_clusters(major, minor, multiprocessors);
 };
 
+constexpr int64_t kManySteps = int64_t{1} << 40;  // so many that what comes before them is nothing
+
 struct LstmProblem {
   int64_t hidden, batch;
   bool projected;
   Math math;
   bool backward;
+  int64_t steps = kManySteps;
 };
 
 struct LstmPlan {
