@@ -39,11 +39,8 @@ py::dict build_info() {
   return info;
 }
 
-// major and minor version, multiprocessors, bytes of shared memory that a block may have
-using LimitsTuple = std::tuple<int, int, int, int64_t>;
-
-DeviceLimits limits_of(const LimitsTuple& tuple) {
-  const auto& [major, minor, multiprocessors, shared_bytes] = tuple;
+// Of a GPU that is not there.
+DeviceLimits make_limits(int major, int minor, int multiprocessors, int64_t shared_bytes) {
   return {.major = major,
           .minor = minor,
           .multiprocessors = multiprocessors,
@@ -51,7 +48,7 @@ DeviceLimits limits_of(const LimitsTuple& tuple) {
 }
 
 py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bool projected,
-              bool backward, const LimitsTuple& limits) {
+              bool backward, std::optional<int64_t> steps, const DeviceLimits& limits) {
   const Math math = dtype == at::kDouble     ? Math::kFloat64
                     : dtype == at::kBFloat16 ? Math::kBfloat16
                     : dtype == at::kHalf     ? Math::kFloat16
@@ -61,9 +58,10 @@ py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bo
                                    .batch = batch,
                                    .projected = projected,
                                    .math = math,
-                                   .backward = backward},
-                                  limits_of(limits));
-  constexpr const char* kTiers[] = {"block", "cluster", "grid", "steps"};
+                                   .backward = backward,
+                                   .steps = steps.value_or(kManySteps)},
+                                  limits);
+  constexpr const char* kTiers[] = {"block", "cluster", "grid", "steps", "one step"};
   py::dict result;
   result["tier"] = kTiers[static_cast<int>(plan.tier)];
   result["units"] = plan.units;
@@ -244,10 +242,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   module.def("supported_isas", &supported_isas);
   module.def("set_isa", &set_isa);
+  py::class_<DeviceLimits>(module, "DeviceLimits").def(py::init(&make_limits));
   module.def("plan", &plan);
 #ifdef ISS_WITH_CUDA
+  module.def("device_limits", [](int index) {
+    return device_limits(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
+  });
+  using LimitsTuple = std::tuple<int, int, int, int64_t>;  // as make_limits takes them
   module.def("pretend_device", [](const std::optional<LimitsTuple>& limits) {
-    pretended_device() = limits ? std::optional(limits_of(*limits)) : std::nullopt;
+    pretended_device() = limits ? std::optional(std::apply(&make_limits, *limits)) : std::nullopt;
   });
 #endif
   py::class_<Network, std::shared_ptr<Network>>(module, "Network")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,8 +30,9 @@ class Plan:
     A group of `blocks` thread blocks runs `rows` rows of the batch at a time, for all steps; each
     block owns `units` units and keeps their recurrent weights in `shared_bytes` of shared memory.
     `groups` of them are resident at once. tier: what the blocks of a group exchange h through,
-    "block" (one block: its own shared memory), "cluster" (distributed shared memory), "grid" (L2);
-    or "steps": nothing is resident, a GEMM and a fused cell per step. why: one sentence.
+    "block" (one block: its own shared memory), "cluster" (distributed shared memory), "grid" (L2).
+    Or nothing is resident: "steps", a GEMM and a fused cell per step, and "one step", a single
+    launch for a sequence of one step. why: one sentence.
     """
 
     tier: str
@@ -43,8 +45,8 @@ class Plan:
     why: str
 
     def __str__(self) -> str:
-        if self.tier == "steps":
-            return f"steps: {self.why}"
+        if self.blocks == 0:
+            return f"{self.tier}: {self.why}"
         return (
             f"{self.tier}: {self.groups} groups at once, each for {self.rows} rows of the batch, "
             f"{self.threads} threads in a block; {self.why}"
@@ -58,6 +60,7 @@ def explain_plan(
     *,
     backward: bool = False,
     proj_size: int = 0,
+    steps: int | None = None,
     tf32: bool | None = None,
     device: str | torch.device | Sequence[int] | None = None,
 ) -> Plan:
@@ -65,8 +68,10 @@ def explain_plan(
 
     device: a CUDA device of this machine, the name of a GPU ("A100", "L40S", "RTX 4090", "H100",
     "H200", "B200", "RTX 5090"), or (major, minor, multiprocessors, shared memory bytes per block);
-    by default the current CUDA device, or an H100 where there is none. tf32: whether float32 may
-    use it; by default as torch.backends.cuda.matmul says. Raises ValueError for other arguments,
+    by default the current CUDA device, or an H100 where there is none. How many clusters it holds
+    at once is asked of a CUDA device, otherwise estimated. steps: of the sequence; None: many, so
+    that it does not matter how long filling shared memory takes. tf32: whether float32 may use it;
+    by default as torch.backends.cuda.matmul says. Raises ValueError for other arguments,
     RuntimeError without the extension.
     """
     native = backend.native()
@@ -76,6 +81,7 @@ def explain_plan(
         ("hidden_size", hidden_size, 1),
         ("batch_size", batch_size, 1),
         ("proj_size", proj_size, 0),
+        ("steps", 1 if steps is None else steps, 1),
     ):
         if type(value) is not int or value < least:
             raise ValueError(
@@ -88,24 +94,27 @@ def explain_plan(
         )
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    limits = _limits(device)
+    limits = _limits(native, device)
     return Plan(
-        **native.plan(hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, limits)
+        **native.plan(hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, steps, limits)
     )
 
 
-def _limits(device: str | torch.device | Sequence[int] | None) -> tuple[int, int, int, int]:
+def _limits(native: Any, device: str | torch.device | Sequence[int] | None) -> Any:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "H100"
     if isinstance(device, str) and device in _GPUS:
-        return _GPUS[device]
+        return native.DeviceLimits(*_GPUS[device])
     if not isinstance(device, (str, torch.device)):
         values = tuple(device)
         if len(values) == 4 and all(type(v) is int and v >= 0 for v in values):
-            return values
+            return native.DeviceLimits(*values)
     elif str(device).startswith("cuda") and torch.cuda.is_available():
+        if native.build_info()["cuda_built"]:  # what the ops are told
+            index = torch.device(device).index
+            return native.device_limits(torch.cuda.current_device() if index is None else index)
         found = torch.cuda.get_device_properties(device)
-        return (
+        return native.DeviceLimits(
             found.major,
             found.minor,
             found.multi_processor_count,

@@ -6,7 +6,6 @@ kernels. Either may be taken for a lesser GPU, so that every tier of the planner
 """
 
 import functools
-import itertools
 import warnings
 from contextlib import contextmanager
 
@@ -76,18 +75,20 @@ def names_of_ops():
 
 
 @functools.cache
-def limits_for(tier, hidden, batch, dtype, tf32=False):
+def limits_for(tier, hidden, batch, dtype, tf32=False, steps=None):
     """Limits that make the planner choose this tier, forward and backward; None if there are none.
 
-    Less and less shared memory makes a layer take more and more blocks.
+    Less and less shared memory makes a layer take more and more blocks. "one step" is forward
+    alone.
     """
-    if tier == "steps":
-        return (8, 0, 8, 0)
-    for major, step in itertools.product((9, 8), range(60)):
-        limits = (major, 0, 16, int(227 * 1024 * 0.9**step))
+    next_to_none = [(8, 0, 1, 0)]
+    less_and_less = ((m, 0, 16, int(227 * 1024 * 0.9**n)) for m in (9, 8) for n in range(60))
+    for limits in next_to_none if tier == "steps" else less_and_less:
         plans = [
-            explain_plan(hidden, batch, dtype, backward=backward, tf32=tf32, device=limits)
-            for backward in (False, True)
+            explain_plan(
+                hidden, batch, dtype, backward=backward, steps=steps, tf32=tf32, device=limits
+            )
+            for backward in ((False,) if tier == "one step" else (False, True))
         ]
         if all(plan.tier == tier for plan in plans):
             return limits

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LSTM ops on a GPU: every tier of the planner, every dtype, against torch's own error."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -20,21 +21,27 @@ pytestmark = [
 ]
 
 lib = torch.ops.iss_kernels
-TIERS = ("block", "cluster", "grid", "steps")
+TIERS = ("block", "cluster", "grid", "steps", "one step")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 by_name = functools.partial(pytest.mark.parametrize, ids=lambda v: str(v).removeprefix("torch."))
 CASES = [
     Case("one", 1, 1, 1, 1),  # every loop runs zero or one time
+    Case("two_steps", 2, 1, 1, 1),
     Case("odd", 7, 3, 4, 5),
     Case("two_tiles", 2, 5, 3, 17),  # 2 * 8 + 1 units
-    Case("many_tiles", 3, 1, 6, 33),
-    Case("wide", 2, 3, 5, 64),
+    Case("many_tiles", 5, 1, 6, 33),
+    Case("wide", 4, 3, 5, 64),
     Case("packed", 7, 5, 3, 33, batch_sizes=(5, 5, 3, 3, 2, 1, 1)),
+    Case("one_step", 1, 3, 4, 17),
+    Case("one_step_aligned", 1, 9, 8, 32),  # 16 bytes at a time; 8 rows and one more
+    Case("one_step_packed", 1, 9, 3, 5, batch_sizes=(9,)),
+    Case("one_large_step", 1, 5, 3, 164),  # too large for a single launch on a small GPU
 ]
 SMALL = Case("small", 3, 3, 4, 17, batch_sizes=(3, 2, 1))
 PROJECTED = [
     Case("projected", 5, 4, 6, 19, P=5),
     Case("packed_projected", 4, 3, 3, 10, P=7, batch_sizes=(3, 2, 2, 1)),
+    Case("one_step_projected", 1, 9, 6, 19, P=5),
 ]
 
 
@@ -46,10 +53,17 @@ def tier(request, gpu):
 
 def be(gpu, tier, case, dtype, tf32=False):
     """Make the GPU one on which this case is run by this tier."""
-    limits = limits_for(tier, case.H, case.B, dtype, tf32)
+    limits = limits_for(tier, case.H, case.B, dtype, tf32, case.T)
     if limits is None:
-        pytest.skip(f"no GPU runs {case.H} units of {dtype} by {tier}")
+        pytest.skip(f"no GPU runs {case.H} units of {dtype}, {case.T} steps, by {tier}")
     gpu.pretend(limits)
+
+
+def of_tier(tier, case):
+    """The same case, or its first step where the tier takes no more."""
+    if tier != "one step":
+        return case
+    return dataclasses.replace(case, T=1, batch_sizes=case.batch_sizes and case.batch_sizes[:1])
 
 
 def run(gpu, function, case, dtype, reverse=False, numbers=None):
@@ -91,8 +105,8 @@ def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(gpu, tier, dty
 @pytest.mark.parametrize("case", PROJECTED, ids=str)
 @by_name("dtype", DTYPES)
 def test_projections_too(gpu, dtype, case, reverse):
-    plan = explain_plan(case.H, case.B, dtype, proj_size=case.P, device="H100")
-    assert plan.tier == "steps" and "projection" in plan.why
+    plan = explain_plan(case.H, case.B, dtype, proj_size=case.P, steps=case.T, device="H100")
+    assert plan.tier == ("one step" if case.T == 1 else "steps")
     assert_as_good_as_torch(gpu, case, dtype, reverse)
 
 
@@ -136,7 +150,8 @@ def test_tf32_errs_no_more_than_its_rounding(gpu, tier, case, tf32):
     for a, b, t in zip(result, exact, truth, strict=True):
         # A product's operands are each within 2^-11; sums over H (and N) terms of mixed sign.
         assert_no_worse_than_torch(a, b, t, floor_eps=8 + 2**13)
-    if tier != "steps" and case.H > 1 and gpu.simulator:  # and it is what was computed with
+    resident = tier not in ("steps", "one step")
+    if resident and case.H > 1 and gpu.simulator:  # and it is what was computed with
         assert not torch.equal(result[0], exact[0])
 
 
@@ -151,19 +166,20 @@ def test_float32_is_exact_unless_asked(gpu):
 
 @by_name("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_input_gives_the_same_bits_in_any_order_of_threads(gpu, tier, dtype):
-    be(gpu, tier, SMALL, dtype)
-    first = run(gpu, ours, SMALL, dtype)
+    case = of_tier(tier, SMALL)
+    be(gpu, tier, case, dtype)
+    first = run(gpu, ours, case, dtype)
     orders = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2)]
     for policy, seed in orders:
         if gpu.simulator:
             gpu.simulator.configure(policy, seed)
-        assert all(map(torch.equal, first, run(gpu, ours, SMALL, dtype)))
+        assert all(map(torch.equal, first, run(gpu, ours, case, dtype)))
     if gpu.simulator:
         gpu.simulator.configure()
 
 
 def test_a_row_does_not_depend_on_its_batch(gpu, tier):
-    case = Case("rows", 3, 5, 4, 17)
+    case = of_tier(tier, Case("rows", 3, 5, 4, 17))
     be(gpu, tier, case, torch.float32)
     inputs = gpu.to(make_inputs(case, torch.float32))
     y, *_ = ours(inputs)
@@ -174,17 +190,20 @@ def test_a_row_does_not_depend_on_its_batch(gpu, tier):
         torch.testing.assert_close(one_y[:, 0], y[:, row], rtol=0, atol=1e-6)
 
 
-def test_non_contiguous_arguments_give_the_same_result(gpu, tier):
-    case = Case("strided", 4, 5, 6, 13)
+@pytest.mark.parametrize("kept", [slice(None, None, 2), slice(1, None)], ids=str)
+def test_non_contiguous_arguments_give_the_same_result(gpu, tier, kept):
+    """Every other column of a wider tensor, or all but the first."""
+    case = of_tier(tier, Case("strided", 4, 5, 6, 13))
     be(gpu, tier, case, torch.float32)
     inputs = make_inputs(case, torch.float32)
 
     def strided(t):
         if not is_floating(t):
             return t
-        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
-        wide[..., ::2] = t
-        return wide[..., ::2]
+        columns = 2 * t.shape[-1] if kept.step else t.shape[-1] + 1
+        wide = torch.full((*t.shape[:-1], columns), float("nan"), dtype=t.dtype)
+        wide[..., kept] = t
+        return wide[..., kept]
 
     apart = {k: strided(v) for k, v in inputs.items()}
     for a, b in zip(ours(gpu.to(apart)), ours(gpu.to(inputs)), strict=True):
@@ -192,10 +211,10 @@ def test_non_contiguous_arguments_give_the_same_result(gpu, tier):
 
 
 def test_nan_and_infinity_pass_as_in_the_reference(gpu, tier):
-    case = Case("nan", 3, 5, 4, 11)
+    case = of_tier(tier, Case("nan", 3, 5, 4, 11))
     be(gpu, tier, case, torch.float32)
     inputs = make_inputs(case, torch.float32)
-    inputs["x"][1, 2, 0] = float("nan")
+    inputs["x"][-1, 2, 0] = float("nan")
     inputs["x"][0, 4, 1] = float("inf")
     inputs["h0"][0, 0] = float("-inf")
     for a, b in zip(ours(gpu.to(inputs)), by_reference(inputs), strict=True):
@@ -203,7 +222,7 @@ def test_nan_and_infinity_pass_as_in_the_reference(gpu, tier):
 
 
 def test_no_bias_or_one(gpu, tier):
-    case = Case("biases", 3, 2, 4, 9)
+    case = of_tier(tier, Case("biases", 3, 2, 4, 9))
     be(gpu, tier, case, torch.float32)
     for none in (("b_ih", "b_hh"), ("b_ih",), ("b_hh",)):
         inputs = make_inputs(case, torch.float32) | dict.fromkeys(none)
@@ -211,17 +230,38 @@ def test_no_bias_or_one(gpu, tier):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_saved_for_the_gradient_is_float32(gpu):
-    inputs = gpu.to(make_inputs(Case("saved", 3, 2, 5, 4), torch.float16))
+@by_name("dtype", DTYPES)
+def test_a_single_step_has_the_bits_of_a_stream(gpu, dtype):
+    case = Case("one_step", 1, 9, 8, 32)
+    be(gpu, "one step", case, dtype)
+    inputs = gpu.to(make_inputs(case, dtype) | {"b_hh": None})
+    y, h_n, c_n, gates, cells = lib.lstm_forward(*inputs.values(), True)
+    out, c = torch.empty_like(h_n), inputs["c0"].to(cells.dtype, copy=True)
+    lib.lstm_step_(
+        *(inputs["x"][0], inputs["h0"], c, inputs["w_ih"], inputs["w_hh"], inputs["b_ih"], out)
+    )
+    assert torch.equal(y[0], out) and torch.equal(h_n, out)
+    assert torch.equal(cells, c) and torch.equal(c_n, c.to(dtype))
+    without = lib.lstm_forward(*inputs.values(), False)
+    assert all(map(torch.equal, without[:3], (y, h_n, c_n)))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_is_saved_for_the_gradient_is_float32(gpu, steps):
+    inputs = gpu.to(make_inputs(Case("saved", steps, 2, 5, 4), torch.float16))
     y, h_n, c_n, gates, cells = lib.lstm_forward(*inputs.values(), True)
     assert [t.dtype for t in (y, h_n, c_n)] == [torch.float16] * 3
     assert [t.dtype for t in (gates, cells)] == [torch.float32] * 2
-    assert gates.shape == (6, 16) and cells.shape == (6, 4)
+    assert gates.shape == (2 * steps, 16) and cells.shape == (2 * steps, 4)
     *_, gates, cells = lib.lstm_forward(*inputs.values(), False)
     assert gates.numel() == cells.numel() == 0
 
 
-@pytest.mark.parametrize("case", [Case("padded", 2, 2, 2, 3), SMALL, PROJECTED[1]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case("padded", 2, 2, 2, 3), Case("one_step", 1, 3, 2, 3), SMALL, *PROJECTED[1:]],
+    ids=str,
+)
 def test_gradcheck_and_gradgradcheck(gpu, case):
     inputs = gpu.to(make_inputs(case, torch.float64, reverse=True))
     names = [k for k, v in inputs.items() if is_floating(v)]
@@ -240,7 +280,7 @@ def test_gradcheck_and_gradgradcheck(gpu, case):
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
 @by_name("dtype", DTYPES)
 def test_opcheck(gpu, dtype):
-    for case in (Case("padded", 2, 1, 2, 3), PROJECTED[1]):
+    for case in (Case("padded", 2, 1, 2, 3), Case("one_step", 1, 2, 2, 3), PROJECTED[1]):
         inputs = gpu.to(make_inputs(case, dtype))
         outputs = lib.lstm_forward(*inputs.values(), True)
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
@@ -287,13 +327,15 @@ def test_no_race_and_no_stray_access(checked_gpu, tier, math, request):
     dtype = torch.float32 if math == "tf32" else math
     if math == "tf32":
         request.getfixturevalue("tf32")
-    be(checked_gpu, tier, SMALL, dtype, tf32=math == "tf32")
-    results = run(checked_gpu, ours, SMALL, dtype, reverse=True)
+    case = of_tier(tier, SMALL)
+    be(checked_gpu, tier, case, dtype, tf32=math == "tf32")
+    results = run(checked_gpu, ours, case, dtype, reverse=True)
     assert all(t.isfinite().all() for t in results)
 
 
 @by_name("dtype", DTYPES)
 def test_the_sanitizer_finds_nothing(gpu, tier, dtype):
     """What `make test-gpu` runs again under compute-sanitizer: small, each kernel once."""
-    be(gpu, tier, SMALL, dtype)
-    assert all(t.isfinite().all() for t in run(gpu, ours, SMALL, dtype))
+    case = of_tier(tier, SMALL)
+    be(gpu, tier, case, dtype)
+    assert all(t.isfinite().all() for t in run(gpu, ours, case, dtype))

@@ -24,6 +24,9 @@ DTYPES = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)
 DTYPES += [(torch.float16, False), (torch.float64, False)]
 SIZES = [*range(1, 70), *range(71, 600, 13), *range(600, 2001, 97), 100_000, 10**9]
 TIERS = ["block", "cluster", "grid", "steps"]
+# Clusters of 2, 3, ... 16 blocks that an H100 said it holds at once (cudaOccupancyMaxActiveClusters
+# for 200 KB of shared memory and 512 threads, so one block on a multiprocessor).
+CLUSTERS = dict(zip(range(2, 17), (66, 39, 30, 22, 17, 15, 15, 9, *[7] * 7), strict=True))
 
 
 def plans(gpu, sizes=SIZES, batches=(1, 3, 16, 64, 128)):
@@ -95,6 +98,56 @@ def test_a_larger_layer_never_goes_back_a_tier(gpu, dtype):
 def test_landmarks(gpu, hidden, batch, dtype, tier):
     plan = iss.explain_plan(hidden, batch, dtype, tf32=False, device=GPUS[gpu])
     assert plan.tier == tier, plan.why
+
+
+def test_all_clusters_of_a_plan_are_resident_at_once():
+    """16 groups of 8 blocks, of which 15 are, would take twice as long as they need."""
+    seen = set()
+    for hidden, batch, dtype, plan in plans("H100", sizes=range(1, 900, 9), batches=(16, 128, 999)):
+        if plan.tier == "cluster":
+            assert plan.groups <= CLUSTERS[plan.blocks], (hidden, batch, dtype, plan)
+            seen.add((plan.blocks, plan.groups))
+    assert {blocks for blocks, groups in seen if groups > 1} >= {2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    "hidden, batch, tier",
+    [
+        (64, 1, "one step"),
+        (512, 16, "one step"),
+        (256, 128, "one step"),  # 14 us on an H100; two GEMMs take 15 and more
+        (1500, 4, "one step"),
+        (10**9, 4, "one step"),
+        (1024, 64, "steps"),  # 83 us on an H100
+        (64, 10**5, "steps"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_step_keeps_nothing_resident(hidden, batch, tier, dtype):
+    for proj_size in (0, 32):
+        plan = iss.explain_plan(
+            hidden, batch, dtype, proj_size=proj_size, steps=1, tf32=False, device=GPUS["H100"]
+        )
+        assert plan.tier == tier and plan.blocks == 0, plan
+    plan = iss.explain_plan(
+        hidden, batch, dtype, backward=True, steps=1, tf32=False, device=GPUS["H100"]
+    )
+    assert plan.tier == "steps" or hidden == 64, plan  # few KB are soon filled
+
+
+def test_a_short_sequence_is_not_worth_filling_shared_memory():
+    def tiers(backward):
+        return [
+            iss.explain_plan(
+                1024, 16, backward=backward, steps=steps, tf32=False, device=GPUS["H100"]
+            ).tier
+            for steps in (2, 3, 5, 10, 35, None)
+        ]
+
+    for backward in (False, True):
+        kept = [tier != "steps" for tier in tiers(backward)]
+        assert kept == sorted(kept) and not kept[0] and kept[-2:] == [True, True]
+    assert sum(t != "steps" for t in tiers(True)) <= sum(t != "steps" for t in tiers(False))
 
 
 def test_rows_spread_over_the_gpu_before_they_share_a_block():

@@ -27,6 +27,16 @@ def test_projections_and_huge_layers_run_step_by_step():
         assert plan.tier == "steps" and str(plan) == f"steps: {plan.why}"
 
 
+def test_it_knows_how_long_the_sequence_is():
+    plan = iss.explain_plan(64, 4, steps=1, device="H100")
+    assert plan.tier == "one step" and str(plan) == f"one step: {plan.why}"
+    assert " a step" in iss.explain_plan(256, 4, tf32=False, device="H100").why
+    why = iss.explain_plan(256, 4, steps=40, tf32=False, device="H100").why
+    assert " us for each of 40 steps with " in why
+    why = iss.explain_plan(256, 4, steps=1, backward=True, tf32=False, device="H100").why
+    assert " us for the one step; " in why
+
+
 def test_it_is_for_an_h100_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert iss.explain_plan(512, 8) == iss.explain_plan(512, 8, device="H100")
@@ -57,6 +67,7 @@ DEVICES = (
     ({"hidden_size": 0}, "expected hidden_size to be an int from 1, got 0"),
     ({"batch_size": 2.0}, "expected batch_size to be an int from 1, got 2.0"),
     ({"proj_size": -1}, "expected proj_size to be an int from 0, got -1"),
+    ({"steps": 0}, "expected steps to be an int from 1, got 0"),
     ({"dtype": torch.int8}, "expected dtype float32, float64, bfloat16 or float16, got int8"),
     ({"device": "H1000"}, f"{DEVICES}, got 'H1000'"),
     ({"device": (9, 0)}, f"{DEVICES}, got (9, 0)"),

@@ -22,14 +22,14 @@ CALL = re.compile(
 )
 
 
-def small_gpu(tier, hidden, batch, dtype):
+def small_gpu(tier, hidden, batch, dtype, steps):
     """Limits that make the planner choose this tier, and, but for one row, several tiles of rows
     for each group of blocks."""
     choices = itertools.product((9, 8), (1, 2, 3, 4, 6, 8, 16), range(40))
     for major, multiprocessors, step in choices:
         limits = (major, 0, multiprocessors, int(227 * 1024 * 0.85**step))
         plans = [
-            explain_plan(hidden, batch, dtype, backward=backward, device=limits)
+            explain_plan(hidden, batch, dtype, backward=backward, steps=steps, device=limits)
             for backward in (False, True)
         ]
         several = all(plan.rows * plan.groups < batch for plan in plans)
@@ -45,7 +45,7 @@ def lstm(tier, dtype, batch, steps):
     hidden = 64
 
     def run(gpu):
-        gpu.pretend(small_gpu(tier, hidden, batch, dtype))
+        gpu.pretend(small_gpu(tier, hidden, batch, dtype, steps))
         x = torch.randn(steps, batch, 3).to(dtype)
         h0, c0 = torch.randn(2, batch, hidden).to(dtype)
         w_ih, w_hh = torch.randn(4 * hidden, 3).to(dtype), torch.randn(4 * hidden, hidden).to(dtype)

@@ -8,6 +8,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 
@@ -52,7 +54,7 @@ struct DeviceGuard {
   explicit DeviceGuard(const at::Device&) {}
 };
 inline CudaStream current_stream(const at::Tensor&) { return nullptr; }
-inline DeviceLimits device_limits(const at::Tensor&) { return simt::device; }
+inline DeviceLimits device_limits(const at::Device&) { return simt::device; }
 inline std::string launch_error(int) { return simt::last_error(); }
 
 #else
@@ -69,19 +71,33 @@ inline std::optional<DeviceLimits>& pretended_device() {
   return limits;
 }
 
-inline DeviceLimits device_limits(const at::Tensor& t) {
-  if (pretended_device()) return *pretended_device();
+inline DeviceLimits ask_for_limits(const at::Device& device) {
+  const DeviceGuard guard(device);
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, t.device().index());
-    TORCH_CHECK(error == cudaSuccess, "iss_kernels: expected ", t.device(),
-                " to tell its limits, got ", cudaGetErrorString(error));
+    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device.index());
+    TORCH_CHECK(error == cudaSuccess, "iss_kernels: expected ", device, " to tell its limits, got ",
+                cudaGetErrorString(error));
     return value;
   };
-  return {.major = ask(cudaDevAttrComputeCapabilityMajor),
-          .minor = ask(cudaDevAttrComputeCapabilityMinor),
-          .multiprocessors = ask(cudaDevAttrMultiProcessorCount),
-          .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  DeviceLimits limits = {.major = ask(cudaDevAttrComputeCapabilityMajor),
+                         .minor = ask(cudaDevAttrComputeCapabilityMinor),
+                         .multiprocessors = ask(cudaDevAttrMultiProcessorCount),
+                         .shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  for (size_t n = 2; limits.major >= 9 && n <= limits.clusters.size(); ++n)
+    limits.clusters[n - 1] = resident_clusters(static_cast<int>(n), limits.shared_bytes);
+  return limits;
+}
+
+// Asked once for each device. It has an index.
+inline DeviceLimits device_limits(const at::Device& device) {
+  if (pretended_device()) return *pretended_device();
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const std::lock_guard lock(mutex);
+  auto found = known.find(device.index());
+  if (found == known.end()) found = known.emplace(device.index(), ask_for_limits(device)).first;
+  return found->second;
 }
 
 inline std::string launch_error(int code) {

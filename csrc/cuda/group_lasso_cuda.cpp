@@ -137,7 +137,7 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
       place_sums(nullptr);
       const Tensor workspace = at::empty({sums}, options);
       place_sums(mutable_values<Wide<W>>(workspace));
-      check_launch(op, launch_group_norms(args, device_limits(norms).multiprocessors,
+      check_launch(op, launch_group_norms(args, device_limits(norms.device()).multiprocessors,
                                           current_stream(norms)));
     }
   });

@@ -105,10 +105,12 @@ struct LstmCellBackwardArgs {
   T* dgates;              // [n, 4H]
 };
 
-// One step of streaming inference, from x to h and c, in one launch that reads each weight once for
-// up to 8 rows. With a projection (P != H) h goes out unprojected: the host multiplies it by w_hr.
-// W: how weights are stored. Rows of weights are read 16 bytes at a time where each begins at a
-// multiple of 16 bytes, as do those of x or h_prev: whoever can choose the strides pads them.
+// One step, of a stream or of a sequence that has no other, from x to h and c, in one launch that
+// reads each weight once for up to 8 rows. With a projection (P != H) h goes out unprojected: the
+// host multiplies it by w_hr. W: how weights are stored. Rows of weights are read 16 bytes at a
+// time where each begins at a multiple of 16 bytes, as do those of x or h_prev: whoever can choose
+// the strides pads them. What may be nullptr is by default: a stream keeps c in Wide<T>, in place;
+// a sequence comes with c0 and goes with c_n in T.
 template <typename T, typename W = T>
 struct LstmStreamStepArgs {
   int64_t rows, input, hidden, output;  // B, I, H, P
@@ -116,15 +118,20 @@ struct LstmStreamStepArgs {
   int64_t x_stride;
   const T* h_prev;  // [B, P], h_prev_stride elements from row to row
   int64_t h_prev_stride;
-  const Wide<T>* c_prev;  // [B, H]
-  const W* w_ih;          // [4H, I], w_ih_stride elements from row to row
+  const W* w_ih;  // [4H, I], w_ih_stride elements from row to row
   int64_t w_ih_stride;
   const W* w_hh;  // [4H, P], w_hh_stride elements from row to row
   int64_t w_hh_stride;
-  const T* bias;  // [4H] b_ih + b_hh, or nullptr
-  T* h;           // [B, H], h_stride elements from row to row; not h_prev: other blocks read that
+  T* h;  // [B, H], h_stride elements from row to row; not h_prev: other blocks read that
   int64_t h_stride;
-  Wide<T>* c;  // [B, H]; may be c_prev
+  const Wide<T>* c_prev = nullptr;  // [B, H], or else c0
+  const T* c0 = nullptr;            // [B, H]
+  const T* b_ih = nullptr;          // [4H]
+  const T* b_hh = nullptr;          // [4H]
+  Wide<T>* c = nullptr;             // [B, H]; may be c_prev
+  T* c_n = nullptr;                 // [B, H] c again
+  T* h_n = nullptr;                 // [B, H] h again
+  Wide<T>* gates = nullptr;         // [B, 4H] i, f, g, o after activation
 };
 
 // Each returns 0 or a cudaError_t; instances for float, double, Bfloat16 and Float16 (lstm.h), the
@@ -149,5 +156,9 @@ template <typename T>
 bool can_launch(const LstmPlan& plan) {
   return plan.backward ? can_launch_lstm_backward<T>(plan) : can_launch_lstm_forward<T>(plan);
 }
+
+// Clusters of so many blocks that the current device holds at once, where each block takes
+// `shared_bytes` of shared memory.
+int resident_clusters(int blocks, int64_t shared_bytes);
 
 }  // namespace iss

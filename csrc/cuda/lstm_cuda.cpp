@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // lstm_forward, lstm_backward and lstm_step_ on CUDA. The products with w_ih, and those that make
 // the gradients of weights, are torch's GEMMs, one each for all steps; what happens from step to
-// step is one kernel (plan.h), or for Tier::kSteps a GEMM and a fused cell per step. Nothing here
-// waits for the device.
+// step is one kernel (plan.h), or for Tier::kSteps a GEMM and a fused cell per step. A single step
+// of few rows is one launch with both products in it, that of lstm_step_. Nothing here waits for
+// the device.
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
@@ -57,18 +58,21 @@ Math math_of(at::ScalarType type) {
 }
 
 template <typename T>
-LstmPlan plan_for(const Tensor& c0, at::ScalarType type, bool projected, bool backward) {
-  if (c0.size(0) == 0) return {.tier = Tier::kSteps, .math = math_of(type), .backward = backward};
+LstmPlan plan_for(const Tensor& c0, at::ScalarType type, int64_t steps, bool projected,
+                  bool backward) {
+  if (steps == 0 || c0.size(0) == 0)
+    return {.tier = Tier::kSteps, .math = math_of(type), .backward = backward};
   const LstmProblem problem = {.hidden = c0.size(1),
                                .batch = c0.size(0),
                                .projected = projected,
                                .math = math_of(type),
-                               .backward = backward};
-  DeviceLimits limits = device_limits(c0);
+                               .backward = backward,
+                               .steps = steps};
+  DeviceLimits limits = device_limits(c0.device());
   LstmPlan plan = plan_lstm(problem, limits);
   // The limits do not say all: a large cluster needs neighbours that are free, and another process
   // may hold part of the device.
-  while (plan.tier != Tier::kSteps && !can_launch<T>(plan)) {
+  while (plan.blocks > 0 && !can_launch<T>(plan)) {
     limits = less_than(plan, limits);
     plan = plan_lstm(problem, limits);
   }
@@ -105,6 +109,7 @@ struct GroupMemory {
 Tensor outputs_before(const Sequence& sequence, bool padded, const Tensor& y, const Tensor& h0,
                       bool reverse) {
   if (sequence.rows == 0) return y;
+  if (sequence.steps == 1) return h0;
   if (padded) {
     const int64_t others = sequence.rows - sequence.batch;
     return reverse ? at::cat({y.narrow(0, sequence.batch, others), h0})
@@ -121,7 +126,56 @@ Tensor outputs_before(const Sequence& sequence, bool padded, const Tensor& y, co
   return at::cat({h0, y}).index_select(0, to_device(index, y));
 }
 
-// Tier::kSteps. c [B, H] in Wide<T>: c0 in, c_n out; h_n [B, P] is written.
+// What lstm_step is always told. W: how the weights are stored, as x or in 16 bits.
+template <typename T, typename W = T>
+LstmStreamStepArgs<T, W> step_args(const Tensor& x, const Tensor& h, const Tensor& w_ih,
+                                   const Tensor& w_hh, const Tensor& out) {
+  return {.rows = x.size(0),
+          .input = x.size(1),
+          .hidden = out.size(1),
+          .output = h.size(1),
+          .x = data<T>(x),
+          .x_stride = x.stride(0),
+          .h_prev = data<T>(h),
+          .h_prev_stride = h.stride(0),
+          .w_ih = data<W>(w_ih),
+          .w_ih_stride = w_ih.stride(0),
+          .w_hh = data<W>(w_hh),
+          .w_hh_stride = w_hh.stride(0),
+          .h = data<T>(out),
+          .h_stride = out.stride(0)};
+}
+
+Tensor with_adjacent_columns(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
+
+// Tier::kOneStep. y, h_n [B, P] and c_n [B, H] are written, gates and cells where they have rows.
+template <typename T>
+void forward_one_step(const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
+                      const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                      const OptionalTensor& w_hr, const Tensor& y, const Tensor& h_n,
+                      const Tensor& c_n, const Tensor& gates, const Tensor& cells) {
+  const Tensor x_rows = with_adjacent_columns(x), h_rows = with_adjacent_columns(h0),
+               w_ih_rows = with_adjacent_columns(w_ih), w_hh_rows = with_adjacent_columns(w_hh);
+  const Tensor c_first = c0.contiguous(), bias_ih = b_ih ? b_ih->contiguous() : Tensor(),
+               bias_hh = b_hh ? b_hh->contiguous() : Tensor();
+  const Tensor out = w_hr ? at::empty_like(c_n) : y;
+  auto args = step_args<T>(x_rows, h_rows, w_ih_rows, w_hh_rows, out);
+  args.c0 = data<T>(c_first);
+  args.b_ih = b_ih ? data<T>(bias_ih) : nullptr;
+  args.b_hh = b_hh ? data<T>(bias_hh) : nullptr;
+  args.h_n = w_hr ? nullptr : data<T>(h_n);
+  args.c = data<Wide<T>>(cells);
+  args.c_n = data<T>(c_n);
+  args.gates = data<Wide<T>>(gates);
+  check_launch("lstm_forward", launch_lstm_step<T, T>(args, current_stream(x)));
+  if (w_hr) {
+    Tensor to = y;
+    at::mm_out(to, out, w_hr->t());
+    h_n.copy_(y);
+  }
+}
+
+// Tier::kSteps. gates_x is overwritten. c [B, H] in Wide<T>: c0 in, c_n out; h_n [B, P] is written.
 template <typename T>
 void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Tensor& w_hh,
                       const OptionalTensor& w_hr, const Tensor& h0, const Tensor& c,
@@ -130,7 +184,6 @@ void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Ten
   const int64_t hidden = c.size(1), output = h0.size(1);
   const bool save = gates.numel() > 0;
   const Tensor by_gate = w_hh.t();
-  const Tensor sums = at::empty({sequence.batch, 4 * hidden}, gates_x.options());
   const Tensor cell_out = w_hr ? at::empty({sequence.batch, hidden}, gates_x.options()) : Tensor();
   for (int64_t k = 0; k < sequence.steps; ++k) {
     const int64_t now = sequence.step(k, reverse);
@@ -138,16 +191,15 @@ void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Ten
     sequence.each_piece(
         k, reverse, 0, sequence.batch,
         [&](int64_t batch_row, int64_t rows, int64_t row, int64_t previous) {
-          Tensor to = sums.narrow(0, batch_row, rows);
-          at::addmm_out(to, gates_x.narrow(0, row, rows),
-                        previous < 0 ? h0.narrow(0, batch_row, rows) : y.narrow(0, previous, rows),
-                        by_gate);
+          gates_x.narrow(0, row, rows)
+              .addmm_(previous < 0 ? h0.narrow(0, batch_row, rows) : y.narrow(0, previous, rows),
+                      by_gate);
         });
     check_launch(
         "lstm_forward",
         launch_lstm_cell<T>({.rows = running,
                              .hidden = hidden,
-                             .gates_in = data<T>(sums),
+                             .gates_in = data<T>(gates_x) + first * 4 * hidden,
                              .c_prev = data<Wide<T>>(c),
                              .c = data<Wide<T>>(c),
                              .h = w_hr ? data<T>(cell_out) : data<T>(y) + first * output,
@@ -227,16 +279,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cuda(
 
   const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
   const Tensor outputs = y.view({sequence.rows, output});
-  const Tensor gates_x = b_ih && b_hh ? at::addmm(*b_ih + *b_hh, rows, w_ih.t())
-                         : b_ih       ? at::addmm(*b_ih, rows, w_ih.t())
-                         : b_hh       ? at::addmm(*b_hh, rows, w_ih.t())
-                                      : at::mm(rows, w_ih.t());
-  const Tensor weight = w_hh.contiguous(), h_first = h0.contiguous();
   const Tensor h_n = at::empty({sequence.batch, output}, options);
   Tensor c_n;
   ISS_DISPATCH(dtype, "lstm_forward", [&] {
     using T = Stored<scalar_t>;
-    const LstmPlan plan = plan_for<T>(c0, dtype, w_hr.has_value(), false);
+    const LstmPlan plan = plan_for<T>(c0, dtype, sequence.steps, w_hr.has_value(), false);
+    if (plan.tier == Tier::kOneStep) {
+      c_n = at::empty({sequence.batch, hidden}, options);
+      forward_one_step<T>(rows, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, outputs, h_n, c_n, gates,
+                          cells);
+      return;
+    }
+    const Tensor gates_x = b_ih && b_hh ? at::addmm(*b_ih + *b_hh, rows, w_ih.t())
+                           : b_ih       ? at::addmm(*b_ih, rows, w_ih.t())
+                           : b_hh       ? at::addmm(*b_hh, rows, w_ih.t())
+                                        : at::mm(rows, w_ih.t());
+    const Tensor weight = w_hh.contiguous(), h_first = h0.contiguous();
     if (plan.tier == Tier::kSteps) {
       c_n = copied(c0, wide);
       forward_by_steps<T>(sequence, gates_x, weight, w_hr, h_first, c_n, outputs, h_n, gates, cells,
@@ -294,8 +352,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   Tensor douts = dy.reshape({sequence.rows, output}), dh, dc;
   ISS_DISPATCH(dtype, "lstm_backward", [&] {
     using T = Stored<scalar_t>;
-    const LstmPlan plan = plan_for<T>(c0, dtype, w_hr.has_value(), true);
-    if (plan.tier == Tier::kSteps || sequence.rows == 0) {
+    const LstmPlan plan = plan_for<T>(c0, dtype, sequence.steps, w_hr.has_value(), true);
+    if (plan.tier == Tier::kSteps) {
       douts = copied(douts, dtype);
       dh = copied(dh_n, dtype);
       dc = copied(dc_n, wide);
@@ -343,29 +401,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
           dw_hr};
 }
 
-// W: how the weights are stored, as the state x or in 16 bits.
 template <typename T, typename W>
 void run_step(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,
               const Tensor& w_hh, const Tensor& bias, const Tensor& out) {
-  check_launch("lstm_step_",
-               launch_lstm_step<T, W>({.rows = x.size(0),
-                                       .input = x.size(1),
-                                       .hidden = c.size(1),
-                                       .output = h.size(1),
-                                       .x = data<T>(x),
-                                       .x_stride = x.stride(0),
-                                       .h_prev = data<T>(h),
-                                       .h_prev_stride = h.stride(0),
-                                       .c_prev = data<Wide<T>>(c),
-                                       .w_ih = data<W>(w_ih),
-                                       .w_ih_stride = w_ih.stride(0),
-                                       .w_hh = data<W>(w_hh),
-                                       .w_hh_stride = w_hh.stride(0),
-                                       .bias = bias.defined() ? data<T>(bias) : nullptr,
-                                       .h = data<T>(out),
-                                       .h_stride = out.stride(0),
-                                       .c = data<Wide<T>>(c)},
-                                      current_stream(x)));
+  auto args = step_args<T, W>(x, h, w_ih, w_hh, out);
+  args.c_prev = args.c = data<Wide<T>>(c);
+  args.b_ih = bias.defined() ? data<T>(bias) : nullptr;
+  check_launch("lstm_step_", launch_lstm_step<T, W>(args, current_stream(x)));
 }
 
 void lstm_step_cuda_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One step of streaming inference in one launch: a warp has one unit, i.e. 4 rows of w_ih and of
-// w_hh, and goes along them with its lanes, for up to 8 rows of the batch at a time. What bounds it
-// is the reading of weights, once, from L2 or memory; nothing is staged, for there is nobody to
-// share with but the caches.
+// One step in one launch, of a stream or of a sequence that has no other: a warp has one unit, i.e.
+// 4 rows of w_ih and of w_hh, and goes along them with its lanes, for up to 8 rows of the batch at
+// a time. What bounds it is the reading of weights, once, from L2 or memory; nothing is staged, for
+// there is nobody to share with but the caches.
 
 #include "cuda/math.h"
 
@@ -81,13 +81,23 @@ __device__ __forceinline__ void step(const LstmStreamStepArgs<T, W>& args, int64
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
     gates[g] = __shfl_sync(~0u, sum, (g * kRows + row) * (32 / (kGates * kRows)));
-    if (args.bias != nullptr) gates[g] += widen(args.bias[g * hidden + unit]);
+    if (args.b_ih != nullptr) gates[g] += widen(args.b_ih[g * hidden + unit]);
+    if (args.b_hh != nullptr) gates[g] += widen(args.b_hh[g * hidden + unit]);
+    gates[g] = g == 2 ? tanh(gates[g]) : sigmoid(gates[g]);
   }
   if (static_cast<int>(threadIdx.x) >= count) return;
-  const int64_t at = (first + row) * hidden + unit;
-  const V c = fused(sigmoid(gates[1]), args.c_prev[at], sigmoid(gates[0]) * tanh(gates[2]));
-  args.c[at] = c;
-  args.h[(first + row) * args.h_stride + unit] = narrow<T>(sigmoid(gates[3]) * tanh(c));
+  const int64_t of_batch = first + row, at = of_batch * hidden + unit;
+  const V before = args.c_prev != nullptr ? args.c_prev[at] : widen(args.c0[at]);
+  const V c = fused(gates[1], before, gates[0] * gates[2]);
+  const T h = narrow<T>(gates[3] * tanh(c));
+  args.h[of_batch * args.h_stride + unit] = h;
+  if (args.h_n != nullptr) args.h_n[at] = h;
+  if (args.c != nullptr) args.c[at] = c;
+  if (args.c_n != nullptr) args.c_n[at] = narrow<T>(c);
+  if (args.gates != nullptr) {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) args.gates[(of_batch * kGates + g) * hidden + unit] = gates[g];
+  }
 }
 
 template <typename T, typename W>

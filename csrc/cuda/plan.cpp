@@ -3,6 +3,8 @@
 // keeps the fastest that is surely resident. The estimate counts, for one block, reads of shared
 // memory, arithmetic and instructions, and adds what an exchange takes. It need not be right to
 // more than the gaps between tiers: one whose blocks wait for each other must be faster by a fifth.
+// Each step also bears its share of what filling shared memory takes, which decides short
+// sequences.
 //
 // On an H100 (132 multiprocessors, 1.75 GHz) it says, in us per step forward, batch 16:
 //   H            64    128    256    512
@@ -30,6 +32,8 @@ struct Speeds {
   double grid = 2000;         // a flag and the data after it through L2, 600 ns each way at worst
   double grid_bytes = 24;     // to and from L2, a clock, for each multiprocessor
   double steps = 10000;       // two launches: 6 us
+  double fill = 3500;         // before the first step: 2 us, and the block's shared memory is
+  double fill_bytes = 15;     // filled, so many bytes a clock; backward both take twice as long
   double per_us = 1750;
 };
 constexpr Speeds kSpeeds;
@@ -40,12 +44,14 @@ constexpr double kCellExact = 170, kCellTensor = 70, kElement = 120;
 // Waiting for other blocks is worth its risks from here on.
 constexpr double kWorth = 0.8;
 
-// Clusters lie within one of the GPU's processing clusters, of at least 16 multiprocessors; 8
-// blocks can be had everywhere, 16 on data centre GPUs.
-constexpr int kProcessingCluster = 16, kPortableCluster = 8;
+// A single step is one launch (lstm_step.cu) up to so many multiply-adds for each multiprocessor,
+// and always for so few rows. On an H100 that takes 3.4 us and 1 us for every 6.5 million, 24 us at
+// the limit of 138 million; two GEMMs and a cell take 15 us and more.
+constexpr double kOneStepProducts = 1 << 20;
+constexpr int64_t kOneStepRows = 4;
 
 double multiply_adds_per_clock(Math math, const DeviceLimits& device) {
-  const bool data_centre = device.minor == 0 && device.major < 12;
+  const bool data_centre = is_data_centre(device.major, device.minor);
   switch (math) {
     case Math::kFloat32:
       return 128;
@@ -60,7 +66,7 @@ double multiply_adds_per_clock(Math math, const DeviceLimits& device) {
 
 struct Choice {
   LstmPlan plan;
-  double clocks = -1;  // of a step of the whole batch; < 0: there is none
+  double clocks = -1;  // of a step of the whole batch and its share of the fill; < 0: none
 
   void keep_better(const Choice& other) {
     if (other.clocks >= 0 && (clocks < 0 || other.clocks < clocks)) *this = other;
@@ -143,13 +149,18 @@ struct Planner {
     }
   }
 
+  // Of a call, before its first step.
+  double fill_clocks(const LstmPlan& plan) const {
+    return (kSpeeds.fill + plan.shared_bytes / kSpeeds.fill_bytes) * (problem.backward ? 2 : 1);
+  }
+
   // Blocks of `units` units, with the best number of rows.
   Choice best_rows(Tier tier, int units) {
     Choice best;
     const int blocks = static_cast<int>(ceil_div(problem.hidden, units));
-    const int resident = tier == Tier::kCluster ? device.multiprocessors / kProcessingCluster *
-                                                      (kProcessingCluster / blocks)
-                                                : device.multiprocessors / blocks;
+    const int resident = tier == Tier::kCluster ? device.clusters[blocks - 1]
+                                                : std::max(device.multiprocessors / blocks, 1);
+    if (resident == 0) return best;
     for (const int rows : {1, 2, 4, 8, 16, 32, 64}) {
       if (uses_tensor_cores(problem.math) && rows < 4) continue;
       Choice choice;
@@ -161,7 +172,7 @@ struct Planner {
               .blocks = blocks,
               .rows = rows};
       const int64_t tiles = ceil_div(problem.batch, rows);
-      plan.groups = static_cast<int>(std::min<int64_t>(tiles, std::max(resident, 1)));
+      plan.groups = static_cast<int>(std::min<int64_t>(tiles, resident));
       if (!choose_threads(plan)) break;
       const LstmTiles shape = tiles_of(plan);
       plan.shared_bytes = 16 * shared_layout(problem.math, tier, problem.backward, problem.hidden,
@@ -174,7 +185,8 @@ struct Planner {
       if (tier == Tier::kGrid)
         plan.exchange_bytes =
             16 * plan.groups * exchange_of(problem.math, problem.backward, problem.hidden, shape);
-      choice.clocks = step_clocks(plan) * ceil_div(tiles, plan.groups);
+      choice.clocks = step_clocks(plan) * ceil_div(tiles, plan.groups) +
+                      fill_clocks(plan) / static_cast<double>(problem.steps);
       best.keep_better(choice);
       if (tiles == 1) break;
     }
@@ -187,16 +199,14 @@ struct Planner {
     const int all = static_cast<int>(ceil_div(problem.hidden, kUnits) * kUnits);
     if (tier == Tier::kBlock) return best_rows(tier, all);
     if (tier == Tier::kCluster) {
-      if (device.major < 9 || device.multiprocessors < kProcessingCluster) return best;
-      const bool larger = device.minor == 0 && device.major < 12;
       const auto try_up_to = [&](int most) {
         for (int64_t blocks = 2; blocks <= std::min<int64_t>(most, all / kUnits); ++blocks) {
           const int units = static_cast<int>(ceil_div(all / kUnits, blocks)) * kUnits;
           if (ceil_div(all, units) == blocks) best.keep_better(best_rows(tier, units));
         }
       };
-      try_up_to(std::min(kPortableCluster, device.cluster_blocks));
-      if (best.clocks < 0 && larger) try_up_to(std::min(kProcessingCluster, device.cluster_blocks));
+      try_up_to(kPortableCluster);
+      if (best.clocks < 0) try_up_to(kLargestCluster);
       return best;
     }
     for (const int units : {8, 16, 24, 32, 48, 64, 96, 128})
@@ -223,12 +233,28 @@ std::string number(double value) {
 std::string kilobytes(int64_t bytes) { return number(bytes / 1024.0) + " KB"; }
 std::string microseconds(double clocks) { return number(clocks / kSpeeds.per_us) + " us"; }
 
+bool is_one_step(const LstmProblem& problem, const DeviceLimits& device) {
+  const double products = 8.0 * problem.hidden * problem.hidden * problem.batch;  // I = H
+  return problem.steps == 1 && !problem.backward &&
+         (problem.batch <= kOneStepRows || products <= kOneStepProducts * device.multiprocessors);
+}
+
 constexpr const char* kSubjects[] = {"one block", "a cluster", "the grid", "a product per step"};
 
 }  // namespace
 
 LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
   LstmPlan steps = {.tier = Tier::kSteps, .math = problem.math, .backward = problem.backward};
+  if (is_one_step(problem, device)) {
+    steps.tier = Tier::kOneStep;
+    steps.why =
+        "a single step is one launch that reads all weights, once for 8 rows, where they lie";
+    return steps;
+  }
+  const std::string a_step = problem.steps == 1 ? " for the one step"
+                             : problem.steps < kManySteps
+                                 ? " for each of " + std::to_string(problem.steps) + " steps"
+                                 : " a step";
   if (problem.projected) {
     steps.why = "a projection follows each step, a product of its own";
     return steps;
@@ -242,7 +268,7 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
   const double weights = 4.0 * problem.hidden * problem.hidden * element_bytes(problem.math);
   const double room = static_cast<double>(device.multiprocessors) * device.shared_bytes;
   if (weights > room) {
-    steps.why = "about " + microseconds(planner.steps_clocks()) + " a step; the weights take " +
+    steps.why = "about " + microseconds(planner.steps_clocks()) + a_step + "; the weights take " +
                 number(weights / 1048576) + " MB, and all shared memory together has " +
                 number(room / 1048576) + " MB";
     return steps;
@@ -271,7 +297,7 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
     }
   }
   LstmPlan& plan = best.plan;
-  plan.why = "about " + microseconds(best.clocks) + " a step";
+  plan.why = "about " + microseconds(best.clocks) + a_step;
   if (plan.tier != Tier::kSteps)
     plan.why += " with " + std::to_string(plan.blocks) +
                 (plan.blocks == 1 ? " block of " : " blocks of ") + std::to_string(plan.units) +
@@ -281,8 +307,9 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
 }
 
 DeviceLimits less_than(const LstmPlan& plan, DeviceLimits device) {
-  if (plan.tier == Tier::kCluster)
-    device.cluster_blocks = plan.blocks - 1;
+  if (plan.tier == Tier::kCluster)  // by half, so that whoever goes on asking is soon done
+    for (int n = plan.blocks; n <= kLargestCluster; ++n)
+      device.clusters[n - 1] = std::min(device.clusters[n - 1], plan.groups / 2);
   else if (plan.tier == Tier::kGrid)
     device.multiprocessors = plan.blocks * plan.groups - 1;
   else

@@ -7,6 +7,8 @@
 // what the others need (h forward, the gates' gradients backward). Tiers differ in how.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -17,23 +19,51 @@ enum class Tier {
   kCluster,  // a group is a cluster (sm_90 and later): through distributed shared memory
   kGrid,     // blocks anywhere, launched cooperatively: through L2, with a counter of arrivals
   kSteps,    // nothing resident: a GEMM and a fused cell per step; always possible
+  kOneStep,  // forward, a sequence of a single step: x and h are multiplied in one launch
 };
 
 // What products are computed with. Exact float32 and float64 take FMA, the rest tensor cores with
 // float32 sums.
 enum class Math { kFloat32, kFloat64, kTf32, kBfloat16, kFloat16 };
 
+// Blocks of a cluster: 8 can be had everywhere, 16 on data centre GPUs.
+constexpr int kPortableCluster = 8, kLargestCluster = 16;
+constexpr bool is_data_centre(int major, int minor) { return minor == 0 && major < 12; }
+
+// [n - 1]: clusters of n blocks that are resident at once, each block with a multiprocessor of its
+// own.
+using ClusterCounts = std::array<int, kLargestCluster>;
+
+// Those of a device that cannot be asked. A cluster lies within one of the GPU's processing
+// clusters; of these it is taken to have one for every 16 multiprocessors, the last with 8. That is
+// never too much for an H100 (132 multiprocessors), which holds
+//   blocks      2   3   4   5   6   7   8   9  10 ... 16
+//   clusters   66  39  30  22  17  15  15   9   7      7
+//   estimate   60  37  30  22  15  15  15   7   7      7
+constexpr ClusterCounts estimated_clusters(int major, int minor, int multiprocessors) {
+  ClusterCounts counts = {};
+  const int largest = major < 9                      ? 0
+                      : is_data_centre(major, minor) ? kLargestCluster
+                                                     : kPortableCluster;
+  for (int n = 1; n <= largest; ++n)
+    counts[n - 1] = std::max((multiprocessors / 16 - 1) * (16 / n) + 8 / n, 0);
+  return counts;
+}
+
 struct DeviceLimits {
   int major, minor, multiprocessors;
-  int64_t shared_bytes;     // that a block can ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
-  int cluster_blocks = 16;  // of the largest cluster, as far as is known
+  int64_t shared_bytes;  // that a block can ask for (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+  ClusterCounts clusters = estimated_clusters(major, minor, multiprocessors);
 };
+
+constexpr int64_t kManySteps = int64_t{1} << 40;  // so many that what comes before them is nothing
 
 struct LstmProblem {
   int64_t hidden, batch;
   bool projected;
   Math math;
   bool backward;
+  int64_t steps = kManySteps;
 };
 
 struct LstmPlan {
