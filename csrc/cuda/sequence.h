@@ -180,12 +180,13 @@ int launch_sequence(SequenceKernel<Args> kernel, const LstmPlan& plan, const Arg
                       tiles_of(plan));
 }
 
-// Blocks of a group must all be resident: they wait for each other.
+// Blocks of a group must all be resident, for they wait for each other; and so must all groups of a
+// plan, or the last ones begin when the first are done.
 template <typename Args>
 bool fits_device(SequenceKernel<Args> kernel, const LstmPlan& plan) {
   const int resident = simt::resident_blocks(kernel, plan.threads, plan.shared_bytes,
                                              plan.tier == Tier::kCluster ? plan.blocks : 1);
-  return resident >= (plan.tier == Tier::kGrid ? plan.blocks * plan.groups : plan.blocks);
+  return resident >= (plan.tier == Tier::kBlock ? 1 : plan.blocks * plan.groups);
 }
 
 // X(T) for every T there are kernels for; a build may define it shorter.
