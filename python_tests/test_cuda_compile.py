@@ -82,7 +82,8 @@ def test_tensor_cores_do_the_products_of_the_low_precisions(name, architecture):
 
 @needs_cuobjdump
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_group_lasso_loads_16_bytes_at_a_time(architecture):
+def test_the_group_lasso_loads_as_many_bytes_at_a_time_as_rows_allow(architecture):
+    """16 or 8, of every dtype; 4 and 2 are what a label or an element takes anyway."""
     source = next(s for s in SOURCES if s.stem == "group_lasso")
     kernels = instructions(source, architecture)
-    assert kernels and any(uses(code, "LDG.E.128") for code in kernels.values())
+    assert kernels and all({"LDG.E.128", "LDG.E.64"} <= code for code in kernels.values())

@@ -122,6 +122,8 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
                              .paper_overlap = paper_overlap,
                              .more_before = first > 0,
                              .more_after = first + kMatrices < weights.size(),
+                             .strips = nullptr,
+                             .ranges = nullptr,
                              .squares = several ? squares.mutable_data_ptr<double>() : nullptr,
                              .norms = mutable_values<Wide<W>>(norms)};
       int64_t sums = 0;
@@ -137,7 +139,12 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
       place_sums(nullptr);
       const Tensor workspace = at::empty({sums}, options);
       place_sums(mutable_values<Wide<W>>(workspace));
-      check_launch(op, launch_group_norms(args, device_limits(norms.device()).multiprocessors,
+      constexpr int64_t kBytes = sizeof(LabelStrip) + LabelStrip::kRanges * sizeof(UnitRange);
+      const int64_t strips = args.model.strips();
+      const Tensor labels = at::empty({strips * kBytes}, options.dtype(at::kByte));
+      args.strips = static_cast<LabelStrip*>(labels.mutable_data_ptr());
+      args.ranges = reinterpret_cast<UnitRange*>(args.strips + strips);
+      check_launch(op, launch_group_norms(args, device_limits(norms).multiprocessors,
                                           current_stream(norms)));
     }
   });

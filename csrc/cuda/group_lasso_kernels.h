@@ -26,12 +26,26 @@ struct LassoTile {
   static constexpr int kColumns = 32 * kLaneColumns<W>;
 };
 
+// 32 rows, or columns, of a matrix: their units or -1, and sums of squares, of no unit 0.
+struct alignas(16) LabelStrip {
+  static constexpr int kLabels = 32, kRanges = 2;
+  int32_t units[kLabels];
+  double sums[kLabels];
+};
+// Least and most of the units, but -1, of half a strip; least > most where it has none.
+struct UnitRange {
+  static constexpr int kLabels = LabelStrip::kLabels / LabelStrip::kRanges;
+  int32_t least, most;
+};
+
 template <typename W>
 struct LabelledMatrix {
   int64_t rows, columns;
   // Tiles of a column and of a row of them.
   ISS_HOST_DEVICE int64_t down() const { return ceil_div(rows, LassoTile::kRows); }
   ISS_HOST_DEVICE int64_t across() const { return ceil_div(columns, LassoTile::kColumns<W>); }
+  ISS_HOST_DEVICE int64_t row_strips() const { return ceil_div(rows, LabelStrip::kLabels); }
+  ISS_HOST_DEVICE int64_t column_strips() const { return ceil_div(columns, LabelStrip::kLabels); }
   const W* weight;              // [R, C]
   W* output;                    // [R, C]; may be weight
   const int32_t* row_units;     // [R]
@@ -48,6 +62,13 @@ struct LabelledModel {
   int count;
   int64_t units;  // ids from there on, as ids below 0, are no unit's
   LabelledMatrix<W> matrices[kMatrices];
+
+  // Of its matrices in turn, first of all rows, then of all columns.
+  int64_t strips() const {
+    int64_t sum = 0;
+    for (int i = 0; i < count; ++i) sum += matrices[i].row_strips() + matrices[i].column_strips();
+    return sum;
+  }
 };
 
 // norms[u] = sqrt(eps + the squares of all elements in rows or columns of unit u).
@@ -57,6 +78,8 @@ struct GroupNormsArgs {
   double eps;
   bool paper_overlap;            // count an element whose row and column share a unit twice
   bool more_before, more_after;  // launches for further matrices
+  LabelStrip* strips;            // [strips of the model]; workspace
+  UnitRange* ranges;             // [strips of the model][kRanges]; workspace
   double* squares;  // [units] of the launches before, then of this one too; else nullptr
   Wide<W>* norms;   // [units]
 };

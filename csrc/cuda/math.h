@@ -53,22 +53,27 @@ __device__ __forceinline__ T narrow(Wide<T> x) {
   }
 }
 
-// 16 bytes of T, which one instruction moves.
-template <typename T>
-struct alignas(16) Chunk {
-  static constexpr int kSize = 16 / sizeof(T);
+template <int kBytes>
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+
+// 16 bytes of T, or fewer, which one instruction moves.
+template <typename T, int kBytes = 16>
+struct alignas(kBytes) Chunk {
+  static constexpr int kSize = kBytes / sizeof(T);
   T values[kSize];
 
-  // p: a multiple of 16 bytes.
+  // p: a multiple of kBytes.
   static __device__ __forceinline__ Chunk load(const T* p) {
-    return __builtin_bit_cast(Chunk, *reinterpret_cast<const uint4*>(p));
+    return __builtin_bit_cast(Chunk, *reinterpret_cast<const Word<kBytes>*>(p));
   }
   __device__ __forceinline__ void store(T* p) const {
-    const uint4 words = __builtin_bit_cast(uint4, *this);
+    const auto word = __builtin_bit_cast(Word<kBytes>, *this);
 #ifdef __CUDACC__
-    __stwb(reinterpret_cast<uint4*>(p), words);  // nvcc breaks a plain store into four
+    __stwb(reinterpret_cast<Word<kBytes>*>(p), word);  // nvcc breaks a plain store of 16 into four
 #else
-    *reinterpret_cast<uint4*>(p) = words;
+    *reinterpret_cast<Word<kBytes>*>(p) = word;
 #endif
   }
 };
