@@ -144,7 +144,7 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
       const Tensor labels = at::empty({strips * kBytes}, options.dtype(at::kByte));
       args.strips = static_cast<LabelStrip*>(labels.mutable_data_ptr());
       args.ranges = reinterpret_cast<UnitRange*>(args.strips + strips);
-      check_launch(op, launch_group_norms(args, device_limits(norms).multiprocessors,
+      check_launch(op, launch_group_norms(args, device_limits(norms.device()).multiprocessors,
                                           current_stream(norms)));
     }
   });
