@@ -20,29 +20,38 @@
 namespace iss {
 namespace {
 
-// Clocks unless it says otherwise.
+// Clocks of an H100 at 1.98 GHz: fitted to some 13,000 timings of steps there, of all tiers, with
+// 64 to 1024 units and 1 to 128 rows. Nine in ten plans take 0.85 to 1.3 of what this says, and the
+// plan it picks takes 1.07 times as long as the fastest. Other GPUs are taken to be like it.
 struct Speeds {
-  int schedulers = 4;         // warps that issue an instruction, a clock
-  double shared = 128;        // bytes a multiprocessor reads of its shared memory, a clock
-  double latency = 60;        // of a round of a product: a load, and two dependent mma or 16 fma
-  double barrier = 40;        // of a block
-  double cluster = 400;       // barrier of a cluster, and a store to a neighbour before it
-  double cluster_block = 20;  // more for each of its blocks
-  double cluster_bytes = 32;  // to and from other blocks of a cluster, a clock
-  double grid = 2000;         // a flag and the data after it through L2, 600 ns each way at worst
-  double grid_bytes = 24;     // to and from L2, a clock, for each multiprocessor
-  double steps = 10000;       // two launches: 6 us
-  double fill = 3500;         // before the first step: 2 us, and the block's shared memory is
-  double fill_bytes = 15;     // filled, so many bytes a clock; backward both take twice as long
-  double per_us = 1750;
+  double block, cluster, grid;  // of a step beside what follows: instructions, barriers, latencies
+  double cluster_block;         // more for each block of a cluster
+  double work;                  // times the reads and the arithmetic of a product
+  double round;                 // of a product that waits for its loads
+  double results;  // forward, of a cell of each of a scheduler's lanes; backward, of 128 elements
+  double split, split_result;      // of a sum over K in parts, and more for each part and result
+  double cluster_byte, grid_byte;  // to and from the other blocks of a group, for each block
+  double l2_byte;                  // for all blocks together
+  double steps, steps_rate;        // a GEMM and a cell, and the part of its peak a GEMM has
 };
-constexpr Speeds kSpeeds;
+constexpr Speeds kForwardFma = {490, 1580, 2430, 0,    1.0,  120,   500,
+                                180, 62,   0.19, 0.16, 5e-4, 11000, 0.35};
+constexpr Speeds kForwardTensor = {850, 1450, 2600, 8,    0.75, 151,   240,
+                                   280, 66,   0.11, 0.12, 6e-4, 12500, 0.6};
+constexpr Speeds kBackwardFma = {1080, 2540, 4050, 21,   1.2,    40,    600,
+                                 0,    0,    0.11, 0.12, 3.5e-4, 24000, 0.45};
+constexpr Speeds kBackwardTensor = {1620, 2800, 5160, 22,   1.1,  134,   240,
+                                    30,   30,   0.05, 0.09, 2e-4, 22000, 0.6};
 
-// Instructions per cell (lstm_forward.cu) and per element (lstm_backward.cu).
-constexpr double kCellExact = 170, kCellTensor = 70, kElement = 120;
+constexpr double kSharedBytes = 128;  // that a multiprocessor reads of its shared memory, a clock
+constexpr double kL2Bytes = 20;       // that it reads of L2
+// Before the first step: so many clocks, and shared memory is filled, so many bytes a clock;
+// backward both take twice as long.
+constexpr double kFill = 6000, kFillBytes = 6;
+constexpr double kClocksPerUs = 1980;
 
 // Waiting for other blocks is worth its risks from here on.
-constexpr double kWorth = 0.8;
+constexpr double kWorth = 0.95;
 
 // A single step is one launch (lstm_step.cu) up to so many multiply-adds for each multiprocessor,
 // and always for so few rows. On an H100 that takes 3.4 us and 1 us for every 6.5 million, 24 us at
@@ -60,7 +69,7 @@ double multiply_adds_per_clock(Math math, const DeviceLimits& device) {
     case Math::kTf32:
       return 256;
     default:
-      return 512;  // what mma.sync reaches, half of the peak of wgmma
+      return 640;  // what mma.sync reaches, two thirds of the peak of wgmma
   }
 }
 
@@ -78,80 +87,94 @@ struct Planner {
   const DeviceLimits& device;
   int64_t least_shared = -1;  // of the ways that did not fit in the tier under way
 
-  // Warps, and how many of them split K: as many as there is room for, while each has two rounds.
-  bool choose_threads(LstmPlan& plan) const {
-    const int warps = max_threads(problem.math) / 32;
-    const int passes = static_cast<int>(ceil_div(plan.rows, pass_rows(problem.math)));
-    const int64_t k = problem.backward ? 4 * plan.units : problem.hidden;
-    const int rounds = chunks_of(problem.math, k) / 4;
-    const int64_t products =
-        passes * (problem.backward ? ceil_div(problem.hidden, kWeightRows) : plan.units / kUnits);
-    if (!problem.backward && products > warps) return false;
-    const int workers = static_cast<int>(std::min<int64_t>(products, warps));
-    plan.splits = std::clamp(std::min(warps / workers, rounds / 2), 1, 8);
-    int per_split = workers;
+  const Speeds& speeds() const {
+    const bool tensor = uses_tensor_cores(problem.math);
+    return problem.backward ? (tensor ? kBackwardTensor : kBackwardFma)
+                            : (tensor ? kForwardTensor : kForwardFma);
+  }
+  int64_t k(const LstmPlan& plan) const {
+    return problem.backward ? 4 * plan.units : problem.hidden;
+  }
+  // Products of a warp that make up one of a block.
+  int64_t products(const LstmPlan& plan) const {
+    return ceil_div(plan.rows, pass_rows(problem.math)) *
+           (problem.backward ? ceil_div(problem.hidden, kWeightRows) : plan.units / kUnits);
+  }
+
+  // With so many warps to each sum over K; whether there is room for them, and work.
+  bool choose_threads(LstmPlan& plan, int splits) const {
+    const int64_t warps = max_threads(problem.math) / 32;
+    int64_t per_split = products(plan);
     if (problem.backward) {
+      per_split = std::min(per_split, std::max<int64_t>(warps / splits, 1));
       const int64_t threads = std::max<int64_t>(ceil_div(plan.rows * plan.units, kItems), 128);
-      per_split = std::max<int>(workers, ceil_div(threads, 32 * plan.splits));
+      per_split = std::max(per_split, ceil_div(threads, 32 * splits));
     }
-    plan.threads = 32 * per_split * plan.splits;
-    return plan.threads <= max_threads(problem.math);
+    plan.splits = splits;
+    plan.threads = static_cast<int>(32 * per_split * splits);
+    return per_split * splits <= warps && splits <= chunks_of(problem.math, k(plan)) / 4;
   }
 
   double product_clocks(const LstmPlan& plan) const {
     const Math math = problem.math;
     const bool tensor = uses_tensor_cores(math);
-    const int columns = plan.rows * (tensor && plan.rows == 4 ? 2 : 1);
-    const int64_t k = problem.backward ? 4 * plan.units : problem.hidden;
+    const int columns = plan.rows * column_step(math, plan.rows);
     const int64_t m =
         problem.backward ? ceil_div(problem.hidden, kWeightRows) * kWeightRows : 4 * plan.units;
-    const double row_bytes = 16.0 * chunks_of(math, k);
+    const double row_bytes = 16.0 * chunks_of(math, k(plan));
     const double weights = m * row_bytes * ceil_div(plan.rows, pass_rows(math));
     // What 8 lanes share is read twice with FMA: a request of 512 bytes takes at least 2 clocks.
     const double vectors = columns * row_bytes * (m / kWeightRows) * (tensor ? 1 : 4);
-    const double reads = (weights + vectors) / kSpeeds.shared;
-    const double arithmetic =
-        m * (row_bytes / element_bytes(math)) * columns / multiply_adds_per_clock(math, device);
-    const double rounds = ceil_div(chunks_of(math, k) / 4, plan.splits) * kSpeeds.latency;
-    return std::max({reads, arithmetic, rounds});
+    const double reads = (weights + vectors) / kSharedBytes;
+    const int64_t warps = plan.threads / 32;
+    const double idle = 4.0 * ceil_div(warps, 4) / warps;  // of four schedulers
+    const double arithmetic = m * (row_bytes / element_bytes(math)) * columns * idle /
+                              multiply_adds_per_clock(math, device);
+    const double rounds =
+        static_cast<double>(ceil_div(chunks_of(math, k(plan)) / 4, plan.splits) *
+                            ceil_div(products(plan) * plan.splits * 32, plan.threads));
+    // The FMAs of a round are one lane's, 16 for each row.
+    const double round = speeds().round + (tensor ? 0 : 16 * std::min(plan.rows, pass_rows(math)));
+    const double few = 1 + 2.0 / warps;  // do not keep the multiprocessor busy all the time
+    return std::max(speeds().work * few * std::max(reads, arithmetic), round * rounds);
   }
 
   double step_clocks(const LstmPlan& plan) const {
-    const bool tensor = uses_tensor_cores(problem.math);
-    const double wide = wide_bytes(problem.math);
+    const Speeds& speed = speeds();
     const double elements = static_cast<double>(plan.rows) * plan.units;
-    double clocks = product_clocks(plan) + kSpeeds.barrier;
+    double clocks = product_clocks(plan);
     double sent, received;  // bytes of one block
     if (!problem.backward) {
-      const int warps = plan.threads / 32 / plan.splits;
+      const double warps = std::max(1.0, plan.threads / 128.0 / plan.splits);  // of a scheduler
       const int rows_of_pass = std::min(plan.rows, pass_rows(problem.math));
-      const double cells = rows_of_pass < 8 ? 1 : rows_of_pass / 4;  // of a lane
-      clocks += ceil_div(warps, kSpeeds.schedulers) * cells * (tensor ? kCellTensor : kCellExact);
-      if (plan.splits > 1) clocks += kSpeeds.barrier + (plan.splits - 1) * warps * cells * 4;
+      const double results = warps * (rows_of_pass < 8 ? 1 : rows_of_pass / 4);
+      clocks += speed.results * results;
+      if (plan.splits > 1) clocks += speed.split + (plan.splits - 1) * speed.split_result * results;
       received = static_cast<double>(plan.rows) * problem.hidden * element_bytes(problem.math);
       sent = elements * element_bytes(problem.math) *
              (plan.tier == Tier::kCluster ? plan.blocks - 1 : 1);
     } else {
-      const double parts = elements * plan.blocks * plan.splits * wide;
-      clocks += ceil_div(plan.rows * plan.units, 32 * kSpeeds.schedulers) * kElement;
-      clocks += kSpeeds.barrier;
-      clocks += 2 * parts / kSpeeds.shared;
-      received = sent = parts;
+      clocks += speed.results * std::max(1.0, elements / 128);
+      if (plan.tier != Tier::kGrid)
+        clocks +=
+            plan.blocks * plan.splits * speed.split_result * std::max(1.0, elements / plan.threads);
+      received = sent = elements * plan.blocks * plan.splits * wide_bytes(problem.math);
     }
     switch (plan.tier) {
       case Tier::kCluster:
-        return clocks + kSpeeds.cluster + plan.blocks * kSpeeds.cluster_block +
-               std::max(sent, received) / kSpeeds.cluster_bytes;
+        return clocks + speed.cluster + plan.blocks * speed.cluster_block +
+               std::max(sent, received) * speed.cluster_byte;
       case Tier::kGrid:
-        return clocks + kSpeeds.grid + (sent + received) / kSpeeds.grid_bytes;
+        return clocks + speed.grid +
+               (sent + received) * (speed.grid_byte + plan.blocks * plan.groups * speed.l2_byte);
       default:
-        return clocks;
+        return clocks + speed.block;
     }
   }
 
   // Of a call, before its first step.
   double fill_clocks(const LstmPlan& plan) const {
-    return (kSpeeds.fill + plan.shared_bytes / kSpeeds.fill_bytes) * (problem.backward ? 2 : 1);
+    return (kFill + plan.shared_bytes / kFillBytes) * (problem.backward ? 2 : 1);
   }
 
   // Blocks of `units` units, with the best number of rows.
@@ -163,31 +186,37 @@ struct Planner {
     if (resident == 0) return best;
     for (const int rows : {1, 2, 4, 8, 16, 32, 64}) {
       if (uses_tensor_cores(problem.math) && rows < 4) continue;
-      Choice choice;
-      LstmPlan& plan = choice.plan;
-      plan = {.tier = tier,
-              .math = problem.math,
-              .backward = problem.backward,
-              .units = units,
-              .blocks = blocks,
-              .rows = rows};
       const int64_t tiles = ceil_div(problem.batch, rows);
-      plan.groups = static_cast<int>(std::min<int64_t>(tiles, resident));
-      if (!choose_threads(plan)) break;
-      const LstmTiles shape = tiles_of(plan);
-      plan.shared_bytes = 16 * shared_layout(problem.math, tier, problem.backward, problem.hidden,
-                                             shape, plan.threads)
-                                   .end;
-      if (plan.shared_bytes > device.shared_bytes) {
-        if (least_shared < 0 || plan.shared_bytes < least_shared) least_shared = plan.shared_bytes;
-        break;  // more rows need more
+      bool fits = false;
+      for (const int splits : {1, 2, 4, 8}) {
+        Choice choice;
+        LstmPlan& plan = choice.plan;
+        plan = {.tier = tier,
+                .math = problem.math,
+                .backward = problem.backward,
+                .units = units,
+                .blocks = blocks,
+                .rows = rows,
+                .groups = static_cast<int>(std::min<int64_t>(tiles, resident))};
+        if (!choose_threads(plan, splits)) break;
+        const LstmTiles shape = tiles_of(plan);
+        plan.shared_bytes = 16 * shared_layout(problem.math, tier, problem.backward, problem.hidden,
+                                               shape, plan.threads)
+                                     .end;
+        if (plan.shared_bytes > device.shared_bytes) {
+          if (least_shared < 0 || plan.shared_bytes < least_shared)
+            least_shared = plan.shared_bytes;
+          break;  // more splits need more
+        }
+        fits = true;
+        if (tier == Tier::kGrid)
+          plan.exchange_bytes =
+              16 * plan.groups * exchange_of(problem.math, problem.backward, problem.hidden, shape);
+        choice.clocks = step_clocks(plan) * ceil_div(tiles, plan.groups) +
+                        fill_clocks(plan) / static_cast<double>(problem.steps);
+        best.keep_better(choice);
       }
-      if (tier == Tier::kGrid)
-        plan.exchange_bytes =
-            16 * plan.groups * exchange_of(problem.math, problem.backward, problem.hidden, shape);
-      choice.clocks = step_clocks(plan) * ceil_div(tiles, plan.groups) +
-                      fill_clocks(plan) / static_cast<double>(problem.steps);
-      best.keep_better(choice);
+      if (!fits) break;  // more rows need more
       if (tiles == 1) break;
     }
     return best;
@@ -199,14 +228,11 @@ struct Planner {
     const int all = static_cast<int>(ceil_div(problem.hidden, kUnits) * kUnits);
     if (tier == Tier::kBlock) return best_rows(tier, all);
     if (tier == Tier::kCluster) {
-      const auto try_up_to = [&](int most) {
-        for (int64_t blocks = 2; blocks <= std::min<int64_t>(most, all / kUnits); ++blocks) {
-          const int units = static_cast<int>(ceil_div(all / kUnits, blocks)) * kUnits;
-          if (ceil_div(all, units) == blocks) best.keep_better(best_rows(tier, units));
-        }
-      };
-      try_up_to(kPortableCluster);
-      if (best.clocks < 0) try_up_to(kLargestCluster);
+      for (int64_t blocks = 2; blocks <= std::min<int64_t>(kLargestCluster, all / kUnits);
+           ++blocks) {
+        const int units = static_cast<int>(ceil_div(all / kUnits, blocks)) * kUnits;
+        if (ceil_div(all, units) == blocks) best.keep_better(best_rows(tier, units));
+      }
       return best;
     }
     for (const int units : {8, 16, 24, 32, 48, 64, 96, 128})
@@ -216,11 +242,13 @@ struct Planner {
   }
 
   double steps_clocks() const {
-    const double products = 4.0 * problem.hidden * problem.hidden;
-    const double rate = multiply_adds_per_clock(problem.math, device) * 0.6;
-    return kSpeeds.steps + std::max(products * problem.batch / rate,
-                                    products * element_bytes(problem.math) / kSpeeds.grid_bytes) /
-                               std::max(device.multiprocessors, 1);
+    const double weights = 4.0 * problem.hidden * problem.hidden;
+    const double rate = multiply_adds_per_clock(problem.math, device) * speeds().steps_rate;
+    // A GEMM of few rows takes as long as one of some more, but for a single row.
+    const int64_t least_rows = problem.batch == 1 ? 1 : uses_tensor_cores(problem.math) ? 128 : 48;
+    return speeds().steps + std::max(weights * std::max(problem.batch, least_rows) / rate,
+                                     weights * element_bytes(problem.math) / kL2Bytes) /
+                                std::max(device.multiprocessors, 1);
   }
 };
 
@@ -231,7 +259,7 @@ std::string number(double value) {
   return text;
 }
 std::string kilobytes(int64_t bytes) { return number(bytes / 1024.0) + " KB"; }
-std::string microseconds(double clocks) { return number(clocks / kSpeeds.per_us) + " us"; }
+std::string microseconds(double clocks) { return number(clocks / kClocksPerUs) + " us"; }
 
 bool is_one_step(const LstmProblem& problem, const DeviceLimits& device) {
   const double products = 8.0 * problem.hidden * problem.hidden * problem.batch;  // I = H
