@@ -209,10 +209,8 @@ def replayed(call: Call) -> Call:
     return replay
 
 
-def calls_of(
-    point: Point, engines: Sequence[str], device: str
-) -> dict[tuple[str, bool], Call]:
-    """Those of the engines that compute the right thing, plainly and from a graph; the others are named."""
+def calls_of(point: Point, engines: Sequence[str], device: str) -> dict[tuple[str, bool], Call]:
+    """Those that compute the right thing, plainly and from a graph; the others are named."""
     # Numbers of a generator of their own: a capture that fails leaves torch's unusable.
     numbers = torch.Generator(device).manual_seed(0)
     both = torch.randn(2, point.T, point.B, point.H, device=device, generator=numbers)
@@ -254,7 +252,7 @@ def calls_of(
 
 
 def interleaved_ms(
-    calls: Mapping[Any, Callable[[], object]], seconds: float, device: str, rounds: int = 7
+    calls: Mapping[Any, Callable[[], object]], seconds: float, device: str, rounds: int = 5
 ) -> dict[Any, list[float]]:
     """Milliseconds per call, `rounds` medians each, taken in turn.
 
@@ -360,16 +358,21 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 def speed_ups(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, ...], float]:
     """{(mode, precision, H, B, T): the best other engine's time over ours}, like with like.
 
-    Plain calls against plain calls where graph is 0, or else the better of both.
+    The better of plain calls and calls from a graph, where both sides have them.
     """
-    best: dict[tuple[str, ...], dict[bool, float]] = {}
+    times: dict[tuple[str, ...], dict[tuple[str, bool], float]] = {}
     for r in rows:
         if r["series"] == "layer":
             key = tuple(r[name] for name in ("mode", "precision", "H", "B", "T"))
-            ours = r["engine"] == "ISSLSTM"
-            times = best.setdefault(key, {})
-            times[ours] = min(times.get(ours, float("inf")), float(r["ms_p50"]))
-    return {key: t[False] / t[True] for key, t in best.items() if len(t) == 2}
+            way = r["graph"], r["engine"] == "ISSLSTM"
+            of_key = times.setdefault(key, {})
+            of_key[way] = min(of_key.get(way, float("inf")), float(r["ms_p50"]))
+    result = {}
+    for key, t in times.items():
+        both = [graph for graph in ("0", "1") if (graph, True) in t and (graph, False) in t]
+        if both:
+            result[key] = min(t[g, False] for g in both) / min(t[g, True] for g in both)
+    return result
 
 
 def report(path: Path, plot: Path | None) -> None:

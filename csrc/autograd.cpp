@@ -84,9 +84,12 @@ struct LstmForward : torch::autograd::Function<LstmForward> {
     const auto or_zeros = [&](size_t i, const Tensor& like) {
       return gradients[i].defined() ? gradients[i] : at::zeros_like(like);
     };
+    const Tensor dh_n = or_zeros(1, h0);
+    const bool same = !gradients[1].defined() && !gradients[2].defined() && !w_hr;
+    const Tensor dc_n = same ? dh_n : or_zeros(2, c0);
     const auto [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] =
-        backward_op().call(or_zeros(0, y), or_zeros(1, h0), or_zeros(2, c0), x, batch_sizes, h0, c0,
-                           w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells, reverse);
+        backward_op().call(or_zeros(0, y), dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih,
+                           b_hh, w_hr, y, gates, cells, reverse);
     return {dx,
             {},
             dh0,

@@ -358,7 +358,8 @@ class ISSLSTM(nn.Module):
         """hx, checked and taken apart: (h [B, P], c [B, H]) by layer and direction."""
         sizes = sum(self.sizes, [])
         if hx is None:
-            return [(x.new_zeros(batch, p), x.new_zeros(batch, h)) for h, p in sizes]
+            zeros = {size: x.new_zeros(batch, size) for size in {s for pair in sizes for s in pair}}
+            return [(zeros[p], zeros[h]) for h, p in sizes]
         parts = [
             self._taken_apart(state, [size[1 - which] for size in sizes], batch, which, batched, hx)
             for which, state in enumerate(hx)
@@ -425,6 +426,8 @@ class ISSLSTM(nn.Module):
         if not batched:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         h_n, c_n = ([state[which] for state in states] for which in (0, 1))
+        if len(states) == 1:
+            return h_n[0].unsqueeze(0), c_n[0].unsqueeze(0)
         if self._uniform:
             return torch.stack(h_n), torch.stack(c_n)
         return self._by_layer(h_n), self._by_layer(c_n)

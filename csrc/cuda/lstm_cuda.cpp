@@ -218,23 +218,25 @@ void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Ten
   }
 }
 
-// Tier::kSteps. dh [B, P] and dc [B, H] (in Wide<T>): the gradients of h_n and c_n in, of h0 and c0
-// out. douts [N, P]: that of y in, with what comes from the steps after it out.
+// Tier::kSteps. dc [B, H] (in Wide<T>): the gradient of c_n in, of c0 out. douts [N, P]: that of y
+// in, with what comes from h_n and from the steps after it out. dh0 [B, P] is written.
 template <typename T>
 void backward_by_steps(const Sequence& sequence, const Tensor& w_hh, const OptionalTensor& w_hr,
                        const Tensor& gates, const Tensor& cells, const Tensor& c0,
-                       const Tensor& douts, const Tensor& dh, const Tensor& dc,
+                       const Tensor& dh_n, const Tensor& douts, const Tensor& dh0, const Tensor& dc,
                        const Tensor& dgates, bool reverse) {
-  const int64_t hidden = dc.size(1), output = dh.size(1);
-  const Tensor dcell = w_hr ? at::empty({sequence.batch, hidden}, dh.options()) : Tensor();
+  const int64_t hidden = dc.size(1), output = dh0.size(1);
+  const Tensor dcell = w_hr ? at::empty({sequence.batch, hidden}, dh0.options()) : Tensor();
   for (int64_t k = sequence.steps - 1; k >= 0; --k) {
     const int64_t now = sequence.step(k, reverse);
     const int64_t first = sequence.offsets[now], running = sequence.sizes[now];
-    const Tensor of_step = douts.narrow(0, first, running);
-    of_step.add_(dh.narrow(0, 0, running));
+    const int64_t after =
+        k + 1 < sequence.steps ? sequence.sizes[sequence.step(k + 1, reverse)] : 0;
+    if (after < running)  // rows that run no further
+      douts.narrow(0, first + after, running - after).add_(dh_n.narrow(0, after, running - after));
     if (w_hr) {
       Tensor to = dcell.narrow(0, 0, running);
-      at::mm_out(to, of_step, *w_hr);
+      at::mm_out(to, douts.narrow(0, first, running), *w_hr);
     }
     sequence.each_piece(
         k, reverse, 0, sequence.batch,
@@ -252,9 +254,14 @@ void backward_by_steps(const Sequence& sequence, const Tensor& w_hh, const Optio
                    .dc = data<Wide<T>>(dc) + batch_row * hidden,
                    .dgates = data<T>(dgates) + row * 4 * hidden},
                   current_stream(dc)));
+          const Tensor of_rows = dgates.narrow(0, row, rows);
+          if (previous < 0) {
+            Tensor to = dh0.narrow(0, batch_row, rows);
+            at::mm_out(to, of_rows, w_hh);
+          } else {
+            douts.narrow(0, previous, rows).addmm_(of_rows, w_hh);
+          }
         });
-    Tensor to = dh.narrow(0, 0, running);
-    at::mm_out(to, dgates.narrow(0, first, running), w_hh);
   }
 }
 
@@ -355,10 +362,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     const LstmPlan plan = plan_for<T>(c0, dtype, sequence.steps, w_hr.has_value(), true);
     if (plan.tier == Tier::kSteps) {
       douts = copied(douts, dtype);
-      dh = copied(dh_n, dtype);
+      dh = sequence.rows == 0 ? copied(dh_n, dtype) : at::empty({sequence.batch, output}, options);
       dc = copied(dc_n, wide);
       backward_by_steps<T>(sequence, weight, w_hr, saved_gates, saved_cells,
-                           c0.to(wide).contiguous(), douts, dh, dc, dgates, reverse);
+                           c0.to(wide).contiguous(), dh_n, douts, dh, dc, dgates, reverse);
       dc = dc.to(dtype);
       return;
     }
