@@ -8,7 +8,9 @@
 // blocks: no atomics, the same bits every time. Sending parts of dh rather than dgates to everybody
 // is a quarter of the exchange, and only a block's own dgates lie in shared memory.
 //
-// A step costs what a step forward does, and one more barrier within the block.
+// A step costs what a step forward does, and one more barrier within the block. The gates'
+// gradients go to memory after arrive(), from shared memory, where they are operands: with TF32
+// they keep 10 bits, as any product with them would.
 #include "cuda/sequence.h"
 
 namespace iss {

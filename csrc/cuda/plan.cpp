@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tries a few dozen ways to lay a layer out on the GPU, estimates what a step takes with each, and
 // keeps the fastest that is surely resident. The estimate counts, for one block, reads of shared
-// memory, arithmetic and instructions, and adds what an exchange takes. It need not be right to
-// more than the gaps between tiers: one whose blocks wait for each other must be faster by a fifth.
-// Each step also bears its share of what filling shared memory takes, which decides short
-// sequences.
+// memory, arithmetic and instructions, and adds what an exchange takes. Each step also bears its
+// share of what filling shared memory takes, which decides short sequences.
 //
-// On an H100 (132 multiprocessors, 1.75 GHz) it says, in us per step forward, batch 16:
-//   H            64    128    256    512
-//   float32     0.6    0.7    1.2    2.4
-//   bfloat16    0.3    0.5    0.8    1.3
+// On an H100 (132 multiprocessors) it says, and the fastest plan took, us per step forward of 16
+// rows:
+//   H               64          128         256         512
+//   float32     1.1  0.95    1.5  1.4    2.1  2.0    3.6  3.1
+//   bfloat16    0.8  0.7     1.2  1.1    1.4  1.3    1.9  2.1
 #include "cuda/plan.h"
 
 #include <algorithm>
