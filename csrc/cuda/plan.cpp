@@ -33,14 +33,62 @@ struct Speeds {
   double l2_byte;                  // for all blocks together
   double steps, steps_rate;        // a GEMM and a cell, and the part of its peak a GEMM has
 };
-constexpr Speeds kForwardFma = {490, 1580, 2430, 0,    1.0,  120,   500,
-                                180, 62,   0.19, 0.16, 5e-4, 11000, 0.35};
-constexpr Speeds kForwardTensor = {850, 1450, 2600, 8,    0.75, 151,   240,
-                                   280, 66,   0.11, 0.12, 6e-4, 12500, 0.6};
-constexpr Speeds kBackwardFma = {1080, 2540, 4050, 21,   1.2,    40,    600,
-                                 0,    0,    0.11, 0.12, 3.5e-4, 24000, 0.45};
-constexpr Speeds kBackwardTensor = {1620, 2800, 5160, 22,   1.1,  134,   240,
-                                    30,   30,   0.05, 0.09, 2e-4, 22000, 0.6};
+constexpr Speeds kForwardFma = {.block = 490,
+                                .cluster = 1580,
+                                .grid = 2430,
+                                .cluster_block = 0,
+                                .work = 1.0,
+                                .round = 120,
+                                .results = 500,
+                                .split = 180,
+                                .split_result = 62,
+                                .cluster_byte = 0.19,
+                                .grid_byte = 0.16,
+                                .l2_byte = 5e-4,
+                                .steps = 11000,
+                                .steps_rate = 0.35};
+constexpr Speeds kForwardTensor = {.block = 850,
+                                   .cluster = 1450,
+                                   .grid = 2600,
+                                   .cluster_block = 8,
+                                   .work = 0.75,
+                                   .round = 151,
+                                   .results = 240,
+                                   .split = 280,
+                                   .split_result = 66,
+                                   .cluster_byte = 0.11,
+                                   .grid_byte = 0.12,
+                                   .l2_byte = 6e-4,
+                                   .steps = 12500,
+                                   .steps_rate = 0.6};
+constexpr Speeds kBackwardFma = {.block = 1080,
+                                 .cluster = 2540,
+                                 .grid = 4050,
+                                 .cluster_block = 21,
+                                 .work = 1.2,
+                                 .round = 40,
+                                 .results = 600,
+                                 .split = 0,
+                                 .split_result = 0,
+                                 .cluster_byte = 0.11,
+                                 .grid_byte = 0.12,
+                                 .l2_byte = 3.5e-4,
+                                 .steps = 24000,
+                                 .steps_rate = 0.45};
+constexpr Speeds kBackwardTensor = {.block = 1620,
+                                    .cluster = 2800,
+                                    .grid = 5160,
+                                    .cluster_block = 22,
+                                    .work = 1.1,
+                                    .round = 134,
+                                    .results = 240,
+                                    .split = 30,
+                                    .split_result = 30,
+                                    .cluster_byte = 0.05,
+                                    .grid_byte = 0.09,
+                                    .l2_byte = 2e-4,
+                                    .steps = 22000,
+                                    .steps_rate = 0.6};
 
 constexpr double kSharedBytes = 128;  // that a multiprocessor reads of its shared memory, a clock
 constexpr double kL2Bytes = 20;       // that it reads of L2
