@@ -297,7 +297,12 @@ def measure(
         calls = calls_of(point, engines, device)
         times = interleaved_ms(calls, seconds * max(1, len(calls)), device)
     plan = explain_plan(
-        point.H, point.B, point.dtype, backward=point.training, tf32=point.precision == "tf32"
+        point.H,
+        point.B,
+        point.dtype,
+        backward=point.training,
+        steps=point.T,
+        tf32=point.precision == "tf32",
     )
     return [
         row("layer", name, values, precision=point.precision, H=point.H, B=point.B, T=point.T,
@@ -376,23 +381,32 @@ def speed_ups(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, ...], float]
 
 
 def report(path: Path, plot: Path | None) -> None:
-    """Geometric means by mode and precision, how often we lose, and the plot."""
+    """Geometric means by mode and precision, and by steps; how often we lose; and the plot."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     ratios = speed_ups(rows)
     groups = sorted({key[:2] for key in ratios})
     for group in groups:
         of_group = {key: value for key, value in ratios.items() if key[:2] == group}
-        least = min(of_group, key=lambda key: of_group[key])
-        mean = statistics.geometric_mean(of_group.values())
-        behind = sum(value < 0.97 for value in of_group.values())
-        print(
-            f"{' '.join(group)}: geometric mean {mean:.2f}, {behind} of {len(of_group)} points "
-            f"below 0.97, least {of_group[least]:.2f} at H{least[2]} B{least[3]} T{least[4]}"
-        )
+        print(f"{' '.join(group)}: {in_words(of_group)}")
+        steps = sorted({int(key[4]) for key in of_group})
+        for T in steps if len(steps) > 1 else []:
+            of_steps = {key: value for key, value in of_group.items() if int(key[4]) == T}
+            print(f"    T{T}: {in_words(of_steps)}")
     if plot is not None and ratios:
         draw(ratios, groups, plot)
         print(f"wrote {plot}")
+
+
+def in_words(ratios: Mapping[tuple[str, ...], float]) -> str:
+    """Of some of the speed-ups."""
+    least = min(ratios, key=lambda key: ratios[key])
+    behind = sum(value < 0.97 for value in ratios.values())
+    return (
+        f"geometric mean {statistics.geometric_mean(ratios.values()):.2f}, {behind} of "
+        f"{len(ratios)} points below 0.97, least {ratios[least]:.2f} at "
+        f"H{least[2]} B{least[3]} T{least[4]}"
+    )
 
 
 def draw(

@@ -426,24 +426,27 @@ class ISSLSTM(nn.Module):
         if not batched:
             states = [(h.squeeze(0), c.squeeze(0)) for h, c in states]
         h_n, c_n = ([state[which] for state in states] for which in (0, 1))
-        if len(states) == 1:
-            return h_n[0].unsqueeze(0), c_n[0].unsqueeze(0)
         if self._uniform:
-            return torch.stack(h_n), torch.stack(c_n)
+            return _stacked(h_n), _stacked(c_n)
         return self._by_layer(h_n), self._by_layer(c_n)
 
     def _by_layer(self, states: list[Tensor]) -> tuple[State, ...]:
         directions = len(self.sizes[0])
         layers = []
         for layer in range(self.num_layers):
-            of_layer = tuple(states[layer * directions : (layer + 1) * directions])
+            of_layer = states[layer * directions : (layer + 1) * directions]
             same = len({s.shape for s in of_layer}) == 1
-            layers.append(torch.stack(of_layer) if same else of_layer)
+            layers.append(_stacked(of_layer) if same else tuple(of_layer))
         return tuple(layers)
 
 
+def _stacked(states: list[Tensor]) -> Tensor:
+    """torch.stack, which would copy a single one."""
+    return torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)
+
+
 def _autocast_enabled(device_type: str) -> bool:
-    # Not by torch.amp.is_autocast_available, which torch.compile cannot trace before torch 2.13.
+    # Not by torch.amp.is_autocast_available, which torch.compile cannot trace in torch 2.11.
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 

@@ -148,9 +148,10 @@ def test_tf32_errs_no_more_than_its_rounding(gpu, tier, case, tf32):
     result = run(gpu, ours, case, torch.float32)
     exact = test_lstm_ops.run(torchs, case, torch.float32)
     for a, b, t in zip(result, exact, truth, strict=True):
-        # Operands are each within 2^-11, in cuBLAS, which cuts them off, 2^-10 (seen: 2^13.1 eps);
-        # sums over H (and N) terms of mixed sign.
-        assert_no_worse_than_torch(a, b, t, floor_eps=8 + 2**14)
+        # A product's operands are each within 2^-11, or, where cuBLAS makes every product and cuts
+        # them off, 2^-10 (an H100: 2^13.1 eps); sums over H (and N) terms of mixed sign.
+        by_cublas = tier == "steps" and not gpu.simulator
+        assert_no_worse_than_torch(a, b, t, floor_eps=8 + 2 ** (14 if by_cublas else 13))
     resident = tier not in ("steps", "one step")
     if resident and case.H > 1 and gpu.simulator:  # and it is what was computed with
         assert not torch.equal(result[0], exact[0])

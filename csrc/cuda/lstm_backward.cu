@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
         for (int gate = 0; gate < 4; ++gate) to[gate * units] = operand<math>(dgates[gate]);
       }
       const StepRows done = rows;
-      // Memory takes as long as the product, or, where there is one, the wait for the others.
+      // Memory takes as long as the product, or the wait for the others; through L2 there are
+      // registers for it after that, while the parts are on their way.
       if constexpr (tier == Tier::kBlock) look_ahead();
       __syncthreads();
 

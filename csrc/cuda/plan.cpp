@@ -24,19 +24,18 @@ namespace {
 // plan it picks takes 1.07 times as long as the fastest. Other GPUs are taken to be like it.
 struct Speeds {
   double block, cluster, grid;  // of a step beside what follows: instructions, barriers, latencies
-  double cluster_block;         // more for each block of a cluster
+  double cluster_block = 0;     // more for each block of a cluster
   double work;                  // times the reads and the arithmetic of a product
   double round;                 // of a product that waits for its loads
   double results;  // forward, of a cell of each of a scheduler's lanes; backward, of 128 elements
-  double split, split_result;      // of a sum over K in parts, and more for each part and result
-  double cluster_byte, grid_byte;  // to and from the other blocks of a group, for each block
-  double l2_byte;                  // for all blocks together
-  double steps, steps_rate;        // a GEMM and a cell, and the part of its peak a GEMM has
+  double split = 0, split_result = 0;  // of a sum over K in parts; of each part and result
+  double cluster_byte, grid_byte;      // to and from the other blocks of a group, for each block
+  double l2_byte;                      // for all blocks together
+  double steps, steps_rate;            // a GEMM and a cell, and the part of its peak a GEMM has
 };
 constexpr Speeds kForwardFma = {.block = 490,
                                 .cluster = 1580,
                                 .grid = 2430,
-                                .cluster_block = 0,
                                 .work = 1.0,
                                 .round = 120,
                                 .results = 500,
@@ -68,8 +67,6 @@ constexpr Speeds kBackwardFma = {.block = 1080,
                                  .work = 1.2,
                                  .round = 40,
                                  .results = 600,
-                                 .split = 0,
-                                 .split_result = 0,
                                  .cluster_byte = 0.11,
                                  .grid_byte = 0.12,
                                  .l2_byte = 3.5e-4,
@@ -82,7 +79,6 @@ constexpr Speeds kBackwardTensor = {.block = 1620,
                                     .work = 1.1,
                                     .round = 134,
                                     .results = 240,
-                                    .split = 30,
                                     .split_result = 30,
                                     .cluster_byte = 0.05,
                                     .grid_byte = 0.09,
