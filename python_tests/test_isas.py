@@ -16,10 +16,10 @@ SOURCES = [*sorted((ROOT / "csrc/cpu").glob("isa_*.cpp")), ROOT / "csrc/cpu/disp
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-I", str(ROOT / "csrc")]
 
 
-def build_and_run(compiler, runner, directory, sources=SOURCES):
+def build_and_run(compiler, runner, directory, sources=SOURCES, flags=()):
     program = directory / "kernels_test"
     files = [*sources, Path(__file__).parent / "kernels_test.cpp"]
-    subprocess.run([compiler, *FLAGS, *map(str, files), "-o", str(program)], check=True)
+    subprocess.run([compiler, *FLAGS, *flags, *map(str, files), "-o", str(program)], check=True)
     result = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()
@@ -27,6 +27,14 @@ def build_and_run(compiler, runner, directory, sources=SOURCES):
 
 def test_every_isa_of_this_machine(tmp_path):
     lines = build_and_run("c++", [], tmp_path)
+    assert lines == [f"{isa}: passed" for isa in supported_isas()]
+
+
+def test_float16_in_two_registers(tmp_path):
+    """As a Zen 4 does with AVX-512: told that this machine is one."""
+    if "avx512" not in supported_isas():
+        pytest.skip("needs AVX-512")
+    lines = build_and_run("c++", [], tmp_path, flags=["-D__builtin_cpu_is(name)=1"])
     assert lines == [f"{isa}: passed" for isa in supported_isas()]
 
 

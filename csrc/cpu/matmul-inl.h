@@ -24,8 +24,8 @@ constexpr int64_t sum_at(int64_t r, int64_t j) {
          j % kPanelVectors * Vec<T>::kLanes;
 }
 
-// B stored as W: T, or what a vector of T is widened from.
-template <typename T, typename W>
+// B stored as W: T, or what a vector of T is widened from. kHalves: as Vec<T>::halves has it.
+template <typename T, typename W, bool kHalves = false>
 struct Stored {
   // Several tiles of rows go over this many bytes of B while they are in the L1 cache. Tall tiles
   // take 11 bytes a cycle, which the L2 cache gives too: longer blocks then save reading sums
@@ -72,7 +72,7 @@ struct Stored {
   template <int Rows>
   static auto load(const W* at, int j) {
     if constexpr (std::is_same_v<W, Float16>)
-      return Vec<T>::template load<Rows>(at);
+      return Vec<T>::template load<kHalves>(at);
     else if constexpr (std::is_same_v<W, Bfloat16>)
       return j % 2 == 0 ? Vec<T>::load_even(at)
                         : Vec<T>::template load_odd<Rows>(at - Vec<T>::kLanes);
@@ -328,6 +328,10 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
                     finish);
   };
   if constexpr (std::is_same_v<T, float>) {
+    if (b.format == Format::kFloat16 && rows == 1 && Vec<T>::halves())
+      return each_panel_of<T, kMostPanels>(
+          Stored<T, Float16, true>(a, stride, rows, k, panels, b.panels), k, columns, panels,
+          finish);
     if (b.format == Format::kFloat16) return stored(static_cast<const Float16*>(b.panels));
     if (b.format == Format::kBfloat16) return stored(static_cast<const Bfloat16*>(b.panels));
     if (b.format == Format::kInt8)

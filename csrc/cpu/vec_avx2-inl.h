@@ -19,7 +19,8 @@ struct Vec<float> {
 
   static Vec set(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  template <int Rows>
+  static constexpr bool halves() { return false; }
+  template <bool kHalves>
   static Vec load(const Float16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }

@@ -2,8 +2,8 @@
 // Vec<float> of 16 lanes and Vec<double> of 8, for AVX-512 F, DQ and VNNI. The only AVX-512
 // intrinsics.
 
-// 16 floats in two registers: Zen 4 widens float16 faster so, and that is what a single row waits
-// for.
+// 16 floats in two registers: what a Zen 4 widens float16 to faster, and that is what a single row
+// waits for.
 struct Halves {
   __m256 low, high;
 
@@ -31,10 +31,12 @@ struct Vec<float> {
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static Vec set(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  template <int Rows>
+  // Zen 4 is the only one of that family with AVX-512.
+  static bool halves() { return __builtin_cpu_is("amdfam19h"); }
+  template <bool kHalves>
   static auto load(const Float16* p) {
     const __m128i* const at = reinterpret_cast<const __m128i*>(p);
-    if constexpr (Rows == 1)
+    if constexpr (kHalves)
       return Halves{_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
     else
       return Vec{_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};

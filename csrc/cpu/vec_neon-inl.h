@@ -13,7 +13,8 @@ struct Vec<float> {
 
   static Vec set(float x) { return {vdupq_n_f32(x)}; }
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
-  template <int Rows>
+  static constexpr bool halves() { return false; }
+  template <bool kHalves>
   static Vec load(const Float16* p) {
     return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))};
   }

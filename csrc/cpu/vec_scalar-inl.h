@@ -27,8 +27,10 @@ struct Vec {
 
   static Vec set(T x) { return {x}; }
   static Vec load(const T* p) { return {*p}; }
-  // Rows: of the tile that it is for.
-  template <int Rows>
+  // Whether this CPU adds up a single row of float16 faster in another type than Vec, which load<true>
+  // then returns; to the same bits.
+  static constexpr bool halves() { return false; }
+  template <bool kHalves>
   static Vec load(const Float16* p) {
     return {to_float(*p)};
   }
@@ -36,7 +38,7 @@ struct Vec {
   static Vec load_even(const Bfloat16* p) {
     return {std::bit_cast<float>(static_cast<uint32_t>(p[0].bits) << 16)};
   }
-  template <int Rows>
+  template <int Rows>  // of the tile that it is for
   static Vec load_odd(const Bfloat16* p) {
     return load_even(p + 1);
   }
