@@ -121,8 +121,7 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_th
     inputs = make_inputs(case, dtype)
     y, h_n, c_n = ours(inputs)
     for row in (0, 5, 12):
-        one = {k: inputs[k][row : row + 1] for k in ("h0", "c0")}
-        one_y, one_h, one_c = ours(inputs | one | {"x": inputs["x"][:, row : row + 1]})
+        one_y, one_h, one_c = ours(of_row(inputs, row))
         assert torch.equal(one_y[:, 0], y[:, row])
     torch.set_num_threads(1)
     assert all(map(torch.equal, ours(inputs), (y, h_n, c_n)))
@@ -130,6 +129,30 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_th
     torch.set_num_threads(2)
     for _ in range(2):
         assert all(map(torch.equal, run(ours, case, dtype), alone))
+
+
+def of_row(inputs, row):
+    """The inputs of one row of the batch."""
+    one = {k: inputs[k][row : row + 1] for k in ("h0", "c0")}
+    return inputs | one | {"x": inputs["x"][:, row : row + 1]}
+
+
+def test_nor_does_its_gradient(isa, dtype, two_threads):
+    """A product with few rows packs a panel at a time; 4H > 512 is added up in two parts."""
+    inputs = make_inputs(Case("gradient", 5, 14, 70, 140), dtype)
+    dy = torch.randn(5, 14, 140, dtype=torch.float64).to(dtype)
+
+    def run_training(inputs, dy):
+        x = inputs["x"].clone().requires_grad_()
+        y = ours(inputs | {"x": x})[0]
+        return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+    y, dx = run_training(inputs, dy)
+    for _ in range(2):
+        for row in (0, 6, 13):
+            one_y, one_dx = run_training(of_row(inputs, row), dy[:, row : row + 1])
+            assert torch.equal(one_y[:, 0], y[:, row])
+            assert torch.equal(one_dx[:, 0], dx[:, row])
 
 
 @pytest.mark.parametrize("threads", [2, 7])  # 7: more than this machine may have cores

@@ -26,9 +26,10 @@ struct Kernels {
   void (*lstm_step)(const LstmStepArgs<T>&);
   void (*lstm_step_backward)(const LstmStepBackwardArgs<T>&);
 
+  int64_t panel_columns() const { return 4 * lanes; }
   // Panels that hold `columns` columns; with gates, `columns` units.
   int64_t panels(int64_t columns, bool gates) const {
-    const int64_t per_panel = gates ? lanes : 4 * lanes;
+    const int64_t per_panel = gates ? lanes : panel_columns();
     return (columns + per_panel - 1) / per_panel;
   }
   // Bytes of PackArgs::packed for `columns` columns (4H with gates).

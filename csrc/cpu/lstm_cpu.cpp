@@ -45,6 +45,7 @@ constexpr int64_t kTerms = 512;
 constexpr int64_t kLine = 16, kBlockLines = 4;
 // The rows of a transposed block do not all start in the same set of the cache.
 constexpr int64_t kBlockStride = kTerms + kLine;
+// Also holds kTerms rows of any panel.
 constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
 
 // A matrix [K, columns] to multiply from the right, packed in parts of kTerms rows. (torch's GEMM
@@ -83,13 +84,67 @@ class Factor {
   std::vector<Matrix> parts_;
 };
 
-// a [rows, K] @ b [K, columns].
+// out [rows, columns] = a [rows, K] @ B + bias for so few rows that B is used once, where B is the
+// weight or, `transposed`, weight.T. A thread packs up to `terms` rows of a panel of B at a time,
+// into its own part of `panels` [available_threads(), terms * a panel's columns], and multiplies
+// with them while they are in its cache.
 template <typename T>
-Tensor product(const Tensor& a, const Tensor& b) {
+void multiply_once(const Tensor& a, const Tensor& weight, bool transposed, int64_t terms,
+                   const Tensor& bias, T* panels, const Tensor& out) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const int64_t rows = out.size(0), columns = out.size(1), k = weight.size(transposed ? 1 : 0);
+  const int64_t width = kernels.panel_columns();
+  const int64_t stride_k = transposed ? 1 : columns, stride_column = transposed ? k : 1;
+  const Format format = format_of(weight.scalar_type());
+  const auto panel = [&](int64_t column, T* packed) {
+    const int64_t count = std::min(width, columns - column);
+    int64_t first = 0;
+    do {
+      const int64_t part = std::min(terms, k - first);
+      const int64_t at = first * stride_k + column * stride_column;
+      kernels.pack({.k = part,
+                    .columns = count,
+                    .gates = false,
+                    .format = format,
+                    .panels = {0, 1},
+                    .b = static_cast<const char*>(weight.const_data_ptr()) + at * weight.itemsize(),
+                    .stride_k = stride_k,
+                    .stride_column = stride_column,
+                    .scales = nullptr,
+                    .packed = packed});
+      kernels.matmul({.rows = rows,
+                      .k = part,
+                      .columns = count,
+                      .panels = {0, 1},
+                      .a = data<T>(a) + first,
+                      .a_stride = k,
+                      .b = {format, packed},
+                      .bias = bias.defined() && first == 0 ? data<T>(bias) + column : nullptr,
+                      .accumulate = first > 0,
+                      .out = data<T>(out) + column,
+                      .out_stride = columns,
+                      .scratch = nullptr});
+      first += terms;
+    } while (first < k);
+  };
+  each_block(kernels.panels(columns, false), 1, rows * k * width,
+             [&](int64_t begin, int64_t end, int64_t thread) {
+               for (int64_t index = begin; index < end; ++index)
+                 panel(index * width, panels + thread * terms * width);
+             });
+}
+
+// a [rows, K] @ b [K, columns]. blocks [available_threads(), kBlockElements]
+template <typename T>
+Tensor product(const Tensor& a, const Tensor& b, T* blocks) {
   const int64_t rows = a.size(0), k = a.size(1);
-  const Factor<T> factor(b);
-  const Tensor out = at::empty({rows, factor.columns()}, a.options());
+  const Tensor out = at::empty({rows, b.size(1)}, a.options());
+  if (rows <= kBlockRows) {
+    multiply_once(a, b, false, kTerms, Tensor(), blocks, out);
+    return out;
+  }
   if (k == 0) return out.zero_();
+  const Factor<T> factor(b);
   each_block(rows, kBlockRows, k * factor.columns(), [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t first = 0; first < k; first += kTerms)
       factor.multiply(first, end - begin, data<T>(a) + begin * k + first, k,
@@ -157,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
   const Tensor cells = at::empty({save ? sequence.rows : 0, hidden}, options);
   const Tensor rows = widened(x), h_first = widened(h0);
 
-  // When training, weights change before they are used again.
+  // When training, weights change before they are used again; w_ih may serve one product alone.
+  const bool once = save && sequence.rows <= kBlockRows;
   const auto packed = [&](const Tensor& weight, bool gates) {
     const Layout layout{.transposed = true, .gates = gates};
     return save ? pack(weight.contiguous(), layout) : pack_once(weight.contiguous(), layout);
@@ -170,11 +226,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
                       .hidden = hidden,
                       .output = output,
                       .reverse = reverse,
-                      .w_ih = packed(w_ih, false),
+                      .w_ih = once ? Matrix() : packed(w_ih, false),
                       .w_hh = packed(w_hh, true),
                       .w_hr = w_hr ? packed(*w_hr, false) : Matrix(),
                       .bias = bias}}};
   AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "lstm_forward", [&] {
+    if (once) {
+      const int64_t terms = std::max<int64_t>(1, x.size(-1));
+      const int64_t panel = terms * cpu_kernels().of<scalar_t>().panel_columns() * sizeof(scalar_t);
+      multiply_once(rows, w_ih.contiguous(), true, terms, bias,
+                    static_cast<scalar_t*>(scratch(available_threads() * panel)), gates);
+    }
     run_stack<scalar_t>(stack, sequence, data<scalar_t>(rows),
                         {{.h0 = data<scalar_t>(h_first),
                           .c = data<scalar_t>(c_n),
@@ -247,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                             .dc = data<scalar_t>(dc),
                             .dgates = data<scalar_t>(dgates),
                             .h_prev = data<scalar_t>(h_prev)});
-    dx = product<scalar_t>(dgates, w_ih.contiguous());
+    dx = product(dgates, w_ih.contiguous(), data<scalar_t>(blocks));
     auto [products, sums] = transposed_products(dgates, {rows, h_prev}, data<scalar_t>(blocks));
     dw_ih = products[0], dw_hh = products[1], db = sums;
     if (w_hr)

@@ -48,19 +48,6 @@ uint64_t fingerprint(const at::Tensor& weight) {
   return hash;
 }
 
-Format format_of(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return Format::kFloat16;
-    case at::kBFloat16:
-      return Format::kBfloat16;
-    case at::kChar:
-      return Format::kInt8;
-    default:
-      return Format::kSame;
-  }
-}
-
 template <typename T>
 at::Tensor panels_of(const at::Tensor& weight, Layout layout, Format format,
                      const at::Tensor& scales) {
@@ -107,6 +94,19 @@ std::list<Entry>& entries() {
 }
 
 }  // namespace
+
+Format format_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return Format::kFloat16;
+    case at::kBFloat16:
+      return Format::kBfloat16;
+    case at::kChar:
+      return Format::kInt8;
+    default:
+      return Format::kSame;
+  }
+}
 
 void prefer_huge_pages(void* memory, int64_t bytes) {
 #ifdef __linux__

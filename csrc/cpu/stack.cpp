@@ -45,6 +45,7 @@ template <typename T>
 void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T* gates_x,
              void* scratch) {
   const Cell& cell = job.cell;
+  if (!cell.w_ih.panels.defined()) return;
   const int64_t columns = 4 * cell.hidden;
   for (int64_t first = 0; first < rows; first += kBlockRows)
     cpu_kernels().of<T>().matmul(

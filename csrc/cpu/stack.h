@@ -18,7 +18,9 @@ inline constexpr int64_t kBlockRows = 66;
 struct Cell {
   int64_t input, hidden, output;  // I, H, P
   bool reverse;
-  Matrix w_ih, w_hh, w_hr;  // w_hr.panels is undefined where there is no projection
+  // w_ih is undefined where CellState::gates holds the projected inputs already, w_hr where there is
+  // no projection.
+  Matrix w_ih, w_hh, w_hr;
   at::Tensor bias;          // [4H], b_ih + b_hh; undefined without
 };
 
@@ -31,7 +33,7 @@ struct CellState {
   const T* h0;  // [B, P]
   T* c;         // [B, H]  in: c_0; out: c_n
   T* h_n;       // [B, P]  may be h0
-  T* gates;     // [N, 4H] activated; nullptr when not training
+  T* gates;     // [N, 4H] out: activated; nullptr when not training
   T* cells;     // [N, H]  nullptr when not training
 };
 
