@@ -18,10 +18,10 @@ inline constexpr int64_t kBlockRows = 66;
 struct Cell {
   int64_t input, hidden, output;  // I, H, P
   bool reverse;
-  // w_ih is undefined where CellState::gates holds the projected inputs already, w_hr where there is
-  // no projection.
+  // w_ih is undefined where CellState::gates holds the projected inputs already, w_hr where there
+  // is no projection.
   Matrix w_ih, w_hh, w_hr;
-  at::Tensor bias;          // [4H], b_ih + b_hh; undefined without
+  at::Tensor bias;  // [4H], b_ih + b_hh; undefined without
 };
 
 using Layer = std::vector<Cell>;  // the one or two directions

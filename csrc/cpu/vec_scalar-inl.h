@@ -27,8 +27,8 @@ struct Vec {
 
   static Vec set(T x) { return {x}; }
   static Vec load(const T* p) { return {*p}; }
-  // Whether this CPU adds up a single row of float16 faster in another type than Vec, which load<true>
-  // then returns; to the same bits.
+  // Whether this CPU adds up a single row of float16 faster in another type than Vec, which
+  // load<true> then returns; to the same bits.
   static constexpr bool halves() { return false; }
   template <bool kHalves>
   static Vec load(const Float16* p) {
