@@ -103,7 +103,7 @@ void run_backward(const Cell& cell, const Sequence& sequence, const CellGradient
   }
   const auto [split, threads] = plan<T>({{cell}}, sequence, false);
   if (split == Split::kRows)
-    each_share_of_rows(sequence.batch, threads, [&](const auto& share, int64_t) {
+    each_share_of_rows(sequence, threads, [&](const auto& share, int64_t) {
       walk_back(cell, sequence, gradient, share);
     });
   else  // one cell: its units

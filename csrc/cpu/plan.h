@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/stack.h"
@@ -104,13 +105,24 @@ struct Alone {
   void operator()() const {}
 };
 
-// Calls body(share, thread) for each thread's rows of the batch: Split::kRows.
+// Calls body(share, thread) for each thread's rows of the batch, chosen so that all threads have as
+// many steps of a row to do: Split::kRows.
 template <typename Body>
-void each_share_of_rows(int64_t batch, int64_t threads, const Body& body) {
-  if (threads == 1) return body(Share<Alone>{0, batch, 0, 1, {}}, 0);
-  const int64_t grain = (batch + threads - 1) / threads;
-  together(batch, grain, [&](int64_t begin, int64_t end) {
-    body(Share<Alone>{begin, end, 0, 1, {}}, begin / std::max<int64_t>(1, grain));
+void each_share_of_rows(const Sequence& sequence, int64_t threads, const Body& body) {
+  if (threads == 1) return body(Share<Alone>{0, sequence.batch, 0, 1, {}}, 0);
+  std::vector<int64_t> ends(threads, sequence.batch);
+  int64_t length = sequence.steps, before = 0;  // of row b; of all rows up to it
+  for (int64_t b = 0, thread = 0; b < sequence.batch; ++b) {
+    while (length > 0 && sequence.sizes[length - 1] <= b) --length;
+    before += length;
+    while (thread + 1 < threads && before * threads >= sequence.rows * (thread + 1))
+      ends[thread++] = b + 1;
+  }
+  together(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const int64_t first = thread == 0 ? 0 : ends[thread - 1];
+      if (first < ends[thread]) body(Share<Alone>{first, ends[thread], 0, 1, {}}, thread);
+    }
   });
 }
 

@@ -235,7 +235,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const Arena arena = lay_out({static_cast<char*>(scratch(bytes))});
   char* const own = arena.base + arena.used - quantising * threads;
   if (split == Split::kRows) {
-    each_share_of_rows(sequence.batch, threads, [&](const auto& share, int64_t thread) {
+    each_share_of_rows(sequence, threads, [&](const auto& share, int64_t thread) {
       for (const Job<T>& job : jobs) run_cell(job, share, own + thread * quantising);
     });
     return;
