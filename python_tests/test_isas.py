@@ -72,7 +72,7 @@ def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, kernel):
         "matmul": ("matmul-inl.h", "const int64_t left = args.columns - column;",
                    "const int64_t left = args.columns - column - 1;"),
         "lstm_step": ("lstm_step-inl.h", "fma(f, c_prev, i * g)", "i * g"),
-        "squares": ("group_lasso-inl.h", "column_sums[c] -= w * w;", "(void)w;"),
+        "squares": ("group_lasso-inl.h", "args.column_sums[c] -= w * w;", "(void)w;"),
         "scale": ("group_lasso-inl.h", "{ args.of_columns[c] = value; }", "{}"),
         "bfloat16": ("vec_scalar-inl.h", " + (bits >> 16 & 1)", ""),
     }  # fmt: skip

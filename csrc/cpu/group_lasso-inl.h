@@ -61,11 +61,6 @@ inline void add_squares(const SquaresArgs<W>& args, int64_t row, int64_t apart) 
   // Unrolled, or row_sums would stand in memory: a quarter of the time where weights are in L3.
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) args.row_sums[row + r * apart] = row_sums[r].sum();
-  for (int r = 0; r < Rows; ++r)
-    each_shared_column(args.rows, row + r * apart, [&](int64_t c) {
-      const T w = widened(weight[r * apart * columns + c]);
-      column_sums[c] -= w * w;
-    });
 }
 
 template <typename W>
@@ -76,6 +71,11 @@ void squares(const SquaresArgs<W>& args) {
   int64_t row = args.rows.row_begin;
   for (; row < args.rows.row_begin + apart; ++row) add_squares<kRows>(args, row, apart);
   for (row += (kRows - 1) * apart; row < args.rows.row_end; ++row) add_squares<1>(args, row, 0);
+  for (row = args.rows.row_begin; row < args.rows.row_end; ++row)
+    each_shared_column(args.rows, row, [&](int64_t c) {
+      const Compute<W> w = widened(args.weight[row * args.rows.columns + c]);
+      args.column_sums[c] -= w * w;
+    });
 }
 
 template <typename W, ByUnits kWhat>
