@@ -160,6 +160,7 @@ def test_nor_does_its_gradient(isa, dtype, two_threads):
     Case("one_row", 30, 1, 8, 200),
     Case("few_rows", 20, 3, 8, 190, P=70),
     Case("packed", 3, 4, 8, 260, batch_sizes=(4, 2, 1)),
+    Case("few_units", 60, 5, 8, 20),
     Case("packed_rows", 5, 50, 8, 70, batch_sizes=(50, 41, 41, 7, 1)),
 ], ids=str)  # fmt: skip
 def test_threads_that_divide_the_units_give_the_same_bits(isa, dtype, two_threads, case, threads):

@@ -16,10 +16,13 @@ namespace iss {
 
 // Multiplies that take about 0.5 us: what it costs to meet at a barrier, and then some.
 inline constexpr int64_t kWorthABarrier = 1 << 14;
-// Recurrent weights of one cell that stay in a core's L2 cache from step to step.
+// Weights that stay in a core's L2 cache from step to step.
 inline constexpr int64_t kCachedWeights = 1 << 17;
 // Rows that take longer to multiply than the weights take to come from beyond that cache.
 inline constexpr int64_t kManyRows = 16;
+// Rows that are worth a thread of their own where all weights stay in its cache: the fewest of
+// which a tile is more than half as fast as a tall one.
+inline constexpr int64_t kFewRows = 2;
 // What a division by units may cost, which reads each weight once, over one by rows.
 inline constexpr double kUneven = 1.15;
 
@@ -85,7 +88,8 @@ Plan plan(const Stack& stack, const Sequence& sequence, bool gates) {
   }
   if (members > 1) return {Split::kUnits, members};
   if (cells > 1 && sequence.steps > 1) return {Split::kLayers, std::min(by_work, cells)};
-  return {Split::kRows, std::clamp<int64_t>(sequence.batch / tile, 1, by_work)};
+  const int64_t worth_a_thread = per_row <= kCachedWeights ? kFewRows : tile;
+  return {Split::kRows, std::clamp<int64_t>(sequence.batch / worth_a_thread, 1, by_work)};
 }
 
 // What one thread does: rows [begin, end) of the batch, and member `member` of the `members` that
