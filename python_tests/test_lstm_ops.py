@@ -163,7 +163,7 @@ def test_nor_does_its_gradient(isa, dtype, two_threads):
     Case("few_units", 60, 5, 8, 20),
     Case("packed_rows", 5, 50, 8, 70, batch_sizes=(50, 41, 41, 7, 1)),
 ], ids=str)  # fmt: skip
-def test_threads_that_divide_the_units_give_the_same_bits(isa, dtype, two_threads, case, threads):
+def test_threads_that_divide_the_work_give_the_same_bits(isa, dtype, two_threads, case, threads):
     for reverse in (False, True):
         torch.set_num_threads(1)
         alone = run(ours, case, dtype, reverse)

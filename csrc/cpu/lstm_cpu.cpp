@@ -84,41 +84,35 @@ class Factor {
   std::vector<Matrix> parts_;
 };
 
-// out [rows, columns] = a [rows, K] @ B + bias for so few rows that B is used once, where B is the
-// weight or, `transposed`, weight.T. A thread packs up to `terms` rows of a panel of B at a time,
-// into its own part of `panels` [available_threads(), terms * a panel's columns], and multiplies
-// with them while they are in its cache.
+// out [rows, columns] = a [rows, K] @ B + bias for so few rows that B, a weight in that layout, is
+// used once. A thread packs up to `terms` rows of a panel of B at a time, into its own part of
+// `panels` [available_threads(), terms * a panel's columns], and multiplies with them while they
+// are in its cache.
 template <typename T>
-void multiply_once(const Tensor& a, const Tensor& weight, bool transposed, int64_t terms,
+void multiply_once(const Tensor& a, const Tensor& weight, Layout layout, int64_t terms,
                    const Tensor& bias, T* panels, const Tensor& out) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t rows = out.size(0), columns = out.size(1), k = weight.size(transposed ? 1 : 0);
+  const PackArgs all = pack_args(weight, layout);
+  const int64_t rows = out.size(0), k = all.k, columns = all.columns;
   const int64_t width = kernels.panel_columns();
-  const int64_t stride_k = transposed ? 1 : columns, stride_column = transposed ? k : 1;
-  const Format format = format_of(weight.scalar_type());
   const auto panel = [&](int64_t column, T* packed) {
-    const int64_t count = std::min(width, columns - column);
+    PackArgs part = all;
+    part.columns = std::min(width, columns - column);
+    part.panels = {0, 1};
+    part.packed = packed;
     int64_t first = 0;
     do {
-      const int64_t part = std::min(terms, k - first);
-      const int64_t at = first * stride_k + column * stride_column;
-      kernels.pack({.k = part,
-                    .columns = count,
-                    .gates = false,
-                    .format = format,
-                    .panels = {0, 1},
-                    .b = static_cast<const char*>(weight.const_data_ptr()) + at * weight.itemsize(),
-                    .stride_k = stride_k,
-                    .stride_column = stride_column,
-                    .scales = nullptr,
-                    .packed = packed});
+      const int64_t at = first * all.stride_k + column * all.stride_column;
+      part.k = std::min(terms, k - first);
+      part.b = static_cast<const char*>(all.b) + at * weight.itemsize();
+      kernels.pack(part);
       kernels.matmul({.rows = rows,
-                      .k = part,
-                      .columns = count,
-                      .panels = {0, 1},
+                      .k = part.k,
+                      .columns = part.columns,
+                      .panels = part.panels,
                       .a = data<T>(a) + first,
                       .a_stride = k,
-                      .b = {format, packed},
+                      .b = {part.format, packed},
                       .bias = bias.defined() && first == 0 ? data<T>(bias) + column : nullptr,
                       .accumulate = first > 0,
                       .out = data<T>(out) + column,
@@ -140,7 +134,7 @@ Tensor product(const Tensor& a, const Tensor& b, T* blocks) {
   const int64_t rows = a.size(0), k = a.size(1);
   const Tensor out = at::empty({rows, b.size(1)}, a.options());
   if (rows <= kBlockRows) {
-    multiply_once(a, b, false, kTerms, Tensor(), blocks, out);
+    multiply_once(a, b, {.transposed = false, .gates = false}, kTerms, Tensor(), blocks, out);
     return out;
   }
   if (k == 0) return out.zero_();
@@ -231,10 +225,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
                       .w_hr = w_hr ? packed(*w_hr, false) : Matrix(),
                       .bias = bias}}};
   AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "lstm_forward", [&] {
-    if (once) {
+    if (once) {  // all of K in one part, for the sums of run_stack
       const int64_t terms = std::max<int64_t>(1, x.size(-1));
       const int64_t panel = terms * cpu_kernels().of<scalar_t>().panel_columns() * sizeof(scalar_t);
-      multiply_once(rows, w_ih.contiguous(), true, terms, bias,
+      multiply_once(rows, w_ih.contiguous(), {.transposed = true, .gates = false}, terms, bias,
                     static_cast<scalar_t*>(scratch(available_threads() * panel)), gates);
     }
     run_stack<scalar_t>(stack, sequence, data<scalar_t>(rows),

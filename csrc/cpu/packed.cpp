@@ -48,29 +48,35 @@ uint64_t fingerprint(const at::Tensor& weight) {
   return hash;
 }
 
+Format format_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return Format::kFloat16;
+    case at::kBFloat16:
+      return Format::kBfloat16;
+    case at::kChar:
+      return Format::kInt8;
+    default:
+      return Format::kSame;
+  }
+}
+
 template <typename T>
-at::Tensor panels_of(const at::Tensor& weight, Layout layout, Format format,
-                     const at::Tensor& scales) {
-  const int64_t k = weight.size(layout.transposed ? 1 : 0);
-  const int64_t columns = weight.size(layout.transposed ? 0 : 1);
+at::Tensor panels_of(const PackArgs& weight) {
+  const int64_t k = weight.k, columns = weight.columns;
+  const bool gates = weight.gates;
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const at::Tensor result =
-      at::empty({kernels.packed_bytes(k, columns, layout.gates, format)}, at::kByte);
+      at::empty({kernels.packed_bytes(k, columns, gates, weight.format)}, at::kByte);
   prefer_huge_pages(result.mutable_data_ptr(), result.numel());
   if (result.numel() == 0) return result;
-  const int64_t panels = kernels.panels(layout.gates ? columns / 4 : columns, layout.gates);
+  const int64_t panels = kernels.panels(gates ? columns / 4 : columns, gates);
   constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
   each_part(panels, kMultiplies * k * columns / panels, [&](int64_t begin, int64_t end) {
-    kernels.pack({.k = k,
-                  .columns = columns,
-                  .gates = layout.gates,
-                  .format = format,
-                  .panels = {begin, end},
-                  .b = weight.const_data_ptr(),
-                  .stride_k = layout.transposed ? 1 : columns,
-                  .stride_column = layout.transposed ? k : 1,
-                  .scales = scales.defined() ? scales.const_data_ptr<float>() : nullptr,
-                  .packed = result.mutable_data_ptr()});
+    PackArgs part = weight;
+    part.panels = {begin, end};
+    part.packed = result.mutable_data_ptr();
+    kernels.pack(part);
   });
   return result;
 }
@@ -95,19 +101,6 @@ std::list<Entry>& entries() {
 
 }  // namespace
 
-Format format_of(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return Format::kFloat16;
-    case at::kBFloat16:
-      return Format::kBfloat16;
-    case at::kChar:
-      return Format::kInt8;
-    default:
-      return Format::kSame;
-  }
-}
-
 void prefer_huge_pages(void* memory, int64_t bytes) {
 #ifdef __linux__
   constexpr int64_t kPage = 4096, kWorthIt = 1 << 22;
@@ -117,11 +110,24 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
+  const int64_t width = weight.size(1);
+  return {.k = weight.size(layout.transposed ? 1 : 0),
+          .columns = weight.size(layout.transposed ? 0 : 1),
+          .gates = layout.gates,
+          .format = format_of(weight.scalar_type()),
+          .panels = {},
+          .b = weight.const_data_ptr(),
+          .stride_k = layout.transposed ? 1 : width,
+          .stride_column = layout.transposed ? width : 1,
+          .scales = scales.defined() ? scales.const_data_ptr<float>() : nullptr,
+          .packed = nullptr};
+}
+
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
-  const Format format = format_of(weight.scalar_type());
-  return {weight.scalar_type() == at::kDouble ? panels_of<double>(weight, layout, format, scales)
-                                              : panels_of<float>(weight, layout, format, scales),
-          format};
+  const PackArgs args = pack_args(weight, layout, scales);
+  return {weight.scalar_type() == at::kDouble ? panels_of<double>(args) : panels_of<float>(args),
+          args.format};
 }
 
 Matrix pack_once(const at::Tensor& weight, Layout layout) {

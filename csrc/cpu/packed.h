@@ -22,11 +22,12 @@ struct Matrix {
   Packed view() const { return {format, panels.const_data_ptr()}; }
 };
 
-// How a weight of this dtype is packed: in 16 or 8 bits as it is, else as T.
-Format format_of(at::ScalarType type);
+// What a kernel is told to pack a contiguous weight, but for which panels and where to: float64,
+// float32, float16, bfloat16, or int8 with scales [rows of the weight]. The format follows from its
+// dtype.
+PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
-// Packs a contiguous weight: float64, float32, float16, bfloat16, or int8 with scales [rows of the
-// weight].
+// Packs all of it.
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
 // Asks for pages of 2 MB for memory that is not touched yet: what is larger than the L3 cache, or
