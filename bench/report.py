@@ -178,14 +178,15 @@ def slow_lines(points: Results) -> Iterable[str]:
 
 
 def format_lines(points: Results, where: str) -> Iterable[str]:
-    """int8 over theirs, float16 over our own float32."""
+    """int8 over theirs, 16 bits over our own float32."""
     int8 = ratios(points, "ONNX Runtime int8", "prepared int8")
     large = {point: rows for point, rows in points.items() if point.H >= 256}
     half = ratios(large, OURS, "prepared float16")
+    brain = ratios(large, OURS, "prepared bfloat16")
     if points:
         yield (
             f"B 1, {where}: int8 over ONNX Runtime int8 {mean(int8.values())}; float16 over our "
-            f"float32, H >= 256 {mean(half.values())}"
+            f"float32, H >= 256 {mean(half.values())}; bfloat16 {mean(brain.values())}"
         )
 
 
