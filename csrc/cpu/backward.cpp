@@ -17,7 +17,6 @@ void walk_back(const Cell& cell, const Sequence& sequence, const CellGradient<T>
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const int64_t hidden = cell.hidden, output = cell.output, steps = sequence.steps;
   const bool projected = cell.w_hr.panels.defined();
-  const PanelRange units = share.of(kernels.panels(hidden, false));
   const PanelRange outputs = share.of(kernels.panels(output, false));
 
   // to [rows, P] = or += dgates of `rows` rows from `from` @ w_hh.
@@ -59,7 +58,7 @@ void walk_back(const Cell& cell, const Sequence& sequence, const CellGradient<T>
                  .k = projected ? output
                       : goes_on ? 4 * hidden
                                 : 0,
-                 .panels = units,
+                 .panels = share.of(kernels.panels(hidden, false), k % 2 == 1),
                  .a = projected ? gradient.dy + row * output
                       : goes_on ? gradient.dgates + (sequence.offsets[after] + b) * 4 * hidden
                                 : gradient.dgates,
