@@ -358,32 +358,28 @@ inline void each_column(const PackArgs& args, const Visit& visit) {
     }
 }
 
-// to[i * stride + s] = from[s][i] for i < count and s < 4, four by four.
-inline void transpose_four(const float* const* from, int64_t count, int64_t stride, float* to) {
-  using Quad = float __attribute__((vector_size(16), aligned(4)));
-  using Order = int32_t __attribute__((vector_size(16)));
+// to[i * stride + s] = rows[s][i] for i < count and s < lanes. There are Vec::kLanes rows to read.
+inline void transpose_rows(const float* const* rows, int64_t lanes, int64_t count, int64_t stride,
+                           float* to) {
+  using V = Vec<float>;
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
-    Quad row[4];
-    for (int s = 0; s < 4; ++s) __builtin_memcpy(&row[s], from[s] + i, sizeof(Quad));
-    const Quad low = __builtin_shuffle(row[0], row[1], Order{0, 4, 1, 5});
-    const Quad high = __builtin_shuffle(row[0], row[1], Order{2, 6, 3, 7});
-    const Quad next_low = __builtin_shuffle(row[2], row[3], Order{0, 4, 1, 5});
-    const Quad next_high = __builtin_shuffle(row[2], row[3], Order{2, 6, 3, 7});
-    const Quad column[4] = {__builtin_shuffle(low, next_low, Order{0, 1, 4, 5}),
-                            __builtin_shuffle(low, next_low, Order{2, 3, 6, 7}),
-                            __builtin_shuffle(high, next_high, Order{0, 1, 4, 5}),
-                            __builtin_shuffle(high, next_high, Order{2, 3, 6, 7})};
-    for (int k = 0; k < 4; ++k) __builtin_memcpy(to + (i + k) * stride, &column[k], sizeof(Quad));
+    V columns[4];
+    V::load_columns(rows, i, columns);
+    for (int64_t k = 0; k < 4; ++k) {
+      float* const at = to + (i + k) * stride;
+      lanes == V::kLanes ? columns[k].store(at) : columns[k].store(at, lanes);
+    }
   }
   for (; i < count; ++i)
-    for (int s = 0; s < 4; ++s) to[i * stride + s] = from[s][i];
+    for (int64_t s = 0; s < lanes; ++s) to[i * stride + s] = rows[s][i];
 }
 
 template <typename T, typename W>
 inline void pack_as(const PackArgs& args) {
   // So many rows of a panel at a time that both they and the lines they come from stay in L1.
   constexpr int64_t kRows = 64, kColumns = kPanelColumns<T>, kLanes = Vec<T>::kLanes;
+  static constexpr W kZeros[kRows] = {};
   const W* from[kColumns];
   int64_t to[kColumns];
   each_column<T>(args, [&](int64_t panel, int64_t slot, int64_t column) {
@@ -400,13 +396,17 @@ inline void pack_as(const PackArgs& args) {
       const int64_t count = std::min(kRows, args.k - begin);
       for (int64_t s = 0; s < kColumns; ++s) {
         if constexpr (std::is_same_v<W, float>) {
-          if (args.stride_k == 1 && s % 4 == 0 && from[s + 3] != nullptr) {
-            const float* const four[] = {from[s] + begin, from[s + 1] + begin, from[s + 2] + begin,
-                                         from[s + 3] + begin};
-            for (const float* next : four)  // the next kRows of these
-              for (int64_t i = kRows; i < 2 * kRows; i += 16) __builtin_prefetch(next + i, 0, 2);
-            transpose_four(four, count, kColumns, rows + s);
-            s += 3;
+          if (args.stride_k == 1) {  // a vector of columns
+            const float* columns[kLanes];
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+              const float* const column = from[s + lane];
+              columns[lane] = column == nullptr ? kZeros : column + begin;
+              // The next kRows.
+              for (int64_t i = kRows; i < 2 * kRows; i += 16)
+                __builtin_prefetch(columns[lane] + i, 0, 2);
+            }
+            transpose_rows(columns, kLanes, count, kColumns, rows + s);
+            s += kLanes - 1;
             continue;
           }
         }
@@ -468,19 +468,20 @@ void transpose(const TransposeArgs<T>& args) {
       T* const to = args.to + column * args.to_stride + row;
       for (int64_t r = 0; r < rows; ++r)
         __builtin_prefetch(from + (kRows + r) * args.from_stride, 0, 2);
-      int64_t r = 0;
       if constexpr (std::is_same_v<T, float>)
-        for (; r + 4 <= rows; r += 4) {
-          const float* const four[] = {
-              from + r * args.from_stride, from + (r + 1) * args.from_stride,
-              from + (r + 2) * args.from_stride, from + (r + 3) * args.from_stride};
-          transpose_four(four, columns, args.to_stride, to + r);
+        for (int64_t r = 0; r < rows; r += V::kLanes) {
+          const float* lines[V::kLanes];
+          const int64_t lanes = std::min(V::kLanes, rows - r);
+          for (int64_t lane = 0; lane < V::kLanes; ++lane)
+            lines[lane] = from + (r + std::min(lane, lanes - 1)) * args.from_stride;
+          transpose_rows(lines, lanes, columns, args.to_stride, to + r);
         }
-      for (; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c)
-          to[c * args.to_stride + r] = from[r * args.from_stride + c];
+      else
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < columns; ++c)
+            to[c * args.to_stride + r] = from[r * args.from_stride + c];
       for (int64_t c = 0; c < columns; c += V::kLanes)
-        for (r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
           const T* const at = from + r * args.from_stride + c;
           V& sum = sums[c / V::kLanes];
           sum = sum + (columns - c >= V::kLanes ? V::load(at) : V::load(at, columns - c));

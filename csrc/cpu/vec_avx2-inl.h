@@ -46,6 +46,21 @@ struct Vec<float> {
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
   }
+  static void load_columns(const float* const* rows, int64_t at, Vec* to) {
+    const auto fours = [&](int r) {  // of rows r and r + 4
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[r] + at)),
+                                  _mm_loadu_ps(rows[r + 4] + at), 1);
+    };
+    const __m256 a = fours(0), b = fours(1), c = fours(2), d = fours(3);
+    const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b));  // columns 0 and 1
+    const __m256d cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+    const __m256d ab_next = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
+    const __m256d cd_next = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+    to[0] = {_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd))};
+    to[1] = {_mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd))};
+    to[2] = {_mm256_castpd_ps(_mm256_unpacklo_pd(ab_next, cd_next))};
+    to[3] = {_mm256_castpd_ps(_mm256_unpackhi_pd(ab_next, cd_next))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, first_lanes(n), v); }
   void store(Bfloat16* p) const {

@@ -59,6 +59,24 @@ struct Vec<float> {
   static Vec load(const Bfloat16* p, int64_t n) {
     return widened(_mm256_maskz_loadu_epi16(first(n), p));
   }
+  static void load_columns(const float* const* rows, int64_t at, Vec* to) {
+    const auto fours = [&](int r) {  // of rows r, r + 4, r + 8 and r + 12
+      const auto four = [&](int i) { return _mm_loadu_ps(rows[r + i] + at); };
+      __m512 x = _mm512_castps128_ps512(four(0));
+      x = _mm512_insertf32x4(x, four(4), 1);
+      x = _mm512_insertf32x4(x, four(8), 2);
+      return _mm512_insertf32x4(x, four(12), 3);
+    };
+    const __m512 a = fours(0), b = fours(1), c = fours(2), d = fours(3);
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));  // columns 0 and 1
+    const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+    const __m512d ab_next = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    const __m512d cd_next = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    to[0] = {_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd))};
+    to[1] = {_mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd))};
+    to[2] = {_mm512_castpd_ps(_mm512_unpacklo_pd(ab_next, cd_next))};
+    to[3] = {_mm512_castpd_ps(_mm512_unpackhi_pd(ab_next, cd_next))};
+  }
   __m256i rounded() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -35,6 +35,14 @@ struct Vec<float> {
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
   }
+  static void load_columns(const float* const* rows, int64_t at, Vec* to) {
+    const float32x4x2_t ab = vtrnq_f32(vld1q_f32(rows[0] + at), vld1q_f32(rows[1] + at));
+    const float32x4x2_t cd = vtrnq_f32(vld1q_f32(rows[2] + at), vld1q_f32(rows[3] + at));
+    to[0] = {vcombine_f32(vget_low_f32(ab.val[0]), vget_low_f32(cd.val[0]))};
+    to[1] = {vcombine_f32(vget_low_f32(ab.val[1]), vget_low_f32(cd.val[1]))};
+    to[2] = {vcombine_f32(vget_high_f32(ab.val[0]), vget_high_f32(cd.val[0]))};
+    to[3] = {vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]))};
+  }
   void store(float* p) const { vst1q_f32(p, v); }
   void store(Bfloat16* p) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);

@@ -45,6 +45,10 @@ struct Vec {
   static Vec load(const Bfloat16* p) { return load_even(p); }
   static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes, rest 0
   static Vec load(const Bfloat16* p, int64_t) { return load(p); }
+  // to[k] = rows[0][at + k], rows[1][at + k], ... of kLanes rows, for k < 4.
+  static void load_columns(const T* const* rows, int64_t at, Vec* to) {
+    for (int k = 0; k < 4; ++k) to[k] = {rows[0][at + k]};
+  }
   void store(T* p) const { *p = v; }
   void store(T* p, int64_t) const { *p = v; }
   void store(Bfloat16* p) const { *p = to_bfloat16(v); }
