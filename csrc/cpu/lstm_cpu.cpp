@@ -7,11 +7,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -24,19 +24,56 @@
 namespace iss {
 namespace {
 
-constexpr auto kContiguous = at::MemoryFormat::Contiguous;
-
 template <typename T>
 T* data(const Tensor& t) {
   return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr;
 }
 
-// A contiguous copy of its own in the type that the kernels compute in.
+// In the type that the kernels compute in, row after row.
+Tensor widened(const Tensor& t) { return t.to(wide_type(t.scalar_type())).contiguous(); }
+
+// The same as a copy of its own. (Tensor::to takes a microsecond more.)
 Tensor copied(const Tensor& t) {
-  return t.to(t.options().dtype(wide_type(t.scalar_type())), false, true, kContiguous);
+  const Tensor from = widened(t), copy = at::empty(from.sizes(), from.options());
+  if (from.numel() > 0) std::memcpy(copy.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+  return copy;
 }
 
-Tensor widened(const Tensor& t) { return t.to(wide_type(t.scalar_type())).contiguous(); }
+// A matrix, row after row. (Tensors that share memory take a microsecond each to make.)
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t rows, columns;
+
+  // As B of a product.
+  PackArgs pack_args() const {
+    return {.k = rows,
+            .columns = columns,
+            .gates = false,
+            .format = Format::kSame,
+            .panels = {},
+            .b = data,
+            .stride_k = columns,
+            .stride_column = 1,
+            .scales = nullptr,
+            .packed = nullptr};
+  }
+};
+
+// The part of B that has rows [first, first + k) and columns [column, column + columns) of it.
+template <typename T>
+PackArgs part_of(PackArgs b, int64_t first, int64_t k, int64_t column, int64_t columns) {
+  const int64_t itemsize = b.format == Format::kSame ? sizeof(T) : 2;
+  b.b = static_cast<const char*>(b.b) + (first * b.stride_k + column * b.stride_column) * itemsize;
+  b.k = k;
+  b.columns = columns;
+  return b;
+}
+
+template <typename T>
+Tensor matrix(int64_t rows, int64_t columns) {
+  return at::empty({rows, columns}, c10::CppTypeToScalarType<T>::value);
+}
 
 // Sums over all rows of a long sequence are cut into parts of so many terms, for their rounding; a
 // part of what they go over also stays in the L2 cache.
@@ -48,15 +85,14 @@ constexpr int64_t kBlockStride = kTerms + kLine;
 // Also holds kTerms rows of any panel.
 constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
 
-// A matrix [K, columns] to multiply from the right, packed in parts of kTerms rows. (torch's GEMM
-// took 1.3 times as long as the register tile of the rest, with AVX-512 on an AMD CPU.)
+// B [K, columns] of a product, packed in parts of kTerms rows. (torch's GEMM took 1.3 times as long
+// as the register tile of the rest, with AVX-512 on an AMD CPU.)
 template <typename T>
 class Factor {
  public:
-  explicit Factor(const Tensor& b) : k_(b.size(0)), columns_(b.size(1)) {
+  explicit Factor(const PackArgs& b) : k_(b.k), columns_(b.columns) {
     for (int64_t first = 0; first < k_; first += kTerms)
-      parts_.push_back(pack(b.narrow(0, first, std::min(kTerms, k_ - first)),
-                            {.transposed = false, .gates = false}));
+      parts_.push_back(pack<T>(part_of<T>(b, first, std::min(kTerms, k_ - first), 0, columns_)));
   }
 
   int64_t columns() const { return columns_; }
@@ -84,92 +120,84 @@ class Factor {
   std::vector<Matrix> parts_;
 };
 
-// out [rows, columns] = a [rows, K] @ B + bias for so few rows that B, a weight in that layout, is
-// used once. A thread packs up to `terms` rows of a panel of B at a time, into its own part of
-// `panels` [available_threads(), terms * a panel's columns], and multiplies with them while they
-// are in its cache.
+// out [rows, columns] = a [rows, K] @ B + bias for so few rows that B is used once. A thread packs
+// up to `terms` rows of a panel of B at a time, into its own part of `panels` [available_threads(),
+// terms * a panel's columns], and multiplies with them while they are in its cache.
 template <typename T>
-void multiply_once(const Tensor& a, const Tensor& weight, Layout layout, int64_t terms,
-                   const Tensor& bias, T* panels, const Tensor& out) {
+void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* bias, T* panels,
+                   T* out) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const PackArgs all = pack_args(weight, layout);
-  const int64_t rows = out.size(0), k = all.k, columns = all.columns;
   const int64_t width = kernels.panel_columns();
   const auto panel = [&](int64_t column, T* packed) {
-    PackArgs part = all;
-    part.columns = std::min(width, columns - column);
-    part.panels = {0, 1};
-    part.packed = packed;
     int64_t first = 0;
     do {
-      const int64_t at = first * all.stride_k + column * all.stride_column;
-      part.k = std::min(terms, k - first);
-      part.b = static_cast<const char*>(all.b) + at * weight.itemsize();
+      PackArgs part = part_of<T>(b, first, std::min(terms, b.k - first), column,
+                                 std::min(width, b.columns - column));
+      part.panels = {0, 1};
+      part.packed = packed;
       kernels.pack(part);
-      kernels.matmul({.rows = rows,
+      kernels.matmul({.rows = a.rows,
                       .k = part.k,
                       .columns = part.columns,
                       .panels = part.panels,
-                      .a = data<T>(a) + first,
-                      .a_stride = k,
+                      .a = a.data + first,
+                      .a_stride = b.k,
                       .b = {part.format, packed},
-                      .bias = bias.defined() && first == 0 ? data<T>(bias) + column : nullptr,
+                      .bias = bias != nullptr && first == 0 ? bias + column : nullptr,
                       .accumulate = first > 0,
-                      .out = data<T>(out) + column,
-                      .out_stride = columns,
+                      .out = out + column,
+                      .out_stride = b.columns,
                       .scratch = nullptr});
       first += terms;
-    } while (first < k);
+    } while (first < b.k);
   };
-  each_block(kernels.panels(columns, false), 1, rows * k * width,
+  each_block(kernels.panels(b.columns, false), 1, a.rows * b.k * width,
              [&](int64_t begin, int64_t end, int64_t thread) {
                for (int64_t index = begin; index < end; ++index)
                  panel(index * width, panels + thread * terms * width);
              });
 }
 
-// a [rows, K] @ b [K, columns]. blocks [available_threads(), kBlockElements]
+// a [rows, K] @ B [K, columns]. blocks [available_threads(), kBlockElements]
 template <typename T>
-Tensor product(const Tensor& a, const Tensor& b, T* blocks) {
-  const int64_t rows = a.size(0), k = a.size(1);
-  const Tensor out = at::empty({rows, b.size(1)}, a.options());
-  if (rows <= kBlockRows) {
-    multiply_once(a, b, {.transposed = false, .gates = false}, kTerms, Tensor(), blocks, out);
+Tensor product(const Rows<T>& a, const PackArgs& b, T* blocks) {
+  const Tensor out = matrix<T>(a.rows, b.columns);
+  if (a.rows <= kBlockRows) {
+    multiply_once<T>(a, b, kTerms, nullptr, blocks, data<T>(out));
     return out;
   }
-  if (k == 0) return out.zero_();
+  if (b.k == 0) return out.zero_();
   const Factor<T> factor(b);
-  each_block(rows, kBlockRows, k * factor.columns(), [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t first = 0; first < k; first += kTerms)
-      factor.multiply(first, end - begin, data<T>(a) + begin * k + first, k,
-                      data<T>(out) + begin * factor.columns());
+  each_block(a.rows, kBlockRows, b.k * b.columns, [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t first = 0; first < b.k; first += kTerms)
+      factor.multiply(first, end - begin, a.data + begin * b.k + first, b.k,
+                      data<T>(out) + begin * b.columns);
   });
   return out;
 }
 
-// a [N, rows] -> a.T @ b for each b [N, columns], and the sums of a's columns. a is transposed by
+// a.T @ b for each b, all with as many rows as a, and the sums of a's columns. a is transposed by
 // blocks, each into a thread's own part of `blocks` [available_threads(), kBlockElements].
 template <typename T>
-std::pair<std::vector<Tensor>, Tensor> transposed_products(const Tensor& a,
-                                                           const std::vector<Tensor>& right,
+std::pair<std::vector<Tensor>, Tensor> transposed_products(const Rows<T>& a,
+                                                           const std::vector<Rows<T>>& right,
                                                            T* blocks) {
-  const int64_t n = a.size(0), rows = a.size(1);
-  const Tensor sums = at::zeros({rows}, a.options());
+  const Tensor sums = at::zeros({a.columns}, c10::CppTypeToScalarType<T>::value);
   std::vector<Tensor> products;
   std::vector<Factor<T>> factors;
   int64_t columns = 0;
-  for (const Tensor& b : right) {
-    factors.emplace_back(b);
-    products.push_back(at::empty({rows, b.size(1)}, a.options()));
-    if (n == 0) products.back().zero_();
-    columns += b.size(1);
+  for (const Rows<T>& b : right) {
+    factors.emplace_back(b.pack_args());
+    products.push_back(matrix<T>(a.columns, b.columns));
+    if (a.rows == 0) products.back().zero_();
+    columns += b.columns;
   }
   const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
-    for (int64_t first = 0; first < n; first += kTerms) {
-      cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, n - first),
+    for (int64_t first = 0; first < a.rows; first += kTerms) {
+      cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, a.rows - first),
                                        .columns = end - begin,
-                                       .from = data<T>(a) + first * rows + begin,
-                                       .from_stride = rows,
+                                       .from = a.data + first * a.columns + begin,
+                                       .from_stride = a.columns,
                                        .to = block,
                                        .to_stride = kBlockStride,
                                        .sums = data<T>(sums) + begin});
@@ -178,9 +206,9 @@ std::pair<std::vector<Tensor>, Tensor> transposed_products(const Tensor& a,
                             data<T>(products[i]) + begin * factors[i].columns());
     }
   };
-  each_block((rows + kLine - 1) / kLine, kBlockLines, kLine * n * columns,
+  each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * a.rows * columns,
              [&](int64_t begin, int64_t end, int64_t thread) {
-               block_of_rows(begin * kLine, std::min(end * kLine, rows),
+               block_of_rows(begin * kLine, std::min(end * kLine, a.columns),
                              blocks + thread * kBlockElements);
              });
   return {std::move(products), sums};
@@ -228,8 +256,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
     if (once) {  // all of K in one part, for the sums of run_stack
       const int64_t terms = std::max<int64_t>(1, x.size(-1));
       const int64_t panel = terms * cpu_kernels().of<scalar_t>().panel_columns() * sizeof(scalar_t);
-      multiply_once(rows, w_ih.contiguous(), {.transposed = true, .gates = false}, terms, bias,
-                    static_cast<scalar_t*>(scratch(available_threads() * panel)), gates);
+      const Tensor weight = w_ih.contiguous();
+      multiply_once<scalar_t>({data<scalar_t>(rows), sequence.rows, x.size(-1)},
+                              pack_args(weight, {.transposed = true, .gates = false}), terms,
+                              bias.defined() ? data<scalar_t>(bias) : nullptr,
+                              static_cast<scalar_t*>(scratch(available_threads() * panel)),
+                              data<scalar_t>(gates));
     }
     run_stack<scalar_t>(stack, sequence, data<scalar_t>(rows),
                         {{.h0 = data<scalar_t>(h_first),
@@ -259,26 +291,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   check_shape("lstm_backward", "cells", cells, "[N, H]", {sequence.rows, hidden});
 
   const auto dtype = x.scalar_type();
-  const auto options = x.options().dtype(wide_type(dtype));
-  const Tensor rows = widened(x).reshape({sequence.rows, x.size(-1)});
-  const Tensor outputs = widened(y), h_first = widened(h0), c_first = widened(c0);
+  const Tensor rows = widened(x), outputs = widened(y), douts = widened(dy);
+  const Tensor h_first = widened(h0), c_first = widened(c0);
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
   const Tensor dh = copied(dh_n), dc = copied(dc_n);
-  // Not allocated anew: to be given fresh pages took up to half as long as all the rest.
-  Tensor douts, dgates, h_prev, blocks;
-  const auto lay_out = [&](Arena arena) {
-    const auto take = [&](int64_t first, int64_t second) {
-      const auto count = first * second * options.dtype().itemsize();
-      return at::from_blob(arena.take<char>(count), {first, second}, options);
-    };
-    douts = take(sequence.rows, output);
-    dgates = take(sequence.rows, 4 * hidden);
-    h_prev = take(sequence.rows, output);
-    blocks = take(available_threads(), kBlockElements);
-    return arena.used;
-  };
-  lay_out({static_cast<char*>(scratch(lay_out({nullptr})))});
-  douts.copy_(dy.reshape({sequence.rows, output}));
   const auto packed = [](const Tensor& weight) {
     return pack(weight.contiguous(), {.transposed = false, .gates = false});
   };
@@ -290,27 +306,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                   .w_hh = packed(w_hh),
                   .w_hr = w_hr ? packed(*w_hr) : Matrix(),
                   .bias = Tensor()};
-  Tensor dx, dw_ih, dw_hh, db, dw_hr = at::empty({0}, options);
-  AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "lstm_backward", [&] {
+  Tensor dx, dw_ih, dw_hh, db, dw_hr = at::empty({0}, dh.options());
+  AT_DISPATCH_FLOATING_TYPES(dh.scalar_type(), "lstm_backward", [&] {
+    // Not allocated anew: to be given fresh pages took up to half as long as all the rest.
+    scalar_t *dy_of_step = nullptr, *dgates = nullptr, *h_prev = nullptr, *blocks = nullptr;
+    const auto lay_out = [&](Arena arena) {
+      dy_of_step = arena.take<scalar_t>(sequence.rows * output);
+      dgates = arena.take<scalar_t>(sequence.rows * 4 * hidden);
+      h_prev = arena.take<scalar_t>(sequence.rows * output);
+      blocks = arena.take<scalar_t>(available_threads() * kBlockElements);
+      return arena.used;
+    };
+    lay_out({static_cast<char*>(scratch(lay_out({nullptr})))});
+    std::copy_n(data<scalar_t>(douts), sequence.rows * output, dy_of_step);
     run_backward<scalar_t>(cell, sequence,
                            {.h0 = data<scalar_t>(h_first),
                             .c0 = data<scalar_t>(c_first),
                             .y = data<scalar_t>(outputs),
                             .gates = data<scalar_t>(saved_gates),
                             .cells = data<scalar_t>(saved_cells),
-                            .dy = data<scalar_t>(douts),
+                            .dy = dy_of_step,
                             .dh = data<scalar_t>(dh),
                             .dc = data<scalar_t>(dc),
-                            .dgates = data<scalar_t>(dgates),
-                            .h_prev = data<scalar_t>(h_prev)});
-    dx = product(dgates, w_ih.contiguous(), data<scalar_t>(blocks));
-    auto [products, sums] = transposed_products(dgates, {rows, h_prev}, data<scalar_t>(blocks));
+                            .dgates = dgates,
+                            .h_prev = h_prev});
+    using Of = Rows<scalar_t>;
+    const Of of_gates{dgates, sequence.rows, 4 * hidden};
+    const Tensor weight = w_ih.contiguous();
+    dx = product<scalar_t>(of_gates, pack_args(weight, {.transposed = false, .gates = false}),
+                           blocks);
+    auto [products, sums] = transposed_products<scalar_t>(
+        of_gates,
+        {Of{data<scalar_t>(rows), sequence.rows, x.size(-1)}, Of{h_prev, sequence.rows, output}},
+        blocks);
     dw_ih = products[0], dw_hh = products[1], db = sums;
-    if (w_hr)
-      dw_hr = transposed_products(douts,
-                                  {saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh()},
-                                  data<scalar_t>(blocks))
+    if (w_hr) {
+      const Tensor h = saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh();
+      dw_hr = transposed_products<scalar_t>(Of{dy_of_step, sequence.rows, output},
+                                            {Of{data<scalar_t>(h), sequence.rows, hidden}}, blocks)
                   .first[0];
+    }
   });
   return {dx.view(x.sizes()).to(dtype),
           dh.to(dtype),

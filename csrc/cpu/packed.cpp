@@ -61,26 +61,6 @@ Format format_of(at::ScalarType type) {
   }
 }
 
-template <typename T>
-at::Tensor panels_of(const PackArgs& weight) {
-  const int64_t k = weight.k, columns = weight.columns;
-  const bool gates = weight.gates;
-  const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const at::Tensor result =
-      at::empty({kernels.packed_bytes(k, columns, gates, weight.format)}, at::kByte);
-  prefer_huge_pages(result.mutable_data_ptr(), result.numel());
-  if (result.numel() == 0) return result;
-  const int64_t panels = kernels.panels(gates ? columns / 4 : columns, gates);
-  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
-  each_part(panels, kMultiplies * k * columns / panels, [&](int64_t begin, int64_t end) {
-    PackArgs part = weight;
-    part.panels = {begin, end};
-    part.packed = result.mutable_data_ptr();
-    kernels.pack(part);
-  });
-  return result;
-}
-
 // One weight's panels. The weak pointer tells whether the tensor still lives: its address may be
 // given to another.
 struct Entry {
@@ -124,10 +104,32 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
           .packed = nullptr};
 }
 
+template <typename T>
+Matrix pack(const PackArgs& weight) {
+  const int64_t k = weight.k, columns = weight.columns;
+  const bool gates = weight.gates;
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const at::Tensor result =
+      at::empty({kernels.packed_bytes(k, columns, gates, weight.format)}, at::kByte);
+  prefer_huge_pages(result.mutable_data_ptr(), result.numel());
+  if (result.numel() == 0) return {result, weight.format};
+  const int64_t panels = kernels.panels(gates ? columns / 4 : columns, gates);
+  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
+  each_part(panels, kMultiplies * k * columns / panels, [&](int64_t begin, int64_t end) {
+    PackArgs part = weight;
+    part.panels = {begin, end};
+    part.packed = result.mutable_data_ptr();
+    kernels.pack(part);
+  });
+  return {result, weight.format};
+}
+
+template Matrix pack<float>(const PackArgs&);
+template Matrix pack<double>(const PackArgs&);
+
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
   const PackArgs args = pack_args(weight, layout, scales);
-  return {weight.scalar_type() == at::kDouble ? panels_of<double>(args) : panels_of<float>(args),
-          args.format};
+  return weight.scalar_type() == at::kDouble ? pack<double>(args) : pack<float>(args);
 }
 
 Matrix pack_once(const at::Tensor& weight, Layout layout) {

@@ -27,7 +27,9 @@ struct Matrix {
 // dtype.
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
-// Packs all of it.
+// Packs all of it: PackArgs are complete but for `panels` and `packed`. T: what kernels compute in.
+template <typename T>
+Matrix pack(const PackArgs& weight);
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
 // Asks for pages of 2 MB for memory that is not touched yet: what is larger than the L3 cache, or
