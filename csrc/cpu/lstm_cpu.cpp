@@ -72,7 +72,9 @@ PackArgs part_of(PackArgs b, int64_t first, int64_t k, int64_t column, int64_t c
 
 template <typename T>
 Tensor matrix(int64_t rows, int64_t columns) {
-  return at::empty({rows, columns}, c10::CppTypeToScalarType<T>::value);
+  const Tensor result = at::empty({rows, columns}, c10::CppTypeToScalarType<T>::value);
+  prefer_huge_pages(result.mutable_data_ptr(), result.nbytes());
+  return result;
 }
 
 // Sums over all rows of a long sequence are cut into parts of so many terms, for their rounding; a
@@ -92,7 +94,8 @@ class Factor {
  public:
   explicit Factor(const PackArgs& b) : k_(b.k), columns_(b.columns) {
     for (int64_t first = 0; first < k_; first += kTerms)
-      parts_.push_back(pack<T>(part_of<T>(b, first, std::min(kTerms, k_ - first), 0, columns_)));
+      parts_.push_back(
+          pack_briefly<T>(part_of<T>(b, first, std::min(kTerms, k_ - first), 0, columns_)));
   }
 
   int64_t columns() const { return columns_; }
@@ -238,7 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
   const bool once = save && sequence.rows <= kBlockRows;
   const auto packed = [&](const Tensor& weight, bool gates) {
     const Layout layout{.transposed = true, .gates = gates};
-    return save ? pack(weight.contiguous(), layout) : pack_once(weight.contiguous(), layout);
+    return save ? pack_briefly(weight.contiguous(), layout)
+                : pack_once(weight.contiguous(), layout);
   };
   const Tensor bias = b_ih && b_hh ? widened(*b_ih) + widened(*b_hh)
                       : b_ih       ? widened(*b_ih)
@@ -296,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
   const Tensor dh = copied(dh_n), dc = copied(dc_n);
   const auto packed = [](const Tensor& weight) {
-    return pack(weight.contiguous(), {.transposed = false, .gates = false});
+    return pack_briefly(weight.contiguous(), {.transposed = false, .gates = false});
   };
   const Cell cell{.input = x.size(-1),
                   .hidden = hidden,

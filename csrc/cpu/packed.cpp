@@ -61,6 +61,47 @@ Format format_of(at::ScalarType type) {
   }
 }
 
+template <typename T>
+int64_t packed_bytes(const PackArgs& weight) {
+  return cpu_kernels().of<T>().packed_bytes(weight.k, weight.columns, weight.gates, weight.format);
+}
+
+template <typename T>
+Matrix pack_into(const at::Tensor& memory, const PackArgs& weight) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  if (packed_bytes<T>(weight) == 0) return {memory, weight.format};
+  const int64_t panels =
+      kernels.panels(weight.gates ? weight.columns / 4 : weight.columns, weight.gates);
+  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
+  each_part(panels, kMultiplies * weight.k * weight.columns / panels,
+            [&](int64_t begin, int64_t end) {
+              PackArgs part = weight;
+              part.panels = {begin, end};
+              part.packed = memory.mutable_data_ptr();
+              kernels.pack(part);
+            });
+  return {memory, weight.format};
+}
+
+at::Tensor fresh(int64_t bytes) {
+  const at::Tensor memory = at::empty({bytes}, at::kByte);
+  prefer_huge_pages(memory.mutable_data_ptr(), bytes);
+  return memory;
+}
+
+// Memory that no Matrix uses any more, or fresh.
+at::Tensor kept(int64_t bytes) {
+  constexpr int64_t kKeep = 1 << 26;
+  thread_local at::Tensor memories[2];  // for w_hh and w_hr
+  if (bytes <= kKeep)
+    for (at::Tensor& memory : memories) {
+      if (memory.use_count() > 1) continue;
+      if (!memory.defined() || memory.numel() < bytes) memory = fresh(bytes);
+      return memory;
+    }
+  return fresh(bytes);
+}
+
 // One weight's panels. The weak pointer tells whether the tensor still lives: its address may be
 // given to another.
 struct Entry {
@@ -104,32 +145,24 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
           .packed = nullptr};
 }
 
-template <typename T>
-Matrix pack(const PackArgs& weight) {
-  const int64_t k = weight.k, columns = weight.columns;
-  const bool gates = weight.gates;
-  const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const at::Tensor result =
-      at::empty({kernels.packed_bytes(k, columns, gates, weight.format)}, at::kByte);
-  prefer_huge_pages(result.mutable_data_ptr(), result.numel());
-  if (result.numel() == 0) return {result, weight.format};
-  const int64_t panels = kernels.panels(gates ? columns / 4 : columns, gates);
-  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
-  each_part(panels, kMultiplies * k * columns / panels, [&](int64_t begin, int64_t end) {
-    PackArgs part = weight;
-    part.panels = {begin, end};
-    part.packed = result.mutable_data_ptr();
-    kernels.pack(part);
-  });
-  return {result, weight.format};
-}
-
-template Matrix pack<float>(const PackArgs&);
-template Matrix pack<double>(const PackArgs&);
-
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
   const PackArgs args = pack_args(weight, layout, scales);
-  return weight.scalar_type() == at::kDouble ? pack<double>(args) : pack<float>(args);
+  return weight.scalar_type() == at::kDouble
+             ? pack_into<double>(fresh(packed_bytes<double>(args)), args)
+             : pack_into<float>(fresh(packed_bytes<float>(args)), args);
+}
+
+template <typename T>
+Matrix pack_briefly(const PackArgs& weight) {
+  return pack_into<T>(kept(packed_bytes<T>(weight)), weight);
+}
+template Matrix pack_briefly<float>(const PackArgs&);
+template Matrix pack_briefly<double>(const PackArgs&);
+
+Matrix pack_briefly(const at::Tensor& weight, Layout layout) {
+  const PackArgs args = pack_args(weight, layout);
+  return weight.scalar_type() == at::kDouble ? pack_briefly<double>(args)
+                                             : pack_briefly<float>(args);
 }
 
 Matrix pack_once(const at::Tensor& weight, Layout layout) {
