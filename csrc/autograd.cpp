@@ -29,7 +29,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse);
+    bool reverse, bool need_dx, bool need_dw);
 
 template <typename Op>
 c10::TypedOperatorHandle<Op> find(const char* name) {
@@ -87,18 +87,24 @@ struct LstmForward : torch::autograd::Function<LstmForward> {
     const Tensor dh_n = or_zeros(1, h0);
     const bool same = !gradients[1].defined() && !gradients[2].defined() && !w_hr;
     const Tensor dc_n = same ? dh_n : or_zeros(2, c0);
+    // Inputs are counted without those that are not given: x, batch_sizes, h0, c0, weights.
+    const size_t weights = batch_sizes ? 4 : 3;
+    const size_t end = weights + 2 + b_ih.has_value() + b_hh.has_value() + w_hr.has_value();
+    const bool need_dx = context->needs_input_grad(0);
+    const bool need_dw = context->needs_input_grad({{weights, end}});
     const auto [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] =
         backward_op().call(or_zeros(0, y), dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih,
-                           b_hh, w_hr, y, gates, cells, reverse);
-    return {dx,
+                           b_hh, w_hr, y, gates, cells, reverse, need_dx, need_dw);
+    const auto if_needed = [](bool needed, const Tensor& t) { return needed ? t : Tensor(); };
+    return {if_needed(need_dx, dx),
             {},
             dh0,
             dc0,
-            dw_ih,
-            dw_hh,
-            b_ih ? db : Tensor(),
-            b_hh ? db : Tensor(),
-            w_hr ? dw_hr : Tensor(),
+            if_needed(need_dw, dw_ih),
+            if_needed(need_dw, dw_hh),
+            if_needed(need_dw && b_ih, db),
+            if_needed(need_dw && b_hh, db),
+            if_needed(need_dw && w_hr, dw_hr),
             {},
             {}};
   }

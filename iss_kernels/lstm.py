@@ -319,19 +319,23 @@ class ISSLSTM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """w_ih, w_hh, b_ih, b_hh, w_hr of one layer and direction, in the dtype to compute in."""
         names = self._all_weights[index]
-        w = [self._weight(name) for name in names]
-        w = [v if v.dtype == dtype else v.to(dtype) for v in w]
+        w = [self._weight(name, dtype) for name in names]
         w_hr = w.pop() if names[-1].startswith("weight_hr") else None
         b_ih, b_hh = w[2:] if self.bias else (None, None)
         return w[0], w[1], b_ih, b_hh, w_hr
 
-    def _weight(self, name: str) -> Tensor:
+    def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter as the ops take it."""
+        parameter = self._parameter(name)
+        return parameter if parameter.dtype == dtype else parameter.to(dtype)
+
+    def _parameter(self, name: str) -> Tensor:
         """A parameter, or what a parametrisation has put in its place."""
-        own = self._parameters.get(name)  # nn.Module's lookup takes 0.4 us
+        own = self._parameters.get(name)  # nn.Module's own lookup takes 0.4 us
         return own if own is not None else cast(Tensor, getattr(self, name))
 
     def _dtype(self) -> torch.dtype:
-        return self._weight("weight_ih_l0").dtype
+        return self._parameter("weight_ih_l0").dtype
 
     def _check_input(self, x: Tensor, dim: int) -> None:
         dtype = self._dtype()

@@ -287,7 +287,9 @@ def test_opcheck(gpu, dtype):
         outputs = lib.lstm_forward(*inputs.values(), True)
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
         *tensors, reverse = inputs.values()
-        opcheck(lib.lstm_backward, (*cotangents, *tensors, outputs[0], *outputs[3:], reverse))
+        arguments = (*cotangents, *tensors, outputs[0], *outputs[3:], reverse)
+        for needed in ((True, True), (True, False), (False, True)):
+            opcheck(lib.lstm_backward, (*arguments, *needed))
         for tensor in filter(is_floating, tensors):
             tensor.requires_grad_()
         opcheck(lib.lstm_forward, (*tensors, reverse, True))

@@ -5,6 +5,7 @@ import mpmath
 import pytest
 import torch
 from test_reference import torch_lstm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iss_kernels import ops, reference
 from iss_kernels.backend import supported_isas, use_isa
@@ -107,6 +108,36 @@ def test_gradcheck_and_gradgradcheck(isa, case):
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+class Asked(TorchDispatchMode):
+    """Remembers need_dx and need_dw of the last lstm_backward."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.iss_kernels.lstm_backward.default:
+            self.needed = args[-2:]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_only_gradients_that_are_asked_for_are_computed(case):
+    inputs = make_inputs(case, torch.float64)
+    names = [k for k, v in inputs.items() if is_floating(v)]
+
+    def gradients(asked, require):
+        leaves = {k: inputs[k].clone().requires_grad_(k in require) for k in names}
+        loss = sum(y.square().sum() for y in ours(inputs | leaves))
+        with Asked() as mode:
+            grads = torch.autograd.grad(loss, [leaves[k] for k in asked])
+        return dict(zip(asked, grads, strict=True)), mode.needed
+
+    everything, needed = gradients(names, names)
+    assert needed == (True, True)
+    for name in names:
+        for require in (names, [name]):
+            grads, needed = gradients([name], require)
+            assert needed == (name == "x", name not in ("x", "h0", "c0"))
+            assert torch.equal(grads[name], everything[name])
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)

@@ -44,8 +44,10 @@ def check_lstm_backward():
         *tensors, reverse = inputs.values()
         outputs = lib.lstm_forward(*inputs.values(), True)
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
-        arguments = [*cotangents, *tensors, outputs[0], *outputs[3:], reverse]
+        arguments = [*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True]
         opcheck(lib.lstm_backward, arguments)
+        for needed in ((True, False), (False, True), (False, False)):
+            opcheck(lib.lstm_backward, (*arguments[:-2], *needed))
         # The second derivative runs the reference, whose steps over a packed batch depend on data:
         # eager mode has it (gradgradcheck in test_lstm_ops.py), a traced graph cannot.
         if inputs["x"].shape[:2] == (2, 1):

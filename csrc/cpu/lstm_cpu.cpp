@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse) {
+    bool reverse, bool need_dx, bool need_dw) {
   const NoAutocast no_autocast;
   check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
   const int64_t hidden = c0.size(1), output = h0.size(1);
@@ -310,7 +310,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                   .w_hh = packed(w_hh),
                   .w_hr = w_hr ? packed(*w_hr) : Matrix(),
                   .bias = Tensor()};
-  Tensor dx, dw_ih, dw_hh, db, dw_hr = at::empty({0}, dh.options());
+  const auto none = [&] { return at::empty({0}, dh.options()); };
+  Tensor dx = none(), dw_ih = none(), dw_hh = none(), db = none(), dw_hr = none();
   AT_DISPATCH_FLOATING_TYPES(dh.scalar_type(), "lstm_backward", [&] {
     // Not allocated anew: to be given fresh pages took up to half as long as all the rest.
     scalar_t *dy_of_step = nullptr, *dgates = nullptr, *h_prev = nullptr, *blocks = nullptr;
@@ -336,9 +337,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                             .h_prev = h_prev});
     using Of = Rows<scalar_t>;
     const Of of_gates{dgates, sequence.rows, 4 * hidden};
-    const Tensor weight = w_ih.contiguous();
-    dx = product<scalar_t>(of_gates, pack_args(weight, {.transposed = false, .gates = false}),
-                           blocks);
+    if (need_dx) {
+      const Tensor weight = w_ih.contiguous();
+      dx = product<scalar_t>(of_gates, pack_args(weight, {.transposed = false, .gates = false}),
+                             blocks)
+               .view(x.sizes());
+    }
+    if (!need_dw) return;
     auto [products, sums] = transposed_products<scalar_t>(
         of_gates,
         {Of{data<scalar_t>(rows), sequence.rows, x.size(-1)}, Of{h_prev, sequence.rows, output}},
@@ -351,13 +356,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                   .first[0];
     }
   });
-  return {dx.view(x.sizes()).to(dtype),
-          dh.to(dtype),
-          dc.to(dtype),
-          dw_ih.to(dtype),
-          dw_hh.to(dtype),
-          db.to(dtype),
-          dw_hr.to(dtype)};
+  return {dx.to(dtype),    dh.to(dtype), dc.to(dtype),   dw_ih.to(dtype),
+          dw_hh.to(dtype), db.to(dtype), dw_hr.to(dtype)};
 }
 
 TORCH_LIBRARY_IMPL(iss_kernels, CPU, library) {

@@ -337,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse) {
+    bool reverse, bool need_dx, bool need_dw) {
   const NoAutocast no_autocast;
   check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
   const DeviceGuard guard(x.device());
@@ -393,19 +393,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                                           .exchange = data<void>(shared.exchange)},
                                          current_stream(x)));
   });
+  const auto none = [&] { return at::empty({0}, options); };
+  const Tensor dx = need_dx ? at::mm(dgates, w_ih).view(x.sizes()) : none();
+  if (!need_dw) return {dx, dh, dc, none(), none(), none(), none()};
   const Tensor by_gate = dgates.t();
   const Tensor before = outputs_before(sequence, !batch_sizes, outputs, h_first, reverse);
   const Tensor dw_hr =
       w_hr ? at::mm(douts.t(),
                     (saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh()).to(dtype))
-           : at::empty({0}, options);
-  return {at::mm(dgates, w_ih).view(x.sizes()),
-          dh,
-          dc,
-          at::mm(by_gate, rows),
-          at::mm(by_gate, before),
-          dgates.sum(0),
-          dw_hr};
+           : none();
+  return {dx, dh, dc, at::mm(by_gate, rows), at::mm(by_gate, before), dgates.sum(0), dw_hr};
 }
 
 template <typename T, typename W>
