@@ -3,8 +3,9 @@
 
 python bench/bench_training.py [--quick] [--threads N ...] [--output CSV]
 
-I = H, T = 35 steps, gradients of the weights and of the input; then packed sequences of lengths 1
-to 64. A row gives the fraction of the roof that roofline.py derives (nothing for packed ones).
+I = H, T = 35 steps, gradients of the weights and of the input, which are given up before the next
+step as torch's optimisers do by default; then packed sequences of lengths 1 to 64. A row gives the
+fraction of the roof that roofline.py derives (nothing for packed ones).
 """
 
 from __future__ import annotations
@@ -75,9 +76,13 @@ def outputs(module: Callable[[Input], Input], given: Input) -> Tensor:
 
 
 def training_step(
-    module: Callable[[Input], Input], problem: Problem, dtype: torch.dtype = torch.float32
+    lstm: nn.Module,
+    problem: Problem,
+    dtype: torch.dtype = torch.float32,
+    wrap: Callable[[Callable[[Input], Input]], Callable[[Input], Input]] = lambda run: run,
 ) -> Callable[[], list[Tensor]]:
     """Forward and backward; returns y and the gradient of x."""
+    module = wrap(lambda x: lstm(x)[0])
     x, prepared = problem.input()
     x = x.to(dtype).requires_grad_()
     y = outputs(module, prepared(x))
@@ -85,6 +90,7 @@ def training_step(
 
     def step() -> list[Tensor]:
         x.grad = None
+        lstm.zero_grad()
         y = outputs(module, prepared(x))
         torch.autograd.backward(y, dy)
         assert x.grad is not None
@@ -100,16 +106,13 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
     double.load_state_dict(torchs.state_dict())
     ours, again = ISSLSTM.from_torch(torchs), ISSLSTM.from_torch(torchs)
     again.recompute = True
-    modules: dict[str, Callable[[Input], Input]] = {
-        "nn.LSTM": lambda x: torchs(x)[0],
-        "nn.LSTM without oneDNN": without_onednn(lambda x: torchs(x)[0]),
-        "ISSLSTM": lambda x: ours(x)[0],
-        "ISSLSTM recompute": lambda x: again(x)[0],
+    steps = {
+        "nn.LSTM": training_step(torchs, problem),
+        "nn.LSTM without oneDNN": training_step(torchs, problem, wrap=without_onednn),
+        "ISSLSTM": training_step(ours, problem),
+        "ISSLSTM recompute": training_step(again, problem),
     }
-    steps = {}
-    truth = training_step(lambda x: double(x)[0], problem, torch.float64)()
-    for name, module in modules.items():
-        steps[name] = training_step(module, problem)
+    truth = training_step(double, problem, torch.float64)()
     for name in ("ISSLSTM", "ISSLSTM recompute"):
         for got, torchs_own, true in zip(steps[name](), steps["nn.LSTM"](), truth, strict=True):
             assert_no_worse_than_torch(got, torchs_own, true)

@@ -83,7 +83,10 @@ def test_opcheck(case):
     outputs = lib.lstm_forward(*inputs.values(), True)
     cotangents = [torch.randn_like(t) for t in outputs[:3]]
     *tensors, reverse = inputs.values()
-    opcheck(lib.lstm_backward, (*cotangents, *tensors, outputs[0], *outputs[3:], reverse))
+    opcheck(
+        lib.lstm_backward,
+        (*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True),
+    )
     for tensor in filter(is_floating, tensors):
         tensor.requires_grad_()
     opcheck(lib.lstm_forward, (*tensors, reverse, True))
