@@ -4,8 +4,9 @@
 python bench/bench_training.py [--quick] [--threads N ...] [--output CSV]
 
 I = H, T = 35 steps, gradients of the weights and of the input, which are given up before the next
-step as torch's optimisers do by default; then packed sequences of lengths 1 to 64. A row gives the
-fraction of the roof that roofline.py derives (nothing for packed ones).
+step as torch's optimisers do by default; the same over an input that needs no gradient, as features
+of a first layer; then packed sequences of lengths 1 to 64. A row gives the fraction of the roof
+that roofline.py derives (nothing for packed ones).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
 from peers import without_onednn
-from roofline import flops, roofline
+from roofline import roofline, training_flops
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -39,18 +40,27 @@ Input = Tensor | PackedSequence
 
 @dataclass(frozen=True)
 class Problem:
-    """H inputs and hidden units; T steps, B rows, which end after 1 to 64 steps where packed."""
+    """H inputs and hidden units; T steps, B rows, which end after 1 to 64 steps where packed.
+
+    features: the input needs no gradient.
+    """
 
     H: int
     T: int
     B: int
     packed: bool = False
+    features: bool = False
 
     @property
     def flops(self) -> int:
-        """Of a forward and a backward pass: three products with each weight, step and row."""
+        """Of a forward and a backward pass."""
         rows = int(LENGTHS.sum()) if self.packed else self.T * self.B
-        return 3 * flops((self.H, self.H), rows, 1)
+        return training_flops((self.H, self.H), rows, 1, not self.features)
+
+    @property
+    def kind(self) -> str:
+        """Which mean it belongs to."""
+        return "packed" if self.packed else "features" if self.features else "padded"
 
     def input(self) -> tuple[Tensor, Callable[[Tensor], Input]]:
         """x, and what makes the modules' input of it."""
@@ -61,12 +71,20 @@ class Problem:
         return x, lambda x: pack_padded_sequence(x, LENGTHS)
 
     def __str__(self) -> str:
-        return f"H{self.H} B{self.B} T{self.T}{' packed' * self.packed}"
+        kind = "" if self.kind == "padded" else f" {self.kind}"
+        return f"H{self.H} B{self.B} T{self.T}{kind}"
 
 
-GRID = [Problem(h, STEPS, b) for h, b in itertools.product(HIDDEN, BATCH)]
-PROBLEMS = GRID + [Problem(h, 64, 64, packed=True) for h in PACKED_HIDDEN]
-QUICK = [Problem(64, STEPS, 1), Problem(128, STEPS, 20), Problem(64, 64, 64, packed=True)]
+PROBLEMS = [
+    *(
+        Problem(h, STEPS, b, features=features)
+        for features, h, b in itertools.product((False, True), HIDDEN, BATCH)
+    ),
+    *(Problem(h, 64, 64, packed=True) for h in PACKED_HIDDEN),
+]
+QUICK = [
+    Problem(64, STEPS, 1), Problem(128, STEPS, 20, features=True), Problem(64, 64, 64, packed=True)
+]  # fmt: skip
 
 
 def outputs(module: Callable[[Input], Input], given: Input) -> Tensor:
@@ -81,10 +99,10 @@ def training_step(
     dtype: torch.dtype = torch.float32,
     wrap: Callable[[Callable[[Input], Input]], Callable[[Input], Input]] = lambda run: run,
 ) -> Callable[[], list[Tensor]]:
-    """Forward and backward; returns y and the gradient of x."""
+    """Forward and backward; returns y and the gradients of x, where it has one, and of w_hh."""
     module = wrap(lambda x: lstm(x)[0])
     x, prepared = problem.input()
-    x = x.to(dtype).requires_grad_()
+    x = x.to(dtype).requires_grad_(not problem.features)
     y = outputs(module, prepared(x))
     dy = torch.randn(y.shape, dtype=torch.float32).to(dtype)  # the same numbers in every dtype
 
@@ -93,8 +111,8 @@ def training_step(
         lstm.zero_grad()
         y = outputs(module, prepared(x))
         torch.autograd.backward(y, dy)
-        assert x.grad is not None
-        return [y.detach(), x.grad]
+        gradients = (x.grad, lstm.get_parameter("weight_hh_l0").grad)
+        return [y.detach(), *(g for g in gradients if g is not None)]
 
     return step
 
@@ -116,14 +134,17 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
     for name in ("ISSLSTM", "ISSLSTM recompute"):
         for got, torchs_own, true in zip(steps[name](), steps["nn.LSTM"](), truth, strict=True):
             assert_no_worse_than_torch(got, torchs_own, true)
-    roof = roofline(threads).training_ms((problem.H, problem.H), problem.T, problem.B)
+    roof = roofline(threads).training_ms(
+        (problem.H, problem.H), problem.T, problem.B, not problem.features
+    )
     rows: list[dict[str, object]] = []
     for name, values in interleaved_ms(steps, seconds).items():
         p20, p50, p80 = percentiles(values)
         rows.append(
             {
                 "provider": name, "H": problem.H, "T": problem.T, "B": problem.B,
-                "packed": int(problem.packed), "dtype": "float32", "threads": threads,
+                "packed": int(problem.packed), "features": int(problem.features),
+                "dtype": "float32", "threads": threads,
                 "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}",
                 "gflops": f"{problem.flops / p50 / 1e6:.1f}",
                 "roofline": "" if problem.packed else f"{roof / p50:.4f}", **machine(),
@@ -148,17 +169,17 @@ def main() -> None:
     with contextlib.suppress(KeyboardInterrupt):
         for threads in dict.fromkeys(options.threads):
             torch.set_num_threads(threads)
-            ratios: dict[bool, list[float]] = {False: [], True: []}
+            ratios: dict[str, list[float]] = {}
             for problem in QUICK if options.quick else PROBLEMS:
                 new = measure(problem, threads, seconds=0.3 if options.quick else 2)
                 rows += new
                 ms = [float(str(row["ms_p50"])) for row in new]
-                ratios[problem.packed].append(min(ms[:2]) / ms[2])
+                ratio = min(ms[:2]) / ms[2]
+                ratios.setdefault(problem.kind, []).append(ratio)
                 print(f"{f'{problem} x{threads}':<26}{ms[0]:10.3f}{ms[1]:11.3f}", end="")
-                print(f"{ms[2]:9.3f}{ms[3]:11.3f}{ratios[problem.packed][-1]:8.2f}", flush=True)
-            for packed, values in ratios.items():
+                print(f"{ms[2]:9.3f}{ms[3]:11.3f}{ratio:8.2f}", flush=True)
+            for kind, values in ratios.items():
                 mean, least = statistics.geometric_mean(values), min(values)
-                kind = "packed" if packed else "padded"
                 print(f"{kind} x{threads}: geometric mean {mean:.2f}, least {least:.2f}")
     if rows:
         write_csv(options.output, rows)

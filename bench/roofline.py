@@ -16,7 +16,9 @@ gradient of each:
 
     read    = sum over layers of  3 w_ih / bandwidth(weights) + (2 T + 1) w_hh / bandwidth(w_hh)
 
- bandwidth(n) is that of reading n bytes over and over, so it
+Where the input needs no gradient, the first layer has two products with w_ih, which is read once.
+
+bandwidth(n) is that of reading n bytes over and over, so it
 is the bandwidth of the cache that holds them: benchmarks call a function again and again. peak is
 that of float32 FMA, also for weights in 16 bits, which are widened; int8 has instructions of its
 own and is held against `read` alone. Activations are left out: the roof is a bound from below.
@@ -70,21 +72,33 @@ class Roofline:
         compute = 0.0 if weights == "int8" else flops(layers, steps, batch) / self.gflops
         return max(compute, read) / 1e6
 
-    def training_ms(self, layers: Sequence[int], steps: int, batch: int) -> float:
+    def training_ms(
+        self, layers: Sequence[int], steps: int, batch: int, input_gradient: bool = True
+    ) -> float:
         """The roof of a forward and a backward pass in float32."""
         sizes = list(zip(layers, layers[1:], strict=False))
         total = sum(4 * h * (i + h) for i, h in sizes) * 4
-        read = 3 * sum(4 * h * i for i, h in sizes) * 4 / self.gbytes_per_s(total)
+        w_ih = 3 * sum(4 * h * i for i, h in sizes) * 4
+        if not input_gradient:
+            w_ih -= 4 * layers[1] * layers[0] * 4
+        read = w_ih / self.gbytes_per_s(total)
         for _, h in sizes:
             w_hh = 4 * h * h * 4
             read += (2 * steps + 1) * w_hh / self.gbytes_per_s(w_hh)
-        return max(3 * flops(layers, steps, batch) / self.gflops, read) / 1e6
+        arithmetic = training_flops(layers, steps, batch, input_gradient) / self.gflops
+        return max(arithmetic, read) / 1e6
 
 
 def flops(layers: Sequence[int], steps: int, batch: int) -> int:
     """A multiply and an add for each weight, step and row."""
     weights = sum(4 * h * (i + h) for i, h in zip(layers, layers[1:], strict=False))
     return 2 * steps * batch * weights
+
+
+def training_flops(layers: Sequence[int], steps: int, batch: int, input_gradient: bool) -> int:
+    """Of a forward and a backward pass: three products with each weight, step and row."""
+    of_input = 0 if input_gradient else 2 * steps * batch * 4 * layers[1] * layers[0]
+    return 3 * flops(layers, steps, batch) - of_input
 
 
 @functools.cache
