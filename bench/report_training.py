@@ -54,7 +54,7 @@ def training(rows: Rows) -> Iterable[str]:
     means = "; ".join(
         f"{kind}, {threads} thread{'s' * (threads != '1')} "
         f"{geometric_mean(values):.2f} (least {min(values):.2f})"
-        for (kind, threads), values in sorted(speed_ups.items(), reverse=True)
+        for (kind, threads), values in speed_ups.items()
     )
     yield (
         f"Milliseconds of a forward and a backward pass, I = H, 35 steps, float32, 1 thread "
