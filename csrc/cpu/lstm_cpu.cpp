@@ -310,8 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                   .w_hh = packed(w_hh),
                   .w_hr = w_hr ? packed(*w_hr) : Matrix(),
                   .bias = Tensor()};
-  const auto none = [&] { return at::empty({0}, dh.options()); };
-  Tensor dx = none(), dw_ih = none(), dw_hh = none(), db = none(), dw_hr = none();
+  Tensor dx, dw_ih, dw_hh, db, dw_hr;
   AT_DISPATCH_FLOATING_TYPES(dh.scalar_type(), "lstm_backward", [&] {
     // Not allocated anew: to be given fresh pages took up to half as long as all the rest.
     scalar_t *dy_of_step = nullptr, *dgates = nullptr, *h_prev = nullptr, *blocks = nullptr;
@@ -356,8 +355,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                   .first[0];
     }
   });
-  return {dx.to(dtype),    dh.to(dtype), dc.to(dtype),   dw_ih.to(dtype),
-          dw_hh.to(dtype), db.to(dtype), dw_hr.to(dtype)};
+  const auto or_empty = [&](const Tensor& t) {
+    return t.defined() ? t.to(dtype) : at::empty({0}, x.options());
+  };
+  return {or_empty(dx),    dh.to(dtype), dc.to(dtype),   or_empty(dw_ih),
+          or_empty(dw_hh), or_empty(db), or_empty(dw_hr)};
 }
 
 TORCH_LIBRARY_IMPL(iss_kernels, CPU, library) {
