@@ -37,13 +37,13 @@ struct PanelRange {
 // start from, int32 [4][lanes].
 struct PackArgs {
   int64_t k, columns;
-  bool gates;
-  Format format;
-  PanelRange panels;  // those to write
-  const void* b;      // element (k, column) at b[k * stride_k + column * stride_column]
+  bool gates = false;
+  Format format = Format::kSame;
+  PanelRange panels = {};  // those to write
+  const void* b;           // element (k, column) at b[k * stride_k + column * stride_column]
   int64_t stride_k, stride_column;
-  const float* scales;  // [columns]; kInt8 alone
-  void* packed;         // [Kernels::packed_bytes(...)]
+  const float* scales = nullptr;  // [columns]; kInt8 alone
+  void* packed = nullptr;         // [Kernels::packed_bytes(...)]
 };
 
 struct Packed {

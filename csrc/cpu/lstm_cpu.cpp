@@ -47,16 +47,7 @@ struct Rows {
 
   // As B of a product.
   PackArgs pack_args() const {
-    return {.k = rows,
-            .columns = columns,
-            .gates = false,
-            .format = Format::kSame,
-            .panels = {},
-            .b = data,
-            .stride_k = columns,
-            .stride_column = 1,
-            .scales = nullptr,
-            .packed = nullptr};
+    return {.k = rows, .columns = columns, .b = data, .stride_k = columns, .stride_column = 1};
   }
 };
 
@@ -295,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   check_shape("lstm_backward", "cells", cells, "[N, H]", {sequence.rows, hidden});
 
   const auto dtype = x.scalar_type();
-  const Tensor rows = widened(x), outputs = widened(y), douts = widened(dy);
+  const Tensor outputs = widened(y), douts = widened(dy);
   const Tensor h_first = widened(h0), c_first = widened(c0);
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
   const Tensor dh = copied(dh_n), dc = copied(dc_n);
@@ -343,6 +334,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                .view(x.sizes());
     }
     if (!need_dw) return;
+    const Tensor rows = widened(x);
     auto [products, sums] = transposed_products<scalar_t>(
         of_gates,
         {Of{data<scalar_t>(rows), sequence.rows, x.size(-1)}, Of{h_prev, sequence.rows, output}},

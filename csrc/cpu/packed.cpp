@@ -61,28 +61,6 @@ Format format_of(at::ScalarType type) {
   }
 }
 
-template <typename T>
-int64_t packed_bytes(const PackArgs& weight) {
-  return cpu_kernels().of<T>().packed_bytes(weight.k, weight.columns, weight.gates, weight.format);
-}
-
-template <typename T>
-Matrix pack_into(const at::Tensor& memory, const PackArgs& weight) {
-  const Kernels<T>& kernels = cpu_kernels().of<T>();
-  if (packed_bytes<T>(weight) == 0) return {memory, weight.format};
-  const int64_t panels =
-      kernels.panels(weight.gates ? weight.columns / 4 : weight.columns, weight.gates);
-  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
-  each_part(panels, kMultiplies * weight.k * weight.columns / panels,
-            [&](int64_t begin, int64_t end) {
-              PackArgs part = weight;
-              part.panels = {begin, end};
-              part.packed = memory.mutable_data_ptr();
-              kernels.pack(part);
-            });
-  return {memory, weight.format};
-}
-
 at::Tensor fresh(int64_t bytes) {
   const at::Tensor memory = at::empty({bytes}, at::kByte);
   prefer_huge_pages(memory.mutable_data_ptr(), bytes);
@@ -92,7 +70,7 @@ at::Tensor fresh(int64_t bytes) {
 // Memory that no Matrix uses any more, or fresh.
 at::Tensor kept(int64_t bytes) {
   constexpr int64_t kKeep = 1 << 26;
-  thread_local at::Tensor memories[2];  // for w_hh and w_hr
+  thread_local at::Tensor memories[2];  // the large ones of a call: w_hh, and w_ih or w_hr
   if (bytes <= kKeep)
     for (at::Tensor& memory : memories) {
       if (memory.use_count() > 1) continue;
@@ -100,6 +78,34 @@ at::Tensor kept(int64_t bytes) {
       return memory;
     }
   return fresh(bytes);
+}
+
+using MemoryOf = at::Tensor (*)(int64_t bytes);
+
+template <typename T>
+Matrix pack_into(MemoryOf memory_of, const PackArgs& weight) {
+  const int64_t k = weight.k, columns = weight.columns;
+  const bool gates = weight.gates;
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const int64_t bytes = kernels.packed_bytes(k, columns, gates, weight.format);
+  const at::Tensor memory = memory_of(bytes);
+  if (bytes == 0) return {memory, weight.format};
+  const int64_t panels = kernels.panels(gates ? columns / 4 : columns, gates);
+  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
+  each_part(panels, kMultiplies * k * columns / panels, [&](int64_t begin, int64_t end) {
+    PackArgs part = weight;
+    part.panels = {begin, end};
+    part.packed = memory.mutable_data_ptr();
+    kernels.pack(part);
+  });
+  return {memory, weight.format};
+}
+
+Matrix pack_into(MemoryOf memory_of, const at::Tensor& weight, Layout layout,
+                 const at::Tensor& scales) {
+  const PackArgs args = pack_args(weight, layout, scales);
+  return weight.scalar_type() == at::kDouble ? pack_into<double>(memory_of, args)
+                                             : pack_into<float>(memory_of, args);
 }
 
 // One weight's panels. The weak pointer tells whether the tensor still lives: its address may be
@@ -137,33 +143,26 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
           .columns = weight.size(layout.transposed ? 0 : 1),
           .gates = layout.gates,
           .format = format_of(weight.scalar_type()),
-          .panels = {},
           .b = weight.const_data_ptr(),
           .stride_k = layout.transposed ? 1 : width,
           .stride_column = layout.transposed ? width : 1,
-          .scales = scales.defined() ? scales.const_data_ptr<float>() : nullptr,
-          .packed = nullptr};
+          .scales = scales.defined() ? scales.const_data_ptr<float>() : nullptr};
 }
 
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
-  const PackArgs args = pack_args(weight, layout, scales);
-  return weight.scalar_type() == at::kDouble
-             ? pack_into<double>(fresh(packed_bytes<double>(args)), args)
-             : pack_into<float>(fresh(packed_bytes<float>(args)), args);
+  return pack_into(fresh, weight, layout, scales);
+}
+
+Matrix pack_briefly(const at::Tensor& weight, Layout layout) {
+  return pack_into(kept, weight, layout, {});
 }
 
 template <typename T>
 Matrix pack_briefly(const PackArgs& weight) {
-  return pack_into<T>(kept(packed_bytes<T>(weight)), weight);
+  return pack_into<T>(kept, weight);
 }
 template Matrix pack_briefly<float>(const PackArgs&);
 template Matrix pack_briefly<double>(const PackArgs&);
-
-Matrix pack_briefly(const at::Tensor& weight, Layout layout) {
-  const PackArgs args = pack_args(weight, layout);
-  return weight.scalar_type() == at::kDouble ? pack_briefly<double>(args)
-                                             : pack_briefly<float>(args);
-}
 
 Matrix pack_once(const at::Tensor& weight, Layout layout) {
   const uint64_t now = fingerprint(weight);
