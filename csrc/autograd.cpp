@@ -29,7 +29,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse, bool need_dx, bool need_dw);
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw);
 
 template <typename Op>
 c10::TypedOperatorHandle<Op> find(const char* name) {
@@ -91,14 +91,15 @@ struct LstmForward : torch::autograd::Function<LstmForward> {
     const size_t weights = batch_sizes ? 4 : 3;
     const size_t end = weights + 2 + b_ih.has_value() + b_hh.has_value() + w_hr.has_value();
     const bool need_dx = context->needs_input_grad(0);
+    const bool need_dh0 = context->needs_input_grad(weights - 2);
     const bool need_dw = context->needs_input_grad({{weights, end}});
     const auto [dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr] =
         backward_op().call(or_zeros(0, y), dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih,
-                           b_hh, w_hr, y, gates, cells, reverse, need_dx, need_dw);
+                           b_hh, w_hr, y, gates, cells, reverse, need_dx, need_dh0, need_dw);
     const auto if_needed = [](bool needed, const Tensor& t) { return needed ? t : Tensor(); };
     return {if_needed(need_dx, dx),
             {},
-            dh0,
+            if_needed(need_dh0, dh0),
             dc0,
             if_needed(need_dw, dw_ih),
             if_needed(need_dw, dw_hh),

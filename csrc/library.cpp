@@ -49,12 +49,12 @@ TORCH_LIBRARY(ISS_NAMESPACE, library) {
       "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, bool reverse, bool save) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   // The gradient d of each output -> the gradient of x, h0, c0, w_ih, w_hh, either bias, w_hr
-  // (empty without one). Without need_dx that of x is empty; without need_dw those of all weights
-  // and biases are.
+  // (empty without one). Without need_dx that of x is empty, without need_dh0 that of h0;
+  // without need_dw those of all weights and biases are.
   def("lstm_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor x, Tensor? batch_sizes, Tensor "
       "h0, "
       "Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor y, "
-      "Tensor gates, Tensor cells, bool reverse, bool need_dx, bool need_dw) "
+      "Tensor gates, Tensor cells, bool reverse, bool need_dx, bool need_dh0, bool need_dw) "
       "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db, Tensor "
       "dw_hr)");
 

@@ -126,17 +126,18 @@ def _lstm_backward_fake(
     cells: Tensor,
     reverse: bool,
     need_dx: bool,
+    need_dh0: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:
     none = torch.Size([0])
     weights = [w_ih.shape, w_hh.shape, w_hh.shape[:1], none if w_hr is None else w_hr.shape]
-    shapes = [x.shape if need_dx else none, h0.shape, c0.shape]
+    shapes = [x.shape if need_dx else none, h0.shape if need_dh0 else none, c0.shape]
     shapes += weights if need_dw else [none] * 4
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
 def _lstm_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, _, _, _, reverse, _, _ = inputs  # y, gates and cells follow from the rest
+    *tensors, _, _, _, reverse, _, _, _ = inputs  # y, gates and cells follow from the rest
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     ctx.reverse = reverse
@@ -165,7 +166,7 @@ def _lstm_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor 
     ddy, ddh_n, ddc_n, dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = second
     db_ih, db_hh = (None if b is None else db for b in (b_ih, b_hh))
     return (
-        ddy, ddh_n, ddc_n, dx, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *[None] * 6,
+        ddy, ddh_n, ddc_n, dx, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *[None] * 7,
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def test_opcheck(case):
     *tensors, reverse = inputs.values()
     opcheck(
         lib.lstm_backward,
-        (*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True),
+        (*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True, True),
     )
     for tensor in filter(is_floating, tensors):
         tensor.requires_grad_()

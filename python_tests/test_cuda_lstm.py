@@ -288,7 +288,7 @@ def test_opcheck(gpu, dtype):
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
         *tensors, reverse = inputs.values()
         arguments = (*cotangents, *tensors, outputs[0], *outputs[3:], reverse)
-        for needed in ((True, True), (True, False), (False, True)):
+        for needed in ((True, True, True), (True, False, False), (False, False, True)):
             opcheck(lib.lstm_backward, (*arguments, *needed))
         for tensor in filter(is_floating, tensors):
             tensor.requires_grad_()

@@ -111,11 +111,11 @@ def test_gradcheck_and_gradgradcheck(isa, case):
 
 
 class Asked(TorchDispatchMode):
-    """Remembers need_dx and need_dw of the last lstm_backward."""
+    """Remembers need_dx, need_dh0 and need_dw of the last lstm_backward."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.iss_kernels.lstm_backward.default:
-            self.needed = args[-2:]
+            self.needed = args[-3:]
         return func(*args, **(kwargs or {}))
 
 
@@ -132,11 +132,11 @@ def test_only_gradients_that_are_asked_for_are_computed(case):
         return dict(zip(asked, grads, strict=True)), mode.needed
 
     everything, needed = gradients(names, names)
-    assert needed == (True, True)
+    assert needed == (True, True, True)
     for name in names:
         for require in (names, [name]):
             grads, needed = gradients([name], require)
-            assert needed == (name == "x", name not in ("x", "h0", "c0"))
+            assert needed == (name == "x", name == "h0", name not in ("x", "h0", "c0"))
             assert torch.equal(grads[name], everything[name])
 
 
@@ -160,6 +160,33 @@ def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(isa, dtype, two_th
     torch.set_num_threads(2)
     for _ in range(2):
         assert all(map(torch.equal, run(ours, case, dtype), alone))
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_product_with_a_state_of_zeros_is_left_out(isa, dtype, batch, steps, reverse):
+    """Every row of zeros has the bits that it has beside a row that starts from something else."""
+    inputs = make_inputs(Case("zeros", steps, batch + 1, 8, 19), dtype, reverse)
+    inputs["h0"][:batch] = 0
+    dy = torch.randn(steps, batch + 1, 19, dtype=torch.float64).to(dtype)
+    rows = {k: inputs[k][..., :batch, :] for k in ("x", "h0", "c0")}
+
+    def run(inputs, dy):
+        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if is_floating(v)}
+        outputs = ours(inputs | leaves)
+        grads = torch.autograd.grad(outputs[0], list(leaves.values()), dy)
+        return outputs, dict(zip(leaves, grads, strict=True))
+
+    together, grads_together = run(inputs, dy)
+    alone, grads_alone = run(inputs | rows, dy[:, :batch])
+    dy[:, batch] = 0
+    _, grads = run(inputs, dy)
+    assert all(torch.equal(a, b[..., :batch, :]) for a, b in zip(alone, together, strict=True))
+    for name in ("x", "h0", "c0"):
+        assert torch.equal(grads_alone[name], grads_together[name][..., :batch, :])
+    for name in ("w_ih", "w_hh", "b_ih", "b_hh"):
+        assert torch.equal(grads_alone[name], grads[name])
 
 
 def of_row(inputs, row):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every registered op passes opcheck; compilation works over whole modules."""
 
+import itertools
+
 import pytest
 import torch
 from gpu import names_of_ops
@@ -44,10 +46,10 @@ def check_lstm_backward():
         *tensors, reverse = inputs.values()
         outputs = lib.lstm_forward(*inputs.values(), True)
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
-        arguments = [*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True]
+        arguments = [*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True, True]
         opcheck(lib.lstm_backward, arguments)
-        for needed in ((True, False), (False, True), (False, False)):
-            opcheck(lib.lstm_backward, (*arguments[:-2], *needed))
+        for needed in itertools.product((True, False), repeat=3):
+            opcheck(lib.lstm_backward, (*arguments[:-3], *needed))
         # The second derivative runs the reference, whose steps over a packed batch depend on data:
         # eager mode has it (gradgradcheck in test_lstm_ops.py), a traced graph cannot.
         if inputs["x"].shape[:2] == (2, 1):

@@ -52,7 +52,7 @@ def lstm(tier, dtype, batch, steps):
         y, h_n, c_n, gates, cells = ops.lstm_forward(x, None, h0, c0, *weights, False, True)
         d = [torch.randn_like(t) for t in (y, h_n, c_n)]
         gpu.pretend(small_gpu(tier, hidden, batch, dtype, steps, backward=True))
-        ops.lstm_backward(*d, x, None, h0, c0, *weights, y, gates, cells, False, True, True)
+        ops.lstm_backward(*d, x, None, h0, c0, *weights, y, gates, cells, False, True, True, True)
 
     return run
 

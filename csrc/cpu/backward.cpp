@@ -82,7 +82,8 @@ void walk_back(const Cell& cell, const Sequence& sequence, const CellGradient<T>
     sequence.each_piece(
         k, cell.reverse, share.begin, share.end,
         [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
-          if (previous < 0) through_w_hh(row, rows, false, gradient.dh + b * output);
+          if (previous < 0 && gradient.need_dh0)
+            through_w_hh(row, rows, false, gradient.dh + b * output);
           if (k % share.members == share.member)
             std::memcpy(gradient.h_prev + row * output,
                         previous < 0 ? gradient.h0 + b * output : gradient.y + previous * output,

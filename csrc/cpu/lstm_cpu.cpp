@@ -83,10 +83,16 @@ constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
 template <typename T>
 class Factor {
  public:
-  explicit Factor(const PackArgs& b) : k_(b.k), columns_(b.columns) {
-    for (int64_t first = 0; first < k_; first += kTerms)
-      parts_.push_back(
-          pack_briefly<T>(part_of<T>(b, first, std::min(kTerms, k_ - first), 0, columns_)));
+  explicit Factor(const PackArgs& b) : Factor(b, 0, b.k) {}
+  explicit Factor(const Rows<T>& b) : Factor(b.pack_args()) {}
+
+  // Of states, whose first or last rows may be zeros.
+  static Factor of_states(const Rows<T>& b) {
+    const auto zero = [&](int64_t row) { return all_zero(b.data + row * b.columns, b.columns); };
+    int64_t begin = 0, end = b.rows;
+    while (begin < end && zero(begin)) ++begin;
+    while (begin < end && zero(end - 1)) --end;
+    return {b.pack_args(), begin, end};
   }
 
   int64_t columns() const { return columns_; }
@@ -95,11 +101,12 @@ class Factor {
   // parts after the first, +=.
   void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, T* out) const {
     const Kernels<T>& kernels = cpu_kernels().of<T>();
+    const auto [from, to] = part(first);
     kernels.matmul({.rows = rows,
-                    .k = std::min(kTerms, k_ - first),
+                    .k = to - from,
                     .columns = columns_,
                     .panels = {0, kernels.panels(columns_, false)},
-                    .a = a,
+                    .a = a + from - first,
                     .a_stride = a_stride,
                     .b = parts_[first / kTerms].view(),
                     .bias = nullptr,
@@ -110,7 +117,21 @@ class Factor {
   }
 
  private:
-  int64_t k_, columns_;
+  // All but rows [begin, end) are zeros, which add nothing.
+  Factor(const PackArgs& b, int64_t begin, int64_t end)
+      : begin_(begin), end_(end), columns_(b.columns) {
+    for (int64_t first = 0; first < b.k; first += kTerms) {
+      const auto [from, to] = part(first);
+      parts_.push_back(pack_briefly<T>(part_of<T>(b, from, to - from, 0, columns_)));
+    }
+  }
+
+  // The rows to multiply of the part that begins in row `first`.
+  std::pair<int64_t, int64_t> part(int64_t first) const {
+    return {std::clamp(begin_, first, first + kTerms), std::clamp(end_, first, first + kTerms)};
+  }
+
+  int64_t begin_, end_, columns_;
   std::vector<Matrix> parts_;
 };
 
@@ -170,21 +191,19 @@ Tensor product(const Rows<T>& a, const PackArgs& b, T* blocks) {
   return out;
 }
 
-// a.T @ b for each b, all with as many rows as a, and the sums of a's columns. a is transposed by
+// a.T @ B for each B, all with as many rows as a, and the sums of a's columns. a is transposed by
 // blocks, each into a thread's own part of `blocks` [available_threads(), kBlockElements].
 template <typename T>
 std::pair<std::vector<Tensor>, Tensor> transposed_products(const Rows<T>& a,
-                                                           const std::vector<Rows<T>>& right,
+                                                           const std::vector<Factor<T>>& right,
                                                            T* blocks) {
   const Tensor sums = at::zeros({a.columns}, c10::CppTypeToScalarType<T>::value);
   std::vector<Tensor> products;
-  std::vector<Factor<T>> factors;
   int64_t columns = 0;
-  for (const Rows<T>& b : right) {
-    factors.emplace_back(b.pack_args());
-    products.push_back(matrix<T>(a.columns, b.columns));
+  for (const Factor<T>& factor : right) {
+    products.push_back(matrix<T>(a.columns, factor.columns()));
     if (a.rows == 0) products.back().zero_();
-    columns += b.columns;
+    columns += factor.columns();
   }
   const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
     for (int64_t first = 0; first < a.rows; first += kTerms) {
@@ -195,9 +214,9 @@ std::pair<std::vector<Tensor>, Tensor> transposed_products(const Rows<T>& a,
                                        .to = block,
                                        .to_stride = kBlockStride,
                                        .sums = data<T>(sums) + begin});
-      for (size_t i = 0; i < factors.size(); ++i)
-        factors[i].multiply(first, end - begin, block, kBlockStride,
-                            data<T>(products[i]) + begin * factors[i].columns());
+      for (size_t i = 0; i < right.size(); ++i)
+        right[i].multiply(first, end - begin, block, kBlockStride,
+                          data<T>(products[i]) + begin * right[i].columns());
     }
   };
   each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * a.rows * columns,
@@ -274,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse, bool need_dx, bool need_dw) {
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
   check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
   const int64_t hidden = c0.size(1), output = h0.size(1);
@@ -324,7 +343,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                             .dh = data<scalar_t>(dh),
                             .dc = data<scalar_t>(dc),
                             .dgates = dgates,
-                            .h_prev = h_prev});
+                            .h_prev = h_prev,
+                            .need_dh0 = need_dh0});
     using Of = Rows<scalar_t>;
     const Of of_gates{dgates, sequence.rows, 4 * hidden};
     if (need_dx) {
@@ -337,21 +357,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     const Tensor rows = widened(x);
     auto [products, sums] = transposed_products<scalar_t>(
         of_gates,
-        {Of{data<scalar_t>(rows), sequence.rows, x.size(-1)}, Of{h_prev, sequence.rows, output}},
+        {Factor(Of{data<scalar_t>(rows), sequence.rows, x.size(-1)}),
+         Factor<scalar_t>::of_states({h_prev, sequence.rows, output})},
         blocks);
     dw_ih = products[0], dw_hh = products[1], db = sums;
     if (w_hr) {
       const Tensor h = saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh();
       dw_hr = transposed_products<scalar_t>(Of{dy_of_step, sequence.rows, output},
-                                            {Of{data<scalar_t>(h), sequence.rows, hidden}}, blocks)
+                                            {Factor(Of{data<scalar_t>(h), sequence.rows, hidden})},
+                                            blocks)
                   .first[0];
     }
   });
   const auto or_empty = [&](const Tensor& t) {
     return t.defined() ? t.to(dtype) : at::empty({0}, x.options());
   };
-  return {or_empty(dx),    dh.to(dtype), dc.to(dtype),   or_empty(dw_ih),
-          or_empty(dw_hh), or_empty(db), or_empty(dw_hr)};
+  return {or_empty(dx),    or_empty(need_dh0 ? dh : Tensor()),
+          dc.to(dtype),    or_empty(dw_ih),
+          or_empty(dw_hh), or_empty(db),
+          or_empty(dw_hr)};
 }
 
 TORCH_LIBRARY_IMPL(iss_kernels, CPU, library) {

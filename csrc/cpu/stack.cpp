@@ -105,15 +105,16 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
     sequence.each_piece(
         k, reverse, share.begin, share.end,
         [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
+          const bool product = previous >= 0 || !all_zero(state.h0 + b * output, rows * output);
           kernels.lstm_step(
               {.rows = rows,
                .hidden = hidden,
-               .k = output,
+               .k = product ? output : 0,
                .panels = share.of(kernels.panels(hidden, true), k % 2 == 1),
                .h_prev = previous < 0 ? state.h0 + b * output : y + previous * y_stride,
                .h_prev_stride = previous < 0 ? output : y_stride,
                .c_prev = state.c + b * hidden,
-               .w_hh = cell.w_hh.view(),
+               .w_hh = product ? cell.w_hh.view() : Packed{},
                .gates_x = gates_at(t, b),
                .c = state.c + b * hidden,
                .h = projected ? unprojected + b * hidden : y + row * y_stride,

@@ -3,6 +3,7 @@
 // what lstm_forward (one cell), prepared models and streams (whole stacks) have in common.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/packed.h"
@@ -49,15 +50,23 @@ struct CellGradient {
   const T* y;              // [N, P]
   const T *gates, *cells;  // [N, 4H], [N, H]
   T* dy;      // [N, P]  in: gradient of y; out: of each step's output, as it left the cell
-  T* dh;      // [B, P]  in: gradient of h_n; out: of h_0
+  T* dh;      // [B, P]  in: gradient of h_n; out: of h_0 where that is needed
   T* dc;      // [B, H]  in: gradient of c_n; out: of c_0
   T* dgates;  // [N, 4H] before the activations
   T* h_prev;  // [N, P]  the output that each step started from
+  bool need_dh0;
 };
 
 // cell: w_hh packed as [4H, P], w_hr as [P, H]; its w_ih and bias are not used.
 template <typename T>
 void run_backward(const Cell& cell, const Sequence& sequence, const CellGradient<T>& gradient);
+
+// Whether a state is that of a sequence's beginning: its product with any weights adds nothing, and
+// is left out.
+template <typename T>
+bool all_zero(const T* state, int64_t count) {
+  return std::all_of(state, state + count, [](T value) { return value == 0; });
+}
 
 // The calling thread's memory for intermediate results: grows, and is used again by the next call.
 void* scratch(int64_t bytes);

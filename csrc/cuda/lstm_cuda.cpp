@@ -224,7 +224,7 @@ template <typename T>
 void backward_by_steps(const Sequence& sequence, const Tensor& w_hh, const OptionalTensor& w_hr,
                        const Tensor& gates, const Tensor& cells, const Tensor& c0,
                        const Tensor& dh_n, const Tensor& douts, const Tensor& dh0, const Tensor& dc,
-                       const Tensor& dgates, bool reverse) {
+                       const Tensor& dgates, bool reverse, bool need_dh0) {
   const int64_t hidden = dc.size(1), output = dh0.size(1);
   const Tensor dcell = w_hr ? at::empty({sequence.batch, hidden}, dh0.options()) : Tensor();
   for (int64_t k = sequence.steps - 1; k >= 0; --k) {
@@ -255,11 +255,11 @@ void backward_by_steps(const Sequence& sequence, const Tensor& w_hh, const Optio
                    .dgates = data<T>(dgates) + row * 4 * hidden},
                   current_stream(dc)));
           const Tensor of_rows = dgates.narrow(0, row, rows);
-          if (previous < 0) {
+          if (previous >= 0) {
+            douts.narrow(0, previous, rows).addmm_(of_rows, w_hh);
+          } else if (need_dh0) {
             Tensor to = dh0.narrow(0, batch_row, rows);
             at::mm_out(to, of_rows, w_hh);
-          } else {
-            douts.narrow(0, previous, rows).addmm_(of_rows, w_hh);
           }
         });
   }
@@ -337,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse, bool need_dx, bool need_dw) {
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
   check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
   const DeviceGuard guard(x.device());
@@ -365,7 +365,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
       dh = sequence.rows == 0 ? copied(dh_n, dtype) : at::empty({sequence.batch, output}, options);
       dc = copied(dc_n, wide);
       backward_by_steps<T>(sequence, weight, w_hr, saved_gates, saved_cells,
-                           c0.to(wide).contiguous(), dh_n, douts, dh, dc, dgates, reverse);
+                           c0.to(wide).contiguous(), dh_n, douts, dh, dc, dgates, reverse,
+                           need_dh0);
       dc = dc.to(dtype);
       return;
     }
@@ -395,6 +396,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   });
   const auto none = [&] { return at::empty({0}, options); };
   const Tensor dx = need_dx ? at::mm(dgates, w_ih).view(x.sizes()) : none();
+  if (!need_dh0) dh = none();
   if (!need_dw) return {dx, dh, dc, none(), none(), none(), none()};
   const Tensor by_gate = dgates.t();
   const Tensor before = outputs_before(sequence, !batch_sizes, outputs, h_first, reverse);
