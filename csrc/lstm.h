@@ -96,7 +96,7 @@ struct LstmStepArgs {
   void* scratch;     // as in MatmulArgs
 };
 
-// One time step's gradient for the units of `panels`: dh = a @ B + dy, and what follows from it.
+// One time step's gradient for the units of `panels`: dh = a @ B + dy + dh_n, and what follows from it.
 // dc may be dc_prev.
 template <typename T>
 struct LstmStepBackwardArgs {
@@ -106,7 +106,7 @@ struct LstmStepBackwardArgs {
                // projection the gradient of this step's output, K = P; K = 0 where no step follows
   int64_t a_stride;
   Packed b;         // [K, H], packed without `gates`: w_hh, or w_hr
-  const T* dy;      // [n, H], or nullptr
+  const T *dy, *dh_n;  // [n, H], or nullptr
   const T* gates;   // [n, 4H] as saved by the forward step
   const T* cells;   // [n, H]
   const T* c_prev;  // [n, H]

@@ -9,23 +9,25 @@
 namespace iss {
 namespace {
 
-// All steps of a share, last first. A step's dy is complete when the product with the gates of the
-// step that follows has been added to it; then the cell's own gradient follows from it.
+// Steps [first, last) of a share, last first. A step's dy is complete when the product with the gates
+// of the step that follows has been added to it; then the cell's own gradient follows from it.
 template <typename T, typename Barrier>
-void walk_back(const Cell& cell, const Sequence& sequence, const CellGradient<T>& gradient,
-               const Share<Barrier>& share) {
+void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_t last,
+               const CellGradient<T>& gradient, const T* dgates_after,
+               const StepGradients<T>& result, const Share<Barrier>& share) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t hidden = cell.hidden, output = cell.output, steps = sequence.steps;
+  const int64_t hidden = cell.hidden, output = cell.output;
   const bool projected = cell.w_hr.panels.defined();
   const PanelRange outputs = share.of(kernels.panels(output, false));
+  const int64_t first_row = sequence.steps_taken(first, last, cell.reverse).first_row;
 
-  // to [rows, P] = or += dgates of `rows` rows from `from` @ w_hh.
-  const auto through_w_hh = [&](int64_t from, int64_t rows, bool accumulate, T* to) {
+  // to [rows, P] = or += dgates of `rows` rows @ w_hh.
+  const auto through_w_hh = [&](const T* dgates, int64_t rows, bool accumulate, T* to) {
     kernels.matmul({.rows = rows,
                     .k = 4 * hidden,
                     .columns = output,
                     .panels = outputs,
-                    .a = gradient.dgates + from * 4 * hidden,
+                    .a = dgates,
                     .a_stride = 4 * hidden,
                     .b = cell.w_hh.view(),
                     .bias = nullptr,
@@ -34,23 +36,37 @@ void walk_back(const Cell& cell, const Sequence& sequence, const CellGradient<T>
                     .out_stride = output,
                     .scratch = nullptr});
   };
-  for (int64_t k = steps - 1; k >= 0; --k) {
-    // The rows of the batch that go on to the step after this one, and where they are there.
-    const int64_t after = k + 1 < steps ? sequence.step(k + 1, cell.reverse) : -1;
+  const auto dgates_of = [&](int64_t row) { return result.dgates + (row - first_row) * 4 * hidden; };
+  for (int64_t k = last - 1; k >= first; --k) {
+    // The rows of the batch that go on to the step after this one, and their dgates there.
+    const int64_t now = sequence.step(k, cell.reverse), row_now = sequence.offsets[now];
+    const int64_t after = k + 1 < sequence.steps ? sequence.step(k + 1, cell.reverse) : -1;
     const int64_t going_on = after < 0 ? 0 : sequence.sizes[after];
+    const T* const of_next = after < 0       ? nullptr
+                             : k + 1 == last ? dgates_after
+                                             : dgates_of(sequence.offsets[after]);
+    T* const of_outputs = projected ? result.outputs + (row_now - first_row) * output : nullptr;
     if (projected) {
-      const int64_t now = sequence.step(k, cell.reverse);
-      const int64_t end = std::min({share.end, sequence.sizes[now], going_on});
-      if (share.begin < end)
-        through_w_hh(sequence.offsets[after] + share.begin, end - share.begin, true,
-                     gradient.dy + (sequence.offsets[now] + share.begin) * output);
+      const int64_t end = std::min(share.end, sequence.sizes[now]);
+      const int64_t column = outputs.begin * kernels.panel_columns();
+      const int64_t columns = std::min(outputs.end * kernels.panel_columns(), output) - column;
+      for (int64_t b = share.begin; b < end; ++b) {
+        const T* const dy = gradient.dy + (row_now + b) * output + column;
+        const T* const dh_n = gradient.dh_n + b * output + column;
+        for (int64_t e = 0; e < columns; ++e)
+          of_outputs[b * output + column + e] = b < going_on ? dy[e] : dy[e] + dh_n[e];
+      }
+      const int64_t rows = std::min(end, going_on) - share.begin;
+      if (rows > 0)
+        through_w_hh(of_next + share.begin * 4 * hidden, rows, true,
+                     of_outputs + share.begin * output);
       share.barrier();
     }
     sequence.each_piece(
         k, cell.reverse, share.begin, share.end,
-        [&](int64_t first, int64_t count, int64_t first_row, int64_t previous) {
+        [&](int64_t begin, int64_t count, int64_t row_of_begin, int64_t previous) {
           const auto step = [&](int64_t b, int64_t rows, bool goes_on) {
-            const int64_t row = first_row + b - first;
+            const int64_t row = row_of_begin + b - begin;
             const bool product = projected || goes_on;
             kernels.lstm_step_backward(
                 {.rows = rows,
@@ -59,33 +75,34 @@ void walk_back(const Cell& cell, const Sequence& sequence, const CellGradient<T>
                       : goes_on ? 4 * hidden
                                 : 0,
                  .panels = share.of(kernels.panels(hidden, false), k % 2 == 1),
-                 .a = projected ? gradient.dy + row * output
-                      : goes_on ? gradient.dgates + (sequence.offsets[after] + b) * 4 * hidden
-                                : gradient.dgates,
+                 .a = projected ? of_outputs + b * output
+                      : goes_on ? of_next + b * 4 * hidden
+                                : dgates_of(row),
                  .a_stride = projected ? output : 4 * hidden,
                  .b = product ? (projected ? cell.w_hr : cell.w_hh).view() : Packed{},
                  .dy = projected ? nullptr : gradient.dy + row * output,
+                 .dh_n = product ? nullptr : gradient.dh_n + b * output,
                  .gates = gradient.gates + row * 4 * hidden,
                  .cells = gradient.cells + row * hidden,
                  .c_prev = previous < 0 ? gradient.c0 + b * hidden
-                                        : gradient.cells + (previous + b - first) * hidden,
+                                        : gradient.cells + (previous + b - begin) * hidden,
                  .dc = gradient.dc + b * hidden,
-                 .dgates = gradient.dgates + row * 4 * hidden});
+                 .dgates = dgates_of(row)});
           };
-          const int64_t middle = std::clamp(going_on, first, first + count);
-          if (first < middle) step(first, middle - first, true);
-          if (middle < first + count) step(middle, first + count - middle, false);
+          const int64_t middle = std::clamp(going_on, begin, begin + count);
+          if (begin < middle) step(begin, middle - begin, true);
+          if (middle < begin + count) step(middle, begin + count - middle, false);
         });
     share.barrier();
   }
-  for (int64_t k = 0; k < steps; ++k)
+  for (int64_t k = first; k < last; ++k)
     sequence.each_piece(
         k, cell.reverse, share.begin, share.end,
         [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
-          if (previous < 0 && gradient.need_dh0)
-            through_w_hh(row, rows, false, gradient.dh + b * output);
-          if (k % share.members == share.member)
-            std::memcpy(gradient.h_prev + row * output,
+          if (previous < 0 && gradient.dh0 != nullptr)
+            through_w_hh(dgates_of(row), rows, false, gradient.dh0 + b * output);
+          if (result.h_prev != nullptr && k % share.members == share.member)
+            std::memcpy(result.h_prev + (row - first_row) * output,
                         previous < 0 ? gradient.h0 + b * output : gradient.y + previous * output,
                         rows * output * sizeof(T));
         });
@@ -94,26 +111,27 @@ void walk_back(const Cell& cell, const Sequence& sequence, const CellGradient<T>
 }  // namespace
 
 template <typename T>
-void run_backward(const Cell& cell, const Sequence& sequence, const CellGradient<T>& gradient) {
-  const int64_t output = cell.output;
-  for (int64_t b = 0; b < sequence.batch; ++b) {
-    const int64_t last = sequence.last_row(b, cell.reverse);
-    for (int64_t e = 0; last >= 0 && e < output; ++e)
-      gradient.dy[last * output + e] += gradient.dh[b * output + e];
-  }
+void run_backward(const Cell& cell, const Sequence& sequence, int64_t first, int64_t last,
+                  const CellGradient<T>& gradient, const T* dgates_after,
+                  const StepGradients<T>& result) {
   const auto [split, threads] = plan<T>({{cell}}, sequence, false);
+  const auto walk = [&](const auto& share) {
+    walk_back(cell, sequence, first, last, gradient, dgates_after, result, share);
+  };
   if (split == Split::kRows)
-    each_share_of_rows(sequence, threads, [&](const auto& share, int64_t) {
-      walk_back(cell, sequence, gradient, share);
-    });
+    each_share_of_rows(sequence, sequence.steps_taken(first, last, cell.reverse), threads,
+                       [&](const auto& share, int64_t) { walk(share); });
   else  // one cell: its units
     run_team(threads, [&](int64_t member, int64_t members, const auto& barrier) {
-      walk_back(cell, sequence, gradient,
-                Share<decltype(barrier)>{0, sequence.batch, member, members, barrier});
+      walk(Share<decltype(barrier)>{0, sequence.batch, member, members, barrier});
     });
 }
 
-template void run_backward<float>(const Cell&, const Sequence&, const CellGradient<float>&);
-template void run_backward<double>(const Cell&, const Sequence&, const CellGradient<double>&);
+template void run_backward<float>(const Cell&, const Sequence&, int64_t, int64_t,
+                                  const CellGradient<float>&, const float*,
+                                  const StepGradients<float>&);
+template void run_backward<double>(const Cell&, const Sequence&, int64_t, int64_t,
+                                   const CellGradient<double>&, const double*,
+                                   const StepGradients<double>&);
 
 }  // namespace iss

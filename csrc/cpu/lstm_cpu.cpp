@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -78,28 +79,31 @@ constexpr int64_t kBlockStride = kTerms + kLine;
 // Also holds kTerms rows of any panel.
 constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
 
-// B [K, columns] of a product, packed in parts of kTerms rows. (torch's GEMM took 1.3 times as long
-// as the register tile of the rest, with AVX-512 on an AMD CPU.)
+// B [K, columns] of a product, packed in parts of kTerms rows, in memory that its maker keeps.
+// (torch's GEMM took 1.3 times as long as the register tile of the rest, with AVX-512 on an AMD CPU.)
 template <typename T>
 class Factor {
  public:
-  explicit Factor(const PackArgs& b) : Factor(b, 0, b.k) {}
-  explicit Factor(const Rows<T>& b) : Factor(b.pack_args()) {}
+  // Bytes of `packed` for up to k rows of `columns` columns.
+  static int64_t bytes(int64_t k, int64_t columns, Format format = Format::kSame) {
+    return (k + kTerms - 1) / kTerms *
+           cpu_kernels().of<T>().packed_bytes(std::min(k, kTerms), columns, false, format);
+  }
+
+  Factor(const PackArgs& b, void* packed) : Factor(b, 0, b.k, packed) {}
 
   // Of states, whose first or last rows may be zeros.
-  static Factor of_states(const Rows<T>& b) {
+  static Factor of_states(const Rows<T>& b, void* packed) {
     const auto zero = [&](int64_t row) { return all_zero(b.data + row * b.columns, b.columns); };
     int64_t begin = 0, end = b.rows;
     while (begin < end && zero(begin)) ++begin;
     while (begin < end && zero(end - 1)) --end;
-    return {b.pack_args(), begin, end};
+    return {b.pack_args(), begin, end, packed};
   }
 
-  int64_t columns() const { return columns_; }
-
-  // out [rows, columns] = a [rows, K of the part] @ the part that begins in row `first`; for the
-  // parts after the first, +=.
-  void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, T* out) const {
+  // out [rows, columns] = or += a [rows, K of the part] @ the part that begins in row `first`.
+  void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, bool accumulate,
+                T* out) const {
     const Kernels<T>& kernels = cpu_kernels().of<T>();
     const auto [from, to] = part(first);
     kernels.matmul({.rows = rows,
@@ -108,31 +112,42 @@ class Factor {
                     .panels = {0, kernels.panels(columns_, false)},
                     .a = a + from - first,
                     .a_stride = a_stride,
-                    .b = parts_[first / kTerms].view(),
+                    .b = {format_, panels(first)},
                     .bias = nullptr,
-                    .accumulate = first > 0,
+                    .accumulate = accumulate,
                     .out = out,
                     .out_stride = columns_,
                     .scratch = nullptr});
   }
 
+  int64_t columns() const { return columns_; }
+
  private:
   // All but rows [begin, end) are zeros, which add nothing.
-  Factor(const PackArgs& b, int64_t begin, int64_t end)
-      : begin_(begin), end_(end), columns_(b.columns) {
+  Factor(const PackArgs& b, int64_t begin, int64_t end, void* packed)
+      : begin_(begin),
+        end_(end),
+        columns_(b.columns),
+        part_bytes_(bytes(std::min(b.k, kTerms), b.columns, b.format)),
+        format_(b.format),
+        packed_(static_cast<char*>(packed)) {
     for (int64_t first = 0; first < b.k; first += kTerms) {
       const auto [from, to] = part(first);
-      parts_.push_back(pack_briefly<T>(part_of<T>(b, from, to - from, 0, columns_)));
+      PackArgs rows = part_of<T>(b, from, to - from, 0, columns_);
+      rows.packed = panels(first);
+      pack_all<T>(rows);
     }
   }
 
-  // The rows to multiply of the part that begins in row `first`.
+  // The rows to multiply of the part that begins in row `first`, and its panels.
   std::pair<int64_t, int64_t> part(int64_t first) const {
     return {std::clamp(begin_, first, first + kTerms), std::clamp(end_, first, first + kTerms)};
   }
+  void* panels(int64_t first) const { return packed_ + first / kTerms * part_bytes_; }
 
-  int64_t begin_, end_, columns_;
-  std::vector<Matrix> parts_;
+  int64_t begin_, end_, columns_, part_bytes_;
+  Format format_;
+  char* packed_;
 };
 
 // out [rows, columns] = a [rows, K] @ B + bias for so few rows that B is used once. A thread packs
@@ -173,38 +188,31 @@ void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* 
              });
 }
 
-// a [rows, K] @ B [K, columns]. blocks [available_threads(), kBlockElements]
+// out = a [rows, K] @ B [K, columns].
 template <typename T>
-Tensor product(const Rows<T>& a, const PackArgs& b, T* blocks) {
-  const Tensor out = matrix<T>(a.rows, b.columns);
-  if (a.rows <= kBlockRows) {
-    multiply_once<T>(a, b, kTerms, nullptr, blocks, data<T>(out));
-    return out;
-  }
-  if (b.k == 0) return out.zero_();
-  const Factor<T> factor(b);
-  each_block(a.rows, kBlockRows, b.k * b.columns, [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t first = 0; first < b.k; first += kTerms)
-      factor.multiply(first, end - begin, a.data + begin * b.k + first, b.k,
-                      data<T>(out) + begin * b.columns);
+void multiply(const Rows<T>& a, const Factor<T>& b, T* out) {
+  each_block(a.rows, kBlockRows, a.columns * b.columns(), [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t first = 0; first < a.columns; first += kTerms)
+      b.multiply(first, end - begin, a.data + begin * a.columns + first, a.columns, first > 0,
+                 out + begin * b.columns());
   });
-  return out;
 }
 
-// a.T @ B for each B, all with as many rows as a, and the sums of a's columns. a is transposed by
-// blocks, each into a thread's own part of `blocks` [available_threads(), kBlockElements].
+// A product of a transposed matrix with B, and where it goes.
 template <typename T>
-std::pair<std::vector<Tensor>, Tensor> transposed_products(const Rows<T>& a,
-                                                           const std::vector<Factor<T>>& right,
-                                                           T* blocks) {
-  const Tensor sums = at::zeros({a.columns}, c10::CppTypeToScalarType<T>::value);
-  std::vector<Tensor> products;
+struct Product {
+  Factor<T> b;
+  T* out;
+};
+
+// out = or += a.T @ B for each product, all with as many rows as a; sums += the sums of a's
+// columns. a is transposed by blocks, each into a thread's own part of `blocks`
+// [available_threads(), kBlockElements].
+template <typename T>
+void multiply_transposed(const Rows<T>& a, const std::vector<Product<T>>& products, bool accumulate,
+                         T* blocks, T* sums) {
   int64_t columns = 0;
-  for (const Factor<T>& factor : right) {
-    products.push_back(matrix<T>(a.columns, factor.columns()));
-    if (a.rows == 0) products.back().zero_();
-    columns += factor.columns();
-  }
+  for (const Product<T>& product : products) columns += product.b.columns();
   const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
     for (int64_t first = 0; first < a.rows; first += kTerms) {
       cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, a.rows - first),
@@ -213,10 +221,10 @@ std::pair<std::vector<Tensor>, Tensor> transposed_products(const Rows<T>& a,
                                        .from_stride = a.columns,
                                        .to = block,
                                        .to_stride = kBlockStride,
-                                       .sums = data<T>(sums) + begin});
-      for (size_t i = 0; i < right.size(); ++i)
-        right[i].multiply(first, end - begin, block, kBlockStride,
-                          data<T>(products[i]) + begin * right[i].columns());
+                                       .sums = sums + begin});
+      for (const auto& [b, out] : products)
+        b.multiply(first, end - begin, block, kBlockStride, accumulate || first > 0,
+                   out + begin * b.columns());
     }
   };
   each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * a.rows * columns,
@@ -224,7 +232,25 @@ std::pair<std::vector<Tensor>, Tensor> transposed_products(const Rows<T>& a,
                block_of_rows(begin * kLine, std::min(end * kLine, a.columns),
                              blocks + thread * kBlockElements);
              });
-  return {std::move(products), sums};
+}
+
+// The steps of a backward pass in pieces [first, last), last first: some kTerms rows each, so that
+// what a piece leaves is used while it is in the cache, and takes no more memory for a long
+// sequence.
+std::vector<std::pair<int64_t, int64_t>> pieces_back(const Sequence& sequence, bool reverse) {
+  const int64_t pieces = std::max<int64_t>(1, (sequence.rows + kTerms - 1) / kTerms);
+  std::vector<std::pair<int64_t, int64_t>> result;
+  for (int64_t last = sequence.steps, first; last > 0; last = first) {
+    int64_t rows = 0;
+    const auto fits = [&](int64_t k) {
+      return rows * pieces < sequence.rows &&
+             rows + sequence.sizes[sequence.step(k, reverse)] <= kTerms;
+    };
+    for (first = last; first > 0 && (first == last || fits(first - 1)); --first)
+      rows += sequence.sizes[sequence.step(first - 1, reverse)];
+    result.emplace_back(first, last);
+  }
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
@@ -305,10 +331,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   check_shape("lstm_backward", "cells", cells, "[N, H]", {sequence.rows, hidden});
 
   const auto dtype = x.scalar_type();
-  const Tensor outputs = widened(y), douts = widened(dy);
-  const Tensor h_first = widened(h0), c_first = widened(c0);
+  const Tensor outputs = widened(y), douts = widened(dy), rows = widened(x);
+  const Tensor h_first = widened(h0), c_first = widened(c0), dh_last = widened(dh_n);
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
-  const Tensor dh = copied(dh_n), dc = copied(dc_n);
+  const Tensor dh0 = need_dh0 ? copied(dh_n) : Tensor(), dc = copied(dc_n);
   const auto packed = [](const Tensor& weight) {
     return pack_briefly(weight.contiguous(), {.transposed = false, .gates = false});
   };
@@ -320,59 +346,103 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
                   .w_hh = packed(w_hh),
                   .w_hr = w_hr ? packed(*w_hr) : Matrix(),
                   .bias = Tensor()};
+  const auto pieces = pieces_back(sequence, reverse);
+  int64_t most_rows = 0;
+  for (const auto& [first, last] : pieces)
+    most_rows = std::max(most_rows, sequence.steps_taken(first, last, reverse).rows);
+  const bool once = sequence.rows <= kBlockRows;
   Tensor dx, dw_ih, dw_hh, db, dw_hr;
-  AT_DISPATCH_FLOATING_TYPES(dh.scalar_type(), "lstm_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES(dc.scalar_type(), "lstm_backward", [&] {
+    using T = scalar_t;
+    const Tensor weight = need_dx ? w_ih.contiguous() : Tensor();
+    const PackArgs by_input =
+        need_dx ? pack_args(weight, {.transposed = false, .gates = false}) : PackArgs();
     // Not allocated anew: to be given fresh pages took up to half as long as all the rest.
-    scalar_t *dy_of_step = nullptr, *dgates = nullptr, *h_prev = nullptr, *blocks = nullptr;
+    T *dgates[2], *of_outputs, *h_prev, *blocks;
+    char *packed_input, *packed_rows, *packed_states, *packed_outputs;
     const auto lay_out = [&](Arena arena) {
-      dy_of_step = arena.take<scalar_t>(sequence.rows * output);
-      dgates = arena.take<scalar_t>(sequence.rows * 4 * hidden);
-      h_prev = arena.take<scalar_t>(sequence.rows * output);
-      blocks = arena.take<scalar_t>(available_threads() * kBlockElements);
+      dgates[0] = arena.take<T>(most_rows * 4 * hidden);
+      dgates[1] = arena.take<T>(pieces.size() > 1 ? most_rows * 4 * hidden : 0);
+      of_outputs = arena.take<T>(w_hr ? most_rows * output : 0);
+      h_prev = arena.take<T>(need_dw ? most_rows * output : 0);
+      blocks = arena.take<T>(available_threads() * kBlockElements);
+      const auto take = [&](bool needed, const auto&... of) {
+        return arena.take<char>(needed ? Factor<T>::bytes(of...) : 0);
+      };
+      packed_input = take(need_dx && !once, by_input.k, by_input.columns, by_input.format);
+      packed_rows = take(need_dw, most_rows, x.size(-1));
+      packed_states = take(need_dw, most_rows, output);
+      packed_outputs = take(need_dw && w_hr, most_rows, hidden);
       return arena.used;
     };
     lay_out({static_cast<char*>(scratch(lay_out({nullptr})))});
-    std::copy_n(data<scalar_t>(douts), sequence.rows * output, dy_of_step);
-    run_backward<scalar_t>(cell, sequence,
-                           {.h0 = data<scalar_t>(h_first),
-                            .c0 = data<scalar_t>(c_first),
-                            .y = data<scalar_t>(outputs),
-                            .gates = data<scalar_t>(saved_gates),
-                            .cells = data<scalar_t>(saved_cells),
-                            .dy = dy_of_step,
-                            .dh = data<scalar_t>(dh),
-                            .dc = data<scalar_t>(dc),
-                            .dgates = dgates,
-                            .h_prev = h_prev,
-                            .need_dh0 = need_dh0});
-    using Of = Rows<scalar_t>;
-    const Of of_gates{dgates, sequence.rows, 4 * hidden};
+    const CellGradient<T> gradient{.h0 = data<T>(h_first),
+                                   .c0 = data<T>(c_first),
+                                   .y = data<T>(outputs),
+                                   .gates = data<T>(saved_gates),
+                                   .cells = data<T>(saved_cells),
+                                   .dy = data<T>(douts),
+                                   .dh_n = data<T>(dh_last),
+                                   .dh0 = need_dh0 ? data<T>(dh0) : nullptr,
+                                   .dc = data<T>(dc)};
+    std::optional<Factor<T>> input;
     if (need_dx) {
-      const Tensor weight = w_ih.contiguous();
-      dx = product<scalar_t>(of_gates, pack_args(weight, {.transposed = false, .gates = false}),
-                             blocks)
-               .view(x.sizes());
+      dx = matrix<T>(sequence.rows, x.size(-1));
+      if (!once) input.emplace(by_input, packed_input);
     }
-    if (!need_dw) return;
-    const Tensor rows = widened(x);
-    auto [products, sums] = transposed_products<scalar_t>(
-        of_gates,
-        {Factor(Of{data<scalar_t>(rows), sequence.rows, x.size(-1)}),
-         Factor<scalar_t>::of_states({h_prev, sequence.rows, output})},
-        blocks);
-    dw_ih = products[0], dw_hh = products[1], db = sums;
-    if (w_hr) {
-      const Tensor h = saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh();
-      dw_hr = transposed_products<scalar_t>(Of{dy_of_step, sequence.rows, output},
-                                            {Factor(Of{data<scalar_t>(h), sequence.rows, hidden})},
-                                            blocks)
-                  .first[0];
+    Tensor unused;
+    if (need_dw) {
+      dw_ih = matrix<T>(4 * hidden, x.size(-1));
+      dw_hh = matrix<T>(4 * hidden, output);
+      db = at::zeros({4 * hidden}, dc.options());
+      if (w_hr) dw_hr = matrix<T>(output, hidden), unused = at::zeros({output}, dc.options());
+      if (sequence.rows == 0)
+        for (const Tensor& dw : {dw_ih, dw_hh, dw_hr})
+          if (dw.defined()) dw.zero_();
     }
+    const T* dgates_after = nullptr;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const auto [first, last] = pieces[i];
+      const StepRange steps = sequence.steps_taken(first, last, reverse);
+      using Of = Rows<T>;
+      const Of of_gates{dgates[i % 2], steps.rows, 4 * hidden};
+      run_backward<T>(cell, sequence, first, last, gradient, dgates_after,
+                      {.dgates = dgates[i % 2],
+                       .outputs = of_outputs,
+                       .h_prev = need_dw ? h_prev : nullptr});
+      dgates_after =
+          dgates[i % 2] +
+          (sequence.offsets[sequence.step(first, reverse)] - steps.first_row) * 4 * hidden;
+      if (need_dx) {
+        T* const out = data<T>(dx) + steps.first_row * x.size(-1);
+        if (once)
+          multiply_once<T>(of_gates, by_input, kTerms, nullptr, blocks, out);
+        else
+          multiply<T>(of_gates, *input, out);
+      }
+      if (!need_dw) continue;
+      const Of of_rows{data<T>(rows) + steps.first_row * x.size(-1), steps.rows, x.size(-1)};
+      multiply_transposed<T>(
+          of_gates,
+          {{Factor<T>(of_rows.pack_args(), packed_rows), data<T>(dw_ih)},
+           {Factor<T>::of_states({h_prev, steps.rows, output}, packed_states), data<T>(dw_hh)}},
+          i > 0, blocks, data<T>(db));
+      if (!w_hr) continue;
+      const Tensor h = saved_gates.narrow(0, steps.first_row, steps.rows)
+                           .narrow(1, 3 * hidden, hidden) *
+                       saved_cells.narrow(0, steps.first_row, steps.rows).tanh();
+      multiply_transposed<T>(
+          Of{of_outputs, steps.rows, output},
+          {{Factor<T>(Of{data<T>(h), steps.rows, hidden}.pack_args(), packed_outputs),
+            data<T>(dw_hr)}},
+          i > 0, blocks, data<T>(unused));
+    }
+    if (need_dx) dx = dx.view(x.sizes());
   });
   const auto or_empty = [&](const Tensor& t) {
     return t.defined() ? t.to(dtype) : at::empty({0}, x.options());
   };
-  return {or_empty(dx),    or_empty(need_dh0 ? dh : Tensor()),
+  return {or_empty(dx),    or_empty(dh0),
           dc.to(dtype),    or_empty(dw_ih),
           or_empty(dw_hh), or_empty(db),
           or_empty(dw_hr)};

@@ -9,16 +9,17 @@ void lstm_step(const LstmStepArgs<T>& args) {
   using V = Vec<T>;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
+  const auto ask = [&](int64_t first_row, int64_t rows, int64_t panel, int64_t panels) {
+    if (rows == 1) return;
+    for (int64_t row = first_row; row < first_row + rows; ++row) {
+      const int64_t last = std::min((panel + panels) * kLanes, hidden) - 1;
+      for (int64_t k = 0; k < 4; ++k)
+        __builtin_prefetch(args.gates_x + (4 * row + k) * hidden + last, 0, 2);
+      __builtin_prefetch(args.c_prev + row * hidden + last, 0, 2);
+    }
+  };
   const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel,
                           auto panels) __attribute__((noinline)) {
-    // Asks for what the next panel reads: weights that do not stay in L2 drive it out of there.
-    if (rows > 1)
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = first_row + r, last = (panel + panels + 1) * kLanes - 1;
-        for (int64_t k = 0; k < 4; ++k)
-          __builtin_prefetch(args.gates_x + (4 * row + k) * hidden + last, 0, 2);
-        __builtin_prefetch(args.c_prev + row * hidden + last, 0, 2);
-      }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t unit = (panel + p) * kLanes, row = first_row + r;
@@ -58,7 +59,7 @@ void lstm_step(const LstmStepArgs<T>& args) {
       }
   };
   each_tile<T>(args.h_prev, args.h_prev_stride, args.rows, args.k, args.w_hh, 4 * hidden,
-               args.panels, args.scratch, finish);
+               args.panels, args.scratch, ask, finish);
 }
 
 template <typename T>
@@ -66,16 +67,12 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
   using V = Vec<T>;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t hidden = args.hidden;
-  const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel,
-                          auto panels) __attribute__((noinline)) {
-    const V one = V::set(1);
+  const auto ask = [&](int64_t first_row, int64_t rows, int64_t panel, int64_t panels) {
     const int64_t begin = panel * kPanelColumns<T>;
     const int64_t end = std::min(begin + panels * kPanelColumns<T>, hidden);
-    for (int64_t r = 0; r < rows; ++r) {
-      // Asks for what the next panel reads and writes.
-      for (int64_t ahead = end; ahead < end + kPanelColumns<T>; ahead += 64 / sizeof(T)) {
-        const int64_t at_unit = (first_row + r) * hidden + ahead;
-        const int64_t at_gate = (first_row + r) * 4 * hidden + ahead;
+    for (int64_t row = first_row; row < first_row + rows; ++row)
+      for (int64_t unit = begin; unit < end; unit += 64 / sizeof(T)) {
+        const int64_t at_unit = row * hidden + unit, at_gate = row * 4 * hidden + unit;
         for (int64_t k = 0; k < 4; ++k) {
           __builtin_prefetch(args.gates + at_gate + k * hidden, 0, 2);
           __builtin_prefetch(args.dgates + at_gate + k * hidden, 1, 2);
@@ -83,7 +80,15 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
         __builtin_prefetch(args.cells + at_unit, 0, 2);
         __builtin_prefetch(args.c_prev + at_unit, 0, 2);
         __builtin_prefetch(args.dc + at_unit, 1, 2);
+        if (args.dy != nullptr) __builtin_prefetch(args.dy + at_unit, 0, 2);
       }
+  };
+  const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel,
+                          auto panels) __attribute__((noinline)) {
+    const V one = V::set(1);
+    const int64_t begin = panel * kPanelColumns<T>;
+    const int64_t end = std::min(begin + panels * kPanelColumns<T>, hidden);
+    for (int64_t r = 0; r < rows; ++r) {
       for (int64_t unit = begin; unit < end; unit += kLanes) {
         const int64_t left = hidden - unit;
         const auto load = [&](const T* from) {
@@ -98,8 +103,9 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
         const V f = load(args.gates + at_gate + hidden);
         const V g = load(args.gates + at_gate + 2 * hidden);
         const V o = load(args.gates + at_gate + 3 * hidden);
-        const V sum = V::load(sums + sum_at<T>(r, (unit - begin) / kLanes));
-        const V dh = args.dy == nullptr ? sum : sum + load(args.dy + at_unit);
+        V dh = V::load(sums + sum_at<T>(r, (unit - begin) / kLanes));
+        if (args.dy != nullptr) dh = dh + load(args.dy + at_unit);
+        if (args.dh_n != nullptr) dh = dh + load(args.dh_n + at_unit);
         const V tanh_c = tanh(load(args.cells + at_unit));
         const V dc = fma(dh * o, one - tanh_c * tanh_c, load(args.dc + at_unit));
         store(dc * g * i * (one - i), args.dgates + at_gate);
@@ -110,6 +116,6 @@ void lstm_step_backward(const LstmStepBackwardArgs<T>& args) {
       }
     }
   };
-  each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, hidden, args.panels, nullptr,
+  each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, hidden, args.panels, nullptr, ask,
                finish);
 }

@@ -248,9 +248,9 @@ inline int64_t vectors_from(int64_t panel, int64_t columns) {
 
 // A single row: each_tile_of without its loops, also within finish, which is compiled for one row.
 // That much counts where a panel's product takes a few hundred cycles.
-template <typename T, int kPanels, typename Operands, typename Finish>
+template <typename T, int kPanels, typename Operands, typename Ask, typename Finish>
 inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, PanelRange range,
-                          const Finish& finish) {
+                          const Ask& ask, const Finish& finish) {
   constexpr std::integral_constant<int64_t, 0> kFirst;
   constexpr std::integral_constant<int64_t, 1> kOne;
   alignas(64) T sums[kSums<T>];
@@ -259,6 +259,7 @@ inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, 
     // Backwards, it finds those panels in the cache that the last call came to last.
     const int64_t panel = range.backwards ? range.begin + range.end - done - panels : done;
     const int64_t vectors = std::min(panels * kPanelVectors, vectors_from<T>(panel, columns));
+    ask(0, 1, panel, panels);
     tile<1, kPanels * kPanelVectors>(operands, 0, 1, panel, vectors, 0, k, sums);
     if constexpr (kPanels == 1)
       finish(sums, kFirst, kOne, panel, kOne);
@@ -267,17 +268,19 @@ inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, 
   }
 }
 
-// Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels.
+// Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels;
+// ask(first_row, rows, first_panel, panels) before the last part of those sums, to ask the cache for
+// what finish reads and writes: earlier, the weights would drive it out of there again.
 // Tiles are as few as registers allow, of heights as even as can be, since one of two or three rows
 // runs at 0.8 of the speed; and as wide as a panel, of which the last may be partly empty. A single
 // row that would be left over is a tile of its own, two panels wide.
-template <typename T, typename Operands, typename Finish>
+template <typename T, typename Operands, typename Ask, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
-                         PanelRange range, const Finish& finish) {
+                         PanelRange range, const Ask& ask, const Finish& finish) {
   if (all_rows == 1)
     return operands.row_panels() == 1
-               ? each_panel_of<T, 1>(operands, k, columns, range, finish)
-               : each_panel_of<T, kMostPanels>(operands, k, columns, range, finish);
+               ? each_panel_of<T, 1>(operands, k, columns, range, ask, finish)
+               : each_panel_of<T, kMostPanels>(operands, k, columns, range, ask, finish);
   constexpr int kTileRows = Vec<T>::kTileRows;
   alignas(64) T sums[kSums<T>];
   for (int64_t start = 0; start < all_rows; start += kMostRows) {
@@ -299,6 +302,7 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
         int64_t begin = 0;
         do {
           const int64_t end = std::min(begin + block, k);
+          if (end == k) ask(first, last - first, panel, panels);
           for (int64_t t = of; t < of + group; ++t) {
             const int64_t row = row_of(t), rows_here = row_of(t + 1) - row;
             T* const to = sums + sum_at<T>(row - first, 0);
@@ -320,23 +324,24 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
 }
 
 // The tiles of a [rows, k] @ b [k, columns].
-template <typename T, typename Finish>
+template <typename T, typename Ask, typename Finish>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
-                      int64_t columns, PanelRange panels, void* scratch, const Finish& finish) {
+                      int64_t columns, PanelRange panels, void* scratch, const Ask& ask,
+                      const Finish& finish) {
   const auto stored = [&]<typename W>(const W* weights) {
     each_tile_of<T>(Stored<T, W>(a, stride, rows, k, panels, weights), rows, k, columns, panels,
-                    finish);
+                    ask, finish);
   };
   if constexpr (std::is_same_v<T, float>) {
     if (b.format == Format::kFloat16 && rows == 1 && Vec<T>::halves())
       return each_panel_of<T, kMostPanels>(
-          Stored<T, Float16, true>(a, stride, rows, k, panels, b.panels), k, columns, panels,
+          Stored<T, Float16, true>(a, stride, rows, k, panels, b.panels), k, columns, panels, ask,
           finish);
     if (b.format == Format::kFloat16) return stored(static_cast<const Float16*>(b.panels));
     if (b.format == Format::kBfloat16) return stored(static_cast<const Bfloat16*>(b.panels));
     if (b.format == Format::kInt8)
       return each_tile_of<T>(Quantised(a, rows, stride, k, b.panels, scratch), rows, k, columns,
-                             panels, finish);
+                             panels, ask, finish);
   }
   stored(static_cast<const T*>(b.panels));
 }
@@ -515,6 +520,12 @@ void pack(const PackArgs& args) {
 template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
+  const auto ask = [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t at = panel * kPanelColumns<T>; at < (panel + panels) * kPanelColumns<T>;
+           at += 64 / sizeof(T))
+        __builtin_prefetch(args.out + (row + r) * args.out_stride + at, 1, 2);
+  };
   const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel,
                           auto panels) __attribute__((noinline)) {
     for (int64_t r = 0; r < rows; ++r)
@@ -524,9 +535,6 @@ void matmul(const MatmulArgs<T>& args) {
         const T* const sum = sums + sum_at<T>(r, p * kPanelVectors);
         T* const out = args.out + (row + r) * args.out_stride + column;
         const T* const bias = args.bias == nullptr ? nullptr : args.bias + column;
-        // Asks for what the next panel writes.
-        for (int64_t at = 0; at < kPanelColumns<T>; at += 64 / sizeof(T))
-          __builtin_prefetch(out + kPanelColumns<T> + at, 1, 2);
         const auto put = [&](int64_t at, int64_t lanes) {
           Vec<T> value = Vec<T>::load(sum + at);
           if (bias != nullptr)
@@ -545,5 +553,5 @@ void matmul(const MatmulArgs<T>& args) {
       }
   };
   each_tile<T>(args.a, args.a_stride, args.rows, args.k, args.b, args.columns, args.panels,
-               args.scratch, finish);
+               args.scratch, ask, finish);
 }

@@ -83,21 +83,11 @@ at::Tensor kept(int64_t bytes) {
 using MemoryOf = at::Tensor (*)(int64_t bytes);
 
 template <typename T>
-Matrix pack_into(MemoryOf memory_of, const PackArgs& weight) {
-  const int64_t k = weight.k, columns = weight.columns;
-  const bool gates = weight.gates;
-  const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t bytes = kernels.packed_bytes(k, columns, gates, weight.format);
-  const at::Tensor memory = memory_of(bytes);
-  if (bytes == 0) return {memory, weight.format};
-  const int64_t panels = kernels.panels(gates ? columns / 4 : columns, gates);
-  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
-  each_part(panels, kMultiplies * k * columns / panels, [&](int64_t begin, int64_t end) {
-    PackArgs part = weight;
-    part.panels = {begin, end};
-    part.packed = memory.mutable_data_ptr();
-    kernels.pack(part);
-  });
+Matrix pack_into(MemoryOf memory_of, PackArgs weight) {
+  const at::Tensor memory = memory_of(cpu_kernels().of<T>().packed_bytes(
+      weight.k, weight.columns, weight.gates, weight.format));
+  weight.packed = memory.mutable_data_ptr();
+  pack_all<T>(weight);
   return {memory, weight.format};
 }
 
@@ -158,11 +148,21 @@ Matrix pack_briefly(const at::Tensor& weight, Layout layout) {
 }
 
 template <typename T>
-Matrix pack_briefly(const PackArgs& weight) {
-  return pack_into<T>(kept, weight);
+void pack_all(const PackArgs& weight) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const int64_t panels =
+      kernels.panels(weight.gates ? weight.columns / 4 : weight.columns, weight.gates);
+  if (panels == 0 || weight.k == 0) return;
+  constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
+  each_part(panels, kMultiplies * weight.k * weight.columns / panels,
+            [&](int64_t begin, int64_t end) {
+              PackArgs part = weight;
+              part.panels = {begin, end};
+              kernels.pack(part);
+            });
 }
-template Matrix pack_briefly<float>(const PackArgs&);
-template Matrix pack_briefly<double>(const PackArgs&);
+template void pack_all<float>(const PackArgs&);
+template void pack_all<double>(const PackArgs&);
 
 Matrix pack_once(const at::Tensor& weight, Layout layout) {
   const uint64_t now = fingerprint(weight);

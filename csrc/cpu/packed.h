@@ -31,10 +31,12 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
 // The same for panels that serve one call, in memory that the calling thread keeps for the next
-// one: to be given fresh pages takes longer than to pack. T: what kernels compute in.
+// one: to be given fresh pages takes longer than to pack.
 Matrix pack_briefly(const at::Tensor& weight, Layout layout);
+
+// Packs all panels, to weight.packed. T: what kernels compute in.
 template <typename T>
-Matrix pack_briefly(const PackArgs& weight);
+void pack_all(const PackArgs& weight);
 
 // Asks for pages of 2 MB for memory that is not touched yet: what is larger than the L3 cache, or
 // is read in long strides, is read faster. Only a wish, so nobody minds a refusal.

@@ -110,16 +110,17 @@ struct Alone {
 };
 
 // Calls body(share, thread) for each thread's rows of the batch, chosen so that all threads have as
-// many steps of a row to do: Split::kRows.
+// many steps of a row to do, of those `steps`: Split::kRows.
 template <typename Body>
-void each_share_of_rows(const Sequence& sequence, int64_t threads, const Body& body) {
+void each_share_of_rows(const Sequence& sequence, const StepRange& steps, int64_t threads,
+                        const Body& body) {
   if (threads == 1) return body(Share<Alone>{0, sequence.batch, 0, 1, {}}, 0);
   std::vector<int64_t> ends(threads, sequence.batch);
-  int64_t length = sequence.steps, before = 0;  // of row b; of all rows up to it
+  int64_t end = steps.end, before = 0;  // of row b; the steps of all rows up to it
   for (int64_t b = 0, thread = 0; b < sequence.batch; ++b) {
-    while (length > 0 && sequence.sizes[length - 1] <= b) --length;
-    before += length;
-    while (thread + 1 < threads && before * threads >= sequence.rows * (thread + 1))
+    while (end > steps.begin && sequence.sizes[end - 1] <= b) --end;
+    before += end - steps.begin;
+    while (thread + 1 < threads && before * threads >= steps.rows * (thread + 1))
       ends[thread++] = b + 1;
   }
   together(threads, 1, [&](int64_t begin, int64_t end) {

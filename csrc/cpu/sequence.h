@@ -9,6 +9,11 @@
 
 namespace iss {
 
+// StepRange that follow each other, begin <= t < end, and their rows.
+struct StepRange {
+  int64_t begin = 0, end = 0, first_row = 0, rows = 0;
+};
+
 struct Sequence {
   int64_t steps, batch, rows;
   std::vector<int64_t> sizes, offsets;  // per step: how many rows of the batch still run; first row
@@ -27,6 +32,14 @@ struct Sequence {
 
   // The k-th step taken.
   int64_t step(int64_t k, bool reverse) const { return reverse ? steps - 1 - k : k; }
+
+  // Of the k-th steps taken, first <= k < last.
+  StepRange steps_taken(int64_t first, int64_t last, bool reverse) const {
+    if (first == last) return {};
+    const int64_t begin = std::min(step(first, reverse), step(last - 1, reverse));
+    const int64_t end = begin + last - first;
+    return {begin, end, offsets[begin], offsets[end - 1] + sizes[end - 1] - offsets[begin]};
+  }
 
   // The rows [begin, end) of the batch at the k-th step taken, in at most two pieces: those that
   // come from the step before (previous: their row there) and those that start here (previous: -1).

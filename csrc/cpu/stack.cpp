@@ -71,10 +71,7 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
   const auto& [cell, state, sequence, x, y, y_stride, chunk, gates_chunk, unprojected] = job;
   const int64_t hidden = cell.hidden, output = cell.output;
   const bool reverse = cell.reverse, projected = cell.w_hr.panels.defined();
-  const int64_t earliest =
-      std::min(sequence.step(first, reverse), sequence.step(last - 1, reverse));
-  const int64_t latest = std::max(sequence.step(first, reverse), sequence.step(last - 1, reverse));
-  const int64_t first_row = sequence.offsets[earliest];
+  const StepRange steps = sequence.steps_taken(first, last, reverse);
   const bool whole = share.begin == 0 && share.end == sequence.batch;
   // When training, the activated gates replace the projected inputs in place. Otherwise these are
   // kept for a chunk; threads that share the batch, which may be in different chunks, each keep
@@ -82,18 +79,18 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
   T* const gates_x = state.gates ? state.gates : gates_chunk;
   const auto gates_at = [&](int64_t t, int64_t b) {
     const int64_t row = state.gates ? sequence.offsets[t] + b
-                        : whole ? sequence.offsets[t] + b - first_row
-                                : chunk * share.begin + (t - earliest) * (share.end - share.begin) +
-                                      b - share.begin;
+                        : whole ? sequence.offsets[t] + b - steps.first_row
+                                : chunk * share.begin +
+                                      (t - steps.begin) * (share.end - share.begin) + b -
+                                      share.begin;
     return gates_x + row * 4 * hidden;
   };
 
   const PanelRange columns = share.of(kernels.panels(4 * hidden, false));
   if (whole)
-    project(job, first_row, sequence.offsets[latest] + sequence.sizes[latest] - first_row, columns,
-            gates_at(earliest, 0), scratch);
+    project(job, steps.first_row, steps.rows, columns, gates_at(steps.begin, 0), scratch);
   else
-    for (int64_t t = earliest; t <= latest; ++t) {
+    for (int64_t t = steps.begin; t < steps.end; ++t) {
       const int64_t rows = std::min(share.end, sequence.sizes[t]) - share.begin;
       const int64_t row = sequence.offsets[t] + share.begin;
       if (rows > 0) project(job, row, rows, columns, gates_at(t, share.begin), scratch);
@@ -236,9 +233,11 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const Arena arena = lay_out({static_cast<char*>(scratch(bytes))});
   char* const own = arena.base + arena.used - quantising * threads;
   if (split == Split::kRows) {
-    each_share_of_rows(sequence, threads, [&](const auto& share, int64_t thread) {
-      for (const Job<T>& job : jobs) run_cell(job, share, own + thread * quantising);
-    });
+    each_share_of_rows(sequence, sequence.steps_taken(0, sequence.steps, false), threads,
+                       [&](const auto& share, int64_t thread) {
+                         for (const Job<T>& job : jobs)
+                           run_cell(job, share, own + thread * quantising);
+                       });
     return;
   }
   if (split == Split::kLayers) {

@@ -43,23 +43,32 @@ template <typename T>
 void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
                const std::vector<CellState<T>>& states, T* y);
 
-// The memory of one cell's gradient: what the forward saved, and what is asked for.
+// The memory of one cell's gradient: what the forward saved, what is given, and what is asked for.
 template <typename T>
 struct CellGradient {
   const T *h0, *c0;        // [B, P], [B, H]
   const T* y;              // [N, P]
   const T *gates, *cells;  // [N, 4H], [N, H]
-  T* dy;      // [N, P]  in: gradient of y; out: of each step's output, as it left the cell
-  T* dh;      // [B, P]  in: gradient of h_n; out: of h_0 where that is needed
-  T* dc;      // [B, H]  in: gradient of c_n; out: of c_0
-  T* dgates;  // [N, 4H] before the activations
-  T* h_prev;  // [N, P]  the output that each step started from
-  bool need_dh0;
+  const T *dy, *dh_n;      // [N, P], [B, P]
+  T* dh0;                  // [B, P]  nullptr where it is not needed
+  T* dc;                   // [B, H]  in: gradient of c_n, or of the cells after the steps; out: of
+                           // c_0, or of the cells before them
 };
 
+// What some steps leave, n rows.
+template <typename T>
+struct StepGradients {
+  T* dgates;   // [n, 4H] before the activations
+  T* outputs;  // [n, P]  gradient of a step's output, as it left the cell; with a projection alone
+  T* h_prev;   // [n, P]  the output that each step started from; may be nullptr
+};
+
+// Steps last - 1 down to `first` of those taken. after: the rows of step `last`, dgates alone.
 // cell: w_hh packed as [4H, P], w_hr as [P, H]; its w_ih and bias are not used.
 template <typename T>
-void run_backward(const Cell& cell, const Sequence& sequence, const CellGradient<T>& gradient);
+void run_backward(const Cell& cell, const Sequence& sequence, int64_t first, int64_t last,
+                  const CellGradient<T>& gradient, const T* dgates_after,
+                  const StepGradients<T>& result);
 
 // Whether a state is that of a sequence's beginning: its product with any weights adds nothing, and
 // is left out.
