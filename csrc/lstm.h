@@ -96,8 +96,8 @@ struct LstmStepArgs {
   void* scratch;     // as in MatmulArgs
 };
 
-// One time step's gradient for the units of `panels`: dh = a @ B + dy + dh_n, and what follows from it.
-// dc may be dc_prev.
+// One time step's gradient for the units of `panels`: dh = a @ B + dy + dh_n, and what follows from
+// it. dc may be dc_prev.
 template <typename T>
 struct LstmStepBackwardArgs {
   int64_t rows, hidden, k;  // n, H, K
@@ -105,13 +105,13 @@ struct LstmStepBackwardArgs {
   const T* a;  // [n, K], a_stride elements from row to row: the next step's dgates, K = 4H; with a
                // projection the gradient of this step's output, K = P; K = 0 where no step follows
   int64_t a_stride;
-  Packed b;         // [K, H], packed without `gates`: w_hh, or w_hr
+  Packed b;            // [K, H], packed without `gates`: w_hh, or w_hr
   const T *dy, *dh_n;  // [n, H], or nullptr
-  const T* gates;   // [n, 4H] as saved by the forward step
-  const T* cells;   // [n, H]
-  const T* c_prev;  // [n, H]
-  T* dc;            // [n, H]  in: gradient of c_t; out: gradient of c_{t-1}
-  T* dgates;        // [n, 4H] gradient before the activations
+  const T* gates;      // [n, 4H] as saved by the forward step
+  const T* cells;      // [n, H]
+  const T* c_prev;     // [n, H]
+  T* dc;               // [n, H]  in: gradient of c_t; out: gradient of c_{t-1}
+  T* dgates;           // [n, 4H] gradient before the activations
 };
 
 }  // namespace iss

@@ -4,13 +4,15 @@
 #include <cstring>
 
 #include "cpu/plan.h"
+#include "cpu/products.h"
 #include "cpu/stack.h"
 
 namespace iss {
 namespace {
 
-// Steps [first, last) of a share, last first. A step's dy is complete when the product with the gates
-// of the step that follows has been added to it; then the cell's own gradient follows from it.
+// Steps [first, last) of a share, last first. A step's dy is complete when the product with the
+// gates of the step that follows has been added to it; then the cell's own gradient follows from
+// it.
 template <typename T, typename Barrier>
 void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_t last,
                const CellGradient<T>& gradient, const T* dgates_after,
@@ -36,7 +38,9 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
                     .out_stride = output,
                     .scratch = nullptr});
   };
-  const auto dgates_of = [&](int64_t row) { return result.dgates + (row - first_row) * 4 * hidden; };
+  const auto dgates_of = [&](int64_t row) {
+    return result.dgates + (row - first_row) * 4 * hidden;
+  };
   for (int64_t k = last - 1; k >= first; --k) {
     // The rows of the batch that go on to the step after this one, and their dgates there.
     const int64_t now = sequence.step(k, cell.reverse), row_now = sequence.offsets[now];
@@ -111,27 +115,56 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
 }  // namespace
 
 template <typename T>
-void run_backward(const Cell& cell, const Sequence& sequence, int64_t first, int64_t last,
-                  const CellGradient<T>& gradient, const T* dgates_after,
-                  const StepGradients<T>& result) {
-  const auto [split, threads] = plan<T>({{cell}}, sequence, false);
-  const auto walk = [&](const auto& share) {
-    walk_back(cell, sequence, first, last, gradient, dgates_after, result, share);
-  };
-  if (split == Split::kRows)
-    each_share_of_rows(sequence, sequence.steps_taken(first, last, cell.reverse), threads,
-                       [&](const auto& share, int64_t) { walk(share); });
-  else  // one cell: its units
-    run_team(threads, [&](int64_t member, int64_t members, const auto& barrier) {
-      walk(Share<decltype(barrier)>{0, sequence.batch, member, members, barrier});
-    });
+Backward<T>::Backward(const Cell& cell, const Sequence& sequence, bool need_h_prev)
+    : cell_(cell), sequence_(sequence), need_h_prev_(need_h_prev) {
+  const int64_t pieces = std::max<int64_t>(1, (sequence.rows + kTerms - 1) / kTerms);
+  for (int64_t last = sequence.steps, first; last > 0; last = first) {
+    int64_t rows = 0;  // as many in each piece, but no more than kTerms; at least one step
+    const auto fits = [&](int64_t k) {
+      return rows * pieces < sequence.rows &&
+             rows + sequence.sizes[sequence.step(k, cell.reverse)] <= kTerms;
+    };
+    for (first = last; first > 0 && (first == last || fits(first - 1)); --first)
+      rows += sequence.sizes[sequence.step(first - 1, cell.reverse)];
+    pieces_.emplace_back(first, last);
+    most_rows_ = std::max(most_rows_, rows);
+  }
 }
 
-template void run_backward<float>(const Cell&, const Sequence&, int64_t, int64_t,
-                                  const CellGradient<float>&, const float*,
-                                  const StepGradients<float>&);
-template void run_backward<double>(const Cell&, const Sequence&, int64_t, int64_t,
-                                   const CellGradient<double>&, const double*,
-                                   const StepGradients<double>&);
+template <typename T>
+void Backward<T>::lay_out(Arena& arena) {
+  const int64_t gates = most_rows_ * 4 * cell_.hidden, outputs = most_rows_ * cell_.output;
+  dgates_[0] = arena.take<T>(gates);
+  dgates_[1] = arena.take<T>(pieces_.size() > 1 ? gates : 0);
+  outputs_ = arena.take<T>(cell_.w_hr.panels.defined() ? outputs : 0);
+  h_prev_ = need_h_prev_ ? arena.take<T>(outputs) : nullptr;
+}
+
+template <typename T>
+void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
+  const T* dgates_after = nullptr;
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    const auto [first, last] = pieces_[i];
+    const StepRange steps = sequence_.steps_taken(first, last, cell_.reverse);
+    const StepGradients<T> result{.dgates = dgates_[i % 2], .outputs = outputs_, .h_prev = h_prev_};
+    const auto walk = [&, first, last](const auto& share) {
+      walk_back(cell_, sequence_, first, last, gradient, dgates_after, result, share);
+    };
+    const auto [split, threads] = plan<T>({{cell_}}, sequence_, false);
+    if (split == Split::kRows)
+      each_share_of_rows(sequence_, steps, threads,
+                         [&](const auto& share, int64_t) { walk(share); });
+    else  // one cell: its units
+      run_team(threads, [&](int64_t member, int64_t members, const auto& barrier) {
+        walk(Share<decltype(barrier)>{0, sequence_.batch, member, members, barrier});
+      });
+    use(steps, result, i > 0);
+    const int64_t row = sequence_.offsets[sequence_.step(first, cell_.reverse)];
+    dgates_after = result.dgates + (row - steps.first_row) * 4 * cell_.hidden;
+  }
+}
+
+template class Backward<float>;
+template class Backward<double>;
 
 }  // namespace iss

@@ -269,11 +269,11 @@ inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, 
 }
 
 // Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels;
-// ask(first_row, rows, first_panel, panels) before the last part of those sums, to ask the cache for
-// what finish reads and writes: earlier, the weights would drive it out of there again.
-// Tiles are as few as registers allow, of heights as even as can be, since one of two or three rows
-// runs at 0.8 of the speed; and as wide as a panel, of which the last may be partly empty. A single
-// row that would be left over is a tile of its own, two panels wide.
+// ask(first_row, rows, first_panel, panels) before the last part of those sums, to ask the cache
+// for what finish reads and writes: earlier, the weights would drive it out of there again. Tiles
+// are as few as registers allow, of heights as even as can be, since one of two or three rows runs
+// at 0.8 of the speed; and as wide as a panel, of which the last may be partly empty. A single row
+// that would be left over is a tile of its own, two panels wide.
 template <typename T, typename Operands, typename Ask, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
                          PanelRange range, const Ask& ask, const Finish& finish) {

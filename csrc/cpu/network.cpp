@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/team.h"
 
 namespace iss {
@@ -101,7 +102,7 @@ at::Tensor Network::run(const at::Tensor& x, const std::optional<std::vector<int
                           batch);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = output();
-  const at::Tensor y = at::empty(shape, x.options());
+  const at::Tensor y = recycled(shape, x.scalar_type());
   std::vector<void*> h_data, c_data;
   for (const at::Tensor& t : h) h_data.push_back(t.mutable_data_ptr());
   for (const at::Tensor& t : c) c_data.push_back(t.mutable_data_ptr());

@@ -2,19 +2,14 @@
 
 #include "cpu/packed.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <bit>
 #include <cstring>
 #include <list>
 #include <mutex>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/team.h"
 
 namespace iss {
@@ -61,41 +56,14 @@ Format format_of(at::ScalarType type) {
   }
 }
 
-at::Tensor fresh(int64_t bytes) {
-  const at::Tensor memory = at::empty({bytes}, at::kByte);
-  prefer_huge_pages(memory.mutable_data_ptr(), bytes);
-  return memory;
-}
-
-// Memory that no Matrix uses any more, or fresh.
-at::Tensor kept(int64_t bytes) {
-  constexpr int64_t kKeep = 1 << 26;
-  thread_local at::Tensor memories[2];  // the large ones of a call: w_hh, and w_ih or w_hr
-  if (bytes <= kKeep)
-    for (at::Tensor& memory : memories) {
-      if (memory.use_count() > 1) continue;
-      if (!memory.defined() || memory.numel() < bytes) memory = fresh(bytes);
-      return memory;
-    }
-  return fresh(bytes);
-}
-
-using MemoryOf = at::Tensor (*)(int64_t bytes);
-
 template <typename T>
-Matrix pack_into(MemoryOf memory_of, PackArgs weight) {
-  const at::Tensor memory = memory_of(cpu_kernels().of<T>().packed_bytes(
-      weight.k, weight.columns, weight.gates, weight.format));
-  weight.packed = memory.mutable_data_ptr();
+Matrix pack_as(PackArgs weight) {
+  const int64_t bytes =
+      cpu_kernels().of<T>().packed_bytes(weight.k, weight.columns, weight.gates, weight.format);
+  const at::Tensor panels = recycled({bytes}, at::kByte);
+  weight.packed = panels.mutable_data_ptr();
   pack_all<T>(weight);
-  return {memory, weight.format};
-}
-
-Matrix pack_into(MemoryOf memory_of, const at::Tensor& weight, Layout layout,
-                 const at::Tensor& scales) {
-  const PackArgs args = pack_args(weight, layout, scales);
-  return weight.scalar_type() == at::kDouble ? pack_into<double>(memory_of, args)
-                                             : pack_into<float>(memory_of, args);
+  return {panels, weight.format};
 }
 
 // One weight's panels. The weak pointer tells whether the tensor still lives: its address may be
@@ -118,15 +86,6 @@ std::list<Entry>& entries() {
 
 }  // namespace
 
-void prefer_huge_pages(void* memory, int64_t bytes) {
-#ifdef __linux__
-  constexpr int64_t kPage = 4096, kWorthIt = 1 << 22;
-  if (bytes < kWorthIt) return;
-  const auto first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
-#endif
-}
-
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
   const int64_t width = weight.size(1);
   return {.k = weight.size(layout.transposed ? 1 : 0),
@@ -140,11 +99,8 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
 }
 
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
-  return pack_into(fresh, weight, layout, scales);
-}
-
-Matrix pack_briefly(const at::Tensor& weight, Layout layout) {
-  return pack_into(kept, weight, layout, {});
+  const PackArgs args = pack_args(weight, layout, scales);
+  return weight.scalar_type() == at::kDouble ? pack_as<double>(args) : pack_as<float>(args);
 }
 
 template <typename T>

@@ -27,20 +27,12 @@ struct Matrix {
 // dtype.
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
-// Packs all of it.
+// Packs all of it, for this call or to be kept.
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
-
-// The same for panels that serve one call, in memory that the calling thread keeps for the next
-// one: to be given fresh pages takes longer than to pack.
-Matrix pack_briefly(const at::Tensor& weight, Layout layout);
 
 // Packs all panels, to weight.packed. T: what kernels compute in.
 template <typename T>
 void pack_all(const PackArgs& weight);
-
-// Asks for pages of 2 MB for memory that is not touched yet: what is larger than the L3 cache, or
-// is read in long strides, is read faster. Only a wish, so nobody minds a refusal.
-void prefer_huge_pages(void* memory, int64_t bytes);
 
 // The same, remembered and found again while the weight has the same values. What decides is a
 // fingerprint of all values, taken on every call, and not the tensor's version: writing through

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
 
@@ -78,11 +79,11 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
   // their own rows.
   T* const gates_x = state.gates ? state.gates : gates_chunk;
   const auto gates_at = [&](int64_t t, int64_t b) {
-    const int64_t row = state.gates ? sequence.offsets[t] + b
-                        : whole ? sequence.offsets[t] + b - steps.first_row
-                                : chunk * share.begin +
-                                      (t - steps.begin) * (share.end - share.begin) + b -
-                                      share.begin;
+    const int64_t row =
+        state.gates ? sequence.offsets[t] + b
+        : whole
+            ? sequence.offsets[t] + b - steps.first_row
+            : chunk * share.begin + (t - steps.begin) * (share.end - share.begin) + b - share.begin;
     return gates_x + row * 4 * hidden;
   };
 
@@ -162,24 +163,6 @@ void run_cell(const Job<T>& job, const Share<Barrier>& share, void* scratch) {
 }
 
 }  // namespace
-
-void* scratch(int64_t bytes) {
-  struct Block {
-    std::unique_ptr<char[]> memory;
-    int64_t bytes = 0;
-  };
-  thread_local Block block;
-  constexpr int64_t kKeep = 1 << 26;  // more than this is not held on to for a smaller call
-  if (bytes > block.bytes || (block.bytes > kKeep && bytes <= kKeep)) {
-    block.memory.reset();
-    block.memory.reset(new char[bytes + 63]);  // not zeroed
-    block.bytes = bytes;
-    prefer_huge_pages(block.memory.get(), bytes);
-  }
-  void* start = block.memory.get();
-  size_t space = bytes + 63;
-  return bytes == 0 ? nullptr : std::align(64, bytes, start, space);
-}
 
 template <typename T>
 void run_stack(const Stack& stack, const Sequence& sequence, const T* x,

@@ -4,8 +4,11 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <utility>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/packed.h"
 #include "cpu/sequence.h"
 
@@ -55,21 +58,6 @@ struct CellGradient {
                            // c_0, or of the cells before them
 };
 
-// What some steps leave, n rows.
-template <typename T>
-struct StepGradients {
-  T* dgates;   // [n, 4H] before the activations
-  T* outputs;  // [n, P]  gradient of a step's output, as it left the cell; with a projection alone
-  T* h_prev;   // [n, P]  the output that each step started from; may be nullptr
-};
-
-// Steps last - 1 down to `first` of those taken. after: the rows of step `last`, dgates alone.
-// cell: w_hh packed as [4H, P], w_hr as [P, H]; its w_ih and bias are not used.
-template <typename T>
-void run_backward(const Cell& cell, const Sequence& sequence, int64_t first, int64_t last,
-                  const CellGradient<T>& gradient, const T* dgates_after,
-                  const StepGradients<T>& result);
-
 // Whether a state is that of a sequence's beginning: its product with any weights adds nothing, and
 // is left out.
 template <typename T>
@@ -77,20 +65,36 @@ bool all_zero(const T* state, int64_t count) {
   return std::all_of(state, state + count, [](T value) { return value == 0; });
 }
 
-// The calling thread's memory for intermediate results: grows, and is used again by the next call.
-void* scratch(int64_t bytes);
+// What some steps leave, n rows.
+template <typename T>
+struct StepGradients {
+  T* dgates;   // [n, 4H] before the activations
+  T* outputs;  // [n, P]  gradient of a step's output, as it left the cell; with a projection alone
+  T* h_prev;   // [n, P]  the output that each step started from; nullptr where it is not needed
+};
 
-// Hands out pieces of one block of memory; first run without a block to learn its size.
-struct Arena {
-  char* base;
-  int64_t used = 0;
+// The backward pass of a cell, last step first, in pieces of some hundred rows: what a piece leaves
+// is used while it is in the cache, and takes no more memory for a longer sequence.
+// cell: w_hh packed as [4H, P], w_hr as [P, H]; its w_ih and bias are not used.
+template <typename T>
+class Backward {
+ public:
+  using Use = std::function<void(const StepRange&, const StepGradients<T>&, bool accumulate)>;
 
-  template <typename T>
-  T* take(int64_t count) {
-    T* const result = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
-    return result;
-  }
+  Backward(const Cell& cell, const Sequence& sequence, bool need_h_prev);
+
+  int64_t most_rows() const { return most_rows_; }  // of a piece
+  void lay_out(Arena& arena);
+  // Calls use(steps, what they leave, whether others came before) for each piece.
+  void run(const CellGradient<T>& gradient, const Use& use) const;
+
+ private:
+  const Cell& cell_;
+  const Sequence& sequence_;
+  bool need_h_prev_;
+  std::vector<std::pair<int64_t, int64_t>> pieces_;  // [first, last) of the steps taken
+  int64_t most_rows_ = 0;
+  T *dgates_[2] = {}, *outputs_ = nullptr, *h_prev_ = nullptr;
 };
 
 }  // namespace iss

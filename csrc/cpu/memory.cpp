@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cpu/memory.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace iss {
+namespace {
+
+// Asks for pages of 2 MB for memory that is not touched yet: what is larger than the L3 cache, or
+// is read in long strides, is read faster. Only a wish, so nobody minds a refusal.
+void prefer_huge_pages(void* memory, int64_t bytes) {
+#ifdef __linux__
+  constexpr int64_t kPage = 4096, kWorthIt = 1 << 22;
+  if (bytes < kWorthIt) return;
+  const auto first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
+#endif
+}
+
+// torch's storages call it; each block is a header that holds its size, then what it was asked for.
+class Recycler final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t count) override {
+    // In steps of an eighth at most, so that a length that varies finds what others have left.
+    const size_t step = std::max(kAligned, std::bit_floor(count) / 8);
+    void* const block = take((count + step - 1) / step * step);
+    void* const data = static_cast<char*>(block) + kAligned;
+    c10::profiledCPUMemoryReporter().New(data, count);
+    return {data, block, &give_back, c10::Device(c10::kCPU)};
+  }
+
+  void copy_data(void* to, const void* from, size_t count) const override {
+    default_copy_data(to, from, count);
+  }
+
+ private:
+  static constexpr size_t kAligned = 64, kKeep = 1 << 27;
+
+  static size_t& size_of(void* block) { return *static_cast<size_t*>(block); }
+
+  static void give_back(void* block);
+
+  void* take(size_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      auto best = free_.end();
+      for (auto block = free_.begin(); block != free_.end(); ++block)
+        if (size_of(*block) >= bytes && size_of(*block) <= 2 * bytes &&
+            (best == free_.end() || size_of(*block) < size_of(*best)))
+          best = block;
+      if (best != free_.end()) {
+        void* const block = *best;
+        free_.erase(best);
+        kept_ -= size_of(block);
+        return block;
+      }
+    }
+    void* const block = std::aligned_alloc(kAligned, bytes + kAligned);
+    if (block == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(block, static_cast<int64_t>(bytes));
+    size_of(block) = bytes;
+    return block;
+  }
+
+  // Keeps the block; those that have not been asked for the longest go.
+  void keep(void* block) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(block);
+    kept_ += size_of(block);
+    auto stays = free_.begin();
+    for (; kept_ > kKeep; ++stays) {
+      kept_ -= size_of(*stays);
+      std::free(*stays);
+    }
+    free_.erase(free_.begin(), stays);
+  }
+
+  std::mutex mutex_;
+  std::vector<void*> free_;  // oldest first
+  size_t kept_ = 0;          // bytes
+};
+
+Recycler& recycler() {
+  static auto* recycler = new Recycler;  // never destroyed: tensors may live longer
+  return *recycler;
+}
+
+void Recycler::give_back(void* block) {
+  c10::profiledCPUMemoryReporter().Delete(static_cast<char*>(block) + kAligned);
+  recycler().keep(block);
+}
+
+}  // namespace
+
+at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
+  // Less than this malloc keeps itself.
+  constexpr int64_t kLarge = 1 << 16;
+  if (c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype)) < kLarge)
+    return at::empty(sizes, dtype);
+  return at::detail::empty_generic(sizes, &recycler(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   dtype, std::nullopt);
+}
+
+void* scratch(int64_t bytes) {
+  struct Block {
+    std::unique_ptr<char[]> memory;
+    int64_t bytes = 0;
+  };
+  thread_local Block block;
+  constexpr int64_t kKeep = 1 << 26;  // more than this is not held on to for a smaller call
+  if (bytes > block.bytes || (block.bytes > kKeep && bytes <= kKeep)) {
+    block.memory.reset();
+    block.memory.reset(new char[bytes + 63]);  // not zeroed
+    block.bytes = bytes;
+    prefer_huge_pages(block.memory.get(), bytes);
+  }
+  void* start = block.memory.get();
+  size_t space = bytes + 63;
+  return bytes == 0 ? nullptr : std::align(64, bytes, start, space);
+}
+
+}  // namespace iss
