@@ -18,6 +18,8 @@ gradient of each:
 
 Where the input needs no gradient, the first layer has two products with w_ih, which is read once.
 
+Every step counts, also a first one from zeros, whose product with w_hh may be left out.
+
 bandwidth(n) is that of reading n bytes over and over, so it
 is the bandwidth of the cache that holds them: benchmarks call a function again and again. peak is
 that of float32 FMA, also for weights in 16 bits, which are widened; int8 has instructions of its

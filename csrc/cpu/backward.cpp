@@ -21,7 +21,7 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
   const int64_t hidden = cell.hidden, output = cell.output;
   const bool projected = cell.w_hr.panels.defined();
   const PanelRange outputs = share.of(kernels.panels(output, false));
-  const int64_t first_row = sequence.steps_taken(first, last, cell.reverse).first_row;
+  const int64_t first_row = result.steps.first_row;
 
   // to [rows, P] = or += dgates of `rows` rows @ w_hh.
   const auto through_w_hh = [&](const T* dgates, int64_t rows, bool accumulate, T* to) {
@@ -142,25 +142,27 @@ void Backward<T>::lay_out(Arena& arena) {
 
 template <typename T>
 void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
+  const auto [split, threads] = plan<T>({{cell_}}, sequence_, false);
   const T* dgates_after = nullptr;
   for (size_t i = 0; i < pieces_.size(); ++i) {
     const auto [first, last] = pieces_[i];
-    const StepRange steps = sequence_.steps_taken(first, last, cell_.reverse);
-    const StepGradients<T> result{.dgates = dgates_[i % 2], .outputs = outputs_, .h_prev = h_prev_};
+    const StepGradients<T> result{.steps = sequence_.steps_taken(first, last, cell_.reverse),
+                                  .dgates = dgates_[i % 2],
+                                  .outputs = outputs_,
+                                  .h_prev = h_prev_};
     const auto walk = [&, first, last](const auto& share) {
       walk_back(cell_, sequence_, first, last, gradient, dgates_after, result, share);
     };
-    const auto [split, threads] = plan<T>({{cell_}}, sequence_, false);
     if (split == Split::kRows)
-      each_share_of_rows(sequence_, steps, threads,
+      each_share_of_rows(sequence_, result.steps, threads,
                          [&](const auto& share, int64_t) { walk(share); });
     else  // one cell: its units
       run_team(threads, [&](int64_t member, int64_t members, const auto& barrier) {
         walk(Share<decltype(barrier)>{0, sequence_.batch, member, members, barrier});
       });
-    use(steps, result, i > 0);
+    use(result, i > 0);
     const int64_t row = sequence_.offsets[sequence_.step(first, cell_.reverse)];
-    dgates_after = result.dgates + (row - steps.first_row) * 4 * cell_.hidden;
+    dgates_after = result.dgates + (row - result.steps.first_row) * 4 * cell_.hidden;
   }
 }
 

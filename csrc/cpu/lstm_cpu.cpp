@@ -173,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
         for (const Tensor& dw : {dw_ih, dw_hh, dw_hr})
           if (dw.defined()) dw.zero_();
     }
-    const auto products = [&](const StepRange& steps, const StepGradients<T>& of, bool accumulate) {
+    const auto products = [&](const StepGradients<T>& of, bool accumulate) {
+      const StepRange& steps = of.steps;
       const Rows<T> dgates{of.dgates, steps.rows, 4 * hidden};
       if (need_dx) {
         T* const out = data<T>(dx) + steps.first_row * x.size(-1);

@@ -61,8 +61,8 @@ class Recycler final : public c10::Allocator {
       auto best = free_.end();
       for (auto block = free_.begin(); block != free_.end(); ++block)
         if (size_of(*block) >= bytes && size_of(*block) <= 2 * bytes &&
-            (best == free_.end() || size_of(*block) < size_of(*best)))
-          best = block;
+            (best == free_.end() || size_of(*block) <= size_of(*best)))
+          best = block;  // of equals the last used, which caches may still hold
       if (best != free_.end()) {
         void* const block = *best;
         free_.erase(best);
@@ -79,6 +79,7 @@ class Recycler final : public c10::Allocator {
 
   // Keeps the block; those that have not been asked for the longest go.
   void keep(void* block) {
+    if (size_of(block) > kKeep) return std::free(block);
     const std::lock_guard lock(mutex_);
     free_.push_back(block);
     kept_ += size_of(block);

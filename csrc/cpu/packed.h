@@ -30,13 +30,13 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
 // Packs all of it, for this call or to be kept.
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
-// Packs all panels, to weight.packed. T: what kernels compute in.
-template <typename T>
-void pack_all(const PackArgs& weight);
-
 // The same, remembered and found again while the weight has the same values. What decides is a
 // fingerprint of all values, taken on every call, and not the tensor's version: writing through
 // .data, a NumPy view or shared memory changes a weight without changing its version.
 Matrix pack_once(const at::Tensor& weight, Layout layout);
+
+// Packs all panels, to weight.packed. T: what kernels compute in.
+template <typename T>
+void pack_all(const PackArgs& weight);
 
 }  // namespace iss

@@ -116,10 +116,10 @@ void each_share_of_rows(const Sequence& sequence, const StepRange& steps, int64_
                         const Body& body) {
   if (threads == 1) return body(Share<Alone>{0, sequence.batch, 0, 1, {}}, 0);
   std::vector<int64_t> ends(threads, sequence.batch);
-  int64_t end = steps.end, before = 0;  // of row b; the steps of all rows up to it
+  int64_t row_end = steps.end, before = 0;  // of row b; the steps of all rows up to it
   for (int64_t b = 0, thread = 0; b < sequence.batch; ++b) {
-    while (end > steps.begin && sequence.sizes[end - 1] <= b) --end;
-    before += end - steps.begin;
+    while (row_end > steps.begin && sequence.sizes[row_end - 1] <= b) --row_end;
+    before += row_end - steps.begin;
     while (thread + 1 < threads && before * threads >= steps.rows * (thread + 1))
       ends[thread++] = b + 1;
   }

@@ -9,7 +9,7 @@
 
 namespace iss {
 
-// StepRange that follow each other, begin <= t < end, and their rows.
+// Steps that follow each other, begin <= t < end, and their rows.
 struct StepRange {
   int64_t begin = 0, end = 0, first_row = 0, rows = 0;
 };

@@ -65,9 +65,10 @@ bool all_zero(const T* state, int64_t count) {
   return std::all_of(state, state + count, [](T value) { return value == 0; });
 }
 
-// What some steps leave, n rows.
+// What some steps leave, n = steps.rows.
 template <typename T>
 struct StepGradients {
+  StepRange steps;
   T* dgates;   // [n, 4H] before the activations
   T* outputs;  // [n, P]  gradient of a step's output, as it left the cell; with a projection alone
   T* h_prev;   // [n, P]  the output that each step started from; nullptr where it is not needed
@@ -79,13 +80,13 @@ struct StepGradients {
 template <typename T>
 class Backward {
  public:
-  using Use = std::function<void(const StepRange&, const StepGradients<T>&, bool accumulate)>;
+  using Use = std::function<void(const StepGradients<T>&, bool accumulate)>;
 
   Backward(const Cell& cell, const Sequence& sequence, bool need_h_prev);
 
   int64_t most_rows() const { return most_rows_; }  // of a piece
   void lay_out(Arena& arena);
-  // Calls use(steps, what they leave, whether others came before) for each piece.
+  // Calls use(what it leaves, whether others came before) for each piece.
   void run(const CellGradient<T>& gradient, const Use& use) const;
 
  private:
