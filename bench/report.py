@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_inference.py measured: a summary, a plot, and the table in the README.
+"""What bench_inference.py measured: a summary, a plot, and the tables of docs/benchmarks.md.
 
-python bench/report.py [CSV] [--plot SVG] [--readme PATH]
+python bench/report.py [CSV] [--plot SVG] [--docs PATH]
 
 Speed-ups are times the others take over times we take: above 1 we are faster. "Best" is the fastest
 float32 engine that is not ours, at each point anew.
@@ -13,6 +13,7 @@ import argparse
 import csv
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,21 @@ BELOW = 0.97  # points under this speed-up are listed
 
 TABLE_HIDDEN = (64, 128, 256, 512, 1024)
 TABLE_CALLS = ((1, 1), (1, 30), (10, 30), (64, 30))  # B, T
-TABLE_ENGINES = {
-    "nn.LSTM": "nn.LSTM",
-    "ONNX Runtime": "ONNX Runtime",
-    "OpenVINO": "OpenVINO",
-    "prepared float32": "ours",
-    "prepared float16": "float16",
-    "prepared int8": "int8",
-}
+TABLES = (  # engine -> its column; the speed-up is that of ours over the fastest in float32
+    {
+        "nn.LSTM": "nn.LSTM",
+        "ONNX Runtime": "ONNX Runtime",
+        "OpenVINO": "OpenVINO",
+        "prepared float32": "ours",
+    },
+    {
+        "prepared float32": "float32",
+        "prepared float16": "float16",
+        "prepared bfloat16": "bfloat16",
+        "prepared int8": "int8",
+        "ONNX Runtime int8": "ONNX Runtime int8",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -155,11 +163,10 @@ def speed_up_lines(points: Results, threads: int) -> Iterable[str]:
         )
         for batch in sorted({point.B for point in over_best}):
             values = {point: value for point, value in over_best.items() if batch == point.B}
-            best = [points[point][best_peer(points[point]) or ""] for point in values]
             yield (
                 f"  x{threads}    B {batch:<4} {mean(values.values())}, least "
                 f"{min(values.values()):.2f}; the roof over the best "
-                f"{mean(1 / row.roofline for row in best)}"
+                f"{roof_over_best(points, values):.2f}x"
             )
 
 
@@ -241,7 +248,7 @@ def cliff_lines(points: Results) -> Iterable[str]:
         )
 
 
-# -- README
+# -- tables
 
 
 def digits(ms: float) -> str:
@@ -249,39 +256,88 @@ def digits(ms: float) -> str:
     return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
 
 
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterable[str]:
+    """A Markdown table of numbers."""
+    names = list(header)
+    yield f"| {' | '.join(names)} |"
+    yield "|--:" * len(names) + "|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
 def markdown(results: Results, machine: Mapping[str, str]) -> str:
-    """The table and the headline."""
-    lines = [
-        f"| H | B | T | {' | '.join(TABLE_ENGINES.values())} | speed-up |",
-        "|--:" * (len(TABLE_ENGINES) + 4) + "|",
-    ]
-    for h, (b, t) in itertools.product(TABLE_HIDDEN, TABLE_CALLS):
-        rows = results.get(Point("layer", f"{h}-{h}", t, b, 1))
-        if rows is None:
-            continue
-        times = [digits(rows[name].ms) if name in rows else "" for name in TABLE_ENGINES]
-        over = ratio(rows, best_peer(rows), OURS)
-        speed_up = "" if over is None else f"{over:.2f}"
-        lines.append(f"| {h} | {b} | {t} | {' | '.join(times)} | {speed_up} |")
+    """Times of the engines, times by format, speed-ups by batch, and the headline."""
+    engines, formats = TABLES
     about = (
         f"{machine['device']}, {machine['isa']}, 1 thread; torch {machine['torch']}, ONNX Runtime "
         f"{machine['onnxruntime'] or '-'}, OpenVINO {machine['openvino'] or '-'}"
     )
-    lines += [
+    lines = [
+        *table(["H", "B", "T", *engines.values(), "speed-up"], time_rows(results, engines, True)),
         "",
-        f"Milliseconds per call, I = H ({about}). Speed-up: ours in float32 over the fastest other "
-        "engine in float32, nn.LSTM without oneDNN and torch.compile included.",
+        wrapped(
+            f"Milliseconds per call in float32, I = H ({about}). Speed-up: ours over the fastest "
+            "other engine, nn.LSTM without oneDNN and torch.compile included."
+        ),
+        "",
+        *table(["H", "B", "T", *formats.values()], time_rows(results, formats, False)),
+        "",
+        wrapped("Milliseconds per call of ours by format of the weights, same machine."),
+        "",
+        *table(
+            ["threads", "B", "speed-up", "least", "at the roof"],
+            batch_rows(select(results, "layer")),
+        ),
+        "",
+        wrapped(
+            "Speed-up over the fastest other engine: geometric mean and least over all H and T, "
+            "and the mean that a kernel at the roof would reach."
+        ),
     ]
     for point, rows in select(results, "headline", threads=1).items():
         over = ratio(rows, "nn.LSTM", OURS)
         if over is not None:
-            lines += [
-                "",
-                f"nn.LSTM {rows['nn.LSTM'].layers} against ours shrunken to {rows[OURS].layers}, "
-                f"B {point.B}, T {point.T}: {digits(rows['nn.LSTM'].ms)} ms and "
-                f"{digits(rows[OURS].ms)} ms, **{over:.1f}x**.",
-            ]
+            text = (
+                f"nn.LSTM {rows['nn.LSTM'].layers} takes {digits(rows['nn.LSTM'].ms)} ms, ours "
+                f"shrunken to {rows[OURS].layers} takes {digits(rows[OURS].ms)} ms "
+                f"(B {point.B}, T {point.T}): {over:.1f} times as fast."
+            )
+            lines += ["", wrapped(text)]
     return "\n".join(lines)
+
+
+def time_rows(results: Results, engines: Iterable[str], with_speed_up: bool) -> Iterable[list[str]]:
+    """A row for each size and call."""
+    for h, (b, t) in itertools.product(TABLE_HIDDEN, TABLE_CALLS):
+        rows = results.get(Point("layer", f"{h}-{h}", t, b, 1))
+        if rows is None:
+            continue
+        cells = [digits(rows[name].ms) if name in rows else "-" for name in engines]
+        if with_speed_up:
+            over = ratio(rows, best_peer(rows), OURS)
+            cells.append("-" if over is None else f"{over:.2f}")
+        yield [str(h), str(b), str(t), *cells]
+
+
+def batch_rows(points: Results) -> Iterable[list[str]]:
+    """Speed-up over the best by threads and batch."""
+    over_best = ratios(points, None, OURS)
+    for threads, batch in sorted({(point.threads, point.B) for point in over_best}):
+        here = {p: v for p, v in over_best.items() if (p.threads, p.B) == (threads, batch)}
+        mean = geometric_mean(here.values())
+        roof = roof_over_best(points, here)
+        yield [str(threads), str(batch), f"{mean:.2f}", f"{min(here.values()):.2f}", f"{roof:.2f}"]
+
+
+def roof_over_best(points: Results, at: Iterable[Point]) -> float:
+    """Speed-up over the best of a kernel at the roof, geometric mean."""
+    best = [points[point][best_peer(points[point]) or ""] for point in at]
+    return geometric_mean(1 / row.roofline for row in best)
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most 100."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def replace_block(path: Path, name: str, block: str) -> None:
@@ -344,7 +400,7 @@ def main() -> int:
     )
     parser.add_argument("csv", type=Path, nargs="?", default=RESULTS / "inference.csv")
     parser.add_argument("--plot", type=Path, default=RESULTS / "inference.svg", metavar="SVG")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help="between its bench markers")
+    parser.add_argument("--docs", type=Path, metavar="PATH", help="between its bench markers")
     options = parser.parse_args()
     results, machine = load(options.csv)
     if not results:
@@ -352,9 +408,9 @@ def main() -> int:
         return 1
     print("\n".join(summary(results)))
     plot(results, options.plot)
-    if options.readme:
+    if options.docs:
         try:
-            replace_block(options.readme, "bench", markdown(results, machine))
+            replace_block(options.docs, "bench", markdown(results, machine))
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_training.py and bench_lasso.py measured: their tables in the README.
+"""What bench_training.py and bench_lasso.py measured: the tables of docs/training.md.
 
-python bench/report_training.py [--readme PATH]
+python bench/report_training.py [--docs PATH]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean
 
-from report import RESULTS, digits, replace_block
+from report import RESULTS, digits, replace_block, wrapped
 
 HIDDEN = (64, 256, 650)
 Rows = list[dict[str, str]]
@@ -51,22 +51,26 @@ def training(rows: Rows) -> Iterable[str]:
         yield f"| {h} | {rows_of} | {' | '.join([*times, again, f'{over:.2f}', *roofs])} |"
     last = rows[-1]
     yield ""
-    means = "; ".join(
-        f"{kind}, {threads} thread{'s' * (threads != '1')} "
-        f"{geometric_mean(values):.2f} (least {min(values):.2f})"
-        for (kind, threads), values in speed_ups.items()
-    )
-    yield (
+    yield wrapped(
         f"Milliseconds of a forward and a backward pass, I = H, 35 steps, float32, 1 thread "
-        f"({last['device']}, {last['isa']}; torch {last['torch']}); nn.LSTM with or without "
-        f"oneDNN, whichever is faster. Geometric means of the speed-up (features: the padded "
-        f"problems over an input that needs no gradient): {means}."
+        f"({last['device']}, {last['isa']}; torch {last['torch']}). nn.LSTM runs with or without "
+        "oneDNN, whichever is faster."
+    )
+    yield ""
+    yield "| problems | threads | speed-up | least |"
+    yield "|:--|--:|--:|--:|"
+    for (kind, threads), values in speed_ups.items():
+        yield f"| {kind} | {threads} | {geometric_mean(values):.2f} | {min(values):.2f} |"
+    yield ""
+    yield wrapped(
+        "Geometric mean of the speed-up over all sizes, and the least. Features: the padded "
+        "problems over an input that needs no gradient."
     )
 
 
 def lasso(rows: Rows) -> Iterable[str]:
     """The regulariser over the largest model."""
-    yield "| of 2x1500 LSTM and 10,000 words | threads | ms | GB/s | beside | times as fast |"
+    yield "| operation | threads | ms | GB/s | compared with | speed-up |"
     yield "|:--|--:|--:|--:|:--|--:|"
     points: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in rows:
@@ -91,7 +95,10 @@ def lasso(rows: Rows) -> Iterable[str]:
             plain = float(points["training step", layers, h, threads]["iss_kernels"]["ms_p50"])
             change = float(by_name["iss_kernels"]["ms_p50"]) / plain - 1
             steps.append(f"{layers}x{h} {change:+.1%} ({threads} thread{'s' * (threads != '1')})")
-    yield f"A whole training step with `add_gradients_` against one without: {', '.join(steps)}."
+    yield wrapped(
+        "The group lasso over a language model of two layers of 1500 units and 10,000 words. A "
+        f"whole training step with `add_gradients_` against one without: {', '.join(steps)}."
+    )
 
 
 def main() -> None:
@@ -99,12 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--readme", type=Path, metavar="PATH", help="between its training markers")
+    parser.add_argument("--docs", type=Path, metavar="PATH", help="between its training markers")
     options = parser.parse_args()
     block = "\n".join([*training(load("training.csv")), "", *lasso(load("lasso.csv"))])
     print(block)
-    if options.readme:
-        replace_block(options.readme, "training", block)
+    if options.docs:
+        replace_block(options.docs, "training", block)
 
 
 if __name__ == "__main__":

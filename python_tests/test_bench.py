@@ -3,6 +3,8 @@
 
 import csv
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,31 +142,71 @@ def test_bench_resumes_after_what_it_has(quick):
     assert "layer " not in done.stdout and path.read_text() == text
 
 
-def test_report_fills_the_block_of_a_readme(quick, tmp_path):
+def test_report_fills_the_block_of_a_page(quick, tmp_path):
     pytest.importorskip("matplotlib")
     path, _ = quick
-    readme, plot = tmp_path / "README.md", tmp_path / "plot.svg"
-    readme.write_text("a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n")
-    report = [BENCH / "report.py", path, "--plot", plot, "--readme", readme]
+    page, plot = tmp_path / "benchmarks.md", tmp_path / "plot.svg"
+    page.write_text("a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n")
+    report = [BENCH / "report.py", path, "--plot", plot, "--docs", page]
     done = run(*report)
     assert done.returncode == 0, done.stderr
     assert "points below" in done.stdout and "Stream float32" in done.stdout
-    text = readme.read_text()
+    text = page.read_text()
     assert "old" not in text and "| H | B | T |" in text
     assert text.startswith("a\n") and text.endswith("\nb\n")
     first = plot.read_bytes()
-    readme.write_text("no markers")
+    page.write_text("no markers")
     done = run(*report)
     assert done.returncode == 2 and "<!-- bench:begin -->" in done.stderr
     assert plot.read_bytes() == first
 
 
-def test_the_training_report_fills_the_block_of_the_readme(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- training:begin -->\nold\n<!-- training:end -->\nb\n")
-    done = run(BENCH / "report_training.py", "--readme", readme)
+@pytest.mark.parametrize(
+    "script, page",
+    [
+        ("report.py", "docs/benchmarks.md"),
+        ("report_training.py", "docs/training.md"),
+        ("report_demo.py", "README.md"),
+    ],
+)
+def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path, script, page):
+    pytest.importorskip("matplotlib")
+    committed = (BENCH.parent / page).read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(re.sub(r"(begin -->\n).*?(<!-- \w+:end)", r"\1\2", committed, flags=re.S))
+    assert copy.read_text() != committed
+    plot = ["--plot", tmp_path / "plot.svg"] if script == "report.py" else []
+    done = run(BENCH / script, "--docs", copy, *plot)
     assert done.returncode == 0, done.stderr
-    block = done.stdout.rstrip("\n")
-    assert readme.read_text() == f"a\n<!-- training:begin -->\n{block}\n<!-- training:end -->\nb\n"
-    repository = (BENCH.parent / "README.md").read_text()
-    assert block in repository  # what the README shows is what the CSVs hold
+    assert copy.read_text() == committed
+
+
+def test_the_picture_of_the_demo_is_that_of_its_result(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot, committed = tmp_path / "demo.svg", BENCH.parent / "docs" / "demo.svg"
+    done = run(BENCH / "report_demo.py", "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    units = sum(json.loads((BENCH / "results" / "demo.json").read_text())["hidden_after"])
+    # Other versions of matplotlib draw other paths; the words are the same.
+    drawn, kept = (re.findall(r"<text.*?>([^<]*)</text>", p.read_text()) for p in (plot, committed))
+    assert drawn == kept and f"{units} units" in kept
+    assert "<dc:date>" not in committed.read_text() and committed.stat().st_size < 60_000
+
+
+def test_the_table_of_the_demo_shows_what_the_result_holds(tmp_path):
+    result = json.loads((BENCH / "results" / "demo.json").read_text())
+    for key in ("small_torch_ms", "int8_ms", "perplexity_int8"):
+        result.pop(key, None)
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    done = run(BENCH / "report_demo.py", path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| test perplexity \| [\d.]+ \| [\d.]+ \| [\d.]+ \| - \|\n", done.stdout)
+    times = result["torch_ms"]
+    result |= {"small_torch_ms": times, "int8_ms": dict.fromkeys(times, 0.1)}
+    path.write_text(json.dumps(result | {"perplexity_int8": 50.5}))
+    done = run(BENCH / "report_demo.py", path, "--plot", tmp_path / "demo.svg")
+    assert done.returncode == 0, done.stderr
+    one, speed_up = f"{times['1']:.2f} ms", times["1"] / 0.1
+    assert " | 50.50 |\n" in done.stdout and f"| {one} | {one} (1.0x) |" in done.stdout
+    assert f" | 0.10 ms ({speed_up:.1f}x) |\n" in done.stdout
