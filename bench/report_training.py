@@ -30,7 +30,7 @@ def training(rows: Rows) -> Iterable[str]:
     for row in rows:
         key = tuple(row[name] for name in ("threads", "packed", "features", "H", "B"))
         points.setdefault(key, {})[row["provider"]] = row
-    yield "| H | B | nn.LSTM | ISSLSTM | recompute | speed-up | of the roof: nn.LSTM | ISSLSTM |"
+    yield "| H | B | nn.LSTM | ISSLSTM | recompute | speed-up | nn.LSTM of roof | ISSLSTM of roof |"
     yield "|--:" * 8 + "|"
     speed_ups: dict[tuple[str, ...], list[float]] = {}
     for (threads, packed, features, h, b), by_name in points.items():
@@ -46,7 +46,7 @@ def training(rows: Rows) -> Iterable[str]:
             continue
         times = [digits(float(row["ms_p50"])) for row in (torchs, ours)]
         again = digits(float(by_name["ISSLSTM recompute"]["ms_p50"]))
-        roofs = [f"{float(r['roofline']):.2f}" if r["roofline"] else "" for r in (torchs, ours)]
+        roofs = [f"{float(r['roofline']):.2f}" if r["roofline"] else "-" for r in (torchs, ours)]
         rows_of = f"{b}, 1 to 64 steps" if packed == "1" else b
         yield f"| {h} | {rows_of} | {' | '.join([*times, again, f'{over:.2f}', *roofs])} |"
     last = rows[-1]
