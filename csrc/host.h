@@ -18,7 +18,7 @@ struct NoAutocast {
 };
 
 inline Sequence sequence_of(const Tensor& x, const OptionalTensor& batch_sizes, int64_t batch) {
-  if (!batch_sizes) return {std::vector<int64_t>(x.size(0), batch), batch};
+  if (!batch_sizes) return {Vector<int64_t>(x.size(0), batch), batch};
   const Tensor contiguous = batch_sizes->contiguous();
   const int64_t* first = contiguous.const_data_ptr<int64_t>();
   return {{first, first + contiguous.numel()}, batch};

@@ -2,8 +2,11 @@
 """Memory of tensors that are gone is used again (csrc/cpu/memory.h)."""
 
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from iss_kernels import ISSLSTM
@@ -73,3 +76,84 @@ def test_a_tensor_too_large_to_be_kept_leaves_the_others_kept():
     assert address(50) == first
     address(25_000)  # 160 MB
     assert address(50) == first
+
+
+# Calls `call(large)` with little memory left, where nn.LSTM's error is known, then `call(small)`.
+SHORT_OF_MEMORY = """
+import resource, torch, iss_kernels
+from iss_kernels import ISSLSTM, ops, prepare
+
+torch.set_num_threads(1)
+{define}
+expected = call(small)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), resource.RLIM_INFINITY))
+try:
+    call(large)
+except RuntimeError as error:
+    assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in str(error), error
+    print("refused")
+assert torch.equal(call(small), expected)
+"""
+
+CALLS_SHORT_OF_MEMORY = {
+    "inference": """
+lstm = ISSLSTM(64, 64)
+small, large = torch.randn(8, 4, 64), torch.randn(1, 1, 64).expand(20000, 100, 64)
+call = lambda x: lstm(x)[0].detach()
+""",
+    "training": """
+lstm = ISSLSTM(16, 64)
+small, large = torch.randn(8, 4, 16), torch.randn(3000, 50, 16)
+def call(x):
+    lstm.zero_grad()
+    lstm(x)[0].sum().backward()
+    return lstm.weight_hh_l0.grad.clone()
+""",
+    "prepared": """
+lstm = prepare(torch.nn.LSTM(64, 64, num_layers=6))
+small, large = torch.randn(8, 4, 64), torch.randn(4000, 100, 64)
+lstm(torch.randn(200, 8, 64))
+call = lambda x: lstm(x)[0]
+""",
+    "steps of no rows": """
+lstm = ISSLSTM(1, 1)
+small, large = torch.randn(8, 4, 1), torch.empty(2**28, 0, 1)
+call = lambda x: ops.lstm(x, None, x.new_zeros(x.shape[1], 1), x.new_zeros(x.shape[1], 1),
+                          *lstm._parameters.values(), None, False)[0].detach()
+""",
+    "group norms": """
+rows, columns = torch.zeros(3).int(), torch.zeros(3).int()
+small, large = 4, 2**25
+weight = torch.ones(3, 3)
+call = lambda units: ops.group_norms([weight], [rows], [columns], units, 1e-8, False)[:4].clone()
+""",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by RLIMIT_AS")
+@pytest.mark.parametrize("name", CALLS_SHORT_OF_MEMORY)
+def test_no_memory_is_an_error_of_torchs_after_which_all_goes_on(name):
+    """RuntimeError in torch's words, for those who retry with a smaller batch."""
+    program = SHORT_OF_MEMORY.format(define=CALLS_SHORT_OF_MEMORY[name])
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "refused\n"), result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by RLIMIT_AS")
+def test_kept_memory_is_given_back_where_it_is_short():
+    program = """
+import resource, torch
+from iss_kernels import ISSLSTM
+
+torch.set_num_threads(1)
+lstm = ISSLSTM(1, 64)
+with torch.no_grad():
+    held = [lstm(torch.ones(4000, 8, 1))[0] for _ in range(14)]  # 8 MB each
+    del held  # kept
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), resource.RLIM_INFINITY))
+    assert lstm(torch.ones(30_000, 8, 1))[0].shape == (30_000, 8, 64)  # 61 MB
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

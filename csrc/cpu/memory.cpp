@@ -5,18 +5,20 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/safe_numerics.h>
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+
+#include "cpu/locks.h"
 
 namespace iss {
 namespace {
@@ -31,6 +33,9 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
   madvise(reinterpret_cast<void*>(first), bytes - kPage, MADV_HUGEPAGE);
 #endif
 }
+
+// A tensor of fewer bytes comes from malloc, which keeps such blocks itself.
+constexpr size_t kLarge = 1 << 16;
 
 // torch's storages call it; each block is a header that holds its size, then what it was asked for.
 class Recycler final : public c10::Allocator {
@@ -48,57 +53,91 @@ class Recycler final : public c10::Allocator {
     default_copy_data(to, from, count);
   }
 
+  // Frees all that is kept.
+  void release() {
+    for (;;) {
+      std::unique_lock lock(process_mutex());
+      if (free_.empty()) return;
+      free_oldest(std::move(lock));
+    }
+  }
+
  private:
   static constexpr size_t kAligned = 64, kKeep = 1 << 27;
+
+  Recycler() { free_.reserve(kKeep / kLarge); }
+  friend Recycler& recycler();
 
   static size_t& size_of(void* block) { return *static_cast<size_t*>(block); }
 
   static void give_back(void* block);
 
-  void* take(size_t bytes) {
-    {
-      const std::lock_guard lock(mutex_);
-      auto best = free_.end();
-      for (auto block = free_.begin(); block != free_.end(); ++block)
-        if (size_of(*block) >= bytes && size_of(*block) <= 2 * bytes &&
-            (best == free_.end() || size_of(*block) <= size_of(*best)))
-          best = block;  // of equals the last used, which caches may still hold
-      if (best != free_.end()) {
-        void* const block = *best;
-        free_.erase(best);
-        kept_ -= size_of(block);
-        return block;
-      }
-    }
-    void* const block = std::aligned_alloc(kAligned, bytes + kAligned);
-    if (block == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(block, static_cast<int64_t>(bytes));
-    size_of(block) = bytes;
-    return block;
-  }
+  void* take(size_t bytes);
 
   // Keeps the block; those that have not been asked for the longest go.
   void keep(void* block) {
-    if (size_of(block) > kKeep) return std::free(block);
-    const std::lock_guard lock(mutex_);
-    free_.push_back(block);
-    kept_ += size_of(block);
-    auto stays = free_.begin();
-    for (; kept_ > kKeep; ++stays) {
-      kept_ -= size_of(*stays);
-      std::free(*stays);
+    if (size_of(block) > kKeep) return c10::free_cpu(block);
+    for (;;) {
+      std::unique_lock lock(process_mutex());
+      if (kept_ + size_of(block) <= kKeep) {
+        free_.push_back(block);
+        kept_ += size_of(block);
+        return;
+      }
+      free_oldest(std::move(lock));
     }
-    free_.erase(free_.begin(), stays);
   }
 
-  std::mutex mutex_;
-  std::vector<void*> free_;  // oldest first
+  void free_oldest(std::unique_lock<std::mutex> lock) {
+    void* const block = free_.front();
+    erase(free_.begin());
+    lock.unlock();
+    c10::free_cpu(block);
+  }
+
+  void erase(std::vector<void*>::iterator block) {
+    kept_ -= size_of(*block);
+    free_.erase(block);
+  }
+
+  std::vector<void*> free_;  // oldest first; never grows beyond what it reserved
   size_t kept_ = 0;          // bytes
 };
 
 Recycler& recycler() {
   static auto* recycler = new Recycler;  // never destroyed: tensors may live longer
   return *recycler;
+}
+
+// New memory, to be freed by c10::free_cpu. Where there is none, what is kept goes first, and then
+// it is torch's error.
+void* allocate(size_t bytes) {
+  try {
+    return c10::alloc_cpu(bytes);
+  } catch (const c10::Error&) {
+    recycler().release();
+    return c10::alloc_cpu(bytes);
+  }
+}
+
+void* Recycler::take(size_t bytes) {
+  {
+    const std::lock_guard lock(process_mutex());
+    auto best = free_.end();
+    for (auto block = free_.begin(); block != free_.end(); ++block)
+      if (size_of(*block) >= bytes && size_of(*block) <= 2 * bytes &&
+          (best == free_.end() || size_of(*block) <= size_of(*best)))
+        best = block;  // of equals the last used, which caches may still hold
+    if (best != free_.end()) {
+      void* const block = *best;
+      erase(best);
+      return block;
+    }
+  }
+  void* const block = iss::allocate(bytes + kAligned);
+  prefer_huge_pages(block, static_cast<int64_t>(bytes));
+  size_of(block) = bytes;
+  return block;
 }
 
 void Recycler::give_back(void* block) {
@@ -109,30 +148,30 @@ void Recycler::give_back(void* block) {
 }  // namespace
 
 at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
-  // Less than this malloc keeps itself.
-  constexpr int64_t kLarge = 1 << 16;
-  if (c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(dtype)) < kLarge)
-    return at::empty(sizes, dtype);
+  uint64_t count;
+  const bool overflows = c10::safe_multiplies_u64(sizes, &count);  // for at::empty to refuse
+  if (overflows || count * c10::elementSize(dtype) < kLarge) return at::empty(sizes, dtype);
   return at::detail::empty_generic(sizes, &recycler(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    dtype, std::nullopt);
 }
 
 void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { c10::free_cpu(memory); }
+  };
   struct Block {
-    std::unique_ptr<char[]> memory;
+    std::unique_ptr<void, Free> memory;
     int64_t bytes = 0;
   };
   thread_local Block block;
   constexpr int64_t kKeep = 1 << 26;  // more than this is not held on to for a smaller call
   if (bytes > block.bytes || (block.bytes > kKeep && bytes <= kKeep)) {
-    block.memory.reset();
-    block.memory.reset(new char[bytes + 63]);  // not zeroed
+    block = {};  // also where the next line raises
+    block.memory.reset(allocate(bytes));
     block.bytes = bytes;
     prefer_huge_pages(block.memory.get(), bytes);
   }
-  void* start = block.memory.get();
-  size_t space = bytes + 63;
-  return bytes == 0 ? nullptr : std::align(64, bytes, start, space);
+  return bytes == 0 ? nullptr : block.memory.get();
 }
 
 }  // namespace iss

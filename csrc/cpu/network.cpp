@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "cpu/kernels.h"
+#include "cpu/locks.h"
 #include "cpu/memory.h"
 #include "cpu/team.h"
 
@@ -69,12 +70,20 @@ Network::Network(std::vector<std::vector<CellWeights>> layers)
       dtype_(weights_[0][0].w_ih.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {}
 
 std::shared_ptr<const Stack> Network::stack() const {
-  const std::lock_guard lock(mutex_);
-  if (packed_for_ != &cpu_kernels()) {
-    stack_ = std::make_shared<const Stack>(packed_stack(weights_));
-    packed_for_ = &cpu_kernels();
+  const CpuKernels* const kernels = &cpu_kernels();
+  {
+    const std::lock_guard lock(process_mutex());
+    if (packed_for_ == kernels) return stack_;
   }
-  return stack_;
+  // Threads that come here at once each pack; the last one's panels are kept.
+  const auto packed = std::make_shared<const Stack>(packed_stack(weights_));
+  auto replaced = packed;
+  {
+    const std::lock_guard lock(process_mutex());
+    stack_.swap(replaced);
+    packed_for_ = kernels;
+  }
+  return packed;  // what was replaced goes now, after the lock
 }
 
 int64_t Network::input() const { return weights_[0][0].w_ih.size(1); }
@@ -98,7 +107,8 @@ void Network::run_as(const at::Tensor& x, const Sequence& sequence, const std::v
 at::Tensor Network::run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
                         const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const {
   const int64_t batch = h[0].size(0);
-  const Sequence sequence(batch_sizes ? *batch_sizes : std::vector<int64_t>(x.size(0), batch),
+  const Sequence sequence(batch_sizes ? Vector<int64_t>(batch_sizes->begin(), batch_sizes->end())
+                                      : Vector<int64_t>(x.size(0), batch),
                           batch);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = output();
@@ -130,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::
     std::memset(begin, 0, bytes);
     for (int64_t i = 0; i < cells; ++i) data[which].push_back(begin + i * (bytes / cells));
   }
-  const Sequence sequence(std::vector<int64_t>(steps, batch), batch);
+  const Sequence sequence(Vector<int64_t>(steps, batch), batch);
   AT_DISPATCH_FLOATING_TYPES(dtype_, "Network::run_from_zero",
                              [&] { run_as<scalar_t>(x, sequence, data[0], data[1], y); });
   return {y, state[0], state[1]};
@@ -229,6 +239,9 @@ void Stream::run(Activation& activation, const float* x, float* y, int64_t width
 
 void Stream::step(const float* x, float* out) {
   const std::lock_guard lock(mutex_);
+  TORCH_CHECK(!mutex_.abandoned(),
+              "Stream: expected no step in another thread when this process was forked, got one "
+              "half-way; reset() begins a new sequence");
   for (size_t i = 0; i < stages_.size(); ++i) {
     float* const y = i + 1 == stages_.size() ? out : between_[i].mutable_data_ptr<float>();
     std::visit([&](auto& stage) { run(stage, x, y, between_[i].size(1)); }, stages_[i]);
@@ -238,6 +251,7 @@ void Stream::step(const float* x, float* out) {
 
 void Stream::reset() {
   const std::lock_guard lock(mutex_);
+  mutex_.recover();
   for (const auto& [h, c] : states_) h.zero_(), c.zero_();
 }
 

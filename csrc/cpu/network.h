@@ -4,13 +4,13 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <variant>
 #include <vector>
 
+#include "cpu/locks.h"
 #include "cpu/stack.h"
 
 namespace iss {
@@ -51,7 +51,7 @@ class Network {
 
   std::vector<std::vector<CellWeights>> weights_;
   at::ScalarType dtype_;
-  mutable std::mutex mutex_;
+  // Guarded by process_mutex().
   mutable std::shared_ptr<const Stack> stack_;
   mutable const void* packed_for_ = nullptr;
 };
@@ -111,7 +111,7 @@ class Stream {
   std::vector<Stage> stages_;
   std::vector<at::Tensor> between_;  // [B, width] after each stage
   std::vector<std::pair<at::Tensor, at::Tensor>> states_;
-  std::mutex mutex_;
+  ObjectMutex mutex_;
 };
 
 }  // namespace iss

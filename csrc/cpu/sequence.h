@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <utility>
+
+#include "cpu/memory.h"
 
 namespace iss {
 
@@ -16,9 +18,9 @@ struct StepRange {
 
 struct Sequence {
   int64_t steps, batch, rows;
-  std::vector<int64_t> sizes, offsets;  // per step: how many rows of the batch still run; first row
+  Vector<int64_t> sizes, offsets;  // per step: how many rows of the batch still run; first row
 
-  Sequence(std::vector<int64_t> rows_by_step, int64_t batch)
+  Sequence(Vector<int64_t> rows_by_step, int64_t batch)
       : steps(static_cast<int64_t>(rows_by_step.size())),
         batch(batch),
         rows(0),

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process may fork at any moment, as data loaders and servers do: children find no lock held."""
+
+import os
+import signal
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+
+from iss_kernels import ISSLSTM, Stream, prepare
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
+    # What it warns of is what is tested.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
+
+LSTM = ISSLSTM(16, 64)
+X = torch.randn(4, 16, 16)
+LARGE = torch.randn(30, 40, 16)  # its results are large enough to be recycled
+
+
+def infer():
+    with torch.no_grad():
+        LSTM(X)
+        LSTM(LARGE)
+
+
+def train():
+    LSTM(LARGE)[0].sum().backward()
+    LSTM.zero_grad()
+
+
+def prepare_and_run():
+    prepare(LSTM.to_torch())(X)
+
+
+def stream_steps():
+    STREAM.reset()
+    for x in X:
+        STREAM(x)
+
+
+STREAM = Stream(LSTM.to_torch().eval(), batch_size=16)
+CALLS = [infer, train, prepare_and_run, stream_steps]
+
+
+def run_in_children(count, call):
+    """How many of so many children, forked one after the other, end well: all, or some hang."""
+    children = []
+    for _ in range(count):
+        child = os.fork()
+        if child == 0:
+            try:
+                call()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    ended, deadline = [], time.monotonic() + 5
+    for child in children:
+        ready, status = os.waitpid(child, os.WNOHANG)
+        while not ready and time.monotonic() < deadline:
+            time.sleep(0.001)
+            ready, status = os.waitpid(child, os.WNOHANG)
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        ended.append(status)
+    return ended.count(0)
+
+
+@pytest.mark.parametrize("busy", CALLS, ids=lambda f: f.__name__)
+def test_children_end_whatever_another_thread_was_doing(busy):
+    done = threading.Event()
+
+    def loop():
+        while not done.is_set():
+            busy()
+
+    def everything():
+        for call in CALLS:
+            call()
+
+    everything()
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        assert run_in_children(25, everything) == 25
+    finally:
+        done.set()
+        thread.join()
