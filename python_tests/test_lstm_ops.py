@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """lstm_forward and lstm_backward: every ISA and dtype against torch's own error."""
 
+import math
+
 import mpmath
 import pytest
 import torch
@@ -187,6 +189,45 @@ def test_a_product_with_a_state_of_zeros_is_left_out(isa, dtype, batch, steps, r
         assert torch.equal(grads_alone[name], grads_together[name][..., :batch, :])
     for name in ("w_ih", "w_hh", "b_ih", "b_hh"):
         assert torch.equal(grads_alone[name], grads[name])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"])
+@pytest.mark.parametrize("zeros", [0, 2, 3])
+def test_what_is_not_finite_shows_whatever_the_batch(isa, dtype, name, bad, zeros):
+    """Where a state is zero, no less than beside it: 0 * inf and 0 * NaN are NaN."""
+    inputs = make_inputs(Case("bad", 3, 3, 4, 19, P=5 * (name == "w_hr")), dtype)
+    inputs["h0"][:zeros] = 0
+    inputs[name].view(-1)[-2] = bad
+    dy = torch.randn(3, 3, inputs["h0"].shape[1], dtype=torch.float64).to(dtype)
+
+    def run(function, inputs, dy):
+        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if is_floating(v)}
+        outputs = function(inputs | leaves)
+        grads = torch.autograd.grad(outputs[0], list(leaves.values()), dy)
+        return outputs, dict(zip(leaves, grads, strict=True))
+
+    outputs, grads = run(ours, inputs, dy)
+    expected, expected_grads = run(by_reference, inputs, dy)
+    for a, b in zip(
+        (*outputs, *grads.values()), (*expected, *expected_grads.values()), strict=True
+    ):
+        # inf closes a gate to 1e-38 in place of 0, and inf * 1e-38 is not NaN.
+        if math.isnan(bad):
+            assert torch.equal(a.isnan(), b.isnan())
+        elif name != "w_hr":
+            assert torch.equal(a.isfinite(), b.isfinite())
+    for row in range(3):
+        alone, grads_alone = run(ours, of_row(inputs, row), dy[:, row : row + 1])
+        for a, b in zip(alone, outputs, strict=True):
+            assert torch.equal(bits(a), bits(b[..., row : row + 1, :]))
+        for k in ("x", "h0", "c0"):
+            assert torch.equal(bits(grads_alone[k]), bits(grads[k][..., row : row + 1, :]))
+
+
+def bits(tensor):
+    """As integers, where NaN is equal to itself."""
+    return tensor.detach().contiguous().view(torch.int64 if tensor.itemsize == 8 else torch.int32)
 
 
 def of_row(inputs, row):

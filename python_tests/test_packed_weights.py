@@ -2,10 +2,12 @@
 """Packed weights are kept between calls, and never outlive the values they were packed from."""
 
 import copy
+import io
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from iss_kernels import ISSLSTM, use_backend
 
@@ -100,3 +102,68 @@ def test_models_that_come_and_go_do_not_share_packs():
             y = lstm(X)[0]
             with use_backend("reference"):
                 np.testing.assert_allclose(y, lstm(X)[0], rtol=1e-12, atol=1e-12)
+
+
+def bytes_left(action):
+    """What the tensors take that `action` made and left."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = action()
+    return sum(event.self_cpu_memory_usage for event in profiled.events()), result
+
+
+def called():
+    lstm = ISSLSTM(200, 200)
+    with torch.no_grad():
+        lstm(torch.randn(1, 1, 200))
+    return lstm
+
+
+def test_panels_go_with_their_weight():
+    left, lstm = bytes_left(called)
+    parameters = sum(p.nbytes for p in lstm.parameters())
+    products = lstm.weight_ih_l0.nbytes + lstm.weight_hh_l0.nbytes
+    assert parameters + products <= left < 1.2 * (parameters + products)
+
+    def call_and_delete():
+        called()
+
+    assert bytes_left(call_and_delete)[0] == 0
+
+
+def test_an_alias_does_not_keep_the_panels():
+    left, state = bytes_left(lambda: called().state_dict())
+    assert left == sum(tensor.nbytes for tensor in state.values())
+
+
+@pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.to(torch.float64)])
+def test_weights_may_be_swapped(monkeypatch, change):
+    """torch.utils.swap_tensors refuses a tensor that anything holds a weak reference to."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    lstm = ISSLSTM(3, 4)
+    with torch.no_grad():
+        lstm(X.float())
+        change(lstm)
+        y = lstm(X)[0]
+        with use_backend("reference"):
+            torch.testing.assert_close(y, lstm(X)[0])
+
+
+def test_a_swapped_weight_brings_its_own_panels():
+    lstm, other = ISSLSTM(3, 4, dtype=torch.float64), ISSLSTM(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        ours, theirs = lstm(X)[0], other(X)[0]
+        for a, b in zip(lstm.parameters(), other.parameters(), strict=True):
+            torch.utils.swap_tensors(a, b)
+        assert torch.equal(lstm(X)[0], theirs)
+        assert torch.equal(other(X)[0], ours)
+
+
+def test_a_called_model_is_copied_and_saved_as_before():
+    lstm = ISSLSTM(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        y = lstm(X)[0]
+        file = io.BytesIO()
+        torch.save(lstm, file)
+        file.seek(0)
+        for other in (copy.deepcopy(lstm), torch.load(file, weights_only=False)):
+            assert torch.equal(other(X)[0], y)

@@ -186,10 +186,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
       if (!need_dw) return;
       const Rows<T> inputs{data<T>(rows) + steps.first_row * x.size(-1), steps.rows, x.size(-1)};
       const Rows<T> states{of.h_prev, steps.rows, output};
-      multiply_transposed<T>(dgates,
-                             {{Factor<T>(inputs.pack_args(), packed_rows), data<T>(dw_ih)},
-                              {Factor<T>::of_states(states, packed_states), data<T>(dw_hh)}},
-                             accumulate, blocks, data<T>(db));
+      multiply_transposed<T>(
+          dgates,
+          {{Factor<T>(inputs.pack_args(), packed_rows), data<T>(dw_ih)},
+           {Factor<T>::of_states(states, dgates, packed_states), data<T>(dw_hh)}},
+          accumulate, blocks, data<T>(db));
       if (!w_hr) return;
       const auto of_steps = [&](const Tensor& t) {
         return t.narrow(0, steps.first_row, steps.rows);

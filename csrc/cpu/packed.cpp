@@ -3,12 +3,15 @@
 #include "cpu/packed.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
-#include <list>
 #include <mutex>
+#include <utility>
 
+#include "cpu/finite.h"
 #include "cpu/kernels.h"
+#include "cpu/locks.h"
 #include "cpu/memory.h"
 #include "cpu/team.h"
 
@@ -66,23 +69,48 @@ Matrix pack_as(PackArgs weight) {
   return {panels, weight.format};
 }
 
-// One weight's panels. The weak pointer tells whether the tensor still lives: its address may be
-// given to another.
-struct Entry {
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> weight;
-  const c10::TensorImpl* address;
-  const CpuKernels* kernels;
-  at::ScalarType dtype;
-  Layout layout;
-  uint64_t fingerprint;
-  Matrix packed;
-};
-
-std::mutex entries_mutex;
-std::list<Entry>& entries() {
-  static auto* list = new std::list<Entry>;  // never destroyed: torch's own statics may go first
-  return *list;
+// Whether `weight`, contiguous, has no inf and no NaN; of int8 that is up to its scales.
+bool is_finite(const at::Tensor& weight, const at::Tensor& scales) {
+  const at::Tensor& values = scales.defined() ? scales : weight;
+  std::atomic<bool> finite = true;
+  const auto look = [&](auto* data) {
+    each_part(values.numel(), 1, [&](int64_t begin, int64_t end) {
+      if (!all_finite(data + begin, end - begin)) finite.store(false, std::memory_order_relaxed);
+    });
+  };
+  switch (values.scalar_type()) {
+    case at::kHalf:
+      look(static_cast<const Float16*>(values.const_data_ptr()));
+      break;
+    case at::kBFloat16:
+      look(static_cast<const Bfloat16*>(values.const_data_ptr()));
+      break;
+    case at::kDouble:
+      look(values.const_data_ptr<double>());
+      break;
+    default:
+      look(values.const_data_ptr<float>());
+  }
+  return finite;
 }
+
+// The panels of a weight, for each layout that it was asked for in. A tensor carries them as its
+// BackendMeta, so that they are found at once, go when it goes, and hold no reference to it, which
+// torch.utils.swap_tensors would refuse. An alias of the tensor (detach, .data) has its own.
+struct KeptPanels final : c10::BackendMeta {
+  struct Entry {
+    const CpuKernels* kernels = nullptr;
+    at::ScalarType dtype = at::ScalarType::Undefined;
+    uint64_t fingerprint = 0;
+    Matrix packed;
+  };
+  Entry entries[2][2];  // by Layout::transposed and Layout::gates
+
+  c10::intrusive_ptr<c10::BackendMeta> clone(
+      const c10::intrusive_ptr<c10::BackendMeta>&) const override {
+    return {};
+  }
+};
 
 }  // namespace
 
@@ -100,7 +128,10 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
 
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
   const PackArgs args = pack_args(weight, layout, scales);
-  return weight.scalar_type() == at::kDouble ? pack_as<double>(args) : pack_as<float>(args);
+  Matrix result =
+      weight.scalar_type() == at::kDouble ? pack_as<double>(args) : pack_as<float>(args);
+  result.finite = layout.gates && is_finite(weight, scales);
+  return result;
 }
 
 template <typename T>
@@ -122,32 +153,27 @@ template void pack_all<double>(const PackArgs&);
 
 Matrix pack_once(const at::Tensor& weight, Layout layout) {
   const uint64_t now = fingerprint(weight);
-  const auto is_it = [&](const Entry& entry) {
-    return entry.address == weight.unsafeGetTensorImpl() && entry.layout == layout &&
-           entry.kernels == &cpu_kernels() && entry.dtype == weight.scalar_type();
+  c10::TensorImpl* const tensor = weight.unsafeGetTensorImpl();
+  const auto kept = [&]() -> KeptPanels::Entry* {
+    auto* const panels = dynamic_cast<KeptPanels*>(tensor->get_backend_meta());
+    return panels == nullptr ? nullptr : &panels->entries[layout.transposed][layout.gates];
   };
   {
-    const std::lock_guard lock(entries_mutex);
-    for (auto entry = entries().begin(); entry != entries().end();) {
-      if (entry->weight.expired()) {
-        entry = entries().erase(entry);
-        continue;
-      }
-      if (is_it(*entry) && entry->fingerprint == now) return entry->packed;
-      ++entry;
-    }
+    const std::lock_guard lock(process_mutex());
+    const KeptPanels::Entry* const entry = kept();
+    if (entry != nullptr && entry->kernels == &cpu_kernels() &&
+        entry->dtype == weight.scalar_type() && entry->fingerprint == now)
+      return entry->packed;
   }
   const Matrix result = pack(weight, layout);
-  const std::lock_guard lock(entries_mutex);
-  entries().remove_if(is_it);
-  entries().push_front(Entry{.weight = decltype(Entry::weight)(weight.getIntrusivePtr()),
-                             .address = weight.unsafeGetTensorImpl(),
-                             .kernels = &cpu_kernels(),
-                             .dtype = weight.scalar_type(),
-                             .layout = layout,
-                             .fingerprint = now,
-                             .packed = result});
-  return result;
+  KeptPanels::Entry entry{&cpu_kernels(), weight.scalar_type(), now, result};
+  {
+    const std::lock_guard lock(process_mutex());
+    if (tensor->get_backend_meta() == nullptr)
+      tensor->set_backend_meta(c10::make_intrusive<KeptPanels>());
+    if (kept() != nullptr) std::swap(*kept(), entry);
+  }
+  return result;  // the panels that were replaced go now, after the lock
 }
 
 }  // namespace iss

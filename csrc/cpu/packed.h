@@ -18,6 +18,7 @@ struct Layout {
 struct Matrix {
   at::Tensor panels;
   Format format = Format::kSame;
+  bool finite = false;  // no value is inf or NaN; known of weights packed with gates
 
   Packed view() const { return {format, panels.const_data_ptr()}; }
 };
@@ -30,9 +31,10 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
 // Packs all of it, for this call or to be kept.
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
-// The same, remembered and found again while the weight has the same values. What decides is a
-// fingerprint of all values, taken on every call, and not the tensor's version: writing through
-// .data, a NumPy view or shared memory changes a weight without changing its version.
+// The same, kept in the tensor itself and found again while it has the same values; panels go with
+// their tensor. What decides is a fingerprint of all values, taken on every call, and not the
+// tensor's version: writing through .data, a NumPy view or shared memory changes a weight without
+// changing its version.
 Matrix pack_once(const at::Tensor& weight, Layout layout);
 
 // Packs all panels, to weight.packed. T: what kernels compute in.

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/finite.h"
 #include "cpu/kernels.h"
 #include "cpu/packed.h"
 #include "cpu/stack.h"
@@ -60,9 +61,12 @@ class Factor {
 
   Factor(const PackArgs& b, void* packed) : Factor(b, 0, b.k, packed) {}
 
-  // Of states, whose first or last rows may be zeros.
-  static Factor of_states(const Rows<T>& b, void* packed) {
-    const auto zero = [&](int64_t row) { return all_zero(b.data + row * b.columns, b.columns); };
+  // Of states, whose first or last rows may be zeros, to be multiplied with a.T.
+  static Factor of_states(const Rows<T>& b, const Rows<T>& a, void* packed) {
+    const auto zero = [&](int64_t row) {
+      return all_zero(b.data + row * b.columns, b.columns) &&
+             all_finite(a.data + row * a.columns, a.columns);
+    };
     int64_t begin = 0, end = b.rows;
     while (begin < end && zero(begin)) ++begin;
     while (begin < end && zero(end - 1)) --end;

@@ -103,7 +103,8 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
     sequence.each_piece(
         k, reverse, share.begin, share.end,
         [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
-          const bool product = previous >= 0 || !all_zero(state.h0 + b * output, rows * output);
+          const bool product =
+              previous >= 0 || !cell.w_hh.finite || !all_zero(state.h0 + b * output, rows * output);
           kernels.lstm_step(
               {.rows = rows,
                .hidden = hidden,

@@ -58,8 +58,8 @@ struct CellGradient {
                            // c_0, or of the cells before them
 };
 
-// Whether a state is that of a sequence's beginning: its product with any weights adds nothing, and
-// is left out.
+// Whether a state is that of a sequence's beginning: its product with finite factors adds nothing,
+// and is left out.
 template <typename T>
 bool all_zero(const T* state, int64_t count) {
   return std::all_of(state, state + count, [](T value) { return value == 0; });
