@@ -7,8 +7,14 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace iss {
@@ -20,11 +26,15 @@ inline std::string dtype(const Tensor& t) {
   return std::string(c10::getDtypeNames(t.scalar_type()).first);
 }
 
+inline void check_like(const char* op, const char* name, const Tensor& t, at::ScalarType type,
+                       at::Device device) {
+  TORCH_CHECK(t.scalar_type() == type, op, ": expected ", name, " of dtype ",
+              c10::getDtypeNames(type).first, ", got ", dtype(t));
+  TORCH_CHECK(t.device() == device, op, ": expected ", name, " on ", device, ", got ", t.device());
+}
+
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  TORCH_CHECK(t.dtype() == x.dtype(), op, ": expected ", name, " of dtype ", dtype(x), ", got ",
-              dtype(t));
-  TORCH_CHECK(t.device() == x.device(), op, ": expected ", name, " on ", x.device(), ", got ",
-              t.device());
+  check_like(op, name, t, x.scalar_type(), x.device());
 }
 
 // letters: the shape in words, "[4H, I]".
@@ -50,6 +60,14 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
                   (float16 && type == at::kHalf),
               op, ": expected ", name, " of dtype float32, float64",
               float16 ? ", bfloat16 or float16" : " or bfloat16", ", got ", dtype(t));
+}
+
+// Sizes whose products overflow would otherwise pass, where another size of the tensor is 0.
+inline void check_sizes(const char* op,
+                        std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+  for (const auto& [letter, size] : sizes)
+    TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), op, ": expected ", letter,
+                " below 2^31, got ", size);
 }
 
 inline void check_batch_sizes(const char* op, const Tensor& sizes, int64_t rows, int64_t batch) {
@@ -79,6 +97,11 @@ inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& ba
               h0.sizes(), " and ", c0.sizes());
   const int64_t input = x.size(-1), hidden = c0.size(1), output = h0.size(1);
   const int64_t batch = batch_sizes ? h0.size(0) : x.size(1);
+  check_sizes(op, {{batch_sizes ? "N" : "T", x.size(0)},
+                   {"B", batch},
+                   {"I", input},
+                   {"H", hidden},
+                   {"P", output}});
   if (batch_sizes) check_batch_sizes(op, *batch_sizes, x.size(0), batch);
   const auto check = [&](const char* name, const Tensor& t, const char* letters,
                          at::IntArrayRef shape) {
@@ -94,6 +117,33 @@ inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& ba
   if (w_hr) check("w_hr", *w_hr, "[P, H]", {output, hidden});
   TORCH_CHECK(w_hr || output == hidden, op, ": expected h0 of shape [B, H] = ", c0.sizes(),
               " where there is no w_hr, got ", h0.sizes());
+}
+
+// What kernels compute in: 16 bits are widened.
+inline at::ScalarType wide_type(at::ScalarType type) {
+  return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
+}
+
+// What a backward pass is given beside the arguments of the forward, which are checked.
+inline void check_lstm_backward(const char* op, const Tensor& x, const Tensor& h0, const Tensor& c0,
+                                const Tensor& y, const Tensor& gates, const Tensor& cells,
+                                const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n) {
+  const int64_t rows = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1), hidden = c0.size(1);
+  std::vector<int64_t> y_shape = x.sizes().vec();
+  y_shape.back() = h0.size(1);
+  const auto check = [&](const char* name, const Tensor& t, at::ScalarType type,
+                         const char* letters, at::IntArrayRef shape) {
+    check_like(op, name, t, type, x.device());
+    check_shape(op, name, t, letters, shape);
+  };
+  const auto type = x.scalar_type();
+  const char* const y_letters = x.dim() == 2 ? "[N, P]" : "[T, B, P]";
+  check("dy", dy, type, y_letters, y_shape);
+  check("dh_n", dh_n, type, "[B, P]", h0.sizes());
+  check("dc_n", dc_n, type, "[B, H]", c0.sizes());
+  check("y", y, type, y_letters, y_shape);
+  check("gates", gates, wide_type(type), "[N, 4H]", {rows, 4 * hidden});
+  check("cells", cells, wide_type(type), "[N, H]", {rows, hidden});
 }
 
 // One step of a stream. wide: the dtype of c.
@@ -135,6 +185,8 @@ inline void check_lstm_step(const char* op, const Tensor& x, const Tensor& h, co
   check_rows("w_ih", w_ih);
   check_rows("w_hh", w_hh);
   check_rows("out", out);
+  TORCH_CHECK(out.stride(0) >= out.size(1) || out.size(0) <= 1, op,
+              ": expected out with rows apart, got strides ", out.strides());
   TORCH_CHECK(!out.is_alias_of(h) || out.data_ptr() != h.data_ptr(), op,
               ": expected out to be other memory than h, got the same");
 }
@@ -145,6 +197,7 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
   TORCH_CHECK(weights.size() == row_units.size() && weights.size() == column_units.size(), op,
               ": expected row_units and column_units for each of ", weights.size(),
               " weights, got ", row_units.size(), " and ", column_units.size());
+  TORCH_CHECK(!weights.empty(), op, ": expected at least one weight, got none");
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     check_floating(op, "weights", weight);
@@ -170,21 +223,40 @@ inline void check_unit_ids(const char* op, const char* name, int64_t least, int6
               " to be -1 or below units = ", units, ", got ", least < -1 ? least : most);
 }
 
-// What kernels compute in: 16 bits are widened.
-inline at::ScalarType wide_type(at::ScalarType type) {
-  return type == at::kBFloat16 || type == at::kHalf ? at::kFloat : type;
-}
-
 // Of what is computed for each unit.
 inline at::ScalarType factor_type(const Tensor& weight) { return wide_type(weight.scalar_type()); }
 
-inline void check_factors(const char* op, const Tensor& factors, const Tensor& weight) {
-  TORCH_CHECK(factors.scalar_type() == factor_type(weight), op, ": expected factors of dtype ",
+// One value for each unit: factors, norms or their gradient.
+inline void check_by_unit(const char* op, const char* name, const Tensor& t, const Tensor& weight) {
+  TORCH_CHECK(t.scalar_type() == factor_type(weight), op, ": expected ", name, " of dtype ",
               c10::getDtypeNames(factor_type(weight)).first, " for weights of dtype ",
-              dtype(weight), ", got ", dtype(factors));
-  TORCH_CHECK(factors.device() == weight.device(), op, ": expected factors on ", weight.device(),
-              ", got ", factors.device());
-  TORCH_CHECK(factors.dim() == 1, op, ": expected factors of shape [units], got ", factors.sizes());
+              dtype(weight), ", got ", dtype(t));
+  TORCH_CHECK(t.device() == weight.device(), op, ": expected ", name, " on ", weight.device(),
+              ", got ", t.device());
+  TORCH_CHECK(t.dim() == 1, op, ": expected ", name, " of shape [units], got ", t.sizes());
+}
+
+inline void check_factors(const char* op, const Tensor& factors, const Tensor& weight) {
+  check_by_unit(op, "factors", factors, weight);
+}
+
+inline void check_group_norms(const char* op, int64_t units, double eps) {
+  TORCH_CHECK(units >= 0, op, ": expected units >= 0, got ", units);
+  check_sizes(op, {{"units", units}});
+  TORCH_CHECK(eps >= 0 && std::isfinite(eps), op, ": expected eps >= 0 and finite, got ", eps);
+}
+
+inline void check_group_norms_backward(const char* op, const Tensor& dnorms, const Tensor& norms,
+                                       const std::vector<Tensor>& weights) {
+  TORCH_CHECK(!weights.empty(), op, ": expected at least one weight, got none");
+  check_by_unit(op, "dnorms", dnorms, weights[0]);
+  check_by_unit(op, "norms", norms, weights[0]);
+  check_shape(op, "dnorms", dnorms, "[units]", norms.sizes());
+}
+
+inline void check_threshold(const char* op, double threshold) {
+  TORCH_CHECK(threshold >= 0 && std::isfinite(threshold), op,
+              ": expected threshold >= 0 and finite, got ", threshold);
 }
 
 // What is changed in place must be the caller's own memory, not a copy of it.
@@ -192,6 +264,45 @@ inline void check_contiguous(const char* op, const char* name, const std::vector
   for (const Tensor& t : tensors)
     TORCH_CHECK(t.is_contiguous(), op, ": expected ", name, " to be contiguous, got strides ",
                 t.strides(), " for shape ", t.sizes());
+}
+
+// Threads write in any order, so what is written, all of it contiguous, must be memory that nothing
+// else of the call shares. But written[i] may be weights[i] itself.
+inline void check_apart(const char* op, const char* name, const std::vector<Tensor>& written,
+                        const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
+                        const std::vector<Tensor>& column_units, const OptionalTensor& factors) {
+  struct Span {
+    const char *begin, *end;
+    size_t index;
+  };
+  std::vector<Span> spans;
+  for (size_t i = 0; i < written.size(); ++i) {
+    // Also gives a lazy clone memory of its own, before threads ask for it.
+    const char* const begin = static_cast<const char*>(written[i].mutable_data_ptr());
+    if (written[i].numel() > 0) spans.push_back({begin, begin + written[i].nbytes(), i});
+  }
+  std::ranges::sort(spans, {}, &Span::begin);
+  for (size_t i = 1; i < spans.size(); ++i)
+    TORCH_CHECK(spans[i].begin >= spans[i - 1].end, op, ": expected ", name,
+                " that share no memory, got ", name, "[", spans[i - 1].index, "] and ", name, "[",
+                spans[i].index, "] that do");
+  const auto check = [&](const char* other, const Tensor& t, size_t index, bool may_be_written) {
+    if (t.numel() == 0 || !t.is_contiguous()) return;  // a copy of it is read
+    const char* const begin = static_cast<const char*>(t.const_data_ptr());
+    const char* const end = begin + t.nbytes();
+    const auto after = std::ranges::lower_bound(spans, end, {}, &Span::begin);
+    if (after == spans.begin()) return;
+    const Span& span = *std::prev(after);
+    if (may_be_written && span.index == index && span.begin == begin && span.end == end) return;
+    TORCH_CHECK(span.end <= begin, op, ": expected ", name, " that share no memory with ", other,
+                ", got ", name, "[", span.index, "] that does");
+  };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check("weights", weights[i], i, true);
+    check("row_units", row_units[i], i, false);
+    check("column_units", column_units[i], i, false);
+  }
+  if (factors) check("factors", *factors, 0, false);
 }
 
 }  // namespace iss

@@ -73,8 +73,8 @@ class GroupLasso:
         for name, value in by_name.items():
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"GroupLasso: expected strength >= 0 for {name}, got {value}")
-        if not eps > 0:
-            raise ValueError(f"GroupLasso: expected eps > 0, got {eps}")
+        if not (eps > 0 and math.isfinite(eps)):
+            raise ValueError(f"GroupLasso: expected eps > 0 and finite, got {eps}")
         if warmup < 0:
             raise ValueError(f"GroupLasso: expected warmup >= 0, got {warmup}")
         if target is None and horizon is not None:
@@ -141,7 +141,10 @@ class GroupLasso:
         """Set the elements of the groups that are smaller than `threshold` to zero.
 
         What makes the zeros exact when the gradient is used: the paper runs it after each step.
+        Raises ValueError for a threshold that is negative or not finite.
         """
+        if not (threshold >= 0 and math.isfinite(threshold)):
+            raise ValueError(f"GroupLasso: expected threshold >= 0 and finite, got {threshold}")
         weights = self._weights()
         ops.threshold_(weights, self._rows, self._columns, threshold)
         if self.reached:
@@ -163,7 +166,11 @@ class GroupLasso:
         the exact operator to first order in step; they differ by O(step^2). As with the exact
         operator a unit leaves as a whole, its weights set to zero together, here where its norm is
         at most step * strength: what is left is a unit that can be removed, not a thinned one.
+
+        Raises ValueError for a step that is negative or not finite.
         """
+        if not (step >= 0 and math.isfinite(step)):
+            raise ValueError(f"GroupLasso: expected step >= 0 and finite, got {step}")
         weights = self._weights()
         norms = self._norms(weights)
         factors = self._held((1 - step * self._step(norms) / norms).clamp_min(0))

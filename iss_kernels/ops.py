@@ -8,6 +8,8 @@ of their own; second derivatives differentiate the reference, slowly but right.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +44,13 @@ def _second_derivatives(
             )
         )
     return [None if t is None else next(grads) for t in leaves]
+
+
+def _check_one_device(op: str, *tensors: Tensor | None) -> None:
+    """For a fake, which the dispatcher also calls where a meta tensor stands among others."""
+    devices = {str(t.device): None for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: expected all tensors on one device, got {' and '.join(devices)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -129,6 +138,9 @@ def _lstm_backward_fake(
     need_dh0: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:
+    _check_one_device(
+        "lstm_backward", dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells
+    )
     none = torch.Size([0])
     weights = [w_ih.shape, w_hh.shape, w_hh.shape[:1], none if w_hr is None else w_hr.shape]
     shapes = [x.shape if need_dx else none, h0.shape if need_dh0 else none, c0.shape]
@@ -211,6 +223,7 @@ def _group_norms_forward_fake(
     eps: float,
     paper_overlap: bool,
 ) -> Tensor:
+    _check_one_device("group_norms_forward", *weights, *row_units, *column_units)
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     return weights[0].new_empty(units, dtype=wide)
 
@@ -240,6 +253,7 @@ def _group_norms_backward_fake(
     eps: float,
     paper_overlap: bool,
 ) -> list[Tensor]:
+    _check_one_device("group_norms_backward", dnorms, norms, *weights, *row_units, *column_units)
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
 
 
@@ -283,6 +297,24 @@ if backend.is_built():
 # In place, without derivatives: what a training loop does between steps, and a stream in one.
 
 
+def _check_apart(name: str, tensors: _Tensors) -> None:
+    """Raise unless each element of `tensors`, strided matrices, is memory of its own."""
+    spans = []
+    for t in tensors:
+        (rows, columns), (down, right) = t.shape, t.stride()
+        step = math.gcd(down, right) or 1  # i rows down may lead to where j columns right do
+        if right // step < rows and down // step < columns and t.numel() > 1:
+            raise RuntimeError(
+                f"{name}: expected tensors to write whose elements share no memory, "
+                f"got strides {list(t.stride())} for shape {list(t.shape)}"
+            )
+        length = (rows - 1) * down + (columns - 1) * right + 1 if t.numel() else 0
+        spans.append((t.data_ptr(), t.data_ptr() + length * t.itemsize))
+    for (_, end), (begin, _) in itertools.pairwise(sorted(spans)):
+        if begin < end:
+            raise RuntimeError(f"{name}: expected tensors to write that share no memory")
+
+
 @torch.no_grad()
 def _in_place(
     name: str,
@@ -293,9 +325,16 @@ def _in_place(
     """Run the op `name`(*lists, *rest), which changes lists[0].
 
     by_reference, of one tensor of each list and `rest`, is what the first of them becomes.
+    The op writes contiguous tensors; others are copied to it and back.
     """
     if backend.backend() == "extension":
-        getattr(torch.ops.iss_kernels, name).default(*map(list, lists), *rest)
+        written = [t.contiguous() for t in lists[0]]
+        copied = [(t, copy) for t, copy in zip(lists[0], written, strict=True) if copy is not t]
+        if copied and not torch.compiler.is_compiling():
+            _check_apart(name, lists[0])
+        getattr(torch.ops.iss_kernels, name).default(written, *map(list, lists[1:]), *rest)
+        for t, copy in copied:
+            t.copy_(copy)
         # Lets autograd refuse a graph that saved one of these before, as for torch's own.
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version([t for t in lists[0] if not t.is_inference()])

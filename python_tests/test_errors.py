@@ -231,18 +231,182 @@ def test_group_norms_op(weights, rows, columns, message):
     assert str(got.value).splitlines()[0] == "group_norms_forward: " + message
 
 
+def by_op(name, *args):
+    """Calls an op itself, which the wrapper hands contiguous tensors alone."""
+    with pytest.raises(RuntimeError) as got:
+        getattr(torch.ops.iss_kernels, name)(*args)
+    return str(got.value).splitlines()[0].removeprefix(f"{name}: ")
+
+
 def test_in_place_ops_take_contiguous_tensors_and_change_nothing_otherwise():
     strided = torch.randn(4, 6)[:, ::2]
     before = strided.clone()
-    with pytest.raises(RuntimeError, match=r"threshold_: expected weights to be contiguous, got"):
-        ops.threshold_([strided], [ROWS], [COLUMNS], 9.0)
-    with pytest.raises(RuntimeError, match=r"scale_by_units_: expected weights to be contiguous, "):
-        ops.scale_by_units_([strided], [ROWS], [COLUMNS], torch.zeros(1))
-    with pytest.raises(RuntimeError, match=r"add_scaled_by_units_: expected outputs to be contig"):
-        ops.add_scaled_by_units_([strided], [WEIGHT], [ROWS], [COLUMNS], torch.ones(1), False)
+    weights = "expected weights to be contiguous, got strides [6, 2] for shape [4, 3]"
+    assert by_op("threshold_", [strided], [ROWS], [COLUMNS], 9.0) == weights
+    assert by_op("scale_by_units_", [strided], [ROWS], [COLUMNS], torch.zeros(1)) == weights
+    rest = [WEIGHT], [ROWS], [COLUMNS], torch.ones(1), False
+    assert by_op("add_scaled_by_units_", [strided], *rest) == weights.replace("weights", "outputs")
     with pytest.raises(RuntimeError, match=r"expected 1 outputs, one for each weight, got 0"):
-        ops.add_scaled_by_units_([], [WEIGHT], [ROWS], [COLUMNS], torch.ones(1), False)
+        ops.add_scaled_by_units_([], *rest)
     assert torch.equal(strided, before)
+
+
+def test_empty_lists():
+    none = "expected at least one weight, got none"
+    one = torch.ones(1)
+    assert by_op("scale_by_units_", [], [], [], one) == none
+    assert by_op("add_scaled_by_units_", [], [], [], [], one, False) == none
+    assert by_op("group_norms_backward", one, one, [], [], [], 1e-8, False) == none
+    for call in (
+        lambda: ops.threshold_([], [], [], 1.0),
+        lambda: ops.group_norms([], [], [], 1, 1e-8, False),
+    ):  # no tensor says which device's kernel to call
+        with pytest.raises(NotImplementedError, match="no tensor arguments"):
+            call()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
+def test_numbers_that_are_none(value):
+    labels = [WEIGHT], [ROWS], [COLUMNS]
+    got = f"got {value:g}"
+    assert by_op("threshold_", *labels, value) == f"expected threshold >= 0 and finite, {got}"
+    message = by_op("group_norms_forward", *labels, 1, value, False)
+    assert message == f"expected eps >= 0 and finite, {got}"
+
+
+@pytest.mark.parametrize("units", [-1, 2**31, 2**62])
+def test_units_that_no_label_can_name(units):
+    message = by_op("group_norms_forward", [WEIGHT], [ROWS], [COLUMNS], units, 1e-8, False)
+    assert message == f"expected units {'>= 0' if units < 0 else 'below 2^31'}, got {units}"
+
+
+NORMS = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("dnorms", "norms", "message"),
+    [
+        (NORMS.double(), NORMS, "expected dnorms of dtype float32 for weights of dtype float32, got float64"),
+        (NORMS, NORMS.int(), "expected norms of dtype float32 for weights of dtype float32, got int32"),
+        (NORMS[None], NORMS, "expected dnorms of shape [units], got [1, 1]"),
+        (torch.ones(2), NORMS, "expected dnorms of shape [units] = [1], got [2]"),
+        (NORMS.to("meta"), NORMS, "expected all tensors on one device, got meta and cpu"),
+        (NORMS, NORMS.to("meta"), "expected all tensors on one device, got cpu and meta"),
+    ],
+)  # fmt: skip
+def test_group_norms_backward_op(dnorms, norms, message):
+    labels = [WEIGHT], [ROWS], [COLUMNS]
+    assert by_op("group_norms_backward", dnorms, norms, *labels, 1e-8, False) == message
+
+
+def test_what_is_written_shares_no_memory_with_the_rest():
+    both = torch.randn(8, 3)
+    before = both.clone()
+    rows, columns, one = [ROWS] * 2, [COLUMNS] * 2, torch.ones(1)
+    apart = "expected weights that share no memory, got weights[0] and weights[1] that do"
+    rows_of_5 = torch.zeros(5, dtype=torch.int32)
+    assert by_op("threshold_", [both[:4]] * 2, rows, columns, 9.0) == apart
+    assert by_op("threshold_", [both[:5], both[4:]], [rows_of_5, ROWS], columns, 9.0) == apart
+    halves = [both[:4], both[4:]]
+    for outputs in (halves[::-1], [both[2:6], torch.zeros(4, 3)]):
+        message = by_op("add_scaled_by_units_", outputs, halves, rows, columns, one, False)
+        assert message.startswith("expected outputs that share no memory with weights, got outputs")
+    factors = torch.ones(12)
+    assert by_op("scale_by_units_", [factors.view(4, 3)], [ROWS], [COLUMNS], factors[:1]) == (
+        "expected weights that share no memory with factors, got weights[0] that does"
+    )
+    labels = torch.zeros(12)
+    weight, row_units = labels.view(4, 3), labels[:4].view(torch.int32)
+    assert by_op("threshold_", [weight], [row_units], [COLUMNS], 9.0) == (
+        "expected weights that share no memory with row_units, got weights[0] that does"
+    )
+    assert torch.equal(both, before)
+    # Each element of an output may be made from itself.
+    ops.add_scaled_by_units_(halves, halves, rows, columns, one, True)
+    torch.testing.assert_close(both, 3 * before)
+
+
+def test_a_lazy_clone_is_changed_and_not_what_it_was_cloned_from():
+    weight = torch.randn(600, 600)
+    clone, before = torch._lazy_clone(weight), weight.clone()
+    torch.set_num_threads(2)
+    labels = torch.zeros(600, dtype=torch.int32)
+    ops.scale_by_units_([clone], [labels], [labels], torch.zeros(1))
+    assert torch.equal(weight, before)
+    assert not clone.any()
+
+
+@pytest.mark.parametrize("name", ["add_scaled_by_units_", "scale_by_units_", "threshold_"])
+def test_a_tensor_whose_elements_share_memory_is_not_written(name):
+    base = torch.randn(1, 3)
+    before = base.clone()
+    lists = [base.expand(4, 3)], [ROWS], [COLUMNS]
+    rest = {
+        "add_scaled_by_units_": ([WEIGHT], *lists[1:], torch.ones(1), False),
+        "scale_by_units_": (*lists[1:], torch.zeros(1)),
+        "threshold_": (*lists[1:], 9.0),
+    }
+    with pytest.raises(RuntimeError) as got:
+        getattr(ops, name)(lists[0], *rest[name])
+    assert str(got.value).splitlines()[0] == (
+        f"{name}: expected tensors to write whose elements share no memory, "
+        "got strides [0, 1] for shape [4, 3]"
+    )
+    assert torch.equal(base, before)
+    shared = torch.randn(4, 4)
+    before = shared.clone()
+    with pytest.raises(RuntimeError, match="expected tensors to write that share no memory"):
+        ops.threshold_([shared[:, :3], shared[:, 1:]], [ROWS] * 2, [COLUMNS] * 2, 9.0)
+    assert torch.equal(shared, before)
+
+
+@pytest.mark.parametrize("size", ["T", "B", "H"])
+def test_sizes_whose_products_overflow(size):
+    """They fit where another size is 0."""
+    n = 2**62
+    x, h0, c0, w_ih, w_hh, w_hr = {
+        "T": ((n, 0, 0), (0, 2), (0, 2), (8, 0), (8, 2), None),
+        "B": ((1, n, 0), (n, 0), (n, 0), (0, 0), (0, 0), None),
+        "H": ((1, 0, 0), (0, 0), (0, n), (0, 0), (0, 0), (0, n)),
+    }[size]
+    x, h0, c0, w_ih, w_hh = (torch.empty(shape) for shape in (x, h0, c0, w_ih, w_hh))
+    w_hr = None if w_hr is None else torch.empty(w_hr)
+    with pytest.raises(RuntimeError) as got:
+        ops.lstm(x, None, h0, c0, w_ih, w_hh, None, None, w_hr, False)
+    message = str(got.value).splitlines()[0]
+    assert message == f"lstm_forward: expected {size} below 2^31, got {n}"
+
+
+BACKWARD = dict(zip(
+    ("y", "h_n", "c_n", "gates", "cells"),
+    torch.ops.iss_kernels.lstm_forward(*LSTM_INPUTS.values(), True), strict=True,
+))  # fmt: skip
+BACKWARD = {
+    "dy": torch.ones_like(BACKWARD["y"]),
+    "dh_n": torch.ones_like(BACKWARD.pop("h_n")),
+    "dc_n": torch.ones_like(BACKWARD.pop("c_n")),
+    **{k: v for k, v in LSTM_INPUTS.items() if k != "reverse"},
+    **BACKWARD,
+}
+SHAPES = {
+    "dy": "[T, B, P] = [3, 2, 3]", "dh_n": "[B, P] = [2, 3]", "dc_n": "[B, H] = [2, 4]",
+    "y": "[T, B, P] = [3, 2, 3]", "gates": "[N, 4H] = [6, 16]", "cells": "[N, H] = [6, 4]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_lstm_backward_op(name):
+    tensor = BACKWARD[name]
+    for wrong, expected in {
+        tensor[:-1]: f"expected {name} of shape {SHAPES[name]}, got {list(tensor[:-1].shape)}",
+        tensor.flatten(): f"expected {name} of shape {SHAPES[name]}, got [{tensor.numel()}]",
+        tensor.double(): f"expected {name} of dtype float32, got float64",
+        tensor.int(): f"expected {name} of dtype float32, got int32",
+        tensor.to("meta"): "expected all tensors on one device, got ",
+    }.items():
+        arguments = (BACKWARD | {name: wrong}).values()
+        message = by_op("lstm_backward", *arguments, False, True, True, True)
+        assert message.startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_the_lasso_follows_a_model_that_changes_dtype() -> None:
         ({"strength": math.nan}, "expected strength >= 0 for rnn.l0, got nan"),
         ({"strength": {"rnn": 1.0}}, "expected strength for the families rnn.l0, got rnn"),
         ({"strength": {}}, "expected strength for the families rnn.l0, got none"),
-        ({"eps": 0.0}, "expected eps > 0, got 0.0"),
+        ({"eps": 0.0}, "expected eps > 0 and finite, got 0.0"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -208,3 +208,41 @@ def test_weights_of_two_dtypes_are_refused() -> None:
         "GroupLasso: expected weights of one dtype and device, "
         "got torch.float32 on cpu, torch.float64 on cpu"
     )
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
+def test_steps_and_thresholds_that_are_none_change_nothing(value: float) -> None:
+    lasso = GroupLasso(built("one layer"), STRENGTH)
+    before = [weight.clone() for weight in lasso.groups.parameters()]
+    for method, name in ((lasso.threshold_, "threshold"), (lasso.proximal_, "step")):
+        with pytest.raises(ValueError) as error:
+            method(value)
+        assert str(error.value) == f"GroupLasso: expected {name} >= 0 and finite, got {value}"
+    assert all(map(torch.equal, lasso.groups.parameters(), before))
+
+
+@pytest.mark.parametrize("backend", ["extension", "reference"], indirect=True)
+def test_gradients_and_weights_may_be_strided(backend: str) -> None:
+    groups, strided = built("two layers"), built("two layers")
+    for weight in strided.parameters():
+        weight.data = weight.data.t().contiguous().t()
+        weight.grad = torch.zeros(*weight.shape, 2, dtype=weight.dtype)[..., 0]
+    for each in (groups, strided):
+        lasso = GroupLasso(each, STRENGTH)
+        lasso.add_gradients_()
+        lasso.threshold_(0.1)
+        lasso.proximal_(0.1)
+    for a, b in zip(groups.parameters(), strided.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.grad is not None and b.grad is not None
+        assert torch.equal(a.grad, b.grad)
+        assert not b.grad.is_contiguous()
+
+
+def test_a_gradient_whose_elements_share_memory_is_refused() -> None:
+    lasso = GroupLasso(built("one layer"), STRENGTH)
+    weight = lasso.groups.parameters()[0]
+    weight.grad = torch.zeros(1, 1, dtype=weight.dtype).expand(weight.shape)
+    with pytest.raises(RuntimeError, match="expected tensors to write whose elements share no mem"):
+        lasso.add_gradients_()
+    assert not weight.grad.any()

@@ -223,6 +223,30 @@ def test_non_contiguous_weights_are_read_right(isa, dtype):
     assert all(map(torch.equal, *results))
 
 
+def test_non_contiguous_tensors_are_written_right(dtype):
+    """A gradient may be transposed, as that of a transposed weight is, or part of a larger one."""
+    weights, rows, columns = labelled(dtype)
+    factors = torch.linspace(-1, 2, UNITS, dtype=wide(dtype))
+
+    def part(w):
+        return w.new_full((w.shape[0], w.shape[1] + 3), 9.0)[:, 1 : w.shape[1] + 1].copy_(w)
+
+    results = []
+    for layout in (torch.clone, lambda w: w.clone().t().contiguous().t(), part):
+        outputs, changed = ([layout(w) for w in weights] for _ in range(2))
+        versions = [w._version for w in changed]
+        ops.add_scaled_by_units_(outputs, weights, rows, columns, factors, False)
+        ops.scale_by_units_(changed, rows, columns, factors)
+        ops.threshold_(changed, rows, columns, 0.5)
+        assert all(w._version > version for w, version in zip(changed, versions, strict=True))
+        if layout is part:
+            for w in (*outputs, *changed):
+                assert w.numel() == 0 or (w._base[:, 0] == 9).all() and (w._base[:, -2:] == 9).all()
+        results.append(outputs + changed)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa):
     factors = torch.cat([
         torch.tensor([float("nan"), float("inf"), -float("inf"), 3.4e38, -3.4e38, 1e-40, 0.0]),

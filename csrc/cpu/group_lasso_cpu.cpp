@@ -14,11 +14,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "host.h"
 
 namespace iss {
@@ -38,7 +38,7 @@ using Stored = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, Bfloat
 struct Labelled {
   int64_t rows, columns, strips;
   const int32_t *row_units, *column_units;
-  std::vector<int64_t> unit_starts, unit_columns;
+  Vector<int64_t> unit_starts, unit_columns;
 
   Labelled(const char* op, const Tensor& row_units, const Tensor& column_units, int64_t units)
       : rows(row_units.numel()),
@@ -64,7 +64,7 @@ struct Labelled {
       if (column_units[c] >= 0) ++unit_starts[column_units[c] + 1];
     for (int64_t u = 0; u < units; ++u) unit_starts[u + 1] += unit_starts[u];
     unit_columns.resize(unit_starts[units]);
-    std::vector<int64_t> next(unit_starts.begin(), unit_starts.end() - 1);
+    Vector<int64_t> next(unit_starts.begin(), unit_starts.end() - 1);
     for (int64_t c = 0; c < columns; ++c)
       if (column_units[c] >= 0) unit_columns[next[column_units[c]]++] = c;
   }
@@ -81,8 +81,8 @@ struct Labelled {
 
   // of_unit(unit of column c) for each column, `none` where it has none: [C].
   template <typename T, typename OfUnit>
-  std::vector<T> by_column(T none, const OfUnit& of_unit) const {
-    std::vector<T> result(columns);
+  Vector<T> by_column(T none, const OfUnit& of_unit) const {
+    Vector<T> result(columns);
     for (int64_t c = 0; c < columns; ++c)
       result[c] = column_units[c] < 0 ? none : of_unit(column_units[c]);
     return result;
@@ -108,7 +108,7 @@ void each_strip(const std::vector<Labelled>& matrices, const Visit& visit) {
     size_t matrix;
     int64_t index, begin;
   };
-  std::vector<Strip> strips;
+  Vector<Strip> strips;
   int64_t elements = 0;
   for (size_t m = 0; m < matrices.size(); ++m)
     for (int64_t index = 0; index < matrices[m].strips; ++index) {
@@ -128,7 +128,7 @@ Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,
                                bool paper_overlap) {
   constexpr const char* op = "group_norms_forward";
   check_labelled(op, weights, row_units, column_units);
-  TORCH_CHECK(units >= 0, op, ": expected units >= 0, got ", units);
+  check_group_norms(op, units, eps);
   const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
                             columns = contiguous(column_units);
   const std::vector<Labelled> labels = labelled(op, rows, columns, units, true);
@@ -136,25 +136,25 @@ Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, weights[0].scalar_type(), op, [&] {
     using W = Stored<scalar_t>;
     using T = Compute<W>;
-    std::vector<std::vector<T>> row_sums;           // of each matrix: [R]
-    std::vector<std::unique_ptr<T[]>> column_sums;  // of each matrix: [strips, C]
+    std::vector<Vector<T>> row_sums;     // of each matrix: [R]
+    std::vector<Vector<T>> column_sums;  // of each matrix: [strips, C]
     for (const Labelled& m : labels) {
       row_sums.emplace_back(m.rows);
-      column_sums.push_back(std::make_unique_for_overwrite<T[]>(m.strips * m.columns));
+      column_sums.emplace_back(m.strips * m.columns);
     }
     each_strip(labels, [&](size_t m, int64_t strip) {
       cpu_kernels().lasso<W>().squares(
           {.rows = labels[m].strip(strip, paper_overlap),
            .weight = values<W>(matrices[m]),
            .row_sums = row_sums[m].data(),
-           .column_sums = column_sums[m].get() + strip * labels[m].columns});
+           .column_sums = column_sums[m].data() + strip * labels[m].columns});
     });
-    std::vector<double> squares(units, eps);
+    Vector<double> squares(units, eps);
     for (size_t m = 0; m < labels.size(); ++m) {
       const Labelled& matrix = labels[m];
       for (int64_t r = 0; r < matrix.rows; ++r)
         if (matrix.row_units[r] >= 0) squares[matrix.row_units[r]] += row_sums[m][r];
-      std::vector<double> sums(matrix.columns);
+      Vector<double> sums(matrix.columns);
       for (int64_t strip = 0; strip < matrix.strips; ++strip)
         for (int64_t c = 0; c < matrix.columns; ++c)
           sums[c] += column_sums[m][strip * matrix.columns + c];
@@ -184,7 +184,7 @@ void run_by_units(const char* op, ByUnits what, const std::vector<Tensor>& outpu
     const T* const of_unit = factors.defined() ? values<T>(contiguous_factors) : nullptr;
     const T limit = static_cast<T>(threshold);
     each_strip(labels, [&](size_t m, int64_t strip) {
-      std::vector<T> of_columns =
+      Vector<T> of_columns =
           labels[m].by_column(T(what == ByUnits::kScale ? 1 : 0),
                               [&](int32_t unit) { return of_unit ? of_unit[unit] : limit; });
       cpu_kernels().lasso<W>().by_units(what)({.rows = labels[m].strip(strip, paper_overlap),
@@ -212,6 +212,7 @@ void add_scaled_by_units_cpu_(const std::vector<Tensor>& outputs,
     check_shape(op, "outputs", outputs[m], "[R, C]", weights[m].sizes());
   }
   check_factors(op, factors, weights[0]);
+  check_apart(op, "outputs", outputs, weights, row_units, column_units, factors);
   run_by_units(op, ByUnits::kAddScaled, outputs, weights, row_units, column_units, factors.size(0),
                factors, paper_overlap, 0);
 }
@@ -221,7 +222,9 @@ std::vector<Tensor> group_norms_backward_cpu(const Tensor& dnorms, const Tensor&
                                              const std::vector<Tensor>& row_units,
                                              const std::vector<Tensor>& column_units, double eps,
                                              bool paper_overlap) {
-  check_shape("group_norms_backward", "dnorms", dnorms, "[units]", norms.sizes());
+  constexpr const char* op = "group_norms_backward";
+  check_labelled(op, weights, row_units, column_units);
+  check_group_norms_backward(op, dnorms, norms, weights);
   std::vector<Tensor> dweights;
   for (const Tensor& weight : weights)
     dweights.push_back(at::zeros_like(weight, {}, {}, {}, {}, at::MemoryFormat::Contiguous));
@@ -236,6 +239,7 @@ void scale_by_units_cpu_(const std::vector<Tensor>& weights, const std::vector<T
   check_labelled(op, weights, row_units, column_units);
   check_contiguous(op, "weights", weights);
   check_factors(op, factors, weights[0]);
+  check_apart(op, "weights", weights, weights, row_units, column_units, factors);
   run_by_units(op, ByUnits::kScale, weights, weights, row_units, column_units, factors.size(0),
                factors, false, 0);
 }
@@ -246,6 +250,8 @@ void threshold_cpu_(const std::vector<Tensor>& weights, const std::vector<Tensor
   constexpr int64_t kAnyUnit = std::numeric_limits<int32_t>::max();
   check_labelled(op, weights, row_units, column_units);
   check_contiguous(op, "weights", weights);
+  check_threshold(op, threshold);
+  check_apart(op, "weights", weights, weights, row_units, column_units, {});
   run_by_units(op, ByUnits::kThreshold, weights, weights, row_units, column_units, kAnyUnit,
                Tensor(), false, threshold);
 }
