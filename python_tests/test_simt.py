@@ -285,19 +285,57 @@ def test_unguarded_memory_is_refused_by_a_checked_launch(checked):
         ((9, 32, 200 * 1024, True, 1), {}, 720, "9 blocks, of which 8 fit"),
         ((3, 1024, 0, True, 1), {"multiprocessors": 1}, 720, "3 blocks, of which 2 fit"),
         ((8, 32, 200 * 1024, True, 1), {}, 0, ""),
+        ((8, 32, 200 * 1024, True, 1), {"left": 7}, 720, "8 blocks, of which 7 fit"),
+        ((32, 32, 0, False, 16), {}, 0, ""),
+        ((17, 32, 0, False, 17), {}, 9, "in clusters of 17"),
     ],
 )
 def test_launches_that_the_device_cannot_hold(geometry, device, code, text):
+    """And none of them leaves an error behind that the next launch would be blamed for."""
     simulator = samples(checked=False)
-    blocks, threads, shared_bytes, cooperative, cluster = geometry
-    out = torch.empty(max(blocks * threads, 1), dtype=torch.int32)
     simulator.pretend(**device)
     try:
-        args = blocks, threads, ctypes.c_size_t(shared_bytes), cooperative, cluster, out
-        assert call(simulator, "launch_as", *args) == code
+        assert launch_as(simulator, *geometry) == code
         assert text in simulator.last_error
+        assert simulator.pending_error == 0
     finally:
         simulator.pretend()
+
+
+def launch_as(simulator, blocks, threads, shared_bytes, cooperative=False, cluster=1):
+    out = torch.empty(max(blocks * threads, 1), dtype=torch.int32)
+    args = blocks, threads, ctypes.c_size_t(shared_bytes), cooperative, cluster, out
+    return call(simulator, "launch_as", *args)
+
+
+def test_limits_of_a_kernel_are_raised_once_for_each_device():
+    """As far as they go: a limit set to what one launch needs is too low for another thread's."""
+    simulator = samples(checked=False)
+    try:
+        for device in ({"shared_bytes": 201 * 1024}, {"shared_bytes": 225 * 1024}):
+            simulator.pretend(**device)
+            before = simulator.limits_set
+            for kilobytes in (60, 200, 100):
+                assert launch_as(simulator, 1, 32, kilobytes * 1024) == 0
+            for cluster in (9, 16):
+                assert launch_as(simulator, cluster, 32, 0, cluster=cluster) == 0
+            assert simulator.limits_set == before + 2
+    finally:
+        simulator.pretend()
+
+
+def test_threads_may_launch_with_other_sizes_at_the_same_time():
+    simulator, codes = samples(checked=False), []
+
+    def work(kilobytes):
+        codes.extend(launch_as(simulator, 1, 32, kilobytes * 1024) for _ in range(300))
+
+    threads = [threading.Thread(target=work, args=(kilobytes,)) for kilobytes in (60, 100, 200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0] * 900
 
 
 def test_calls_can_be_left_out(checked):

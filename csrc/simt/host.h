@@ -102,10 +102,6 @@ enum class Elements { kBfloat16, kFloat16, kTf32 };
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Elements elements,
          Where where);
 
-int run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, unsigned cluster,
-        void (*body)(void*), void* argument);
-int resident_blocks(int threads, size_t shared_bytes, unsigned cluster);
-
 template <typename T>
 __forceinline__ T atomic_add(T* address, T value, bool ordered, Where where) {
   before_atomic(address, sizeof(T), true, ordered, where);
@@ -123,23 +119,65 @@ __forceinline__ T shuffle(unsigned mask, T value, unsigned source, Where where) 
   return result;
 }
 
+}  // namespace iss::simt
+
+// Of CUDA's runtime, what launch.h needs: names, meaning and order of arguments are the same.
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // 0: what a kernel declares is known once it runs
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {  // gridDim and blockDim are names that kernels have for others
+  dim3 grid, block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetLastError();
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+namespace iss::simt {
+cudaError_t count_blocks(int* count, const void* kernel, int threads, size_t shared_bytes);
+cudaError_t count_clusters(int* count, const void* kernel, const cudaLaunchConfig_t& config);
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, void (*body)(void*),
+                void* argument);
+}  // namespace iss::simt
 template <typename... P>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   bool cooperative, unsigned cluster, std::type_identity_t<P>... args) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void (*kernel)(P...),
+                                                          int threads, size_t shared_bytes) {
+  return iss::simt::count_blocks(count, reinterpret_cast<const void*>(kernel), threads,
+                                 shared_bytes);
+}
+template <typename... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*kernel)(P...),
+                                           const cudaLaunchConfig_t* config) {
+  return iss::simt::count_clusters(count, reinterpret_cast<const void*>(kernel), *config);
+}
+template <typename... P>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
+                               std::type_identity_t<P>... args) {
   // The arguments are read from the launching function's stack, which is none of the kernel's
   // memory.
   auto body = [=]() SIMT_UNCHECKED { kernel(args...); };
-  return run(
-      grid, block, shared_bytes, cooperative, cluster,
+  return iss::simt::run(
+      reinterpret_cast<const void*>(kernel), *config,
       [](void* argument) SIMT_UNCHECKED { (*static_cast<decltype(body)*>(argument))(); }, &body);
 }
-
-template <typename... P>
-int resident_blocks(void (*)(P...), int threads, size_t shared_bytes, unsigned cluster) {
-  return resident_blocks(threads, shared_bytes, cluster);
-}
-
-}  // namespace iss::simt
 
 #define threadIdx (::iss::simt::here.thread)
 #define blockIdx (::iss::simt::here.block)

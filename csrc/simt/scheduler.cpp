@@ -11,6 +11,8 @@
 #include <cstdlib>
 #include <map>
 #include <string_view>
+#include <tuple>
+#include <utility>
 
 #include "simt/checker.h"
 
@@ -38,9 +40,25 @@ std::mutex machine;
 
 namespace {
 
-enum { kInvalidConfiguration = 9, kLaunchFailure = 719, kCooperativeLaunchTooLarge = 720 };
+enum {
+  kInvalidValue = 1,
+  kInvalidConfiguration = 9,
+  kLaunchFailure = 719,
+  kCooperativeLaunchTooLarge = 720
+};
 
 thread_local std::string error_text;
+thread_local cudaError_t last_code = cudaSuccess;  // for cudaGetLastError
+
+// Limits of a kernel on one device, as CUDA has them from the start.
+struct KernelLimits {
+  size_t dynamic_bytes = 48 * 1024;
+  unsigned cluster = kPortableCluster;
+};
+int multiprocessors_left = device.multiprocessors;  // as the runtime counts them now
+int device_index = 0;                               // each GPU that was ever pretended has its own
+std::map<std::pair<const void*, int>, KernelLimits> kernel_limits;
+int limits_set = 0;  // calls of cudaFuncSetAttribute
 
 Settings settings;                         // of the next launch
 std::vector<const void*> omitted;          // calls of synchronisation that are left out
@@ -295,51 +313,136 @@ void Launch::give_way() {
   switch_context(thread.context, scheduler);
 }
 
-int resident_blocks(int threads, size_t shared_bytes, unsigned cluster) {
-  const auto shared = static_cast<int64_t>(shared_bytes);
-  if (threads < 1 || threads > 1024 || shared > device.shared_bytes) return 0;
-  if (cluster > 1 && (device.major < 9 || cluster > 16)) return 0;
-  constexpr int64_t kReserved = 1024, kThreads = 2048, kBlocks = 32;  // of a multiprocessor
-  const int64_t each = std::min({kThreads / ((threads + 31) / 32 * 32), kBlocks,
-                                 (device.shared_bytes + kReserved) / (shared + kReserved)});
-  const int64_t all = each * device.multiprocessors;
-  return static_cast<int>(all - all % std::max(cluster, 1u));
-}
-
 namespace {
+
 template <typename... Parts>
-int refuse(int code, const Parts&... parts) {
+cudaError_t refuse(cudaError_t code, const Parts&... parts) {
   std::ostringstream what;
   (what << ... << parts);
   error_text = what.str();
-  return code;
+  return last_code = code;
 }
+
+// Of one multiprocessor.
+int blocks_each(const KernelLimits& limits, int threads, size_t shared_bytes) {
+  const auto shared = static_cast<int64_t>(shared_bytes);
+  if (threads < 1 || threads > 1024 || shared > device.shared_bytes ||
+      shared_bytes > limits.dynamic_bytes)
+    return 0;
+  constexpr int64_t kReserved = 1024, kThreads = 2048, kBlocks = 32;
+  return static_cast<int>(std::min({kThreads / ((threads + 31) / 32 * 32), kBlocks,
+                                    (device.shared_bytes + kReserved) / (shared + kReserved)}));
+}
+
+// Of the device, all of whole clusters.
+int resident_blocks(const KernelLimits& limits, int threads, size_t shared_bytes,
+                    unsigned cluster) {
+  if (cluster == 0 || cluster > limits.cluster || (cluster > 1 && device.major < 9)) return 0;
+  const int all = blocks_each(limits, threads, shared_bytes) * multiprocessors_left;
+  return all - all % static_cast<int>(cluster);
+}
+
+int threads_of(const cudaLaunchConfig_t& config) {
+  return static_cast<int>(config.block.x * config.block.y * config.block.z);
+}
+
+unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension)
+      return config.attrs[i].val.clusterDim.x;
+  return 1;
+}
+
+bool is_cooperative(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeCooperative)
+      return config.attrs[i].val.cooperative != 0;
+  return false;
+}
+
 }  // namespace
 
-int run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, unsigned cluster,
-        void (*body)(void*), void* argument) {
+cudaError_t count_blocks(int* count, const void* kernel, int threads, size_t shared_bytes) {
   const std::lock_guard lock(machine);
-  const unsigned threads = block.x * block.y * block.z, blocks = grid.x * grid.y * grid.z;
-  const int resident = resident_blocks(static_cast<int>(threads), shared_bytes, cluster);
+  *count = blocks_each(kernel_limits[{kernel, device_index}], threads, shared_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t count_clusters(int* count, const void* kernel, const cudaLaunchConfig_t& config) {
+  const std::lock_guard lock(machine);
+  const unsigned cluster = cluster_of(config);
+  *count = resident_blocks(kernel_limits[{kernel, device_index}], threads_of(config),
+                           config.shared_bytes, cluster) /
+           static_cast<int>(cluster);
+  return cudaSuccess;
+}
+
+cudaError_t run(const void* kernel, const cudaLaunchConfig_t& config, void (*body)(void*),
+                void* argument) {
+  const std::lock_guard lock(machine);
+  const dim3 grid = config.grid;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const int threads = threads_of(config);
+  const unsigned cluster = cluster_of(config);
+  const int resident =
+      resident_blocks(kernel_limits[{kernel, device_index}], threads, config.shared_bytes, cluster);
   error_text.clear();
-  if (cluster == 0 || blocks == 0 || grid.x % cluster != 0 || resident == 0) {
-    return refuse(kInvalidConfiguration, "invalid configuration: ", blocks, " blocks of ", threads,
-                  " threads and ", shared_bytes, " bytes of shared memory, in clusters of ",
-                  cluster);
+  constexpr unsigned kMostAcross = 65535;  // along y and z
+  if (blocks == 0 || resident == 0 || grid.x % cluster != 0 || grid.x > INT32_MAX ||
+      grid.y > kMostAcross || grid.z > kMostAcross) {
+    return refuse(kInvalidConfiguration, "invalid configuration: ", grid.x, " x ", grid.y, " x ",
+                  grid.z, " blocks of ", threads, " threads and ", config.shared_bytes,
+                  " bytes of shared memory, in clusters of ", cluster);
   }
-  if (cooperative && blocks > static_cast<unsigned>(resident)) {
+  if (is_cooperative(config) && blocks > static_cast<uint64_t>(resident)) {
     return refuse(kCooperativeLaunchTooLarge, "cooperative launch too large: ", blocks,
                   " blocks, of which ", resident, " fit");
   }
-  Launch launch(grid, block, shared_bytes, cooperative, cluster, settings);
+  Launch launch(grid, config.block, config.shared_bytes, is_cooperative(config), cluster, settings);
   launch.run(body, argument);
   error_text = launch.error;
-  return error_text.empty() ? 0 : kLaunchFailure;
+  return last_code = error_text.empty() ? 0 : kLaunchFailure;
 }
 
 const char* last_error() { return error_text.c_str(); }
 
 }  // namespace iss::simt
+
+cudaError_t cudaGetDevice(int* device) {
+  const std::lock_guard lock(iss::simt::machine);
+  *device = iss::simt::device_index;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(iss::simt::last_code, cudaSuccess); }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const std::lock_guard lock(iss::simt::machine);
+  *value = attribute == cudaDevAttrMultiProcessorCount
+               ? iss::simt::multiprocessors_left
+               : static_cast<int>(iss::simt::device.shared_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {};
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard lock(iss::simt::machine);
+  ++iss::simt::limits_set;
+  auto& limits = iss::simt::kernel_limits[{kernel, iss::simt::device_index}];
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    limits.cluster = value != 0 ? iss::kLargestCluster : iss::kPortableCluster;
+    return cudaSuccess;
+  }
+  if (value < 0 || value > iss::simt::device.shared_bytes)
+    return iss::simt::refuse(iss::simt::kInvalidValue, "invalid value: ", value,
+                             " bytes of shared memory");
+  limits.dynamic_bytes = value;
+  return cudaSuccess;
+}
 
 // What tests set and ask, through ctypes.
 #define SIMT_CONTROL extern "C" __attribute__((visibility("default")))
@@ -354,12 +457,26 @@ SIMT_CONTROL void simt_configure(int policy, uint64_t seed, int check, unsigned 
                          .window = window};
 }
 
-SIMT_CONTROL void simt_pretend(int major, int minor, int multiprocessors, int64_t shared_bytes) {
+// left: of its multiprocessors, those that the runtime now says there are.
+SIMT_CONTROL void simt_pretend(int major, int minor, int multiprocessors, int64_t shared_bytes,
+                               int left) {
+  static std::map<std::tuple<int, int, int, int64_t>, int> indices;
   const std::lock_guard lock(iss::simt::machine);
   iss::simt::device = {major, minor, multiprocessors, shared_bytes};
+  iss::simt::multiprocessors_left = left;
+  const int next = static_cast<int>(indices.size()) + 1;
+  iss::simt::device_index =
+      indices.emplace(std::tuple(major, minor, multiprocessors, shared_bytes), next).first->second;
 }
 
 SIMT_CONTROL const char* simt_last_error() { return iss::simt::last_error(); }
+
+// What the next cudaGetLastError would return; how often cudaFuncSetAttribute was called so far.
+SIMT_CONTROL int simt_pending_error() { return iss::simt::last_code; }
+SIMT_CONTROL int simt_limits_set() {
+  const std::lock_guard lock(iss::simt::machine);
+  return iss::simt::limits_set;
+}
 
 // For the mutation test: calls of synchronisation that were made since recording began, one a line,
 // as "__syncthreads 0x1234", an offset in this library; and those that are made no more.

@@ -33,6 +33,7 @@
   T* name = reinterpret_cast<T*>(simt_dyn_shared)
 
 #define SIMT_DEVICE __device__ __forceinline__
+#define SIMT_UNCHECKED  // host code that the emulator's checker is not told of
 
 namespace iss {
 
@@ -195,80 +196,7 @@ SIMT_DEVICE T* map_shared(T* shared, unsigned rank) {
 // All blocks of a cooperative launch.
 SIMT_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-namespace simt {
-
-// Lets a kernel use more than 48 KB of shared memory and more than 8 blocks in a cluster.
-template <typename... P>
-cudaError_t allow(void (*kernel)(P...), size_t shared_bytes, unsigned cluster) {
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes));
-  }
-  if (error == cudaSuccess && cluster > 8) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return error;
-}
-
-// One way to launch: plain, cooperative (all blocks resident, grid_sync allowed), or in clusters of
-// `cluster` > 1 consecutive blocks along x.
-template <typename... P>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t stream, bool cooperative, unsigned cluster,
-                   std::type_identity_t<P>... args) {
-  if (cudaError_t error = allow(kernel, shared_bytes, cluster); error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  if (cooperative) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  if (cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
-// How many blocks of `kernel` the current device holds at once; 0 where it cannot run one.
-template <typename... P>
-int resident_blocks(void (*kernel)(P...), int threads, size_t shared_bytes, unsigned cluster) {
-  int device = 0, processors = 0, count = 0;
-  bool ok =
-      allow(kernel, shared_bytes, cluster) == cudaSuccess && cudaGetDevice(&device) == cudaSuccess;
-  if (ok && cluster > 1) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(cluster);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    ok = cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess;
-    count *= static_cast<int>(cluster);
-  } else if (ok) {
-    ok = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) ==
-             cudaSuccess &&
-         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared_bytes) ==
-             cudaSuccess;
-    count *= processors;
-  }
-  if (!ok) cudaGetLastError();  // asking is no error of the next launch
-  return ok ? count : 0;
-}
-
-}  // namespace simt
 }  // namespace iss
 #endif
+
+#include "simt/launch.h"

@@ -45,7 +45,7 @@ class Simulator:
         self.library.simt_configure.argtypes = [
             *(ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
         ]
-        self.library.simt_pretend.argtypes = [*[ctypes.c_int] * 3, ctypes.c_int64]
+        self.library.simt_pretend.argtypes = [*[ctypes.c_int] * 3, ctypes.c_int64, ctypes.c_int]
         self.checked = checked
         self.configure()
 
@@ -55,14 +55,29 @@ class Simulator:
         number = ("fifo", "lifo", "random").index(policy)
         self.library.simt_configure(number, seed, self.checked, preempt, window)
 
-    def pretend(self, major=9, minor=0, multiprocessors=8, shared_bytes=227 * 1024):
-        """The GPU that host files and launches are told of."""
-        self.library.simt_pretend(major, minor, multiprocessors, shared_bytes)
+    def pretend(self, major=9, minor=0, multiprocessors=8, shared_bytes=227 * 1024, left=None):
+        """The GPU that host files and launches are told of; a device with an index of its own.
+
+        left: of its multiprocessors, those that the CUDA runtime counts by now, where host files
+        still believe in all: the device was partitioned in between.
+        """
+        left = multiprocessors if left is None else left
+        self.library.simt_pretend(major, minor, multiprocessors, shared_bytes, left)
 
     @property
     def last_error(self):
         """Why this OS thread's last launch failed, or an empty string."""
         return self.library.simt_last_error().decode()
+
+    @property
+    def limits_set(self):
+        """How often a limit of a kernel was set so far."""
+        return self.library.simt_limits_set()
+
+    @property
+    def pending_error(self):
+        """What this OS thread's next cudaGetLastError would return."""
+        return self.library.simt_pending_error()
 
     @contextmanager
     def guarded_tensors(self):
