@@ -206,6 +206,17 @@ def test_results_do_not_depend_on_the_order_or_the_gpu(gpu, dtype):
         gpu.simulator.configure()
 
 
+@by_dtype
+def test_a_device_that_was_partitioned_since_it_was_asked_gets_a_smaller_grid(gpu, dtype):
+    """All blocks of group_norms wait for each other, so they must be resident at once."""
+    if not gpu.simulator:
+        pytest.skip("needs a device that says another thing when it is asked again")
+    labels = problem(gpu, dtype)
+    first = everything(*labels)
+    gpu.simulator.pretend(multiprocessors=16, left=3)
+    assert all(map(torch.equal, first, everything(*labels)))
+
+
 @by_layout
 @by_dtype
 def test_the_checker_finds_nothing(checked_gpu, dtype, layout):

@@ -180,6 +180,18 @@ def test_the_same_input_gives_the_same_bits_in_any_order_of_threads(gpu, tier, d
         gpu.simulator.configure()
 
 
+@pytest.mark.parametrize("tier", ["cluster", "grid"])
+def test_a_device_that_was_partitioned_since_it_was_asked_gets_another_plan(gpu, tier):
+    """Host files remember a device's limits, and ask it about each plan that they make of them."""
+    if not gpu.simulator:
+        pytest.skip("needs a device that says another thing when it is asked again")
+    case = Case("wide", 4, 3, 5, 64)
+    limits = limits_for(tier, case.H, case.B, torch.float32, False, case.T)
+    for left in (1, 3):
+        gpu.simulator.pretend(*limits, left=left)
+        assert_as_good_as_torch(gpu, case, torch.float32, False)
+
+
 def test_a_row_does_not_depend_on_its_batch(gpu, tier):
     case = of_tier(tier, Case("rows", 3, 5, 4, 17))
     be(gpu, tier, case, torch.float32)

@@ -89,7 +89,10 @@ inline DeviceLimits ask_for_limits(const at::Device& device) {
   return limits;
 }
 
-// Asked once for each device. It has an index.
+// Asked once for each device, which has an index. Where the device has been partitioned since (by
+// MPS; MIG asks for a device that no process uses), they say too much: what must be resident at
+// once is asked of the runtime again before each launch (can_launch, resident_blocks), and another
+// plan or a smaller grid is taken.
 inline DeviceLimits device_limits(const at::Device& device) {
   if (pretended_device()) return *pretended_device();
   static std::mutex mutex;

@@ -392,7 +392,10 @@ int launch_group_norms(const GroupNormsArgs<W>& args, int multiprocessors, CudaS
   if (args.model.units == 0) return 0;
   const int64_t wanted =
       max(tiles, max(ceil_div(strips, LassoTile::kWarps), ceil_div(args.model.units, kBlockUnits)));
-  const dim3 grid(static_cast<unsigned>(min(wanted, int64_t{kBlocks} * multiprocessors)));
+  // Blocks wait for each other. Where none fits, the launch says so.
+  const int64_t resident = max(simt::resident_blocks(&group_norms<W>, kThreads, 0, 1), 1);
+  const int64_t most = min(int64_t{kBlocks} * multiprocessors, resident);
+  const dim3 grid(static_cast<unsigned>(min(wanted, most)));
   return simt::launch(&group_norms<W>, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream),
                       true, 1, args, tiles, strips);
 }
