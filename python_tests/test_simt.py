@@ -43,6 +43,7 @@ WRONG = {
     "exchange_unready": "touched before its block is known to have started",
     "exchange_and_leave": "touched after its block has ended|may have ended before thread",
     "split_cluster_barrier": "race: .* static shared memory of block",
+    "diverged_lanes": r"diverged: lanes came to sample_kernels.cu:\d+ by different ways",
     "neighbour_through_grid": "race|uninitialised",
     "relaxed_release": "race",
     "relaxed_acquire": "race",
@@ -336,6 +337,14 @@ def test_threads_may_launch_with_other_sizes_at_the_same_time():
     for thread in threads:
         thread.join()
     assert codes == [0] * 900
+
+
+def test_a_grid_has_at_most_65535_blocks_along_y_and_z():
+    simulator = samples(checked=False)
+    out = torch.empty(32, dtype=torch.int32)
+    for grid in ((1, 65536, 1), (1, 1, 65536)):
+        assert call(simulator, "launch_grid", *grid, out) == 9
+        assert "invalid configuration" in simulator.last_error
 
 
 def test_calls_can_be_left_out(checked):

@@ -13,6 +13,8 @@ constexpr int kGates = 4;
 constexpr int kMaxRows = 8;  // 4 x 8 sums are one for each lane
 // One warp a block: units spread over all multiprocessors, however few they are.
 constexpr int kThreads = 32;
+// Of the batch in one launch: as many blocks as a grid has along y.
+constexpr int64_t kLaunchRows = int64_t{65535} * kMaxRows;
 
 // sums[g * kRows + r] += this lane's part of row_g(w) . row_r(a). w: the unit's row of gate i, the
 // next gate gate_stride further; rows of a beyond the last are the last again.
@@ -102,8 +104,8 @@ __device__ __forceinline__ void step(const LstmStreamStepArgs<T, W>& args, int64
 
 template <typename T, typename W>
 __global__ void __launch_bounds__(kThreads)
-    lstm_step(LstmStreamStepArgs<T, W> args, bool whole_x, bool whole_h) {
-  const int64_t first = int64_t{blockIdx.y} * kMaxRows;
+    lstm_step(LstmStreamStepArgs<T, W> args, int64_t launch_first, bool whole_x, bool whole_h) {
+  const int64_t first = launch_first + int64_t{blockIdx.y} * kMaxRows;
   const int count = static_cast<int>(min(args.rows - first, int64_t{kMaxRows}));
   if (count == 1)
     step<1>(args, first, count, whole_x, whole_h);
@@ -131,10 +133,16 @@ int launch_lstm_step(const LstmStreamStepArgs<T, W>& args, CudaStream stream) {
       rows_aligned(args.x, args.x_stride) && rows_aligned(args.w_ih, args.w_ih_stride);
   const bool whole_h =
       rows_aligned(args.h_prev, args.h_prev_stride) && rows_aligned(args.w_hh, args.w_hh_stride);
-  const dim3 grid(static_cast<unsigned>(args.hidden),
-                  static_cast<unsigned>((args.rows + kMaxRows - 1) / kMaxRows));
-  return simt::launch(&lstm_step<T, W>, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream),
-                      false, 1, args, whole_x, whole_h);
+  int error = 0;
+  for (int64_t first = 0; first < args.rows && error == 0; first += kLaunchRows) {
+    const int64_t rows = min(args.rows - first, kLaunchRows);
+    const dim3 grid(static_cast<unsigned>(args.hidden),
+                    static_cast<unsigned>((rows + kMaxRows - 1) / kMaxRows));
+    error =
+        simt::launch(&lstm_step<T, W>, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream),
+                     false, 1, args, first, whole_x, whole_h);
+  }
+  return error;
 }
 
 #define ISS_INSTANCE(T) template int launch_lstm_step(const LstmStreamStepArgs<T, T>&, CudaStream);

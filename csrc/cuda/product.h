@@ -91,6 +91,7 @@ struct Product {
  private:
   __device__ __forceinline__ void multiply_tensor(const uint4* weights, const uint4* vectors,
                                                   int stride, KRange k, int lane) {
+    __syncwarp();  // tensor cores are for lanes that are together
     float d[kTiles][2][4] = {};
     weights += lane % 16 * stride + lane / 16;
     vectors += lane % 8 * stride + lane / 8;

@@ -78,6 +78,7 @@ struct Group {
   // Counters only grow, so that none is ever reset while somebody still waits for it.
   __device__ __forceinline__ void arrive() {
     if constexpr (tier == Tier::kCluster) {
+      __syncwarp();  // here and below: the barrier is for lanes that are together
       cluster_arrive();
     } else {
       __syncthreads();
@@ -88,7 +89,10 @@ struct Group {
     }
   }
   __device__ __forceinline__ void wait() {
-    if constexpr (tier == Tier::kCluster) cluster_wait();
+    if constexpr (tier == Tier::kCluster) {
+      __syncwarp();
+      cluster_wait();
+    }
     if constexpr (tier == Tier::kGrid) {
       if (threadIdx.x == 0)
         while (static_cast<int32_t>(load_acquire(arrivals) - expected) < 0) spin_hint();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The checker (checker.h), and the answers to what -fsanitize=thread,alignment has the compiler
-// call.
+// The checker (checker.h), and the answers to what -fsanitize=thread,alignment and
+// -fsanitize-coverage=trace-pc have the compiler call.
 //
 // Every 2 bytes of memory that a kernel touches have a Cell with their last write and the reads
 // since. 2: neighbouring 16-bit elements may belong to different threads.
@@ -488,6 +488,16 @@ void __tsan_write_range(void* address, size_t bytes) {
   compiled_access(address, bytes, iss::simt::Access::kWrite, __builtin_return_address(0));
 }
 void __tsan_init() {}
+
+// -fsanitize-coverage=trace-pc: at every branch's end, so that lanes that went different ways have
+// different paths.
+void __sanitizer_cov_trace_pc() {
+  iss::simt::Thread* thread = iss::simt::current;
+  if (thread == nullptr) return;
+  const auto place = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
+  thread->path = (thread->path ^ place) * 0x9e3779b97f4a7c15;
+}
+
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 

@@ -9,6 +9,9 @@ namespace iss::simt {
 // The GPU that is pretended: an H100 with few multiprocessors, so that small cases fill it.
 extern DeviceLimits device;
 
+// Whether the streams pretend that a graph is captured: nothing may wait for the device.
+extern bool capturing;
+
 // Why this OS thread's last launch failed; empty when it did not.
 const char* last_error();
 

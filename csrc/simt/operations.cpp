@@ -49,12 +49,27 @@ const char (&show(unsigned mask, const void* value, size_t bytes,
   return values;
 }
 
+// Instructions that PTX calls .aligned: all lanes of the warp must execute them together. Those
+// that went different ways do so again after __syncwarp or a barrier; before that, if the compiler
+// likes.
+void together(Where where) {
+  if (!checking()) return;
+  const auto& paths = show(~0u, &current->path, sizeof(current->path), where);
+  const unsigned lanes = std::min(32u, launch().thread_count - current->index / 32 * 32);
+  for (unsigned lane = 1; lane < lanes; ++lane)
+    if (memcmp(paths[lane], paths[0], sizeof(current->path)) != 0)
+      launch().fail("diverged: lanes came to ", where, " by different ways, without __syncwarp");
+  current->path = 0;
+}
+
 }  // namespace
 
 void barrier(Scope scope, unsigned mask, Where where) {
   constexpr const char* kCalls[] = {"__syncwarp", "__syncthreads", "cluster_sync", "grid_sync"};
   if (left_out(kCalls[static_cast<int>(scope)], __builtin_return_address(0))) return;
   Launch& l = launch();
+  if (scope == Scope::kCluster) together(where);
+  if (mask == ~0u) current->path = 0;
   switch (scope) {
     case Scope::kWarp:
       return meet(collective(mask, where), mask, where, true);
@@ -70,6 +85,7 @@ void barrier(Scope scope, unsigned mask, Where where) {
 
 void cluster_arrive(Where where) {
   if (left_out("cluster_arrive", __builtin_return_address(0))) return;
+  together(where);
   if (std::exchange(current->arrived_at_cluster, true))
     launch().fail("cluster_arrive without cluster_wait before it, at ", where);
   current->cluster_phase = cluster_barrier().phase;
@@ -78,6 +94,7 @@ void cluster_arrive(Where where) {
 
 void cluster_wait(Where where) {
   if (left_out("cluster_wait", __builtin_return_address(0))) return;
+  together(where);
   if (!std::exchange(current->arrived_at_cluster, false))
     launch().fail("cluster_wait without cluster_arrive before it, at ", where);
   launch().wait(cluster_barrier(), current->cluster_phase, where, true);
@@ -197,6 +214,7 @@ void cp_async_wait(unsigned keep, Where where) {
 
 void ldmatrix(uint32_t* r, unsigned count, const void* row, Where where) {
   const void* pc = __builtin_return_address(0);
+  together(where);
   if (here.lane < 8 * count && reinterpret_cast<uintptr_t>(row) % 16 != 0)
     launch().fail("misaligned: a row of ldmatrix at ", where);
   const auto& rows = show(~0u, &row, sizeof(row), where);
@@ -236,6 +254,7 @@ struct Pair {
 // lanes, then the next 4 of the same lanes.
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Elements elements,
          Where where) {
+  together(where);
   uint32_t registers[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   const auto& all = show(~0u, registers, sizeof(registers), where);
   const auto element = [&](unsigned lane, unsigned i) {

@@ -36,6 +36,7 @@ namespace iss::simt {
 constinit thread_local Coordinates here = {};
 constinit thread_local Thread* current = nullptr;
 DeviceLimits device = {.major = 9, .minor = 0, .multiprocessors = 8, .shared_bytes = 227 * 1024};
+bool capturing = false;
 std::mutex machine;
 
 namespace {
@@ -468,6 +469,8 @@ SIMT_CONTROL void simt_pretend(int major, int minor, int multiprocessors, int64_
   iss::simt::device_index =
       indices.emplace(std::tuple(major, minor, multiprocessors, shared_bytes), next).first->second;
 }
+
+SIMT_CONTROL void simt_capture(int on) { iss::simt::capturing = on != 0; }
 
 SIMT_CONTROL const char* simt_last_error() { return iss::simt::last_error(); }
 

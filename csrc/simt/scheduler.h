@@ -67,6 +67,8 @@ struct Thread {
   Where where;                      // it waits
   bool arrived_at_cluster = false;  // since its last wait there
   unsigned cluster_phase;
+  // The way through the code since the warp was last together, in a checked launch.
+  uint64_t path = 0;
   std::vector<Copy> copies;                 // cp.async not yet committed
   std::deque<std::vector<Copy>> committed;  // groups under way
   // Vector clocks, in a checked launch.

@@ -28,7 +28,7 @@ FLAGS += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "
 FLAGS += ["-Wno-missing-field-initializers"]  # where names say which fields are meant
 FLAGS += [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
 # The checker answers the calls that this makes the compiler insert; kernels alone get them.
-CHECKED = ["-fsanitize=thread,alignment"]
+CHECKED = ["-fsanitize=thread,alignment", "-fsanitize-coverage=trace-pc"]
 # (policy, seed) of runs that differ in order: what hides a bug in one shows it in another.
 ORDERS = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2)]
 
@@ -68,6 +68,15 @@ class Simulator:
     def last_error(self):
         """Why this OS thread's last launch failed, or an empty string."""
         return self.library.simt_last_error().decode()
+
+    @contextmanager
+    def capturing(self):
+        """Host files are told that a CUDA graph is being captured; kernels run nevertheless."""
+        self.library.simt_capture(1)
+        try:
+            yield
+        finally:
+            self.library.simt_capture(0)
 
     @property
     def limits_set(self):

@@ -216,6 +216,16 @@ __global__ void split_cluster_barrier(Args args) {
   args.out[blockIdx.x * kThreads + i] = shared[0][i];
 }
 
+// Lanes 0 to 7 go round the loop once more than the others, and the barrier is for all together.
+template <bool kWrong>
+__global__ void diverged_lanes(Args args) {
+  for (int i = threadIdx.x % 32; i < 40; i += 32)
+    if (i < 32) args.out[blockIdx.x * kThreads + threadIdx.x] = args.in[threadIdx.x];
+  if (!kWrong) __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+}
+
 template <bool kWrong>
 __global__ void neighbour_through_grid(Args args) {
   const int i = threadIdx.x;
@@ -374,6 +384,7 @@ SAMPLE(copy_left_behind, kOneBlock)
 SAMPLE(exchange_unready, kCluster)
 SAMPLE(exchange_and_leave, kCluster)
 SAMPLE(split_cluster_barrier, kCluster)
+SAMPLE(diverged_lanes, kCluster)
 SAMPLE(neighbour_through_grid, kGrid)
 SAMPLE(relaxed_release, kGrid)
 SAMPLE(relaxed_acquire, kGrid)
@@ -406,5 +417,8 @@ EXPORT int launch_as(unsigned blocks, unsigned threads, size_t shared_bytes, boo
                      unsigned cluster, int* out) {
   return iss::simt::launch(iss::coordinates, blocks, threads, shared_bytes, nullptr, cooperative,
                            cluster, out);
+}
+EXPORT int launch_grid(unsigned x, unsigned y, unsigned z, int* out) {
+  return iss::simt::launch(iss::coordinates, dim3(x, y, z), 32, 0, nullptr, false, 1, out);
 }
 EXPORT unsigned round_to_tf32(float x) { return iss::to_tf32(x); }
