@@ -342,6 +342,35 @@ def test_a_label_that_slipped_through_is_no_units(gpu):
     assert weight.tolist() == [[3, 1, 1]] * 4
 
 
+@pytest.mark.parametrize("which", ["row_units", "column_units"])
+def test_labels_are_not_looked_at_during_capture(gpu, which):
+    """Which would wait for the device. Those that a call before it has checked are known."""
+    if not gpu.simulator:
+        pytest.skip("a refusal ends a real capture: test_training_can_be_captured_in_a_graph")
+    weight = torch.ones(2, 2)
+    labels = {"row_units": torch.zeros(2).int(), "column_units": torch.zeros(2).int()}
+    text = f"expected {which} in a CUDA graph to have been checked by a call before it"
+
+    def norms():
+        return ops.group_norms([weight], *([t] for t in labels.values()), 1, 0.0, False).tolist()
+
+    assert norms() == [2]
+    with gpu.simulator.capturing():
+        assert norms() == [2]
+        labels[which] = labels[which].clone()
+        with pytest.raises(RuntimeError, match=f"group_norms_forward: {text}"):
+            norms()
+    assert norms() == [2]
+    labels[which].fill_(-1)  # known no more
+    with gpu.simulator.capturing(), pytest.raises(RuntimeError, match=text):
+        norms()
+    with torch.inference_mode():  # has no version to know it by
+        labels[which] = labels[which].clone()
+    norms()
+    with gpu.simulator.capturing(), pytest.raises(RuntimeError, match=text):
+        norms()
+
+
 def test_training_can_be_captured_in_a_graph(gpu):
     if gpu.simulator:
         pytest.skip("the emulator has no CUDA graphs")

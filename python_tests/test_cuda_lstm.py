@@ -321,6 +321,17 @@ def test_opcheck_of_a_step(gpu):
     opcheck(lib.lstm_step_, tuple(step_inputs(gpu, torch.float32, torch.bfloat16)))
 
 
+def test_packed_sequences_are_refused_during_capture(gpu, tier):
+    if not gpu.simulator or tier == "one step":
+        pytest.skip("a refusal ends a real capture; a single step has no offsets")
+    be(gpu, tier, SMALL, torch.float32)
+    padded = Case("padded", 3, 3, 4, 17)
+    with gpu.simulator.capturing():
+        run(gpu, ours, padded, torch.float32)
+        with pytest.raises(RuntimeError, match="expected padded sequences in a CUDA graph"):
+            run(gpu, ours, SMALL, torch.float32)
+
+
 def test_every_op_has_a_kernel(gpu):
     key = "CPU" if gpu.simulator else "CUDA"
     for name in names_of_ops():

@@ -54,6 +54,7 @@ struct DeviceGuard {
   explicit DeviceGuard(const at::Device&) {}
 };
 inline CudaStream current_stream(const at::Tensor&) { return nullptr; }
+inline bool is_capturing() { return simt::capturing; }
 inline DeviceLimits device_limits(const at::Device&) { return simt::device; }
 inline std::string launch_error(int) { return simt::last_error(); }
 
@@ -63,6 +64,12 @@ using DeviceGuard = c10::cuda::CUDAGuard;
 
 inline CudaStream current_stream(const at::Tensor& t) {
   return c10::cuda::getCurrentCUDAStream(t.device().index()).stream();
+}
+
+// Whether the current stream of the current device is recorded for a graph: nothing may wait for
+// it.
+inline bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
 // For tests: a device taken for a lesser one, so that every plan runs on any.
@@ -116,13 +123,12 @@ inline void check_launch(const char* op, int code) {
 
 // Host memory to the device of `like`, without waiting for the device.
 inline at::Tensor to_device(const at::Tensor& host, const at::Tensor& like) {
+  TORCH_CHECK(!is_capturing(),
+              "iss_kernels: expected padded sequences in a CUDA graph, got batch_sizes, which a "
+              "replay would copy again from host memory that is gone");
 #ifdef SIMT_HOST
   return host;
 #else
-  TORCH_CHECK(
-      c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
-      "iss_kernels: expected padded sequences in a CUDA graph, got batch_sizes, which a replay "
-      "would copy again from host memory that is gone");
   return host.pin_memory().to(like.device(), /*non_blocking=*/true);
 #endif
 }

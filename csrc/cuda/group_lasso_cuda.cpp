@@ -29,8 +29,11 @@ struct IdRange {
   int32_t least, most;
 };
 
-IdRange range_on_device(const Tensor& ids) {
+IdRange range_on_device(const char* op, const char* name, const Tensor& ids) {
   if (ids.numel() == 0) return {-1, -1};
+  TORCH_CHECK(!is_capturing(), op, ": expected ", name,
+              " in a CUDA graph to have been checked by a call before it, got a tensor that was "
+              "not, or has changed since");
   const auto [least, most] = at::aminmax(ids);
   const Tensor both = at::stack({least, most}).cpu();  // waits for the device
   const int32_t* const found = both.const_data_ptr<int32_t>();
@@ -38,9 +41,10 @@ IdRange range_on_device(const Tensor& ids) {
 }
 
 // The same, remembered while the tensor lives and nothing was written to it by an op of torch's.
+// While a graph is captured it must be remembered.
 // Labels change once in a model's life, if ever, and a look at them would make each call wait. What
 // is written behind torch's back may go unnoticed here; kernels take ids out of range for -1.
-IdRange range_of(const Tensor& ids) {
+IdRange range_of(const char* op, const char* name, const Tensor& ids) {
   struct Entry {
     // Also keeps the address from being given to another tensor.
     c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
@@ -50,7 +54,7 @@ IdRange range_of(const Tensor& ids) {
   };
   static std::mutex mutex;
   static auto* const entries = new std::unordered_map<const c10::TensorImpl*, Entry>;
-  if (ids.is_inference()) return range_on_device(ids);  // has no version
+  if (ids.is_inference()) return range_on_device(op, name, ids);  // has no version
   const c10::TensorImpl* const address = ids.unsafeGetTensorImpl();
   const void* const data = ids.const_data_ptr();
   const int64_t version = ids._version();
@@ -60,7 +64,7 @@ IdRange range_of(const Tensor& ids) {
     if (found != entries->end() && found->second.data == data && found->second.version == version)
       return found->second.range;
   }
-  const IdRange range = range_on_device(ids);
+  const IdRange range = range_on_device(op, name, ids);
   const std::lock_guard lock(mutex);
   std::erase_if(*entries, [](const auto& entry) { return entry.second.tensor.expired(); });
   entries->insert_or_assign(
@@ -71,7 +75,7 @@ IdRange range_of(const Tensor& ids) {
 void check_labels(const char* op, const std::vector<Tensor>& row_units,
                   const std::vector<Tensor>& column_units, int64_t units) {
   const auto check = [&](const char* name, const Tensor& ids) {
-    const IdRange range = range_of(ids);
+    const IdRange range = range_of(op, name, ids);
     check_unit_ids(op, name, range.least, range.most, units);
   };
   for (size_t i = 0; i < row_units.size(); ++i) {
