@@ -12,12 +12,23 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 # The CUDA build has an environment of its own, with torch's CUDA build (5.5 GB). It asks for nvcc,
 # not for a GPU. The package is installed there, not used in place, where the _C of .venv is.
 CUDA_TORCH ?= torch==2.14.1
-CUDA_ARCHS ?= 8.0;9.0a;10.0a;12.0+PTX
+CUDA_ARCHS ?= $(shell sed -n 's/^CUDA_ARCHS[^"]*"\([^"]*\)".*/\1/p' setup.py)
 CUDA_BIN   := .venv-cuda/bin
 CUDA_PIP   := $(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check
 CUDA_SOURCES := $(SOURCES) $(shell find csrc iss_kernels -name '*.cu' -o -name '*.py')
 
-.PHONY: build demo test bench lint format clean build-cuda test-gpu bench-gpu
+DIST := build/dist
+define DIST_CHECK
+import torch, iss_kernels as iss
+assert "build/dist/site" in iss.__file__ and "build/dist/site" in iss.backend.native().__file__
+lstm = torch.nn.LSTM(8, 16)
+x = torch.randn(5, 2, 8)
+torch.testing.assert_close(iss.ISSLSTM.from_torch(lstm)(x)[0], lstm(x)[0])
+print("works from its wheel:", iss.__version__, "for torch", iss.build_info()["torch_at_build"])
+endef
+export DIST_CHECK
+
+.PHONY: build demo test bench dist lint format clean build-cuda test-gpu bench-gpu
 build: .venv/built
 demo: .venv/demo
 	$(BIN)/python -m iss_kernels demo $(ARGS)
@@ -25,6 +36,13 @@ test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 bench: .venv/bench
 	$(BIN)/python -m iss_kernels bench $(ARGS)
+# The sdist, and the wheel that a user's pip makes of it, tried where no source is near.
+dist: .venv/built
+	rm -rf $(DIST)
+	$(BIN)/python setup.py --quiet sdist --dist-dir $(DIST)
+	$(BIN)/python -m pip wheel --quiet --no-index --no-build-isolation --no-deps --wheel-dir $(DIST) $(DIST)/*.tar.gz
+	$(PIP) --no-index --no-deps --target $(DIST)/site $(DIST)/*.whl
+	cd $(DIST) && PYTHONPATH=site ISS_KERNELS_REQUIRE=1 $(abspath $(BIN))/python -c "$$DIST_CHECK"
 build-cuda: .venv-cuda/built
 	cd .venv-cuda && bin/python -c 'import iss_kernels as iss; print(*iss.build_info().items(), sep="\n")'
 test-gpu: .venv-cuda/built

@@ -58,6 +58,9 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _info(_: argparse.Namespace) -> int:
     info = build_info()
+    if info["torch_at_build"] != "unknown":
+        same = info["torch_at_build"] == info["torch"]
+        info["torch_at_build"] += ", as now" if same else ", another than now"
     width = max(map(len, info))
     for name, value in info.items():
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import warnings
 from pathlib import Path
@@ -13,18 +14,50 @@ import torch  # first: the extension links to its libraries
 
 BACKENDS = ("extension", "reference")
 
-_C: Any = None
-_why_not = ""
-try:
-    _C = importlib.import_module("iss_kernels._C")
-except ImportError as error:
-    _why_not = str(error)
+# Written by setup.py beside the extension: a file, because an extension built for another torch
+# may not load and so cannot say it.
+_RECORD = Path(__file__).with_name("_C.torch_version")
 
+
+def _torch_at_build() -> str:
+    """The version of torch that the extension was built for, "unknown" without a record."""
+    return _RECORD.read_text().strip() if _RECORD.exists() else "unknown"
+
+
+def _minor(version: str) -> list[str]:
+    """["2", "13"] for "2.13.0+cpu"; torch's C++ interface may change with either number."""
+    return version.split(".")[:2]
+
+
+def _load() -> tuple[Any, str]:
+    """The compiled module and "", or None and why it cannot be used."""
+    built, here = _torch_at_build(), str(torch.__version__)
+    versions = "" if built in ("unknown", here) else f"it was built for torch {built}, not {here}"
+    if versions and _minor(built) != _minor(here):
+        return None, versions  # it might load, and then misread torch's objects
+    try:
+        return importlib.import_module("iss_kernels._C"), ""
+    except ImportError as error:
+        return None, f"{error}; {versions}" if versions else str(error)
+
+
+def _required() -> bool:
+    """Whether the environment asks for an error where the extension does not load."""
+    choice = os.environ.get("ISS_KERNELS_REQUIRE", "")
+    if choice not in ("", "0", "1"):
+        raise ImportError(f"ISS_KERNELS_REQUIRE: expected 0, 1 or unset, got {choice!r}")
+    return choice == "1"
+
+
+_C, _why_not = _load()
 _backend = "extension" if _C is not None else "reference"
+_remedy = "to build it: pip install --no-build-isolation . in its source directory"
+if _required() and _C is None:
+    raise ImportError(f"iss_kernels: the extension did not load ({_why_not}); {_remedy}")
 if _C is None:
     warnings.warn(
-        f"iss_kernels runs in plain torch, slowly: its extension did not load ({_why_not}). "
-        "To build it: pip install --no-build-isolation . in its source directory",
+        "iss_kernels runs in plain torch, slowly: its extension did not load "
+        f"({_why_not}); {_remedy}",
         stacklevel=2,
     )
 
@@ -89,6 +122,7 @@ def build_info() -> dict[str, Any]:
         "version": __version__,
         "backend": _backend,
         "torch": torch.__version__,
+        "torch_at_build": _torch_at_build(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

@@ -2,8 +2,10 @@
 """Which implementation runs: the ISA, the reference, and what happens without the extension."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from iss_kernels.backend import backend, build_info, supported_isas, use_backend
 PROGRAM = "import iss_kernels; print(iss_kernels.build_info()['isa'])"
 
 
-def python(code, **environment):
+def python(code, cwd=None, **environment):
     return subprocess.run(
         [sys.executable, "-W", "default", "-c", code],
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -67,6 +70,83 @@ def test_without_the_extension_one_warning_says_why_and_what_to_type():
     assert result.stderr.count("Warning") == 1
     assert "its extension did not load (import of iss_kernels._C halted" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
+
+
+HERE = torch.__version__
+MINOR = ".".join(HERE.split(".")[:2])
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package that a process started in `tmp_path` imports: (tmp_path, its files)."""
+    source, copy = Path(iss.__file__).parent, tmp_path / "iss_kernels"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("_C*", "demo", "__pycache__"))
+    extension = Path(iss.backend.native().__file__)
+    (copy / extension.name).symlink_to(extension)
+    return tmp_path, copy
+
+
+def imported(folder, **environment):
+    """Import the copy; prints which implementation runs."""
+    code = "import iss_kernels as iss; print(iss.build_info()['backend'])"
+    return python(code, cwd=folder, **{"PYTHONPATH": str(folder), **environment})
+
+
+@pytest.mark.parametrize("record", [None, f"{HERE}\n", f"{MINOR}.99\n"])
+def test_an_extension_for_the_same_minor_version_of_torch_runs(package, record):
+    folder, files = package
+    if record is not None:
+        (files / "_C.torch_version").write_text(record)
+    result = imported(folder, ISS_KERNELS_REQUIRE="1")
+    assert (result.stdout, result.stderr) == ("extension\n", "")
+
+
+REMEDY = "; to build it: pip install --no-build-isolation . in its source directory\n"
+
+
+@pytest.mark.parametrize("built", ["2.9.0+cpu", "3.13.0", "2.130.0"])
+def test_an_extension_for_another_torch_is_refused_in_one_sentence(package, built):
+    folder, files = package
+    (files / "_C.torch_version").write_text(built)
+    sentence = f"its extension did not load (it was built for torch {built}, not {HERE}){REMEDY}"
+    result = imported(folder)
+    assert result.stdout == "reference\n"
+    assert result.stderr.count("Warning") == 1
+    assert sentence in result.stderr
+    result = imported(folder, ISS_KERNELS_REQUIRE="1")
+    assert result.returncode == 1
+    assert result.stderr.splitlines(True)[-1] == "ImportError: iss_kernels: " + sentence.replace(
+        "its", "the", 1
+    )
+
+
+def test_an_extension_that_does_not_load_names_both_versions_of_torch(package):
+    folder, files = package
+    (extension,) = files.glob("_C*.so")
+    extension.unlink()
+    extension.write_bytes(b"not a library")
+    (files / "_C.torch_version").write_text(f"{MINOR}.99")
+    result = imported(folder)
+    assert result.stdout == "reference\n"
+    assert f"; it was built for torch {MINOR}.99, not {HERE}){REMEDY}" in result.stderr
+    (files / "_C.torch_version").write_text(HERE)
+    assert "it was built for" not in imported(folder).stderr
+
+
+@pytest.mark.parametrize(
+    ("choice", "error"),
+    [
+        ("1", "iss_kernels: the extension did not load (import of iss_kernels._C halted; None in "
+              f"sys.modules){REMEDY}"),
+        ("yes", "ISS_KERNELS_REQUIRE: expected 0, 1 or unset, got 'yes'\n"),
+    ],
+)  # fmt: skip
+def test_a_required_extension_that_is_missing_is_an_import_error(choice, error):
+    code = "import sys; sys.modules['iss_kernels._C'] = None; import iss_kernels"
+    result = python(code, ISS_KERNELS_REQUIRE=choice)
+    assert result.returncode == 1
+    assert result.stderr.splitlines(True)[-1] == f"ImportError: {error}"
+    assert python(code, ISS_KERNELS_REQUIRE="0").returncode == 0
 
 
 def test_two_python_threads_may_run_one_model():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from iss_kernels import __main__ as cli
-from iss_kernels import find_groups, shrink
+from iss_kernels import backend, find_groups, shrink
 from iss_kernels.demo import check, show, text, timing, training
 from iss_kernels.demo.model import LanguageModel, detach
 from iss_kernels.demo.run import Demo, ResumeError
@@ -352,11 +352,20 @@ def test_missing_demo_package_says_what_to_type(
     )
 
 
-def test_info_tells_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info"]) == 0
-    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["torch"].strip() == torch.__version__
-    assert lines["backend"].strip() in ("extension", "reference")
+def test_info_tells_what_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for built, said in (
+        ("unknown", "unknown"),
+        (torch.__version__, f"{torch.__version__}, as now"),
+        ("2.9.0+cpu", "2.9.0+cpu, another than now"),
+    ):
+        monkeypatch.setattr(backend, "_torch_at_build", lambda built=built: built)
+        assert cli.main(["info"]) == 0
+        lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        assert lines["torch"].strip() == torch.__version__
+        assert lines["torch at build"].strip() == said
+        assert lines["backend"].strip() in ("extension", "reference")
 
 
 @pytest.mark.parametrize("method", ["gradient", "proximal"])
