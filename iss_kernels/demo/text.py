@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import collections
 import hashlib
+import itertools
+import os
 import platform
 import random
 import re
+import stat
 import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -30,6 +34,9 @@ MIN_COUNT = 3
 HELD_OUT = 0.08
 # The training loop cuts its text into 20 strips and the evaluation into 10: less is no text.
 MIN_TOKENS = {"train": 2000, "valid": 200, "test": 200}
+# Ten times the Penn Treebank. Words take some 20 times the memory of their text.
+MAX_BYTES = 64 << 20  # of each file, unpacked
+MAX_FILES = 100_000  # in a directory
 
 # Names, numbers, and runs of one sign, such as ** and ...; those that only draw a line are dropped.
 _WORD = re.compile(r"[A-Za-z_]+|\d+|([^\w\s])\1*")
@@ -55,7 +62,7 @@ class Text:
         """Differs where any word of the text differs: what a checkpoint is compared by."""
         digest = hashlib.sha256("\n".join(self.vocabulary).encode())
         for part in (self.train, self.valid, self.test):
-            digest.update(part.numpy().tobytes())
+            digest.update(f"\n{len(part)}\n".encode() + part.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -64,7 +71,8 @@ def load(path: Path | None = None) -> Text:
 
     path: a directory or zip with one file for each of train, valid and test in its name (at any
     depth), or one text file, whose lines are split 84 : 8 : 8. Words stand between spaces, a line
-    is a sentence. Raises TextError with one sentence where there is no such text.
+    is a sentence. A file may have MAX_BYTES. Raises TextError with one sentence where there is no
+    such text.
     """
     if path is None:
         return _text(
@@ -76,7 +84,8 @@ def load(path: Path | None = None) -> Text:
         reason = (error.strerror or str(error)).lower()
         raise TextError(f"cannot read {path}: {reason}") from None
     words = [[w for line in part for w in (*line.split(), END)] for part in parts]
-    return _text(str(path), *words)
+    # A file name need not be text; the report is.
+    return _text(os.fsencode(path).decode(errors="replace"), *words)
 
 
 def _text(description: str, train: list[str], valid: list[str], test: list[str]) -> Text:
@@ -148,27 +157,71 @@ def _words(paragraph: str) -> list[str]:
 # -- the user's text
 
 
+# A file's content; called with the name that an error gives the file.
+_Reader = Callable[[str], bytes]
+
+
 def _read(path: Path) -> list[list[str]]:
     """Lines of train, valid and test."""
-    if path.is_dir():
-        files = {str(f.relative_to(path)): f.read_bytes for f in path.rglob("*") if f.is_file()}
-        return _choose(path, files)
-    if path.suffix.lower() == ".zip":
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        inside = list(itertools.islice(path.rglob("*"), MAX_FILES + 1))
+        if len(inside) > MAX_FILES:
+            raise TextError(f"expected at most {MAX_FILES} files in {path}, got more")
+        return _choose(
+            path, {str(f.relative_to(path)): partial(_from_disk, f) for f in inside if f.is_file()}
+        )
+    # To read a device, pipe or socket may never end.
+    if not stat.S_ISREG(mode):
+        raise TextError(f"expected a text file, zip or directory, got another kind of file: {path}")
+    if path.suffix.lower() != ".zip":
+        return _split(_lines(str(path), _from_disk(path, str(path))))
+    with path.open("rb") as file:
         try:
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if not name.endswith("/")]
-                return _choose(path, {name: _reader(archive, name) for name in names})
-        # The last three: damaged, encrypted or oddly compressed members.
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+            with zipfile.ZipFile(file) as archive:
+                members = [info for info in archive.infolist() if not info.is_dir()]
+                return _choose(
+                    path, {info.filename: partial(_unzip, archive, info) for info in members}
+                )
+        except TextError:
+            raise
+        # zipfile, zlib, bz2 and lzma have no common error for what is damaged or encrypted.
+        except Exception:
             raise TextError(f"{path} is not a zip file that can be read") from None
-    return _split(_lines(str(path), path.read_bytes()))
 
 
-def _reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
-    return lambda: archive.read(name)
+def _from_disk(path: Path, name: str) -> bytes:
+    with path.open("rb") as file:
+        return _all(file, name)
 
 
-def _choose(path: Path, files: dict[str, Callable[[], bytes]]) -> list[list[str]]:
+def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> bytes:
+    if info.file_size > MAX_BYTES:
+        raise _too_large(name)
+    with archive.open(info) as file:
+        if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return _all(file, name)
+        # Only those two are unpacked no further than asked for. 45 bytes of bzip2 can hold 46 MB,
+        # whatever the header says: take few at a time.
+        file.MIN_READ_SIZE = 64  # type: ignore[attr-defined]
+        return _all(file, name, step=64)
+
+
+def _all(file: IO[bytes], name: str, step: int = 1 << 16) -> bytes:
+    """What is left in a file, in steps: its size may be unknown or wrong."""
+    content = bytearray()
+    while piece := file.read(step):
+        content += piece
+        if len(content) > MAX_BYTES:
+            raise _too_large(name)
+    return bytes(content)
+
+
+def _too_large(name: str) -> TextError:
+    return TextError(f"expected at most {MAX_BYTES >> 20} MiB of text, got more in {name}")
+
+
+def _choose(path: Path, files: Mapping[str, _Reader]) -> list[list[str]]:
     """Find the three parts by file name, or split the only file."""
     # Archives made on a Mac carry a hidden shadow of every file.
     visible = {
@@ -182,10 +235,11 @@ def _choose(path: Path, files: dict[str, Callable[[], bytes]]) -> list[list[str]
             (n for n in visible if part in Path(n).name.lower()), key=lambda n: (len(n), n)
         )
         if names:
-            parts.append(_lines(f"{names[0]} in {path}", visible[names[0]]()))
+            name = f"{names[0]} in {path}"
+            parts.append(_lines(name, visible[names[0]](name)))
         elif len(visible) == 1:
-            name, read = next(iter(visible.items()))
-            return _split(_lines(f"{name} in {path}", read()))
+            ((only, read),) = visible.items()
+            return _split(_lines(f"{only} in {path}", read(f"{only} in {path}")))
         else:
             raise TextError(f"expected a file with {part!r} in its name in {path}, found none")
     return parts
