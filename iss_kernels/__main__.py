@@ -117,6 +117,7 @@ def _demo(args: argparse.Namespace) -> int:
             if args.resume:
                 demo.resume()
             result = demo.run()
+        show.print_result(result, args.output)
     except (text.TextError, ResumeError) as error:
         return _complain(str(error), USAGE)
     except OSError as error:
@@ -127,7 +128,6 @@ def _demo(args: argparse.Namespace) -> int:
         return _complain(str(error), FAILED)
     except KeyboardInterrupt:
         return _complain(_how_to_resume(args, demo is not None and demo.saved), INTERRUPTED)
-    show.print_result(result, args.output)
     return 0
 
 

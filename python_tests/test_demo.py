@@ -2,8 +2,11 @@
 """The demo from end to end on a tiny recipe; its checkpoints, its checks and its command line."""
 
 import json
+import os
 import re
+import shutil
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,9 +19,9 @@ import torch
 
 from iss_kernels import __main__ as cli
 from iss_kernels import backend, find_groups, shrink
-from iss_kernels.demo import check, show, text, timing, training
+from iss_kernels.demo import check, figures, report, show, text, timing, training
 from iss_kernels.demo.model import LanguageModel, detach
-from iss_kernels.demo.run import Demo, ResumeError
+from iss_kernels.demo.run import Demo, ResumeError, write
 from iss_kernels.demo.training import Recipe, Stage, Trainer
 
 # 12 units of which some die within two short epochs of 5 batches.
@@ -101,8 +104,14 @@ def test_result_has_its_keys(uninterrupted: Demo) -> None:
     assert result["perplexity_before"] > 1
     assert result["perplexity_after"] > 1
     assert result["max_abs_diff"] <= check.TOLERANCE
-    for key in ("torch_ms", "iss_ms", "speedup"):
+    assert result["perplexity_int8"] == pytest.approx(result["perplexity_after"], rel=0.05)
+    for key in ("torch_ms", "small_torch_ms", "iss_ms", "int8_ms", "speedup"):
         assert list(result[key]) == ["1", "10"]
+    for batch, speedup in result["speedup"].items():
+        assert speedup == pytest.approx(
+            result["torch_ms"][batch] / result["iss_ms"][batch], rel=1e-2
+        )
+    assert isinstance(result["noisy"], bool)
     assert [row["stage"] for row in result["history"]] == 2 * ["baseline"] + 2 * ["iss"] + ["tune"]
     assert {"seconds", "seed", "text", "words", "recipe", "machine"} <= set(result)
     assert {"torch", "threads", "backend"} <= set(result["machine"])
@@ -155,6 +164,65 @@ def test_check_notices_nan() -> None:
         small.decoder.bias[0] = float("nan")
     with pytest.raises(check.CheckError):
         check.compare(big, small, kept, tiny_text().test)
+
+
+def test_a_chain_of_torch_lstms_shares_the_weights_of_layers_that_differ() -> None:
+    _, small, _ = sparse_and_small()
+    chain = timing.Chain(small.lstm)
+    assert {id(p) for p in chain.parameters()} == {id(p) for p in small.lstm.parameters()}
+    assert [type(layer) for layer in chain.layers] == [torch.nn.LSTM] * 2
+    x = torch.randn(7, 3, 8)
+    torch.testing.assert_close(chain(x)[0], small.lstm(x)[0])
+
+
+@pytest.mark.parametrize("parameter", ["weight_ih_l1", "bias_hh_l0"])
+def test_timing_compares_the_answers_first(parameter: str) -> None:
+    big, small, kept = sparse_and_small()
+    with torch.no_grad():
+        small.lstm.get_parameter(parameter)[0] += 0.1
+    with pytest.raises(check.CheckError, match="the small nn.LSTM differs from the big nn.LSTM by"):
+        timing.compare(big.lstm, small.lstm, kept[-1], torch.randn(30, 10, 8))
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, *attempts: list[float]) -> dict[str, Any]:
+    """What timing.compare says where the turns of every engine take these seconds."""
+    rows = iter(attempts)
+    monkeypatch.setattr(timing, "BATCHES", (1,))
+    monkeypatch.setattr(timing, "_take_turns", lambda lstms, x: [sorted(next(rows))] * len(lstms))
+    big, small, kept = sparse_and_small()
+    return timing.compare(big.lstm, small.lstm, kept[-1], torch.randn(30, 10, 8))
+
+
+STEADY, WILD, WILDER = [1.0, 1.0, 1.2], [1.0, 2.0, 2.0], [1.0, 5.0, 9.0]
+
+
+def test_timing_is_repeated_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = timed(monkeypatch, WILD, STEADY)
+    assert result["iss_ms"] == result["torch_ms"] == result["int8_ms"] == {"1": 1000.0}
+    assert result["noisy"] is False
+
+
+def test_timing_that_stays_unsteady_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = timed(monkeypatch, WILDER, WILD, WILDER)
+    assert result["iss_ms"] == {"1": 2000.0}
+    assert result["noisy"] is True
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_a_warning_stands_beside_unsteady_numbers(
+    uninterrupted: Demo, capsys: pytest.CaptureFixture[str], noisy: bool
+) -> None:
+    result = json.loads((uninterrupted.output / "result.json").read_text()) | {"noisy": noisy}
+    show.print_result(result, uninterrupted.output)
+    big, _, _ = sparse_and_small()
+    weights = figures.weight_pictures(find_groups(big, torch.zeros(2, 1, dtype=torch.long)))
+    norms = [[1.0], [1.0]]
+    pictures = report.Pictures(norms, norms, norms, weights)
+    for shown in (capsys.readouterr().out, report.html(result, pictures, "")):
+        # A narrow terminal breaks the headings.
+        assert all(engine.split()[-1] in shown for engine in timing.ENGINES.values())
+        assert ("speed-up, batch 1 (noisy)" in shown) == noisy
+        assert (show.NOISY in shown) == noisy
 
 
 def test_detach_keeps_the_form_of_unequal_states() -> None:
@@ -211,20 +279,84 @@ RESUME_ERRORS: dict[str, tuple[Callable[[Path], Demo], str]] = {
         "one's): resume with the same ones, or start anew without --resume",
     ),
     "damaged": (demo, "{p}/checkpoint.pt is not a checkpoint of this demo"),
+    "directory": (demo, "{p}/checkpoint.pt is not a checkpoint of this demo"),
+    "pipe": (demo, "{p}/checkpoint.pt is not a checkpoint of this demo"),
+    "link to itself": (demo, "no checkpoint to resume from: {p}/checkpoint.pt"),
+    "text": (
+        lambda p: Demo(TINY, other_text(), 1, p, Silent()),
+        "{p}/checkpoint.pt was made with other options (text: counting ({0}); now counting ({1})): "
+        "resume with the same ones, or start anew without --resume",
+    ),
 }
+
+
+def other_text() -> text.Text:
+    whole = tiny_text()
+    return replace(whole, train=whole.train.flip(0))
 
 
 @pytest.mark.parametrize("case", RESUME_ERRORS)
 def test_resume_errors(tmp_path: Path, case: str) -> None:
     make, message = RESUME_ERRORS[case]
+    checkpoint = tmp_path / "checkpoint.pt"
     if case == "damaged":
-        (tmp_path / "checkpoint.pt").write_bytes(b"no")
+        checkpoint.write_bytes(b"no")
+    elif case == "directory":
+        checkpoint.mkdir()
+    elif case == "pipe":
+        os.mkfifo(checkpoint)
+    elif case == "link to itself":
+        checkpoint.symlink_to(checkpoint)
     elif case != "none":
         with pytest.raises(KeyboardInterrupt):
             demo(tmp_path, interrupt_after=1).run()
     with pytest.raises(ResumeError) as error:
         make(tmp_path).resume()
-    assert str(error.value) == message.format(p=tmp_path)
+    fingerprints = tiny_text().fingerprint, other_text().fingerprint
+    assert str(error.value) == message.format(*fingerprints, p=tmp_path)
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path, interrupt_after=13).run()
+    checkpoint = tmp_path / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    cut = [whole[:n] for n in (0, 1, 31, 32, 33, *range(100, len(whole), len(whole) // 50))]
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (*cut, whole[:-1], whole + b" ", bytes(flipped)):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(ResumeError, match="is not a checkpoint of this demo"):
+            demo(tmp_path).resume()
+
+
+def _no_model(content: dict[str, Any]) -> None:
+    del content["finished"]["baseline"]["model"]
+
+
+def _no_baseline(content: dict[str, Any]) -> None:
+    del content["finished"]["baseline"]
+
+
+def _no_trainer(content: dict[str, Any]) -> None:
+    del content["trainer"]
+
+
+def _other_shape(content: dict[str, Any]) -> None:
+    content["trainer"]["zeroed"] = torch.zeros(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("change", [_no_model, _no_baseline, _no_trainer, _other_shape])
+def test_a_changed_checkpoint_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path, interrupt_after=13).run()
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ResumeError, match="is not a checkpoint of this demo"):
+        demo(tmp_path).resume()
 
 
 # -- command line
@@ -273,6 +405,84 @@ def test_ctrl_c_says_how_to_resume(
     )
     assert cli.main([*arguments, "--resume"]) == 0
     assert "goes on at batch 7 of" in capsys.readouterr().out
+
+
+def test_resume_finds_the_same_text_under_another_path(
+    book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Demo(TINY, text.load(book), 1, tmp_path / "out", Silent(1)).run()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.TXT").symlink_to(book)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(book, folder)
+    for spelling in ("book.txt", "./book.txt", "folder/../book.txt", "link.TXT", "folder/"):
+        again = Demo(TINY, text.load(Path(spelling)), 1, tmp_path / "out", Silent())
+        again.resume()
+        assert again.saved
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "result.json", "report.html"])
+def test_a_full_disk_gets_one_sentence_and_loses_nothing(
+    tiny: None,
+    book: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["demo", "--quick", "--data", str(book), "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(show, "watcher", lambda: nullcontext(Silent(7)))
+        assert cli.main(arguments) == 130
+    before = (output / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    (output / f"{name}.tmp").symlink_to("/dev/full")
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert capsys.readouterr().err == (
+        f"iss_kernels demo: cannot write to {output}: no space left on device\n"
+    )
+    assert not list(output.glob("*.tmp"))
+    assert ((output / "checkpoint.pt").read_bytes() == before) == (name == "checkpoint.pt")
+    Demo(TINY, text.load(book), 1, output, Silent()).resume()
+
+
+def test_a_full_disk_under_the_log_gets_one_sentence(
+    tiny: None,
+    book: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def print_result(*_: Any) -> None:
+        Path("/dev/full").write_text("table")
+
+    monkeypatch.setattr(show, "print_result", print_result)
+    assert cli.main(["demo", "--quick", "--data", str(book), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(": no space left on device\n")
+
+
+def test_files_are_on_the_disk_before_they_take_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    fsync, replace_file = os.fsync, os.replace
+
+    def noted_fsync(number: int) -> None:
+        done.append("directory" if stat.S_ISDIR(os.fstat(number).st_mode) else "file")
+        fsync(number)
+
+    def noted_replace(one: Path, other: Path) -> None:
+        done.append("replace")
+        replace_file(one, other)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write(tmp_path / "a", b"text")
+    assert done == ["file", "replace", "directory"]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"text"]
 
 
 def test_failed_check_exits_1(

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from iss_kernels.demo import figures
-from iss_kernels.demo.show import TITLES, rows, units
+from iss_kernels.demo.show import HEADINGS, NOISY, TITLES, rows, units
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ def html(result: dict[str, Any], pictures: Pictures, shrink_report: str) -> str:
     }
     return environment.get_template("report.html").render(
         result=result,
+        headings=HEADINGS,
         rows=rows(result),
+        noisy=NOISY,
         units=units,
         titles=TITLES,
         shrink_report=shrink_report,

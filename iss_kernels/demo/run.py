@@ -7,10 +7,12 @@ fine-tuning included; only the second is told to do without the units it does no
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import os
-import pickle
 import platform
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from iss_kernels import GroupLasso, Groups, build_info, find_groups, shrink
+from iss_kernels import GroupLasso, Groups, build_info, find_groups, prepare, shrink
 from iss_kernels.demo import figures, report, timing
 from iss_kernels.demo.check import compare
 from iss_kernels.demo.model import LanguageModel, perplexity, strips
@@ -44,7 +46,7 @@ class Demo:
         )  # fmt: skip
         self.checkpoint = output / "checkpoint.pt"
         self.options = {
-            "text": f"{text.description} ({text.fingerprint})",
+            "text": text.fingerprint,  # wherever it lies
             "seed": seed,
             "recipe": dataclasses.asdict(recipe),
         }
@@ -85,6 +87,9 @@ class Demo:
             "perplexity_before": perplexity(baseline, self.text.test),
             "perplexity_iss": sparse,  # of the sparse model, before fine-tuning
             "perplexity_after": perplexity(small, self.text.test),
+            "perplexity_int8": perplexity(
+                cast(LanguageModel, prepare(small, "int8")), self.text.test
+            ),
             "max_abs_diff": difference,
             **timings,
             **self._circumstances(),
@@ -92,8 +97,9 @@ class Demo:
         pictures = report.Pictures(
             start, _norms(baseline), _norms(big), figures.weight_pictures(groups)
         )
-        write(self.output / "result.json", json.dumps(result, indent=1) + "\n")
-        write(self.output / "report.html", report.html(result, pictures, str(shrink_report)))
+        page = report.html(result, pictures, str(shrink_report))
+        write(self.output / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        write(self.output / "report.html", page.encode())
         return result
 
     def _circumstances(self) -> dict[str, Any]:
@@ -156,28 +162,35 @@ class Demo:
         """Keep what is finished and the stage in work; the file is whole at any moment."""
         content = {
             "options": self.options,
+            "description": self.text.description,
             "finished": self.finished,
             "trainer": trainer.state_dict(),
         }
-        beside = self.checkpoint.with_suffix(".tmp")
-        torch.save(content, beside)
-        os.replace(beside, self.checkpoint)
+        file = io.BytesIO()
+        torch.save(content, file)
+        write(self.checkpoint, file.getvalue() + _digest(file.getvalue()))
         self.saved = True
 
     def resume(self) -> None:
         """Take over the checkpoint; `run` goes on from there. Raises ResumeError."""
         try:
-            content = torch.load(self.checkpoint, weights_only=True)
-            options = content["options"]
-        except FileNotFoundError:
-            raise ResumeError(f"no checkpoint to resume from: {self.checkpoint}") from None
-        # torch.load's errors for a damaged file have no common class.
-        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError,
-                pickle.UnpicklingError):  # fmt: skip
-            raise ResumeError(f"{self.checkpoint} is not a checkpoint of this demo") from None
+            if not self.checkpoint.exists():
+                raise ResumeError(f"no checkpoint to resume from: {self.checkpoint}")
+            # A directory cannot be read, and a pipe may never end.
+            found = self.checkpoint.read_bytes() if self.checkpoint.is_file() else b""
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ResumeError(f"cannot read {self.checkpoint}: {reason}") from None
+        saved, digest = found[:-_DIGEST_BYTES], found[-_DIGEST_BYTES:]
+        if _digest(saved) != digest:
+            raise ResumeError(f"{self.checkpoint} is not a checkpoint of this demo")
+        content = torch.load(io.BytesIO(saved), weights_only=True)
         for option, here in self.options.items():
-            if options[option] != here:
-                there = options[option]
+            there = content["options"][option]
+            if there != here:
+                if option == "text":
+                    there = f"{content['description']} ({there})"
+                    here = f"{self.text.description} ({here})"
                 if option == "recipe":
                     there, here = there["name"], self.recipe.name
                     if there == here:
@@ -188,6 +201,15 @@ class Demo:
                 )
         self.finished, self.interrupted = content["finished"], content["trainer"]
         self.saved = True
+
+
+# A checkpoint ends with the SHA-256 of what comes before, which torch.load leaves aside: by itself
+# it accepts changed bytes, and what it read may lack a key or have another shape.
+_DIGEST_BYTES = 32
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 @torch.no_grad()
@@ -201,8 +223,23 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def write(path: Path, content: str) -> None:
-    """Write a file as a whole or not at all."""
+def write(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all, whatever stops the program or the machine."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    # The new name lasts when the directory is on the disk; not every system can ask for that.
+    with contextlib.suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from iss_kernels.demo.text import printable
+from iss_kernels.demo.timing import ENGINES
 from iss_kernels.demo.training import Trainer
 
 TITLES = {
@@ -113,41 +115,51 @@ def watcher() -> PlainWatcher:
     return BarWatcher(console) if console.is_terminal else PlainWatcher(console)
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The results as (what, before, after, comparison), for the terminal and the report."""
+HEADINGS = ("", *ENGINES.values())
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The results in the columns of HEADINGS, for the terminal and the report."""
     r = result
-    better = r["perplexity_after"] / r["perplexity_before"] - 1
-    table = [
-        ("LSTM units", units(r["hidden_before"]), units(r["hidden_after"]),
-         f"{sum(r['hidden_after']) / sum(r['hidden_before']):.0%}"),
-        ("LSTM parameters", f"{r['params_before']:,}", f"{r['params_after']:,}",
-         f"{r['params_after'] / r['params_before']:.0%}"),
-        ("test perplexity", f"{r['perplexity_before']:.2f}", f"{r['perplexity_after']:.2f}",
-         f"{better:+.1%}"),
-    ]  # fmt: skip
-    for batch, speedup in r["speedup"].items():
-        one, other = r["torch_ms"][batch], r["iss_ms"][batch]
-        table.append(
-            (f"30 steps, batch {batch}", f"{one:.2f} ms", f"{other:.2f} ms",
-             f"{speedup:.1f}x as fast")
-        )  # fmt: skip
+    before, after = units(r["hidden_before"]), units(r["hidden_after"])
+    perplexities = [r[f"perplexity_{name}"] for name in ("before", "after", "after", "int8")]
+    table: list[tuple[str, ...]] = [
+        ("LSTM units", before, after, after, after),
+        ("LSTM parameters", f"{r['params_before']:,}", *[f"{r['params_after']:,}"] * 3),
+        ("test perplexity", *(f"{value:.2f}" for value in perplexities)),
+    ]
+    noisy = " (noisy)" if r["noisy"] else ""
+    for batch in r["speedup"]:
+        times = [r[engine][batch] for engine in ENGINES]
+        table += [
+            (f"30 steps, batch {batch}", *(f"{ms:.2f} ms" for ms in times)),
+            (f"speed-up, batch {batch}{noisy}", *(f"{times[0] / ms:.1f}x" for ms in times)),
+        ]
     return table
+
+
+NOISY = (
+    "The machine was busy: times of the same call differed by more than half, so the speed-ups "
+    "above may mislead; run again (with --resume nothing is trained) when it is idle."
+)
 
 
 def print_result(result: dict[str, Any], output: Path) -> None:
     """The table, and where the files are."""
     console = Console()
     table = Table(title="One LSTM language model, before and after", title_justify="left")
-    table.add_column("", no_wrap=True)
-    table.add_column("baseline, nn.LSTM", justify="right")
-    table.add_column("after ISS, ISSLSTM", justify="right")
-    table.add_column("", justify="right")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for row in rows(result):
         table.add_row(*row)
     console.print(table)
     difference = result["max_abs_diff"]
     same = f"by more than {difference:.0e}" if difference else "in a single bit"
-    PlainWatcher(console).note(
+    say = PlainWatcher(console).note
+    if result["noisy"]:
+        say(NOISY)
+    folder = printable(output)
+    say(
         f"Taking the dead units out changed no answer {same}."
-        f"\nPictures: {output / 'report.html'}   numbers: {output / 'result.json'}"
+        f"\nPictures: {folder}/report.html   numbers: {folder}/result.json"
     )

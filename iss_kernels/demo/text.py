@@ -84,8 +84,12 @@ def load(path: Path | None = None) -> Text:
         reason = (error.strerror or str(error)).lower()
         raise TextError(f"cannot read {path}: {reason}") from None
     words = [[w for line in part for w in (*line.split(), END)] for part in parts]
-    # A file name need not be text; the report is.
-    return _text(os.fsencode(path).decode(errors="replace"), *words)
+    return _text(printable(path), *words)
+
+
+def printable(path: Path) -> str:
+    """A path as text in UTF-8, which a file's name need not be."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _text(description: str, train: list[str], valid: list[str], test: list[str]) -> Text:
