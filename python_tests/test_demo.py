@@ -184,11 +184,16 @@ def test_timing_compares_the_answers_first(parameter: str) -> None:
         timing.compare(big.lstm, small.lstm, kept[-1], torch.randn(30, 10, 8))
 
 
-def timed(monkeypatch: pytest.MonkeyPatch, *attempts: list[float]) -> dict[str, Any]:
-    """What timing.compare says where the turns of every engine take these seconds."""
-    rows = iter(attempts)
+def timed(monkeypatch: pytest.MonkeyPatch, *attempts: tuple[list[float], float]) -> dict[str, Any]:
+    """What timing.compare says of these turns, the same for every engine, and waits."""
+    left = iter(attempts)
+
+    def take_turns(lstms: list[Any], x: torch.Tensor) -> tuple[list[list[float]], float]:
+        turns, waited = next(left)
+        return [turns] * len(lstms), waited
+
     monkeypatch.setattr(timing, "BATCHES", (1,))
-    monkeypatch.setattr(timing, "_take_turns", lambda lstms, x: [sorted(next(rows))] * len(lstms))
+    monkeypatch.setattr(timing, "_take_turns", take_turns)
     big, small, kept = sparse_and_small()
     return timing.compare(big.lstm, small.lstm, kept[-1], torch.randn(30, 10, 8))
 
@@ -196,16 +201,24 @@ def timed(monkeypatch: pytest.MonkeyPatch, *attempts: list[float]) -> dict[str, 
 STEADY, WILD, WILDER = [1.0, 1.0, 1.2], [1.0, 2.0, 2.0], [1.0, 5.0, 9.0]
 
 
-def test_timing_is_repeated_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = timed(monkeypatch, WILD, STEADY)
+@pytest.mark.parametrize("first", [(WILD, 1.0), ([3.0, 3.0, 3.0], 2.0)], ids=["spread", "waiting"])
+def test_timing_is_repeated_on_a_busy_machine(
+    monkeypatch: pytest.MonkeyPatch, first: tuple[list[float], float]
+) -> None:
+    result = timed(monkeypatch, first, (STEADY, 1.1))
     assert result["iss_ms"] == result["torch_ms"] == result["int8_ms"] == {"1": 1000.0}
     assert result["noisy"] is False
 
 
 def test_timing_that_stays_unsteady_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = timed(monkeypatch, WILDER, WILD, WILDER)
+    result = timed(monkeypatch, (WILDER, 1.0), (WILD, 1.0), (STEADY, 4.0))
     assert result["iss_ms"] == {"1": 2000.0}
     assert result["noisy"] is True
+
+
+def test_timing_knows_how_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.time, "thread_time", lambda: 0.0)
+    assert timing._take_turns([torch.neg], torch.ones(1))[1] > timing.STEADY
 
 
 @pytest.mark.parametrize("noisy", [False, True])

@@ -139,8 +139,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 NOISY = (
-    "The machine was busy: times of the same call differed by more than half, so the speed-ups "
-    "above may mislead; run again (with --resume nothing is trained) when it is idle."
+    "The machine was busy while the models were timed, so the speed-ups above may mislead; run "
+    "again when it is idle (with --resume nothing is trained)."
 )
 
 

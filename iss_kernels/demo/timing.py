@@ -22,8 +22,9 @@ from iss_kernels.demo.check import TOLERANCE, CheckError
 BATCHES, STEPS = (1, 10), 30
 ROUNDS = 30
 SECONDS_PER_TURN = 0.02  # many calls per turn, to see past the clock and the other's cache contents
-# Turns of an idle machine differ by some 10 %; a busy neighbour makes them differ by more than
-# this ratio of the ninth decile to the first. Then all turns are taken again, so often at most.
+# On an idle machine turns differ by some 10 % and this thread always runs. A busy neighbour makes
+# the ratio of the turns' ninth decile to the first, or of the time that passes to the time this
+# thread runs, larger than STEADY. Then all turns are taken again, ATTEMPTS times in all at most.
 STEADY, ATTEMPTS = 1.5, 3
 
 # The columns of milliseconds, and what runs.
@@ -87,24 +88,27 @@ def compare(big: ISSLSTM, small: ISSLSTM, kept: Tensor, x: Tensor) -> dict[str, 
 
 
 def _time(lstms: Sequence[Callable[..., Any]], x: Tensor) -> tuple[list[float], bool]:
-    """Median milliseconds per call of each, and whether its turns agree; the best of ATTEMPTS."""
+    """Median milliseconds per call of each, and whether they are steady; the best of ATTEMPTS."""
     best = float("inf"), [0.0]
     for _ in range(ATTEMPTS):
-        turns = _take_turns(lstms, x)
+        turns, waited = _take_turns(lstms, x)
         spread = max(column[len(column) * 9 // 10] / column[len(column) // 10] for column in turns)
-        best = min(best, (spread, [1e3 * statistics.median(column) for column in turns]))
-        if spread <= STEADY:
+        medians = [1e3 * statistics.median(column) for column in turns]
+        best = min(best, (max(spread, waited), medians))
+        if best[0] <= STEADY:
             break
     return best[1], best[0] <= STEADY
 
 
-def _take_turns(lstms: Sequence[Callable[..., Any]], x: Tensor) -> list[list[float]]:
-    """Seconds per call of each in its ROUNDS turns, sorted."""
+def _take_turns(lstms: Sequence[Callable[..., Any]], x: Tensor) -> tuple[list[list[float]], float]:
+    """Sorted seconds per call of each in its ROUNDS turns; time that passed over time we ran."""
     calls = [max(1, round(SECONDS_PER_TURN / _seconds(lstm, x, 3))) for lstm in lstms]
+    begin, ran = time.perf_counter(), time.thread_time()
     turns = [
         [_seconds(lstm, x, n) for lstm, n in zip(lstms, calls, strict=True)] for _ in range(ROUNDS)
     ]
-    return [sorted(column) for column in zip(*turns, strict=True)]
+    waited = (time.perf_counter() - begin) / max(time.thread_time() - ran, 1e-9)
+    return [sorted(column) for column in zip(*turns, strict=True)], waited
 
 
 def _seconds(lstm: Callable[..., Any], x: Tensor, calls: int) -> float:
