@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of a model is independent of it, whatever its modules hold."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from iss_kernels.copying import copied
+
+X = torch.randn(3, 4)
+
+
+class Double(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return 2 * w
+
+
+class Recorder:
+    """Neither a module nor a container, as a trainer or a hook may be."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+def old_weight_norm(layer: nn.Module) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer)
+
+
+def holding(wrap: Callable[[Any], Any]) -> Callable[[nn.Module], None]:
+    return lambda layer: setattr(layer, "held", wrap(layer.weight * 2))
+
+
+def with_a_graph(layer: nn.Module) -> None:
+    loss = layer(X).square().sum()
+    layer.weight.grad = torch.autograd.grad(loss, layer.weight, create_graph=True)[0]
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "plain": lambda layer: None,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.4),
+    "weight_norm": old_weight_norm,
+    "weight_norm as a parametrisation": parametrizations.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "parametrised": lambda layer: parametrize.register_parametrization(layer, "weight", Double()),
+    "a list of tensors": holding(lambda y: [y, {"again": (y, {y})}]),
+    "an object": holding(Recorder),
+    "a partial": holding(lambda y: partial(torch.add, y, other=y)),
+    "a method": holding(lambda y: Recorder(y).__call__),
+    "a hook": lambda layer: layer.register_forward_hook(Recorder(layer.weight * 2)),
+    "a buffer": lambda layer: layer.register_buffer("scaled", layer.weight * 2),
+    "a gradient with a graph": with_a_graph,
+    "itself": lambda layer: layer.__dict__.update(owner=[layer]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_copy_answers_alike_and_shares_nothing(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    CHANGES[name](model[0])
+    expected = model.eval()(X)
+    other = copied(model)
+    assert torch.equal(other(X), expected)
+    assert list(other.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        for key, parameter in other.named_parameters():
+            if key.startswith("0."):
+                parameter.add_(1)
+    assert torch.equal(model(X), expected)
+    assert (other(X) - expected).abs().min() > 0  # computed anew, from the copy's own parameters
+
+
+def test_tensors_that_are_one_stay_one() -> None:
+    model = nn.Linear(4, 2)
+    model.first = model.weight * 2
+    model.second, model.row = [model.first], model.first[0]
+    other = copied(model)
+    assert other.second[0] is other.first is not model.first
+    other.first[0] = 7
+    assert other.row.tolist() == [7] * 4
+
+
+def test_what_the_memo_names_is_not_copied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    prune.l1_unstructured(model[0], "weight", 0.4)
+    stand_in = nn.Identity()
+    assert copied(model, {id(model[0]): stand_in})[0] is stand_in
+
+
+def test_what_cannot_be_copied_is_deepcopys_error() -> None:
+    model = nn.Linear(4, 2)
+    model.held = (step for step in range(3))
+    with pytest.raises(TypeError) as expected:
+        copy.deepcopy(model)
+    with pytest.raises(TypeError) as error:
+        copied(model)
+    assert str(error.value) == str(expected.value)
