@@ -4,13 +4,13 @@
 Every LSTM output carries labels: an int32 tensor of its shape that names each element's unit, -1
 for none. While a copy of the model runs, a torch function that receives a labelled tensor either
 has a rule that says how its result is labelled, or is an error: nothing passes unseen. Labels that
-arrive at a linear layer or an LSTM become the labels of that weight's columns.
+arrive at a linear layer or an LSTM become the labels of that weight's columns. What was found is
+verified by removing units from copies (verify.py).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,8 +20,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from iss_kernels.groups import Family, GroupError, Groups, LabelledWeight
+from iss_kernels.copying import copied
+from iss_kernels.groups import (
+    Family,
+    GroupError,
+    Groups,
+    LabelledBias,
+    LabelledWeight,
+    plain_lstms,
+)
 from iss_kernels.lstm import ISSLSTM
+from iss_kernels.verify import Experiment, Path, call, replaced, tensors
 
 
 def _words(text: str) -> frozenset[str]:
@@ -53,6 +62,8 @@ _METADATA = _words(
     is_nested layout ndim nelement new_empty new_full new_ones new_tensor new_zeros numel
     requires_grad shape size stride"""
 )
+# These tell a model's code how many units there are.
+_SIZES = _words("__len__ nelement numel shape size")
 # A final state copied by one of these is still that state when the model returns it.
 _COPIES = _words("clone contiguous data detach")
 
@@ -62,28 +73,42 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
 
     example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
     keyword arguments; any values that take the model's usual path. A copy of the model runs on
-    them, to follow the units and then to verify the result, so the model stays as it is.
+    them, to follow the units; then copies in eval mode that have lost units must give the answers
+    that a whole one gives where these units are dead, on the example, and with one row more along
+    its first two dimensions if the model takes that. The model stays as it is.
 
-    Left out are LSTMs that the example does not run, and families whose outputs reach the model's
-    own output. (h_n and c_n may: they get as small as the units.) Sizes written into the model's
-    own code, as in y.view(-1, 256), cannot be seen from here: write y.shape[-1] or -1.
+    Families keep one common size (`Groups.tied`) where the answers ask for it: y.chunk(2, -1) of
+    both directions. Left out are LSTMs that the example does not run, and families whose outputs
+    reach the model's own output. (h_n and c_n may: they get as small as the units.)
 
-    Raises GroupError where a unit cannot be followed to all that reads it, or none can leave.
+    Raises GroupError where a unit cannot be followed to all that reads it, where the answers change
+    with a removal, as with sizes written into the model's own code, or where no unit can leave; and
+    for LSTMs whose weights are computed (pruning, weight_norm) or whose forward was replaced.
     """
-    lstms = [n for n, m in model.named_modules() if type(m) is nn.LSTM or isinstance(m, ISSLSTM)]
+    lstms = plain_lstms("find_groups", model)
     if not lstms:
-        raise GroupError("find_groups: expected a model with an nn.LSTM or ISSLSTM, found none")
+        others = [n for n, m in model.named_modules() if isinstance(m, (nn.LSTM, ISSLSTM))]
+        raise GroupError(
+            "find_groups: expected a model with an nn.LSTM or ISSLSTM, found none"
+            + f" but {', '.join(others)}, of a subclass with its own forward" * bool(others)
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
             raise GroupError(
                 "find_groups: expected a model that is neither scripted nor compiled, "
                 f"but {name or 'it'} is"
             )
-    tracer = _Tracer(copy.deepcopy(model), lstms, example_inputs)
+    tracer = _Tracer(copied(model), list(lstms), example_inputs)
     tracer.run()
     groups = tracer.groups(model)
-    tracer.verify(groups)
-    return groups
+    experiment = Experiment(model, example_inputs, tracer.returned, tracer.rows(), tracer.eps)
+    failure = experiment.failure(groups)
+    tied = replace(groups, tied=tracer.ties(groups))
+    if failure and tied.tied != groups.tied and experiment.failure(tied) is None:
+        groups, failure = tied, None
+    if failure:
+        raise tracer.refusal(experiment.culprits(groups), failure)
+    return replace(groups, verified=str(experiment))
 
 
 class _Layout(NamedTuple):
@@ -110,13 +135,14 @@ class _Tracer(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, lstms: list[str], inputs: Any) -> None:
         super().__init__()
-        self.model, self.inputs = model, inputs
-        self.given = {id(tensor) for tensor in _tensors(inputs)}
+        self.model = model
+        self.inputs = replaced(inputs, torch.clone)  # the model may write into them
+        self.given = {id(tensor) for tensor in tensors(self.inputs)}
         self.families: list[Family] = []
         self.layouts = {name: self._number_units(name) for name in lstms}
         named = reversed(list(model.named_parameters(remove_duplicate=False)))
         self.names = {id(parameter): name for name, parameter in named}
-        self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # name -> row units, column units
+        self.weights: dict[str, list[Tensor]] = {}  # name -> units of rows (and columns)
         self.other_uses: dict[str, str] = {}  # parameter name -> a function that has no rule for it
         # id -> (tensor, labels); holding the tensor keeps its id from being given to another.
         self.labels: dict[int, tuple[Tensor, Tensor]] = {}
@@ -125,7 +151,11 @@ class _Tracer(TorchFunctionMode):
         self.stacked: dict[str, bool] = {}  # LSTMs that ran -> whether h_n is one tensor
         self.inside_lstm = False
         self.answer: set[int] = set()  # units that reach the model's own output
-        self.is_answer: list[bool] = []  # of each tensor that the model returns: else a final state
+        self.returned: list[Path] = []  # where the model returns final states
+        self.by_position: list[tuple[str, Tensor]] = []  # functions that rearranged these units
+        self.by_size: list[tuple[str, Tensor]] = []  # functions that told the size of these
+        self.called: set[nn.Module] = set()
+        self.eps = 0.0  # of the least precise floating dtype that was seen
 
     def _number_units(self, name: str) -> list[list[_Layout]]:
         """Give ids to the units of an LSTM: a layout for each [layer][direction]."""
@@ -147,65 +177,24 @@ class _Tracer(TorchFunctionMode):
     def _add_family(self, name: str, lstm: str, size: int) -> Tensor:
         start = self.families[-1].units.stop if self.families else 0
         self.families.append(Family(name, lstm, start, size))
-        return torch.arange(start, start + size, dtype=torch.int32)
+        return _ids(self.families[-1])
 
     def run(self) -> None:
         """Run the model on the example inputs and note which units its own output holds."""
-        handles = []
         for name in self.layouts:
-            lstm = self.model.get_submodule(name)
-            # Within the user's own hooks, so that these are followed like the rest of the model.
-            enter, leave = partial(self._enter_lstm, name), partial(self._leave_lstm, name)
-            handles.append(lstm.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(lstm.register_forward_hook(leave, prepend=True))
+            # Within the user's own hooks, so that these are followed like the rest of the model;
+            # in the place of forward, which a wrapper may call without hooks.
+            lstm: Any = self.model.get_submodule(name)
+            lstm.forward = partial(self._run_lstm, name, lstm, lstm.forward)
+        for module in self.model.modules():
+            module.register_forward_pre_hook(lambda module, _: self.called.add(module))
         with self:
-            output = self._call_model()
-        for tensor in output:
-            if id(tensor) in self.labels and id(tensor) not in self.states:
+            output = call(self.model, self.inputs)
+        for path, tensor in output.items():
+            if id(tensor) in self.states:
+                self.returned.append(path)
+            elif id(tensor) in self.labels:
                 self.answer.update(self.labels[id(tensor)][1].flatten().tolist())
-        self.is_answer = [id(tensor) not in self.states for tensor in output]
-        for handle in handles:
-            handle.remove()
-
-    @torch.no_grad()
-    def _call_model(self) -> list[Tensor]:
-        """The tensors that the model returns, from the same random state every time."""
-        cuda = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(cuda):
-            if isinstance(self.inputs, Mapping):
-                return list(_tensors(self.model(**self.inputs)))
-            if isinstance(self.inputs, tuple) and not isinstance(self.inputs, PackedSequence):
-                return list(_tensors(self.model(*self.inputs)))
-            return list(_tensors(self.model(self.inputs)))
-
-    @torch.no_grad()
-    def verify(self, groups: Groups) -> None:
-        """Look for a missed path by experiment: one through vmap, say, or a C++ extension.
-
-        With zeros in all weights that read units, their values must not change the answers.
-        """
-        answers: list[list[Tensor]] = []
-        for shift in (0, 1):
-            for weight in groups.weights:
-                parameter = self.model.get_parameter(weight.name)
-                rows, columns = weight.row_units >= 0, weight.column_units >= 0
-                parameter[rows] += shift
-                # Where cells and outputs both leave, outputs must not be zero for lack of cells.
-                if not ("weight_hr_" in weight.name and rows.any()):
-                    parameter[:, columns] = 0
-            output = zip(self._call_model(), self.is_answer, strict=True)
-            answers.append([tensor for tensor, is_answer in output if is_answer])
-        for one, two in zip(*answers, strict=True):
-            if one.shape == two.shape and torch.allclose(
-                one.double(), two.double(), equal_nan=True
-            ):
-                continue
-            raise GroupError(
-                "find_groups: some output of "
-                + ", ".join(family.name for family in groups.families)
-                + " reaches the model's answers in a way that no torch function shows "
-                "(vmap, a C++ extension, random numbers of its own?)"
-            )
 
     def groups(self, model: nn.Module) -> Groups:
         """What was found, with new ids for the units that can leave."""
@@ -224,38 +213,96 @@ class _Tracer(TorchFunctionMode):
             else:
                 tied.append(names)
         families: list[Family] = []
-        renumber = torch.full((self.families[-1].units.stop + 1,), -1, dtype=torch.int32)
+        renumber = _none(self.families[-1].units.stop + 1)
         for family in self.families:
             if family.lstm in self.stacked and family.name not in fixed:
                 start = families[-1].units.stop if families else 0
                 families.append(replace(family, start=start))
-                renumber[family.start : family.units.stop] = torch.tensor(families[-1].units)
+                renumber[family.start : family.units.stop] = _ids(families[-1])
         if not families:
             raise GroupError(
                 "find_groups: expected units that can leave, but the outputs of "
                 + ", ".join(family.name for family in self.families)
                 + " are the model's own or not computed"
             )
-        weights = []
+        weights, biases = [], []
         for name in [name for name, _ in model.named_parameters() if name in self.weights]:
             # The last place of renumber is -1, and so are units that cannot leave.
-            rows, columns = (renumber[units.long()] for units in self.weights[name])
-            if (rows >= 0).any() or (columns >= 0).any():
-                weights.append(LabelledWeight(name, rows, columns))
-        return Groups(model, families, weights, tied)
+            units = [renumber[units.long()] for units in self.weights[name]]
+            if (torch.cat(units) < 0).all():
+                continue
+            self._check_sharing(name)
+            if len(units) == 2:
+                weights.append(LabelledWeight(name, *units))
+            else:
+                biases.append(LabelledBias(name, *units))
+        return Groups(model, families, weights, tied, biases)
+
+    def _check_sharing(self, name: str) -> None:
+        """A module that shares a weight which leaves in part must have run, to be followed."""
+        parameter = self.model.get_parameter(name)
+        for other, shared in self.model.named_parameters(remove_duplicate=False):
+            owner = self.model.get_submodule(other.rpartition(".")[0])
+            if shared is parameter and owner not in self.called:
+                raise self._error(
+                    torch.cat(self.weights[name]), name,
+                    f"it is also {other}, in a module that the example does not run",
+                )  # fmt: skip
+
+    def rows(self) -> dict[str, list[tuple[str, str]]]:
+        """Names of the families of h and c, by layer and direction, for every LSTM."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for lstm in self.layouts:
+            own = [family.name for family in self.families if family.lstm == lstm]
+            kinds = len(own) // sum(map(len, self.layouts[lstm]))  # 2: a cell, then its output
+            rows[lstm] = list(zip(own[kinds - 1 :: kinds], own[::kinds], strict=True))
+        return rows
+
+    def ties(self, groups: Groups) -> list[list[str]]:
+        """Ties, with those that code needs which takes the parts of a tensor to be alike."""
+        sizes = {family.name: family.size for family in groups.families}
+        tied = [set(names) for names in groups.tied]
+        for _, labels in self.by_position:
+            names = {name for name in self._names_of(labels) if name in sizes}
+            if len({sizes[name] for name in names}) == 1:
+                joined = [others for others in tied if others & names]
+                tied = [others for others in tied if not others & names]
+                tied.append(names.union(*joined))
+        return [[name for name in sizes if name in names] for names in tied if len(names) > 1]
+
+    def refusal(self, families: list[str], failure: str) -> GroupError:
+        """What to say where a copy without units of these families fails."""
+        labels = torch.cat([_ids(f) for f in self.families if f.name in families])
+        rearranged, measured = (
+            ", ".join(
+                dict.fromkeys(name for name, units in calls if torch.isin(units, labels).any())
+            )
+            for calls in (self.by_position, self.by_size)
+        )
+        copy = f"a copy without some of its units {failure}"
+        if rearranged:
+            return self._error(labels, rearranged, f"{copy}, as where code picks units by position")
+        hint = f"a number computed from its {measured}, " * bool(measured)
+        return GroupError(
+            f"find_groups: some output of {', '.join(families)} reaches the model's answers in a "
+            f"way that no torch function shows ({hint}a width written into the code, vmap, a C++ "
+            f"extension, random numbers of its own?): {copy}"
+        )
 
     def _read_as_one(self) -> Iterator[list[str]]:
         """Names of families whose states are rows of one tensor that the model's code reads."""
+        rows = self.rows()
         for lstm in sorted(self.looked_into):
-            own = [family.name for family in self.families if family.lstm == lstm]
-            rows = sum(len(layer) for layer in self.layouts[lstm])
-            kinds = len(own) // rows  # 2 with a projection, where cells and outputs alternate
-            if rows > 1:
-                yield from (own[kind::kinds] for kind in range(kinds))
+            outputs, cells = zip(*rows[lstm], strict=True)
+            for names in dict.fromkeys((cells, outputs)) if len(cells) > 1 else ():
+                yield list(names)
+
+    def _names_of(self, labels: Tensor) -> list[str]:
+        units = set(labels.flatten().tolist())
+        return [family.name for family in self.families if units & set(family.units)]
 
     def _error(self, labels: Tensor, operation: str, why: str) -> GroupError:
-        units = set(labels.flatten().tolist())
-        families = ", ".join(family.name for family in self.families if units & set(family.units))
+        families = ", ".join(self._names_of(labels))
         return GroupError(
             f"find_groups: cannot follow the output of {families} through {operation}: {why}"
         )
@@ -263,35 +310,56 @@ class _Tracer(TorchFunctionMode):
     # -- Labels of tensors and weights
 
     def _set(self, tensor: Tensor, labels: Tensor) -> None:
-        self.labels[id(tensor)] = (tensor, labels.to(tensor.device))
+        """Label a tensor, in its own layout: what can be done to it can be done to its labels."""
+        laid_out = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=torch.int32, device=tensor.device
+        )
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0 and tensor.size(dim) > 1:  # expanded, so alike along it
+                laid_out, labels = laid_out.narrow(dim, 0, 1), labels.narrow(dim, 0, 1)
+        laid_out.copy_(labels)
+        self.labels[id(tensor)] = (tensor, laid_out.expand(tensor.shape))
 
     def _columns(self, tensor: Tensor, operation: str) -> Tensor:
         """Labels of the last dimension, [C] int32."""
         if id(tensor) not in self.labels:
-            return torch.full(tensor.shape[-1:], -1, dtype=torch.int32)
+            return _none(tensor.shape[-1])
         labels = self.labels[id(tensor)][1].cpu()
         columns = labels.reshape(-1, labels.shape[-1])[0]
         if (labels != columns).any():
             raise self._error(labels, operation, "its units are not in the last dimension alone")
         return columns
 
-    def _label_weight(self, weight: Tensor, rows: Tensor, columns: Tensor, operation: str) -> None:
-        labels, name = torch.cat([rows, columns]), self.names.get(id(weight))
+    def _label_weight(self, weight: Tensor, operation: str, *units: Tensor) -> None:
+        """Label the rows of a bias, or the rows and the columns of a weight."""
+        labels, name = torch.cat(units), self.names.get(id(weight))
         if name is None:
             if (labels >= 0).any():
                 raise self._error(labels, operation, "its weight is not a parameter of the model")
             return
-        before = torch.cat(self.weights.setdefault(name, (rows, columns)))
+        before = torch.cat(self.weights.setdefault(name, list(units)))
         if not torch.equal(before, labels):
             labels = torch.cat([labels, before])
             raise self._error(labels, operation, f"{name} is used twice and reads other units")
 
     # -- LSTM modules
 
-    def _enter_lstm(self, name: str, lstm: Any, args: Any, kwargs: Any) -> None:
+    def _run_lstm(self, name: str, lstm: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """The LSTM's forward, between labels for its weights and labels for what it returns."""
+        if self.inside_lstm:  # ISSLSTM calls itself for `lengths`
+            return forward(*args, **kwargs)
+        self.inside_lstm = True
+        self._enter_lstm(name, lstm, *args, **kwargs)
+        result = forward(*args, **kwargs)
+        self._leave_lstm(name, result)
+        self.inside_lstm = False
+        return result
+
+    def _enter_lstm(
+        self, name: str, lstm: Any, input: Any, hx: Any = None, *_: Any, **__: Any
+    ) -> None:
         operation = name or "the LSTM"
-        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-        for state in _tensors(given.get("hx")):
+        for state in tensors(hx):
             if id(state) in self.labels and self.states.get(id(state)) != name:
                 units = self.labels[id(state)][1]
                 raise self._error(units, operation, "it is an initial state there")
@@ -300,26 +368,28 @@ class _Tracer(TorchFunctionMode):
                     f"find_groups: expected the initial state of {operation} from the model's "
                     "inputs or none (zeros), got one made inside, whose size cannot follow"
                 )
-        x = given["input"][0] if isinstance(given["input"], PackedSequence) else given["input"]
-        columns = self._columns(x, operation)
+        columns = self._columns(input[0] if isinstance(input, PackedSequence) else input, operation)
         for layer in self.layouts[name]:
             for suffix, cells, outputs in layer:
                 gates = cells.repeat(4)
-                labelled = {"ih": (gates, columns), "hh": (gates, outputs), "hr": (outputs, cells)}
-                for kind, labels in list(labelled.items())[: 2 + (outputs is not cells)]:
-                    self._label_weight(getattr(lstm, f"weight_{kind}_{suffix}"), *labels, operation)
+                self._label_weight(getattr(lstm, f"weight_ih_{suffix}"), operation, gates, columns)
+                self._label_weight(getattr(lstm, f"weight_hh_{suffix}"), operation, gates, outputs)
+                if outputs is not cells:
+                    weight_hr = getattr(lstm, f"weight_hr_{suffix}")
+                    self._label_weight(weight_hr, operation, outputs, cells)
+                for kind in ("ih", "hh") if lstm.bias else ():
+                    self._label_weight(getattr(lstm, f"bias_{kind}_{suffix}"), operation, gates)
             columns = torch.cat([layout.outputs for layout in layer])
-        self.inside_lstm = True
+        self.called.add(lstm)
 
-    def _leave_lstm(self, name: str, lstm: Any, args: Any, result: Any) -> None:
-        self.inside_lstm = False
+    def _leave_lstm(self, name: str, result: Any) -> None:
         y, (h_n, c_n) = result
         y = y[0] if isinstance(y, PackedSequence) else y
         layers = self.layouts[name]
         self._set(y, torch.cat([layout.outputs for layout in layers[-1]]).expand(y.shape))
         self._set_state(h_n, [[layout.outputs for layout in layer] for layer in layers])
         self._set_state(c_n, [[layout.cells for layout in layer] for layer in layers])
-        self.states |= {id(state): name for state in _tensors((h_n, c_n))}
+        self.states |= {id(state): name for state in tensors((h_n, c_n))}
         self.stacked[name] = isinstance(h_n, Tensor)
 
     def _set_state(self, state: Any, units: Any) -> None:
@@ -329,7 +399,7 @@ class _Tracer(TorchFunctionMode):
                 self._set_state(part, its_units)
             return
         if not isinstance(units, Tensor):
-            units = torch.stack(list(_tensors(units)))
+            units = torch.stack(list(tensors(units)))
             units = units.view(len(units), *[1] * (state.dim() - 2), -1)
         self._set(state, units.expand(state.shape))
 
@@ -343,21 +413,25 @@ class _Tracer(TorchFunctionMode):
         if name == "__iter__":
             return iter(self.__torch_function__(torch.unbind, types, args))
         result = func(*args, **kwargs)
+        if name not in _METADATA:
+            dtypes = {tensor.dtype for tensor in tensors(result) if tensor.is_floating_point()}
+            self.eps = max([self.eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
         if self.inside_lstm:
             return result
-        tensors = list(_tensors((args, kwargs)))
-        self.looked_into.update(self.states[id(t)] for t in tensors if id(t) in self.states)
+        given = list(tensors((args, kwargs)))
+        self.looked_into.update(self.states[id(t)] for t in given if id(t) in self.states)
         if name in _METADATA:
+            if name in _SIZES and id(args[0]) in self.labels:
+                self.by_size.append((name, self.labels[id(args[0])][1].cpu()))
             return result
-        call = _Call(name, func, args, kwargs, tensors[:1] if name in _LIKES else tensors, result)
+        call = _Call(name, func, args, kwargs, given[:1] if name in _LIKES else given, result)
         weight = (args[1] if len(args) > 1 else kwargs["weight"]) if name == "linear" else None
-        for tensor in tensors:
+        for tensor in given:
             if id(tensor) in self.names and tensor is not weight:
                 self.other_uses.setdefault(self.names[id(tensor)], name)
         if weight is not None and weight.dim() == 2:
             columns = self._columns(args[0] if args else kwargs["input"], name)
-            rows = torch.full((len(weight),), -1, dtype=torch.int32)
-            self._label_weight(weight, rows, columns, name)
+            self._label_weight(weight, name, _none(len(weight)), columns)
         elif any(id(tensor) in self.labels for tensor in call.tensors):
             self._label_result(call)
         if name in _COPIES and id(args[0]) in self.states:
@@ -368,7 +442,7 @@ class _Tracer(TorchFunctionMode):
         """Apply the rule of a function that received labelled tensors."""
         labelled = [tensor for tensor in call.tensors if id(tensor) in self.labels]
         in_place = call.name.rstrip("_") + "_" == call.name or call.name.startswith("__i")
-        first = labelled[0] is next(_tensors((call.args, call.kwargs)))
+        first = labelled[0] is next(tensors((call.args, call.kwargs)))
         if "out" in call.kwargs or (in_place and not first):
             self._fail(call)
         elif call.name in _JOINS or (call.name in _MOVES and first and len(labelled) == 1):
@@ -398,12 +472,15 @@ class _Tracer(TorchFunctionMode):
 
         if any(isinstance(argument, torch.dtype) for argument in call.args):
             self._fail(call)  # view(dtype) reinterprets the bits
-        args, kwargs = _replaced((call.args, call.kwargs), labels_of)
+        args, kwargs = replaced((call.args, call.kwargs), labels_of)
         moved = call.function(*args, **kwargs)
-        for result, labels in zip(_tensors(call.result), _tensors(moved), strict=True):
+        for result, labels in zip(tensors(call.result), tensors(moved), strict=True):
             # What is not int32 are no labels, but the sizes of a packed batch.
             if labels.dtype == torch.int32 and (labels >= 0).any():
                 self._set(result, labels)
+            before = self.labels.get(id(call.tensors[0]))
+            if call.name in _MOVES and before and not _same_rows(before[1], labels):
+                self.by_position.append((call.name, before[1].cpu()))
 
     def _keep(self, call: _Call, labelled: list[Tensor]) -> None:
         """Elementwise: labels stay where everything mixed in is cut alike, or need not be cut."""
@@ -430,7 +507,7 @@ class _Tracer(TorchFunctionMode):
         reduced = labels.amax(dim, keepdim)
         if not torch.equal(reduced, labels.amin(dim, keepdim)):
             self._fail(call, "it reduces over the units")
-        for result in _tensors(call.result):
+        for result in tensors(call.result):
             self._set(result, reduced)
 
 
@@ -442,23 +519,17 @@ def _name(function: Any) -> str:
     return function.__self__.__name__ if name == "__get__" else name
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers and plain objects (as a model may take or return)."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        yield from _tensors(list(tree.values()))
-    elif isinstance(tree, (tuple, list)):
-        for part in tree:
-            yield from _tensors(part)
-    elif hasattr(tree, "__dict__") and not callable(tree):
-        yield from _tensors(vars(tree))
+def _none(size: int) -> Tensor:
+    """Labels of what is of no unit."""
+    return torch.full((size,), -1, dtype=torch.int32, device="cpu")
 
 
-def _replaced(tree: Any, function: Any) -> Any:
-    """A copy of nested arguments with `function` applied to every tensor."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _replaced(value, function) for key, value in tree.items()}
-    return type(tree)(_replaced(t, function) for t in tree) if type(tree) in (tuple, list) else tree
+def _ids(family: Family) -> Tensor:
+    return torch.tensor(family.units, dtype=torch.int32, device="cpu")
+
+
+def _same_rows(one: Tensor, two: Tensor) -> bool:
+    """Whether both labels are one row of units, and the same."""
+    rows = [labels.reshape(-1, labels.shape[-1]) for labels in (one, two) if labels.dim() > 0]
+    shapes = {row.shape[-1] for row in rows}
+    return len(rows) == 2 and len(shapes) == 1 and all(bool((r == rows[0][0]).all()) for r in rows)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from iss_kernels import ops
 from iss_kernels.groups import Groups
-from iss_kernels.target import Target
+from iss_kernels.target import Target, check_int
 
 
 class GroupLasso:
@@ -75,6 +75,7 @@ class GroupLasso:
                 raise ValueError(f"GroupLasso: expected strength >= 0 for {name}, got {value}")
         if not (eps > 0 and math.isfinite(eps)):
             raise ValueError(f"GroupLasso: expected eps > 0 and finite, got {eps}")
+        check_int("warmup", warmup)
         if warmup < 0:
             raise ValueError(f"GroupLasso: expected warmup >= 0, got {warmup}")
         if target is None and horizon is not None:
@@ -83,7 +84,9 @@ class GroupLasso:
         self.eps = eps
         self.paper_overlap = paper_overlap
         self._strengths = torch.tensor(  # of each unit, [units]
-            [by_name[f.name] for f in groups.families for _ in f.units], dtype=torch.float64
+            [by_name[f.name] for f in groups.families for _ in f.units],
+            dtype=torch.float64,
+            device="cpu",
         )
         self._rows = [weight.row_units for weight in groups.weights]
         self._columns = [weight.column_units for weight in groups.weights]
@@ -143,8 +146,7 @@ class GroupLasso:
         What makes the zeros exact when the gradient is used: the paper runs it after each step.
         Raises ValueError for a threshold that is negative or not finite.
         """
-        if not (threshold >= 0 and math.isfinite(threshold)):
-            raise ValueError(f"GroupLasso: expected threshold >= 0 and finite, got {threshold}")
+        _check_step("threshold", threshold)
         weights = self._weights()
         ops.threshold_(weights, self._rows, self._columns, threshold)
         if self.reached:
@@ -166,11 +168,9 @@ class GroupLasso:
         the exact operator to first order in step; they differ by O(step^2). As with the exact
         operator a unit leaves as a whole, its weights set to zero together, here where its norm is
         at most step * strength: what is left is a unit that can be removed, not a thinned one.
-
         Raises ValueError for a step that is negative or not finite.
         """
-        if not (step >= 0 and math.isfinite(step)):
-            raise ValueError(f"GroupLasso: expected step >= 0 and finite, got {step}")
+        _check_step("step", step)
         weights = self._weights()
         norms = self._norms(weights)
         factors = self._held((1 - step * self._step(norms) / norms).clamp_min(0))
@@ -259,3 +259,8 @@ class GroupLasso:
         self._rows = [rows.to(device) for rows in self._rows]
         self._columns = [columns.to(device) for columns in self._columns]
         return weights
+
+
+def _check_step(argument: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"GroupLasso: expected {argument} >= 0 and finite, got {value}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights leave with which unit: matrices whose rows and columns carry unit ids.
+"""Which parameters leave with which unit: their rows and columns carry unit ids.
 
 `find_groups` (find.py) makes these for a model; the lasso, `shrink` and the pictures all walk the
 same labels.
@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from iss_kernels.lstm import ISSLSTM
 
 
 class GroupError(ValueError):
@@ -49,24 +53,43 @@ class LabelledWeight:
     column_units: Tensor
 
 
+@dataclass(frozen=True)
+class LabelledBias:
+    """A bias [R] by its parameter name, with row_units [R] as a weight has them.
+
+    Its elements are cut with their units, and not penalised.
+    """
+
+    name: str
+    row_units: Tensor
+
+
 @dataclass
 class Groups:
     """The units of a model and the weights that leave with each (Wen et al. 2018, section 3.1).
 
     Parameters are looked up by name in `model` whenever they are used, so moving it or loading a
     state_dict leaves nothing stale. tied: names of families that must keep one common size, because
-    the model's code reads the final states of them all from one tensor.
+    the model's code takes them from one tensor: final states, or parts of equal width. verified: on
+    which inputs models without some of the units were compared with the whole one.
     """
 
     model: nn.Module
     families: list[Family]
     weights: list[LabelledWeight]
     tied: list[list[str]] = field(default_factory=list)
+    biases: list[LabelledBias] = field(default_factory=list)
+    verified: str = ""
 
     @property
     def units(self) -> int:
         """Number of units in all families."""
         return self.families[-1].units.stop
+
+    @property
+    def labelled(self) -> list[LabelledWeight | LabelledBias]:
+        """All that is cut when a unit leaves."""
+        return [*self.weights, *self.biases]
 
     def parameters(self) -> list[nn.Parameter]:
         """The labelled weights themselves, in the order of `weights`."""
@@ -83,7 +106,7 @@ class Groups:
         A unit is dead when all its outgoing weights, the columns labelled with it, are exactly
         zero: then its value reaches nothing, whatever its gates and biases hold.
         """
-        alive = torch.zeros(self.units, dtype=torch.bool)
+        alive = torch.zeros(self.units, dtype=torch.bool, device="cpu")
         for weight, parameter in zip(self.weights, self.parameters(), strict=True):
             columns = weight.column_units
             alive[columns[(columns >= 0) & (parameter != 0).any(0).cpu()].long()] = True
@@ -97,16 +120,22 @@ class Groups:
         for a name or a size that the groups do not have.
         """
         sizes = {family.name: family.size for family in self.families}
-        chosen = self.by_family(torch.zeros(self.units, dtype=torch.bool))
+        chosen = self.by_family(torch.zeros(self.units, dtype=torch.bool, device="cpu"))
         for name, mask in units.items():
-            if name not in sizes or mask.shape != (sizes[name],) or mask.dtype != torch.bool:
+            is_tensor = isinstance(mask, Tensor)
+            if (
+                name not in sizes
+                or not is_tensor
+                or (mask.shape, mask.dtype) != ((sizes[name],), torch.bool)
+            ):
                 expected = ", ".join(f"{family} [{size}]" for family, size in sizes.items())
+                got = f"{list(mask.shape)} {mask.dtype}" if is_tensor else type(mask).__name__
                 raise ValueError(
-                    f"zero_units_: expected bool masks for {expected}, "
-                    f"got {name} {list(mask.shape)} {mask.dtype}"
+                    f"zero_units_: expected bool masks for {expected}, got {name} {got}"
                 )
             chosen[name] = mask.cpu()
-        padded = torch.cat([*chosen.values(), torch.zeros(1, dtype=torch.bool)])  # [-1]: no unit
+        no_unit = torch.zeros(1, dtype=torch.bool, device="cpu")
+        padded = torch.cat([*chosen.values(), no_unit])  # no_unit at -1
         for weight, parameter in zip(self.weights, self.parameters(), strict=True):
             rows, columns = padded[weight.row_units.long()], padded[weight.column_units.long()]
             parameter.masked_fill_((rows[:, None] | columns[None, :]).to(parameter.device), 0)
@@ -117,4 +146,33 @@ class Groups:
             readers = [w.name for w in self.weights if family.start in w.column_units]
             table.append((family.name, str(family.size), ", ".join(readers)))
         width = max(len(name) for name, _, _ in table)
-        return "\n".join(f"{name:<{width}}  {size:>5}  {readers}" for name, size, readers in table)
+        lines = [f"{name:<{width}}  {size:>5}  {readers}" for name, size, readers in table]
+        lines += [f"one common size: {', '.join(names)}" for names in self.tied]
+        return "\n".join([*lines, f"verified: {self.verified}"] if self.verified else lines)
+
+
+def plain_lstms(function: str, model: nn.Module) -> dict[str, Any]:
+    """{name: module} of every nn.LSTM and ISSLSTM, but of no subclass with a forward of its own.
+
+    Raises GroupError, in the name of `function`, for one that `shrink` could not rebuild: its
+    weights are computed from other parameters, or its forward is not that of its class.
+    """
+    lstms = {}
+    for name, module in model.named_modules():
+        if type_before_parametrizations(module) not in (nn.LSTM, ISSLSTM):
+            continue
+        lstm: Any = module
+        computed = [w for w in sum(lstm._all_weights, []) if w not in lstm._parameters]
+        if computed:
+            raise GroupError(
+                f"{function}: expected LSTMs whose weights are parameters, got {name or 'one'} "
+                f"whose {computed[0]} is computed (pruning, weight_norm or another "
+                "parametrisation): remove that first"
+            )
+        if "forward" in vars(lstm):
+            raise GroupError(
+                f"{function}: expected LSTMs with the forward of their class, "
+                f"got {name or 'one'} with another, which shrink could not keep"
+            )
+        lstms[name] = lstm
+    return lstms

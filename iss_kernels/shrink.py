@@ -2,21 +2,22 @@
 """Takes units out of a model for good: a new, smaller model that gives the same answers.
 
 Which units stay is decided per family; then every labelled weight loses the rows and columns of the
-others, and every bias the elements of their gates. LSTMs become ISSLSTMs, which hold unequal sizes.
+others, and every labelled bias their elements. LSTMs become ISSLSTMs, which hold unequal sizes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from iss_kernels.copying import copied
 from iss_kernels.group_lasso import GroupLasso
-from iss_kernels.groups import Groups
+from iss_kernels.groups import Groups, LabelledWeight, plain_lstms
 from iss_kernels.lstm import ISSLSTM, take_over
 
 
@@ -66,143 +67,164 @@ def shrink(
     sizes differ (see ISSLSTM). Raises ValueError for arguments that do not fit together or do not
     fit the groups.
     """
-    groups = replace(groups, model=model)
-    _check(groups, keep, ratio, round_to)
-    kept = _kept(groups, keep, ratio, round_to)
-    small = copy.deepcopy(model)
-    new = _cut_parameters(small, groups, torch.cat(list(kept.values())))
-    lstms: dict[nn.Module, nn.Module] = {}  # LSTM -> its successor
-    for name, parameter in list(small.named_parameters(remove_duplicate=False)):
-        owner_name, _, attribute = name.rpartition(".")
-        owner = small.get_submodule(owner_name)
-        if parameter not in new:
-            continue
-        if isinstance(owner, (nn.LSTM, ISSLSTM)):
-            if owner not in lstms:
-                lstms[owner] = _rebuilt(owner, new)
-            continue
-        setattr(owner, attribute, new[parameter])
-        if isinstance(owner, nn.Linear):
-            owner.in_features = new[parameter].shape[1]
-    before = sum(_count(lstm) for lstm in lstms)
-    for name, module in list(small.named_modules(remove_duplicate=False)):
-        if name and module in lstms:
-            parent, _, child = name.rpartition(".")
-            setattr(small.get_submodule(parent), child, lstms[module])
-    small = lstms.get(small, small)
+    _check(model, groups, keep, ratio, round_to)
+    kept = _kept(replace(groups, model=model), keep, ratio, round_to)
+    small = removed(model, groups, kept)
     indices = {name: mask.nonzero().flatten() for name, mask in kept.items()}
+    labelled = {model.get_parameter(weight.name) for weight in groups.weights}
+    lstms = [n for n, m in plain_lstms("shrink", model).items() if labelled & set(m.parameters())]
+    lstm_parameters = (sum(_count(m.get_submodule(n)) for n in lstms) for m in (model, small))
     return small, ShrinkReport(
         kept=indices,
         sizes={f.name: (f.size, len(indices[f.name])) for f in groups.families},
         parameters=(_count(model), _count(small)),
-        lstm_parameters=(before, sum(_count(lstm) for lstm in lstms.values())),
+        lstm_parameters=tuple(lstm_parameters),  # type: ignore[arg-type]
     )
 
 
-def _check(groups: Groups, keep: Any, ratio: float | None, round_to: int) -> None:
+def removed(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model without the units that are not kept: {family name: bool [size]}.
+
+    Every LSTM with a labelled weight is an ISSLSTM there. What the model shares, the copy shares.
+    """
+    cut = _cut_parameters(model, groups, torch.cat([kept[f.name] for f in groups.families]))
+    new = set(cut.values())
+    small = copied(model, {id(parameter): smaller for parameter, smaller in cut.items()})
+    for lstm in plain_lstms("shrink", small).values():
+        if new & set(lstm.parameters()):
+            # In place, so that whatever refers to the LSTM goes on to refer to it.
+            lstm.__dict__, lstm.__class__ = _rebuilt(lstm).__dict__, ISSLSTM
+    for linear in small.modules():
+        if isinstance(linear, nn.Linear) and linear.weight in new:
+            linear.in_features = linear.weight.shape[1]
+    return small
+
+
+def _check(model: nn.Module, groups: Groups, keep: Any, ratio: float | None, round_to: int) -> None:
     if keep is not None and ratio is not None:
         raise ValueError("shrink: expected keep or ratio, got both")
-    if ratio is not None and not 0 <= ratio <= 1:
+    is_number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    if ratio is not None and not (is_number and 0 <= ratio <= 1):
         raise ValueError(f"shrink: expected ratio between 0 and 1, got {ratio}")
+    if not isinstance(round_to, Integral) or isinstance(round_to, bool):
+        raise ValueError(f"shrink: expected round_to to be an int, got {round_to!r}")
     if round_to < 1:
         raise ValueError(f"shrink: expected round_to >= 1, got {round_to}")
-    shapes = {name: tuple(p.shape) for name, p in groups.model.named_parameters()}
-    for weight in groups.weights:
-        expected = (len(weight.row_units), len(weight.column_units))
-        if shapes.get(weight.name) != expected:
+    plain_lstms("shrink", model)
+    names, expected_names = _names(model), _names(groups.model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for labelled in groups.labelled:
+        expected = (len(labelled.row_units),)
+        if isinstance(labelled, LabelledWeight):
+            expected += (len(labelled.column_units),)
+        if shapes.get(labelled.name) != expected:
             raise ValueError(
-                f"shrink: expected the model of the groups, with {weight.name} of shape "
-                f"{list(expected)}, got {list(shapes.get(weight.name, ())) or 'none'}"
+                f"shrink: expected the model of the groups, with {labelled.name} of shape "
+                f"{list(expected)}, got {list(shapes.get(labelled.name, ())) or 'none'}"
             )
+        one, other = expected_names.get(labelled.name), names[labelled.name]
+        if one != other:
+            raise ValueError(
+                "shrink: expected the model of the groups, with one parameter under "
+                f"{', '.join(one or ['none'])}, got one under {', '.join(other)}"
+            )
+
+
+def _names(model: nn.Module) -> dict[str, list[str]]:
+    """{parameter name: all names of the same parameter}."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {name: shared for shared in names.values() for name in shared}
 
 
 def _kept(groups: Groups, keep: Any, ratio: float | None, round_to: int) -> dict[str, Tensor]:
     """{family name: bool [size]} of the units that stay."""
-    norms = {name: of_family.cpu() for name, of_family in GroupLasso(groups).norms().items()}
     wanted = {name: ~dead for name, dead in groups.dead().items()}
-    for family in groups.families:
-        if keep is not None:
-            wanted[family.name] = torch.ones(family.size, dtype=torch.bool)
-        elif ratio is not None:
-            count = family.size - int(ratio * family.size + 1e-9)  # 0.29 * 100 is 28.999...
-            wanted[family.name] = _first(count, norms[family.name])
-    for name, units in (keep or {}).items():
-        if name not in wanted:
-            raise ValueError(f"shrink: expected keep for {', '.join(wanted)}, got {name}")
-        wanted[name] = _mask(units, len(wanted[name]), name)
-    counts = {
-        name: min(-(-max(int(mask.sum()), 1) // round_to) * round_to, len(mask))
-        for name, mask in wanted.items()
-    }
+    if keep is not None:
+        wanted = {family.name: all_of(family.size) for family in groups.families}
+        for name, units in keep.items():
+            if name not in wanted:
+                raise ValueError(f"shrink: expected keep for {', '.join(wanted)}, got {name}")
+            wanted[name] = _mask(units, len(wanted[name]), name)
+    counts = {name: int(mask.sum()) for name, mask in wanted.items()}
+    if ratio is not None:
+        wanted = {family.name: ~all_of(family.size) for family in groups.families}
+        # 1e-9: 0.29 * 100 is 28.999...
+        counts = {f.name: f.size - int(ratio * f.size + 1e-9) for f in groups.families}
+    for name, mask in wanted.items():
+        counts[name] = min(-(-max(counts[name], 1) // round_to) * round_to, len(mask))
     for names in groups.tied:
         counts |= dict.fromkeys(names, max(counts[name] for name in names))
-    return {name: _first(counts[name], norms[name], mask) for name, mask in wanted.items()}
+    if all(counts[name] == int(mask.sum()) for name, mask in wanted.items()):
+        return wanted
+    norms = GroupLasso(groups).norms()
+    return {n: _first(counts[n], norms[n].cpu(), mask) for n, mask in wanted.items()}
 
 
-def _first(count: int, norms: Tensor, wanted: Tensor | None = None) -> Tensor:
+def _first(count: int, norms: Tensor, wanted: Tensor) -> Tensor:
     """Mask of `count` units: the wanted ones, then those of largest norm, then of lowest index."""
     order = norms.argsort(descending=True, stable=True)
-    if wanted is not None:
-        order = order[wanted[order].int().argsort(descending=True, stable=True)]
-    return torch.zeros(len(norms), dtype=torch.bool).index_fill(0, order[:count], True)
+    order = order[wanted[order].int().argsort(descending=True, stable=True)]
+    return ~all_of(len(norms)).index_fill(0, order[:count], False)
+
+
+def all_of(size: int) -> Tensor:
+    """A mask that keeps all units."""
+    return torch.ones(size, dtype=torch.bool, device="cpu")
 
 
 def _mask(units: Any, size: int, name: str) -> Tensor:
     """Mask [size] of units given as a mask or as indices."""
-    given = torch.as_tensor(units).cpu()
+    given = torch.as_tensor(units, device="cpu")
     if given.dtype == torch.bool and given.shape == (size,):
         return given
-    indices = given.long()
-    if given.dtype == torch.bool or ((indices < 0) | (indices >= size)).any():
+    fits = given.dim() == 1 and given.dtype != torch.bool
+    fits = fits and not (given.is_floating_point() or given.is_complex())
+    if given.numel() > 0 and not (fits and bool(((given >= 0) & (given < size)).all())):
         raise ValueError(
             f"shrink: expected keep for {name} as a mask of {size} or indices below {size}, "
             f"got {units}"
         )
-    return torch.zeros(size, dtype=torch.bool).index_fill(0, indices.flatten(), True)
+    indices = given.long()
+    if len(set(indices.tolist())) < len(indices):
+        raise ValueError(f"shrink: expected keep for {name} to name each unit once, got {units}")
+    return ~all_of(size).index_fill(0, indices, False)
 
 
 def _cut_parameters(
-    small: nn.Module, groups: Groups, kept: Tensor
+    model: nn.Module, groups: Groups, kept: Tensor
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """{parameter of the copy: the same without the units that go}; kept: bool [units]."""
-    new = {}
-    kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])  # [-1]: of no unit
-    for weight in groups.weights:
-        parameter = small.get_parameter(weight.name)
-        rows = kept[weight.row_units.long()].to(parameter.device)
-        columns = kept[weight.column_units.long()].to(parameter.device)
-        new[parameter] = parameter.detach()[rows][:, columns]
-        owner_name, _, attribute = weight.name.rpartition(".")
-        owner = small.get_submodule(owner_name)
-        is_lstm = isinstance(owner, (nn.LSTM, ISSLSTM))
-        if is_lstm and owner.bias and attribute.startswith("weight_hh_"):
-            for kind in ("bias_ih", "bias_hh"):
-                bias = owner.get_parameter(attribute.replace("weight_hh", kind))
-                new[bias] = bias.detach()[rows]
-    return {old: nn.Parameter(cut, old.requires_grad) for old, cut in new.items()}
+    """{parameter: the same without the units that go}; kept: bool [units]."""
+    kept = torch.cat([kept.cpu(), all_of(1)])  # at -1: what is of no unit
+    cut = {}
+    for labelled in groups.labelled:
+        parameter = model.get_parameter(labelled.name)
+        values = parameter.detach()[kept[labelled.row_units.long()].to(parameter.device)]
+        if isinstance(labelled, LabelledWeight):
+            values = values[:, kept[labelled.column_units.long()].to(parameter.device)]
+        cut[parameter] = nn.Parameter(values, parameter.requires_grad)
+    return cut
 
 
-def _rebuilt(old: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> ISSLSTM:
-    """An ISSLSTM like the LSTM `old`, of the sizes that its new parameters have."""
-    lstm: Any = old
-    parameters = {n: new.get(p, p) for n, p in lstm.named_parameters(recurse=False)}
-    hidden: list[list[int]] = []
-    projected: list[list[int]] = []
-    for layer in range(lstm.num_layers):
-        names = [f"_l{layer}", f"_l{layer}_reverse"][: 1 + lstm.bidirectional]
-        hidden.append([len(parameters["weight_hh" + name]) // 4 for name in names])
-        projected.append([len(parameters.get("weight_hr" + name, ())) for name in names])
+def _rebuilt(lstm: Any) -> nn.Module:
+    """An ISSLSTM like `lstm`, with its parameters and of the sizes that these have."""
+    names = [
+        [f"_l{layer}", f"_l{layer}_reverse"][: 1 + lstm.bidirectional]
+        for layer in range(lstm.num_layers)
+    ]
+    parameters = dict(lstm.named_parameters(recurse=False, remove_duplicate=False))
     rebuilt = ISSLSTM(
         parameters["weight_ih_l0"].shape[1],
-        hidden,
+        [[len(parameters["weight_hh" + name]) // 4 for name in layer] for layer in names],
         lstm.num_layers,
         lstm.bias,
         lstm.batch_first,
         bidirectional=lstm.bidirectional,
-        proj_size=projected,
+        proj_size=[[len(parameters.get("weight_hr" + n, ())) for n in layer] for layer in names],
         device="meta",  # no storage, no random numbers: the parameters follow
     )
-    return cast(ISSLSTM, take_over(rebuilt, lstm, parameters))
+    return take_over(rebuilt, lstm, parameters)
 
 
 def _count(module: nn.Module) -> int:

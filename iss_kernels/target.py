@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ MEASURES = ("units", "parameters", "multiply-adds")
 # 100 = 20^2 / 4: critical damping, for norms that fall as fast as the strength is high.
 _PROPORTIONAL, _INTEGRAL = 20.0, 100.0
 _MOST = 30.0  # logarithm of the factor, where nothing fades: still finite in float32
+
+
+def check_int(argument: str, value: Any) -> None:
+    """ValueError for what is not a whole number."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"GroupLasso: expected {argument} to be an int, got {value!r}")
 
 
 class Target:
@@ -47,6 +54,8 @@ class Target:
         if of not in MEASURES:
             choices = ", ".join(MEASURES)
             raise ValueError(f"GroupLasso: expected of to be one of {choices}, got {of}")
+        if horizon is not None:
+            check_int("horizon", horizon)
         if horizon is None or horizon < 1:
             raise ValueError(f"GroupLasso: expected horizon >= 1 with target, got {horizon}")
         if not 0 < gone < 1:
@@ -110,8 +119,8 @@ class _Measure:
     """What is left of a model as its units go one by one, as a share of what it has at first.
 
     A weight costs its rows times its columns, as `shrink` leaves them: a family keeps at least one
-    unit, and tied families as many as the largest of them. The biases of an LSTM cost as two more
-    columns of weight_hh. Units are counted as the one column of a weight that has them as rows.
+    unit, and tied families as many as the largest of them. A bias has one column, which is of no
+    unit. Units are counted as the rows of a bias that has them all.
     """
 
     def __init__(self, groups: Groups, of: str) -> None:
@@ -120,25 +129,23 @@ class _Measure:
         self._tied = [[index[name] for name in names] for names in groups.tied]
         # Units of each family, [families + 1], and what each unit counts there, [units, the same].
         # The last is 1 for all that is of no unit.
-        self._sizes = torch.tensor([*(f.size for f in groups.families), 1], dtype=torch.float64)
-        self._of_family = torch.zeros(groups.units, len(index) + 1, dtype=torch.float64)
+        like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        self._sizes = torch.tensor([*(f.size for f in groups.families), 1], **like)
+        self._of_family = torch.zeros(groups.units, len(index) + 1, **like)
         for i, family in enumerate(groups.families):
             self._of_family[family.units, i] = 1
+        one_column = torch.eye(len(index) + 1, **like)[-1]
         if of == "units":
-            none = torch.eye(len(index) + 1, dtype=torch.float64)[-1]
-            rows, columns = [1 - none], [none]
+            rows, columns = [1 - one_column], [one_column]
         else:
             rows = [self._per_unit(weight.row_units) for weight in groups.weights]
             columns = [self._per_unit(weight.column_units) for weight in groups.weights]
         if of == "parameters":
-            names = {name for name, _ in groups.model.named_parameters(remove_duplicate=False)}
-            for weight, of_weight in zip(groups.weights, columns, strict=True):
-                lstm, _, suffix = weight.name.rpartition("weight_hh_")
-                if f"{lstm}bias_hh_{suffix}" in names:
-                    of_weight[-1] += 2
+            rows += [self._per_unit(bias.row_units) for bias in groups.biases]
+            columns += [one_column] * len(groups.biases)
         self._rows, self._columns = torch.stack(rows), torch.stack(columns)  # [weights, families+1]
         self._whole = 1.0
-        self._whole = float(self(torch.empty(0, dtype=torch.int64))[0])
+        self._whole = float(self(torch.empty(0, dtype=torch.int64, device="cpu"))[0])
 
     def _per_unit(self, labels: Tensor) -> Tensor:
         """Rows (or columns) that one unit of each family has, and those of no unit."""
@@ -146,7 +153,8 @@ class _Measure:
             int(((labels >= f.start) & (labels < f.units.stop)).sum()) / f.size
             for f in self._families
         ]
-        return torch.tensor([*counts, int((labels < 0).sum())], dtype=torch.float64)
+        others = int((labels < 0).sum())
+        return torch.tensor([*counts, others], dtype=torch.float64, device="cpu")
 
     def __call__(self, order: Tensor) -> Tensor:
         """The share left after the first 0, 1, ... all of the units of these ids: [n + 1]."""

@@ -190,13 +190,31 @@ def test_the_lasso_follows_a_model_that_changes_dtype() -> None:
         ({"strength": math.nan}, "expected strength >= 0 for rnn.l0, got nan"),
         ({"strength": {"rnn": 1.0}}, "expected strength for the families rnn.l0, got rnn"),
         ({"strength": {}}, "expected strength for the families rnn.l0, got none"),
+        ({"strength": math.inf}, "expected strength >= 0 for rnn.l0, got inf"),
         ({"eps": 0.0}, "expected eps > 0 and finite, got 0.0"),
+        ({"eps": math.inf}, "expected eps > 0 and finite, got inf"),
+        ({"eps": math.nan}, "expected eps > 0 and finite, got nan"),
+        ({"warmup": 2.5}, "expected warmup to be an int, got 2.5"),
+        ({"warmup": math.nan}, "expected warmup to be an int, got nan"),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         GroupLasso(built("one layer"), **options)
     assert str(error.value) == f"GroupLasso: {message}"
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_a_step_or_threshold_that_is_none_changes_nothing(value: float) -> None:
+    groups = built("one layer")
+    lasso = GroupLasso(groups, warmup=4)
+    before = [parameter.clone() for parameter in groups.parameters()]
+    for method, argument in ((lasso.proximal_, "step"), (lasso.threshold_, "threshold")):
+        with pytest.raises(ValueError) as error:
+            method(value)
+        assert str(error.value) == f"GroupLasso: expected {argument} >= 0 and finite, got {value}"
+    assert all(map(torch.equal, before, groups.parameters()))
+    assert lasso.state_dict()["steps"] == 0
 
 
 def test_weights_of_two_dtypes_are_refused() -> None:
@@ -208,17 +226,6 @@ def test_weights_of_two_dtypes_are_refused() -> None:
         "GroupLasso: expected weights of one dtype and device, "
         "got torch.float32 on cpu, torch.float64 on cpu"
     )
-
-
-@pytest.mark.parametrize("value", [math.nan, -1.0, math.inf])
-def test_steps_and_thresholds_that_are_none_change_nothing(value: float) -> None:
-    lasso = GroupLasso(built("one layer"), STRENGTH)
-    before = [weight.clone() for weight in lasso.groups.parameters()]
-    for method, name in ((lasso.threshold_, "threshold"), (lasso.proximal_, "step")):
-        with pytest.raises(ValueError) as error:
-            method(value)
-        assert str(error.value) == f"GroupLasso: expected {name} >= 0 and finite, got {value}"
-    assert all(map(torch.equal, lasso.groups.parameters(), before))
 
 
 @pytest.mark.parametrize("backend", ["extension", "reference"], indirect=True)

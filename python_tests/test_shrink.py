@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
-from iss_kernels.groups import Groups
+from iss_kernels.groups import GroupError, Groups
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.shrink import shrink
 
@@ -27,11 +28,15 @@ class Net(nn.Module):
     def __init__(self, run: Callable[..., Any], **modules: nn.Module) -> None:
         super().__init__()
         self.run = run
+        self.seen: list[int] = []
         for name, module in modules.items():
             self.add_module(name, module)
 
     def forward(self, *inputs: Any) -> Any:
         return self.run(self, *inputs)
+
+    def hook_of_a_model(self, module: nn.Module, args: Any, result: Any) -> None:
+        self.seen.append(result[0].size(-1))
 
 
 def tag(m: Any, x: Tensor) -> Any:
@@ -59,6 +64,26 @@ def in_chunks(m: Any, x: Tensor) -> Tensor:
         y, states = m.rnn(part, states)
         answers += [m.head(step) if len(part) > 1 else m.head(step.relu()) for step in y]
     return torch.stack(answers)
+
+
+def halves(m: Any, x: Tensor) -> Tensor:
+    """The last step of one direction and the first of the other."""
+    forward, backward = m.rnn(x)[0].chunk(2, -1)
+    return m.head(torch.cat([forward[-1], backward[0]], -1))
+
+
+def one_bias() -> Net:
+    model = tagger(num_layers=2)
+    for layer in range(2):
+        setattr(model.rnn, f"bias_hh_l{layer}", getattr(model.rnn, f"bias_ih_l{layer}"))
+    return model
+
+
+def in_a_list() -> Net:
+    """The LSTM is found through a plain list too, which is no module, and called without hooks."""
+    model = Net(lambda m, x: m.head(m.layers[0].forward(x)[0]), rnn=nn.LSTM(5, 8))
+    model.layers, model.head = [model.rnn], nn.Linear(8, 3)
+    return model
 
 
 LSTMS: dict[str, Callable[[], nn.Module]] = {
@@ -127,6 +152,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = LSTMS | {
         head=nn.Linear(8, 3),
     ),
     "control flow": lambda: Net(in_chunks, rnn=nn.LSTM(5, 8, 2), head=nn.Linear(8, 3)),
+    "halves": lambda: Net(halves, rnn=nn.LSTM(5, 8, bidirectional=True), head=nn.Linear(16, 3)),
+    "one bias": one_bias,
+    "in a list": in_a_list,
+    "contiguous": lambda: Net(
+        lambda m, x: m.head((y := m.rnn(x)[0].transpose(0, 1).contiguous()).view(-1, y.size(-1))),
+        rnn=nn.LSTM(5, 8, bidirectional=True),
+        head=nn.Linear(16, 3),
+    ),
     "itself an LSTM": lambda: nn.LSTM(5, 8, 3),
     "itself a projected LSTM": lambda: nn.LSTM(5, 8, proj_size=4),
 }
@@ -338,6 +371,82 @@ def test_a_module_or_weight_under_two_names_stays_one() -> None:
     assert small.get_submodule("b").in_features == 4
 
 
+def test_what_was_shared_is_shared_and_nothing_is_on_meta() -> None:
+    model, _, groups = built("one bias")
+    small, _ = shrink(model, groups, ratio=0.5)
+    rnn = small.get_submodule("rnn")
+    assert rnn.bias_hh_l0 is rnn.bias_ih_l0 and rnn.bias_hh_l1 is rnn.bias_ih_l1
+    assert rnn.bias_ih_l0.shape == (16,)
+    assert not any(p.is_meta for p in small.parameters())
+    assert list(small.state_dict()) == list(model.state_dict())
+
+
+def test_whatever_refers_to_an_lstm_refers_to_the_smaller_one() -> None:
+    model, x, groups = built("in a list")
+    model.rnn.register_forward_hook(model.hook_of_a_model)
+    small, _ = shrink(model, groups, ratio=0.5)
+    assert small.layers[0] is small.rnn and type(small.rnn) is ISSLSTM
+    small.rnn(x)
+    assert small.seen == [4] and not model.seen
+
+
+def test_a_model_that_shares_other_parameters_than_that_of_the_groups_is_refused() -> None:
+    _, _, groups = built("one layer")
+    other = tagger()
+    other.rnn.bias_hh_l0 = other.rnn.bias_ih_l0
+    with pytest.raises(ValueError) as error:
+        shrink(other, groups)
+    assert str(error.value) == (
+        "shrink: expected the model of the groups, with one parameter under rnn.bias_ih_l0, "
+        "got one under rnn.bias_ih_l0, rnn.bias_hh_l0"
+    )
+    with pytest.raises(ValueError) as error:
+        shrink(tagger(), find_groups(other, torch.randn(7, 3, 5)))
+    assert str(error.value) == (
+        "shrink: expected the model of the groups, with one parameter under rnn.bias_ih_l0, "
+        "rnn.bias_hh_l0, got one under rnn.bias_ih_l0"
+    )
+
+
+def test_an_lstm_that_was_changed_since_is_refused() -> None:
+    model, _, groups = built("one layer", torch.float32)
+    prune.l1_unstructured(model.rnn, "weight_hh_l0", 0.4)
+    with pytest.raises(GroupError, match="shrink: expected LSTMs whose weights are parameters"):
+        shrink(model, groups)
+
+
+def test_layers_that_are_not_cut_may_have_computed_weights() -> None:
+    model = Net(lambda m, x: m.head(m.rnn(m.first(x))[0]), first=nn.Linear(5, 5), rnn=nn.LSTM(5, 8))
+    model.head = nn.Linear(8, 3)
+    prune.l1_unstructured(model.first, "weight", 0.4)
+    groups, x = find_groups(model, torch.randn(7, 3, 5)), torch.randn(7, 3, 5)
+    kill(groups, some(groups))
+    same(shrink(model, groups)[0](x), model(x), torch.float32)
+
+
+def test_weights_of_two_dtypes_shrink_by_what_is_dead() -> None:
+    """Norms, which need one dtype, are only for units that are taken back."""
+    model = Net(lambda m, x: m.head(m.rnn(x)[0].double()), rnn=nn.LSTM(5, 8))
+    model.head = nn.Linear(8, 3).double()
+    groups, x = find_groups(model, torch.randn(7, 3, 5)), torch.randn(7, 3, 5)
+    kill(groups, some(groups))
+    same(shrink(model, groups)[0](x), model(x), torch.float32)
+    with pytest.raises(ValueError, match="expected weights of one dtype"):
+        shrink(model, groups, ratio=0.5)
+
+
+def test_defaults_for_dtype_and_device_change_nothing() -> None:
+    model, x, groups = built("halves")
+    kill(groups, some(groups))
+    with torch.device("meta"):
+        small, report = shrink(model, groups, round_to=4)
+        by_index, _ = shrink(model, groups, keep={"rnn.l0": [1, 4]})
+        GroupLasso(groups, target=0.5, horizon=4, of="parameters").proximal_(0.0)
+    assert report.sizes["rnn.l0"][1] % 4 == 0
+    same(small(x), model(x), torch.float64)
+    assert by_index(x).device.type == "cpu"
+
+
 def test_the_report_is_a_table() -> None:
     model, _, groups = built("two layers")
     _, report = shrink(model, groups, keep={"rnn.l0": [0, 1]})
@@ -355,11 +464,27 @@ def test_the_report_is_a_table() -> None:
     [
         ({"keep": {}, "ratio": 0.5}, "shrink: expected keep or ratio, got both"),
         ({"ratio": 1.5}, "shrink: expected ratio between 0 and 1, got 1.5"),
+        ({"ratio": float("nan")}, "shrink: expected ratio between 0 and 1, got nan"),
+        ({"ratio": True}, "shrink: expected ratio between 0 and 1, got True"),
+        ({"ratio": "half"}, "shrink: expected ratio between 0 and 1, got half"),
+        ({"round_to": 2.0}, "shrink: expected round_to to be an int, got 2.0"),
+        ({"round_to": True}, "shrink: expected round_to to be an int, got True"),
         ({"round_to": 0}, "shrink: expected round_to >= 1, got 0"),
         ({"keep": {"rnn": [0]}}, "shrink: expected keep for rnn.l0, got rnn"),
         (
             {"keep": {"rnn.l0": [8]}},
             "shrink: expected keep for rnn.l0 as a mask of 8 or indices below 8, got [8]",
+        ),
+        *(
+            (
+                {"keep": {"rnn.l0": units}},
+                f"shrink: expected keep for rnn.l0 as a mask of 8 or indices below 8, got {units}",
+            )
+            for units in ([-1], [1.5], [[0, 1]], 3)
+        ),
+        (
+            {"keep": {"rnn.l0": [1, 0, 1, 1, 0, 0, 0, 1]}},
+            "shrink: expected keep for rnn.l0 to name each unit once, got [1, 0, 1, 1, 0, 0, 0, 1]",
         ),
         (
             {"keep": {"rnn.l0": [True]}},

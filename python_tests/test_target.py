@@ -167,9 +167,11 @@ def test_where_nothing_fades_the_strength_stays_finite() -> None:
 class Reader(nn.Module):
     """Reads the outputs, or the final states: then all families keep a common size."""
 
-    def __init__(self, states: bool, **options: Any) -> None:
+    def __init__(self, states: bool, one_bias: bool = False, **options: Any) -> None:
         super().__init__()
         self.rnn, self.states = nn.LSTM(3, 6, num_layers=2, **options), states
+        if one_bias:
+            self.rnn.bias_hh_l0 = self.rnn.bias_ih_l0
         width = (options.get("proj_size") or 6) * (1 + bool(options.get("bidirectional")))
         self.head = nn.Linear(width, 2)
 
@@ -181,6 +183,7 @@ class Reader(nn.Module):
 @pytest.mark.parametrize("of", ["units", "parameters", "multiply-adds"])
 @pytest.mark.parametrize("options", [
     {}, {"bias": False}, {"bidirectional": True}, {"proj_size": 4}, {"states": True},
+    {"one_bias": True},
 ], ids=str)  # fmt: skip
 def test_left_is_what_shrink_leaves(options: dict[str, Any], of: str) -> None:
     torch.manual_seed(0)
@@ -264,6 +267,9 @@ TARGET = {"target": 0.5, "horizon": 10}
         ({"horizon": 10}, "expected target with horizon, got None"),
         ({"target": 0.5}, "expected horizon >= 1 with target, got None"),
         (TARGET | {"horizon": 0}, "expected horizon >= 1 with target, got 0"),
+        (TARGET | {"horizon": 2.5}, "expected horizon to be an int, got 2.5"),
+        (TARGET | {"horizon": math.nan}, "expected horizon to be an int, got nan"),
+        (TARGET | {"gone": math.nan}, "expected gone between 0 and 1, got nan"),
         (TARGET | {"target": 0.0}, "expected target between 0 and 1, got 0.0"),
         (TARGET | {"target": 1.0}, "expected target between 0 and 1, got 1.0"),
         (TARGET | {"target": math.nan}, "expected target between 0 and 1, got nan"),

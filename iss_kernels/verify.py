@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verifies groups by experiment: removes units from copies of a model and compares the answers.
+
+A unit whose outgoing weights are zero can be removed if the labels are right and the model's code
+does the same at another width. Code does not where it picks units by position (y[..., :8]), or
+computes with their number (y / y.size(-1)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+
+from iss_kernels.copying import copied
+from iss_kernels.groups import GroupError, Groups
+from iss_kernels.lstm import ISSLSTM
+from iss_kernels.shrink import all_of, removed
+
+Path: TypeAlias = tuple[Any, ...]  # keys, indices and attribute names down to a value
+
+
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Tensors and numbers in nested containers and plain objects (as a model takes or returns)."""
+    if isinstance(tree, (Tensor, bool, int, float, complex)):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, part in tree.items():
+            yield from leaves(part, (*path, key))
+    elif isinstance(tree, (tuple, list)):
+        for index, part in enumerate(tree):
+            yield from leaves(part, (*path, index))
+    elif hasattr(tree, "__dict__") and not callable(tree):
+        yield from leaves(vars(tree), path)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors among the leaves."""
+    return (leaf for _, leaf in leaves(tree) if isinstance(leaf, Tensor))
+
+
+def replaced(tree: Any, function: Callable[[Any], Any], numbers: bool = False) -> Any:
+    """A copy of nested arguments with `function` applied to every tensor (and list of numbers)."""
+    is_numbers = isinstance(tree, list) and all(isinstance(part, (int, float)) for part in tree)
+    if isinstance(tree, Tensor) or (numbers and is_numbers):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: replaced(value, function, numbers) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(replaced(part, function, numbers) for part in tree)
+    return tree
+
+
+@torch.no_grad()
+def call(model: nn.Module, inputs: Any) -> dict[Path, Any]:
+    """The leaves of what the model returns, from the same random state every time."""
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(cuda):
+        if isinstance(inputs, Mapping):
+            return dict(leaves(model(**inputs)))
+        if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
+            return dict(leaves(model(*inputs)))
+        return dict(leaves(model(inputs)))
+
+
+class _NoDropout(TorchFunctionMode):
+    """Dropout does nothing: its mask over the units would depend on their number."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in ("dropout", "dropout_", "alpha_dropout"):
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
+
+
+class Experiment:
+    """Compares copies of a model that have lost units with the whole model.
+
+    states: paths of the final states in what the model returns, which get as small as the units.
+    families: of every LSTM, the names of the families of (h, c) for each layer and direction.
+    eps: machine epsilon of the least precise dtype that the model computes in.
+
+    All copies are in eval mode and without dropout. Their labelled weights, and the parameters
+    that are zero, are drawn anew, so that no unit is hidden.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        states: list[Path],
+        families: Mapping[str, list[tuple[str, str]]],
+        eps: float,
+    ) -> None:
+        self.model, self.states, self.families = model, states, families
+        # Rounding errors grow on their way to the answers, yet stay far below what a unit that is
+        # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
+        self.tolerance = eps**0.6
+        self.inputs = [inputs]
+        self.longer: list[int] = []  # dimensions along which the model takes one row more
+        self.given: set[int] = set()  # ids of the tensors in the inputs of the present run
+        for dim in (0, 1):
+            longer = _longer(inputs, dim)
+            shapes, before = ([t.shape for t in tensors(x)] for x in (longer, inputs))
+            whole = copied(model).eval()
+            if shapes not in ([], before) and isinstance(self._outcome(whole, longer), dict):
+                self.inputs.append(longer)
+                self.longer.append(dim)
+
+    def __str__(self) -> str:
+        dims = " and ".join(map(str, self.longer))
+        return "on the example" + f", and on one with a row more along dim {dims}" * bool(dims)
+
+    def failure(self, groups: Groups) -> str | None:
+        """What a copy without some of the units does wrong; None where nothing."""
+        return next(filter(None, (self._failure(groups, kept) for kept in _trials(groups))), None)
+
+    def culprits(self, groups: Groups) -> list[str]:
+        """Names of the families that fail while the others stay whole; of all, if none does."""
+        names = []
+        for block in _blocks(groups):
+            for kept in _trials(groups):
+                alone = {f: mask if f in block else all_of(len(mask)) for f, mask in kept.items()}
+                if self._failure(groups, alone):
+                    names += block
+                    break
+        return names or [family.name for family in groups.families]
+
+    @torch.no_grad()
+    def _failure(self, groups: Groups, kept: Mapping[str, Tensor]) -> str | None:
+        """Compare a copy that keeps these units with one where the others are dead."""
+        whole = copied(self.model).eval()
+        groups = replace(groups, model=whole)
+        _draw(groups)
+        small = removed(whole, groups, kept)
+        self._cut_given_states(small, kept)
+        gone = torch.cat([*(~kept[f.name] for f in groups.families), ~all_of(1)])
+        for weight, parameter in zip(groups.weights, groups.parameters(), strict=True):
+            parameter[:, gone[weight.column_units.long()].to(parameter.device)] = 0
+        for inputs in self.inputs:
+            expected, got = self._outcome(whole, inputs), self._outcome(small, inputs)
+            if isinstance(expected, Exception):
+                raise GroupError(
+                    "find_groups: expected a model that takes the example in eval mode, got "
+                    + _brief(expected)
+                ) from expected
+            if isinstance(got, Exception):
+                return f"fails with {_brief(got)}"
+            if expected.keys() != got.keys() or not all(
+                _close(value, got[path], self.tolerance) for path, value in expected.items()
+            ):
+                return "gives other answers"
+        return None
+
+    def _outcome(self, model: nn.Module, inputs: Any) -> dict[Path, Any] | Exception:
+        """The model's answers, or what it raises."""
+        inputs = replaced(inputs, torch.clone)  # it may write into them
+        self.given = {id(tensor) for tensor in tensors(inputs)}
+        try:
+            with _NoDropout():
+                output = call(model, inputs)
+        except Exception as error:
+            return error
+        return {path: leaf for path, leaf in output.items() if not self._is_state(path)}
+
+    def _is_state(self, path: Path) -> bool:
+        # A state is one tensor where sizes are equal, else a tuple of them: its path gets longer.
+        return any(path[: len(s)] == s or s[: len(path)] == path for s in self.states)
+
+    def _cut_given_states(self, small: nn.Module, kept: Mapping[str, Tensor]) -> None:
+        """Cut initial states that come with the example as its LSTM is cut."""
+        for name, families in self.families.items():
+            lstm = small.get_submodule(name)
+            if isinstance(lstm, ISSLSTM):
+                lstm.forward = partial(self._forward, lstm, lstm.forward, [  # type: ignore[method-assign]
+                    [kept.get(family) for family in which] for which in zip(*families, strict=True)
+                ])  # fmt: skip
+
+    def _forward(
+        self, lstm: ISSLSTM, forward: Any, masks: Any, input: Any, hx: Any = None, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if hx is not None and all(id(state) in self.given for state in tensors(hx)):
+            hx = tuple(_cut_state(lstm, *pair) for pair in zip(hx, masks, strict=True))
+        return forward(input, hx, *args, **kwargs)
+
+
+def _cut_state(lstm: ISSLSTM, state: Any, masks: list[Tensor | None]) -> Any:
+    """h_0 or c_0 in the form that an LSTM takes that has only the units of these masks."""
+    rows: list[Tensor] = []
+    for part in [state] if isinstance(state, Tensor) else state:
+        rows += part
+    rows = [
+        row if mask is None else row[..., mask.to(row.device)]
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+    return lstm._final([(row, row) for row in rows], None, batched=True)[0]
+
+
+def _blocks(groups: Groups) -> list[list[str]]:
+    """Names of families, those together that keep one common size."""
+    tied = sum(groups.tied, [])
+    return groups.tied + [[f.name] for f in groups.families if f.name not in tied]
+
+
+def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
+    """Units to keep, {family name: bool [size]}, three times.
+
+    Each block of families keeps scattered units once, the others once, and all once: so each unit
+    leaves once. Blocks take turns, so sizes differ, by block and from what they were.
+    """
+    random = torch.Generator("cpu").manual_seed(0)
+    sizes = {family.name: family.size for family in groups.families}
+    orders = {
+        name: torch.randperm(size, generator=random, device="cpu") for name, size in sizes.items()
+    }
+    for turn in range(3):
+        kept = {name: all_of(size) for name, size in sizes.items()}
+        for i, block in enumerate(_blocks(groups)):
+            for name in block:
+                size, which = sizes[name], (i + turn) % 3
+                few = 1 + (size // 3 + i // 3) % max(size - 1, 1)
+                if size > 1 and which < 2:
+                    gone = orders[name][few:] if which == 0 else orders[name][:few]
+                    kept[name][gone] = False
+        yield kept
+
+
+@torch.no_grad()
+def _draw(groups: Groups) -> None:
+    """Draw weights anew where their present values may hide a unit: labelled ones, and zeros."""
+    labelled = {groups.model.get_parameter(one.name) for one in groups.labelled}
+    cuda = sorted({p.device.index for p in labelled if p.device.type == "cuda"})
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(0)
+        for parameter in groups.model.parameters():
+            if parameter.is_floating_point() and (parameter in labelled or not parameter.any()):
+                bound = parameter.shape[-1] ** -0.5 if parameter.dim() > 0 else 1.0
+                parameter.uniform_(-bound, bound)
+
+
+def _longer(inputs: Any, dim: int) -> Any:
+    """The inputs with the last row once more along `dim` of the first tensor; None without it.
+
+    Tensors and lists of numbers of that size get longer too: states, masks, lengths of a batch.
+    """
+    first = next(tensors(inputs), None)
+    if first is None or first.dim() <= dim or first.size(dim) == 0:
+        return None
+    size = first.size(dim)
+
+    def repeat(part: Any) -> Any:
+        if isinstance(part, list):
+            return [*part, part[-1]] if len(part) == size else part
+        dims = [d for d in (dim, *range(part.dim())) if d < part.dim() and part.size(d) == size]
+        return torch.cat([part, part.narrow(dims[0], size - 1, 1)], dims[0]) if dims else part
+
+    return replaced(inputs, repeat, numbers=True)
+
+
+def _close(one: Any, two: Any, tolerance: float) -> bool:
+    """Whether two leaves are equal, floats up to `tolerance` times the largest of them."""
+    one, two = (
+        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
+        for leaf in (one, two)
+    )
+    exact = not (one.is_floating_point() or one.is_complex())
+    if one.shape != two.shape or exact:
+        return torch.equal(one, two)
+    one, two = (leaf.to(torch.complex128) for leaf in (one, two))
+    finite = one[one.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() > 0 else 0.0
+    return torch.allclose(one, two, rtol=0, atol=tolerance * largest, equal_nan=True)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
