@@ -103,9 +103,11 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     groups = tracer.groups(model)
     experiment = Experiment(model, example_inputs, tracer.returned, tracer.rows(), tracer.eps)
     failure = experiment.failure(groups)
-    tied = replace(groups, tied=tracer.ties(groups))
-    if failure and tied.tied != groups.tied and experiment.failure(tied) is None:
-        groups, failure = tied, None
+    for tied in tracer.ties(groups) if failure else ():
+        candidate = replace(groups, tied=tied)
+        if experiment.failure(candidate) is None:
+            groups, failure = candidate, None
+            break
     if failure:
         raise tracer.refusal(experiment.culprits(groups), failure)
     return replace(groups, verified=str(experiment))
@@ -258,17 +260,17 @@ class _Tracer(TorchFunctionMode):
             rows[lstm] = list(zip(own[kinds - 1 :: kinds], own[::kinds], strict=True))
         return rows
 
-    def ties(self, groups: Groups) -> list[list[str]]:
-        """Ties, with those that code needs which takes the parts of a tensor to be alike."""
-        sizes = {family.name: family.size for family in groups.families}
-        tied = [set(names) for names in groups.tied]
-        for _, labels in self.by_position:
-            names = {name for name in self._names_of(labels) if name in sizes}
-            if len({sizes[name] for name in names}) == 1:
-                joined = [others for others in tied if others & names]
-                tied = [others for others in tied if not others & names]
-                tied.append(names.union(*joined))
-        return [[name for name in sizes if name in names] for names in tied if len(names) > 1]
+    def ties(self, groups: Groups) -> Iterator[list[list[str]]]:
+        """Ties that code may need which takes sizes to be alike: ever more of them.
+
+        At first of the parts of a tensor, as chunk makes them; then of all layers and directions,
+        as code does that reads lstm.hidden_size.
+        """
+        sets = [set(self._names_of(labels)) for _, labels in self.by_position]
+        yield _tied(groups, sets)
+        for rows in self.rows().values():
+            sets += [set(names) for names in zip(*rows, strict=True)]
+        yield _tied(groups, sets)
 
     def refusal(self, families: list[str], failure: str) -> GroupError:
         """What to say where a copy without units of these families fails."""
@@ -517,6 +519,17 @@ def _name(function: Any) -> str:
         return str(function)
     name: str = getattr(function, "__name__", str(function))
     return function.__self__.__name__ if name == "__get__" else name
+
+
+def _tied(groups: Groups, sets: list[set[str]]) -> list[list[str]]:
+    """The groups' ties and these sets of families, where equal in size, joined where they meet."""
+    sizes = {family.name: family.size for family in groups.families}
+    tied = [set(names) for names in groups.tied]
+    for names in (names & sizes.keys() for names in sets):
+        if len({sizes[name] for name in names}) == 1:
+            joined = names.union(*(others for others in tied if others & names))
+            tied = [*(others for others in tied if not others & names), joined]
+    return [[name for name in sizes if name in names] for names in tied if len(names) > 1]
 
 
 def _none(size: int) -> Tensor:

@@ -345,6 +345,18 @@ def test_directions_taken_apart_by_their_number_are_tied(name: str) -> None:
     assert "one common size: rnn.l0, rnn.l0_reverse" in str(groups)
 
 
+def test_code_that_reads_the_hidden_size_ties_all_layers() -> None:
+    """It is one number while all are of one size."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, _ = m.rnn(x)
+        return m.head(y[..., : m.rnn.hidden_size]) + m.top(m.below(x)[0])
+
+    rnn, below = nn.LSTM(5, 4, 2, bidirectional=True), nn.LSTM(5, 4)
+    groups = find_groups(Net(run, rnn=rnn, below=below, top=nn.Linear(4, 2)), X)
+    assert groups.tied == [["rnn.l0", "rnn.l0_reverse", "rnn.l1", "rnn.l1_reverse"]]
+
+
 def test_two_lstms_may_be_tied_and_others_not() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         first, second = torch.cat([m.rnn(x)[0], m.again(x)[0]], -1).chunk(2, -1)
