@@ -100,16 +100,21 @@ class Experiment:
         eps: float,
     ) -> None:
         self.model, self.states, self.families = model, states, families
+        if torch.get_float32_matmul_precision() != "highest":
+            eps = max(eps, 2**-8)  # bfloat16
+        elif any(parameter.is_cuda for parameter in model.parameters()):
+            eps = max(eps, 2**-10)  # TF32, which nn.LSTM takes by default
         # Rounding errors grow on their way to the answers, yet stay far below what a unit that is
         # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
         self.tolerance = eps**0.6
+        self.given: set[int] = set()  # ids of the tensors in the inputs of the present run
+        whole = copied(model).eval()
+        self._check(self._outcome(whole, inputs))
         self.inputs = [inputs]
         self.longer: list[int] = []  # dimensions along which the model takes one row more
-        self.given: set[int] = set()  # ids of the tensors in the inputs of the present run
         for dim in (0, 1):
             longer = _longer(inputs, dim)
             shapes, before = ([t.shape for t in tensors(x)] for x in (longer, inputs))
-            whole = copied(model).eval()
             if shapes not in ([], before) and isinstance(self._outcome(whole, longer), dict):
                 self.inputs.append(longer)
                 self.longer.append(dim)
@@ -146,11 +151,7 @@ class Experiment:
             parameter[:, gone[weight.column_units.long()].to(parameter.device)] = 0
         for inputs in self.inputs:
             expected, got = self._outcome(whole, inputs), self._outcome(small, inputs)
-            if isinstance(expected, Exception):
-                raise GroupError(
-                    "find_groups: expected a model that takes the example in eval mode, got "
-                    + _brief(expected)
-                ) from expected
+            expected = self._check(expected)
             if isinstance(got, Exception):
                 return f"fails with {_brief(got)}"
             if expected.keys() != got.keys() or not all(
@@ -169,6 +170,22 @@ class Experiment:
         except Exception as error:
             return error
         return {path: leaf for path, leaf in output.items() if not self._is_state(path)}
+
+    def _check(self, expected: dict[Path, Any] | Exception) -> dict[Path, Any]:
+        """The answers of a whole copy, by which others can be verified; GroupError for none."""
+        if isinstance(expected, Exception):
+            raise GroupError(
+                "find_groups: expected a model that takes the example in eval mode, got "
+                + _brief(expected)
+            ) from expected
+        if not self.states and not any(
+            bool(torch.as_tensor(leaf, device="cpu").isfinite().any()) for leaf in expected.values()
+        ):
+            raise GroupError(
+                "find_groups: expected a model that returns finite tensors or numbers, got none, "
+                "by which the groups could be verified"
+            )
+        return expected
 
     def _is_state(self, path: Path) -> bool:
         # A state is one tensor where sizes are equal, else a tuple of them: its path gets longer.
@@ -271,13 +288,16 @@ def _close(one: Any, two: Any, tolerance: float) -> bool:
         leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
         for leaf in (one, two)
     )
-    exact = not (one.is_floating_point() or one.is_complex())
-    if one.shape != two.shape or exact:
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    if not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, two)
-    one, two = (leaf.to(torch.complex128) for leaf in (one, two))
-    finite = one[one.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() > 0 else 0.0
-    return torch.allclose(one, two, rtol=0, atol=tolerance * largest, equal_nan=True)
+    atol = tolerance * float(_finite(one).abs().max()) if one.numel() > 0 else 0.0
+    return torch.allclose(one, two, rtol=0, atol=atol, equal_nan=True)
+
+
+def _finite(leaf: Tensor) -> Tensor:
+    return torch.where(leaf.isfinite(), leaf, 0)
 
 
 def _brief(error: Exception) -> str:

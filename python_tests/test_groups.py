@@ -507,6 +507,31 @@ def test_a_model_that_takes_the_example_in_training_alone_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("answer", [lambda y: y * math.nan, lambda y: str(y.shape)])
+def test_a_model_whose_answers_tell_nothing_is_refused(answer: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(GroupError) as error:
+        find_groups(Net(lambda m, x: answer(m.head(m.rnn(x)[0]))), X)
+    assert str(error.value) == (
+        "find_groups: expected a model that returns finite tensors or numbers, got none, "
+        "by which the groups could be verified"
+    )
+
+
+def test_a_model_that_keeps_its_state_is_verified_as_far_as_it_goes() -> None:
+    """Another batch does not fit the state that the example left."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, m.state = m.rnn(x, m.state)
+        return m.head(y)
+
+    model = Net(run)
+    model.state = None
+    assert (
+        find_groups(model, X).verified == "on the example, and on one with a row more along dim 0"
+    )
+    assert model.state is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_rounding_is_no_difference(dtype: torch.dtype) -> None:
     model = Net(lambda m, x: m.head(m.top(m.rnn(x)[0])[0]), rnn=nn.LSTM(5, 32), top=nn.LSTM(32, 4))
