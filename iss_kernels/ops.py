@@ -8,19 +8,40 @@ of their own; second derivatives differentiate the reference, slowly but right.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import register_autograd, register_fake
 from torch.utils.checkpoint import checkpoint
 
 from iss_kernels import backend, reference
 
 _Tensors = Sequence[Tensor]
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def _by_reference() -> bool:
+    """Whether plain torch runs: on request, or under torch.func or forward-mode differentiation.
+
+    Neither of those two sees into an op, and both see into the reference.
+    """
+    return (
+        backend.backend() == "reference"
+        or _functorch_active()
+        or forward_ad._current_level >= 0  # -1 outside of a dual_level
+    )
+
+
+def _check_devices(op: str, x: Tensor, **arguments: Tensor | None | _Tensors) -> None:
+    """Refuse a mix of devices: torch runs a fake kernel as soon as one tensor is on "meta"."""
+    for name, argument in arguments.items():
+        for t in [argument] if isinstance(argument, Tensor) else argument or ():
+            if t.device != x.device and not (name == "batch_sizes" and t.device.type == "cpu"):
+                raise RuntimeError(f"{op}: expected {name} on {x.device}, got {t.device}")
 
 
 def _second_derivatives(
@@ -44,13 +65,6 @@ def _second_derivatives(
             )
         )
     return [None if t is None else next(grads) for t in leaves]
-
-
-def _check_one_device(op: str, *tensors: Tensor | None) -> None:
-    """For a fake, which the dispatcher also calls where a meta tensor stands among others."""
-    devices = {str(t.device): None for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise RuntimeError(f"{op}: expected all tensors on one device, got {' and '.join(devices)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -81,8 +95,13 @@ def lstm(
     arguments = (x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if backend.backend() == "reference":
-        if not (recompute and trains):
+    if _by_reference():
+        _check_devices(
+            "lstm", x, batch_sizes=batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih,
+            b_hh=b_hh, w_hr=w_hr,
+        )  # fmt: skip
+        # torch.func has no hooks on saved tensors, by which a checkpoint works.
+        if not (recompute and trains) or _functorch_active():
             return reference.lstm(*arguments)
         again: tuple[Tensor, Tensor, Tensor] = checkpoint(
             reference.lstm, *arguments, use_reentrant=False, preserve_rng_state=False
@@ -106,7 +125,11 @@ def _lstm_forward_fake(
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    rows = x.shape[:-1].numel() if save else 0
+    _check_devices(
+        "lstm_forward", x, batch_sizes=batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih,
+        b_hh=b_hh, w_hr=w_hr,
+    )  # fmt: skip
+    rows = math.prod(x.shape[:-1]) if save else 0  # Size.numel() would fix symbolic sizes
     wide = torch.promote_types(x.dtype, torch.float32)  # what the kernels compute in
     return (
         x.new_empty((*x.shape[:-1], h0.shape[1])),
@@ -138,9 +161,10 @@ def _lstm_backward_fake(
     need_dh0: bool,
     need_dw: bool,
 ) -> tuple[Tensor, ...]:
-    _check_one_device(
-        "lstm_backward", dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, gates, cells
-    )
+    _check_devices(
+        "lstm_backward", x, batch_sizes=batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih,
+        b_hh=b_hh, w_hr=w_hr, dy=dy, dh_n=dh_n, dc_n=dc_n, y=y, gates=gates, cells=cells,
+    )  # fmt: skip
     none = torch.Size([0])
     weights = [w_ih.shape, w_hh.shape, w_hh.shape[:1], none if w_hr is None else w_hr.shape]
     shapes = [x.shape if need_dx else none, h0.shape if need_dh0 else none, c0.shape]
@@ -209,7 +233,7 @@ def group_norms(
     Raises RuntimeError for a wrong shape, dtype or label, naming the argument.
     """
     arguments = (list(weights), list(row_units), list(column_units), units, eps, paper_overlap)
-    if backend.backend() == "reference":
+    if _by_reference():
         return reference.group_norms(*arguments)
     norms: Tensor = torch.ops.iss_kernels.group_norms_forward.default(*arguments)
     return norms
@@ -223,7 +247,8 @@ def _group_norms_forward_fake(
     eps: float,
     paper_overlap: bool,
 ) -> Tensor:
-    _check_one_device("group_norms_forward", *weights, *row_units, *column_units)
+    labels = {"row_units": row_units, "column_units": column_units}
+    _check_devices("group_norms_forward", weights[0], weights=weights, **labels)
     wide = torch.promote_types(weights[0].dtype, torch.float32)
     return weights[0].new_empty(units, dtype=wide)
 
@@ -253,7 +278,10 @@ def _group_norms_backward_fake(
     eps: float,
     paper_overlap: bool,
 ) -> list[Tensor]:
-    _check_one_device("group_norms_backward", dnorms, norms, *weights, *row_units, *column_units)
+    labels = {"row_units": row_units, "column_units": column_units}
+    _check_devices(
+        "group_norms_backward", weights[0], dnorms=dnorms, norms=norms, weights=weights, **labels
+    )
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
 
 

@@ -290,8 +290,8 @@ NORMS = torch.ones(1)
         (NORMS, NORMS.int(), "expected norms of dtype float32 for weights of dtype float32, got int32"),
         (NORMS[None], NORMS, "expected dnorms of shape [units], got [1, 1]"),
         (torch.ones(2), NORMS, "expected dnorms of shape [units] = [1], got [2]"),
-        (NORMS.to("meta"), NORMS, "expected all tensors on one device, got meta and cpu"),
-        (NORMS, NORMS.to("meta"), "expected all tensors on one device, got cpu and meta"),
+        (NORMS.to("meta"), NORMS, "expected dnorms on cpu, got meta"),
+        (NORMS, NORMS.to("meta"), "expected norms on cpu, got meta"),
     ],
 )  # fmt: skip
 def test_group_norms_backward_op(dnorms, norms, message):
@@ -402,7 +402,7 @@ def test_lstm_backward_op(name):
         tensor.flatten(): f"expected {name} of shape {SHAPES[name]}, got [{tensor.numel()}]",
         tensor.double(): f"expected {name} of dtype float32, got float64",
         tensor.int(): f"expected {name} of dtype float32, got int32",
-        tensor.to("meta"): "expected all tensors on one device, got ",
+        tensor.to("meta"): f"expected {name} on cpu, got meta",
     }.items():
         arguments = (BACKWARD | {name: wrong}).values()
         message = by_op("lstm_backward", *arguments, False, True, True, True)

@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 from gpu import names_of_ops
+from torch import nn
+from torch.export import Dim, export
 from torch.library import opcheck
 
 from iss_kernels import ISSLSTM
@@ -125,6 +127,53 @@ def test_unequal_sizes_compile_as_one_graph():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 3, "num_layers": 2}])
+def test_two_graphs_serve_every_length(options, training):
+    """As for any module: one graph for the first shape, one for all others."""
+    torch.compiler.reset()
+    module, graphs = ISSLSTM(4, 7, **options), []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, fullgraph=True, backend=counted)
+    with torch.set_grad_enabled(training):
+        for steps, batch in ((2, 3), (3, 4), (5, 3), (8, 2), (13, 6), (21, 5)):
+            x = torch.randn(steps, batch, 4)
+            torch.testing.assert_close(compiled(x), module(x))
+    assert len(graphs) == 2
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_exported_module_keeps_t_and_b_open(training):
+    module = ISSLSTM(4, 7, num_layers=2, bidirectional=True)
+    dims = {0: Dim("T", min=2, max=50), 1: Dim("B", min=2, max=50)}
+    with torch.set_grad_enabled(training):
+        exported = export(module, (torch.randn(5, 2, 4),), dynamic_shapes=(dims,))
+    for shape in ((5, 2, 4), (9, 3, 4), (2, 7, 4)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_batches_and_lengths_are_right_around_a_compiled_module(training):
+    """Their sizes are data, which no graph holds; what is compiled must not fix them."""
+    torch.compiler.reset()
+    module = ISSLSTM(4, 7, bidirectional=True)
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.set_grad_enabled(training):
+        for lengths in ([5, 3], [4, 4, 1], [2, 7, 3, 1]):
+            x = torch.randn(max(lengths), len(lengths), 4)
+            torch.testing.assert_close(compiled(x, None, lengths), module(x, None, lengths))
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            torch.testing.assert_close(compiled(packed)[0].data, module(packed)[0].data)
+    torch.compiler.reset()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_inductor_compiles_a_module():
     module = ISSLSTM(4, 7).eval()
@@ -142,3 +191,48 @@ def test_a_gradient_without_saved_gates_computes_them_again():
         (outputs[0].sum() + outputs[2].square().sum()).backward()
         results.append([t.grad for t in inputs if torch.is_tensor(t)])
     assert all(map(torch.equal, *results))
+
+
+def arguments_of(name):
+    """What opcheck was given for a differentiable op, as keyword arguments."""
+    inputs = make_inputs(Case("packed", 2, 2, 2, 3, P=2, batch_sizes=(2, 1)), torch.float64)
+    outputs = lib.lstm_forward(*inputs.values(), True)
+    saved = dict(zip(("y", "h_n", "c_n", "gates", "cells"), outputs, strict=True))
+    weights, rows, columns = group_sample()
+    lists = dict(weights=weights, row_units=rows, column_units=columns)
+    rest = dict(eps=1e-8, paper_overlap=False)
+    norms = lib.group_norms_forward(**lists, units=5, **rest)
+    d = {f"d{k}": torch.randn_like(v) for k, v in saved.items() if k in ("y", "h_n", "c_n")}
+    needs = dict(need_dx=True, need_dh0=True, need_dw=True)
+    return {
+        "lstm_forward": inputs | dict(save=True),
+        "lstm_backward": d | inputs | {k: saved[k] for k in ("y", "gates", "cells")} | needs,
+        "group_norms_forward": lists | dict(units=5) | rest,
+        "group_norms_backward": dict(dnorms=norms, norms=norms) | lists | rest,
+    }[name]
+
+
+def moved(value, device):
+    return [t.to(device) for t in value] if isinstance(value, list) else value.to(device)
+
+
+def is_tensors(value):
+    return torch.is_tensor(value) or isinstance(value, list)
+
+
+@pytest.mark.parametrize(
+    "name", ["lstm_forward", "lstm_backward", "group_norms_forward", "group_norms_backward"]
+)
+def test_one_argument_left_on_meta_is_named(name):
+    op, given = getattr(lib, name), arguments_of(name)
+    first = "x" if name.startswith("lstm") else "weights"
+    tensors = [key for key, value in given.items() if is_tensors(value)]
+    whole = {k: moved(v, "meta") if k in tensors else v for k, v in given.items()}
+    results = op(**whole)
+    assert all(t.is_meta for t in (results if isinstance(results, (tuple, list)) else [results]))
+    for key in tensors:
+        with pytest.raises(RuntimeError, match=rf"^{name}: expected \w+ .*on (cpu|meta|the CPU)"):
+            op(**given | {key: whole[key]})
+        if key != first:
+            with pytest.raises(RuntimeError, match=rf"^{name}: expected {key} .*got .*meta"):
+                op(**given | {key: whole[key]})
