@@ -7,14 +7,21 @@ ops.lstm per layer and direction.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import operator
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from iss_kernels import backend, ops
@@ -49,7 +56,7 @@ def _shortest(sizes: list[list[int]]) -> Sizes:
     return [layer[0] if len(set(layer)) == 1 else tuple(layer) for layer in sizes]
 
 
-class ISSLSTM(nn.Module):
+class ISSLSTM(nn.RNNBase):
     """Drop-in for torch.nn.LSTM whose hidden size may differ by layer and direction.
 
     Arguments, parameters (`weight_ih_l0`, ..., gates in the order i, f, g, o), initialisation,
@@ -68,7 +75,21 @@ class ISSLSTM(nn.Module):
     For the gradient, each layer and direction saves 5 H elements per step and row (gates and cells;
     4 bytes each, 8 in float64) beside its input and output. recompute=True, also as an attribute,
     saves none of them: the backward runs the layer forward again.
+
+    It is an nn.RNNBase, so that code which looks for one (an initialiser) finds it, but no nn.LSTM:
+    torch.ao.quantization.quantize_dynamic leaves it as it is; `prepare` has weights in 8 bits.
     """
+
+    mode = "LSTM"
+    hidden_size: Any
+    proj_size: Any
+
+    # nn.RNNBase keeps a second list of its weights, which here is the property `_flat_weights`.
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
+    __getstate__ = nn.Module.__getstate__
+    __setstate__ = nn.Module.__setstate__
+    _apply = nn.Module._apply
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
     def __init__(
         self,
@@ -84,7 +105,7 @@ class ISSLSTM(nn.Module):
         dtype: torch.dtype | None = None,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an "
@@ -168,6 +189,16 @@ class ISSLSTM(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Do nothing: nn.LSTM's method prepares cuDNN's memory layout, which is not used here."""
+
+    _init_flat_weights = _update_flat_weights = flatten_parameters
+
+    @property
+    def _flat_weights_names(self) -> list[str]:  # type: ignore[override]
+        return sum(self._all_weights, [])
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+        return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -262,7 +293,7 @@ class ISSLSTM(nn.Module):
                 f"LSTM: expected input of shape [T, B, I] or [B, T, I] with lengths, got {form}"
             )
         steps, batch = input.shape[:2][:: -1 if self.batch_first else 1]
-        counts = torch.as_tensor(lengths)
+        counts = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
         whole = not (
             counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool
         )
@@ -456,47 +487,191 @@ def _autocast_enabled(device_type: str) -> bool:
 
 
 def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """Give a new LSTM these parameters, and the dropout, recompute, hooks and mode of `old`.
+    """Give a new LSTM these parameters, by name, and all else that `old` has.
 
-    dropout is set here, since the constructor warns of it over a single layer.
+    dropout and recompute, mode, hooks, buffers, submodules and attributes. Raises ValueError for
+    what cannot come along: see `_check_plain`.
     """
-    new.dropout = old.dropout
+    _check_plain(old, "ISSLSTM", "the LSTM")
+    lstm, source = vars(new), vars(old)
+    new.dropout = old.dropout  # not by the constructor, which warns of it over a single layer
     if isinstance(new, ISSLSTM):
         new.recompute = getattr(old, "recompute", False)
-    for name, value in old.__dict__.items():
-        if name.endswith("_hooks"):
-            setattr(new, name, value)
-    for name, parameter in parameters.items():
-        setattr(new, name, parameter)
-    return new.train(old.training)
+    missing = [name for name in new._parameters if parameters.get(name) is None]
+    if missing:
+        raise ValueError(f"ISSLSTM: expected a parameter for {missing[0]}, got none")
+    new._parameters.clear()
+    new._parameters.update(parameters)
+    new._modules.update(old._modules)
+    new._buffers.update(old._buffers)
+    new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
+    for name in _HOOK_TABLES:
+        lstm[name] = copy.copy(source[name])
+    load_hooks: dict[int, Any] = lstm["_load_state_dict_pre_hooks"]
+    for key, hook in load_hooks.items():
+        if hook.with_module:  # it passes on the module that it was registered with
+            load_hooks[key] = type(hook)(hook.hook, new)
+    lstm.update({name: source[name] for name in _added(old)})
+    new.training = old.training
+    return new
+
+
+_HOOK_TABLES = [name for name in vars(nn.Module()) if "hook" in name]
+
+
+def _added(lstm: Any) -> list[str]:
+    """Names of the attributes that a user has put on an LSTM."""
+    by_constructor = vars(type(lstm)(1, 2, device="meta"))
+    return [name for name in vars(lstm) if name not in by_constructor]
+
+
+def _check_plain(lstm: Any, function: str, name: str) -> None:
+    """Refuse an LSTM that does something that another module in its place would not do."""
+    if is_parametrized(lstm):
+        weight, makers = next(iter(lstm.parametrizations.items()))
+        raise ValueError(
+            f"{function}: expected {name} with its own parameters, got {weight} computed by "
+            f"{type(makers[0]).__name__}; remove that parametrization first, or add it afterwards"
+        )
+    if type(lstm) not in (nn.LSTM, ISSLSTM):
+        raise ValueError(
+            f"{function}: expected {name} to be an nn.LSTM or ISSLSTM itself, got a "
+            f"{type(lstm).__name__}, whose own methods would be lost"
+        )
+    for weight, used in zip(lstm._flat_weights_names, lstm._flat_weights, strict=True):
+        own = lstm._parameters.get(weight)
+        # nn.LSTM looks for new parameters in forward; other tensors that it has were put there.
+        if own is None or (own is not used and not lstm._weights_have_changed()):
+            by = [
+                type(hook).__name__
+                for hook in lstm._forward_pre_hooks.values()
+                if weight in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+            ]
+            raise ValueError(
+                f"{function}: expected {name} with its own parameters, got {weight} computed by "
+                f"{by[0] if by else 'other code'}; remove that first, or add it afterwards"
+            )
+    others = [cls(1, 2, device="meta") for cls in (nn.LSTM, ISSLSTM)]
+    for attribute in _added(lstm):
+        # Some set a flatten_parameters that does nothing.
+        taken = attribute != "flatten_parameters" and any(hasattr(m, attribute) for m in others)
+        if taken:
+            raise ValueError(
+                f"{function}: expected {name} without an attribute {attribute!r} of its own, which "
+                f"a new LSTM cannot take over, got {type(vars(lstm)[attribute]).__name__}"
+            )
 
 
 def _converted(old: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """An LSTM of class `cls` that takes over the parameters, hooks and mode of `old`."""
+    """An LSTM of class `cls` that takes over the parameters of `old` and all else it has."""
     options = {
         name: getattr(old, name)
         for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first",
                      "bidirectional", "proj_size")
     }  # fmt: skip
-    new = take_over(cls(**options, device="meta"), old, dict(old.named_parameters(recurse=False)))
-    missing = [name for name, parameter in new.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(
-            f"from_torch: expected an LSTM with its own parameters, but {missing[0]} is not one "
-            "(a parametrisation such as weight_norm?); remove it first"
-        )
-    return new
+    _check_plain(old, "from_torch" if issubclass(cls, ISSLSTM) else "to_torch", "the LSTM")
+    parameters = cast(dict[str, nn.Parameter], old._parameters)
+    return take_over(cls(**options, device="meta"), old, parameters)
+
+
+# -------------------------------------------------------------------------------------------------
+# accelerate
+
+
+_CONTAINERS = (list, deque, dict, set, tuple, frozenset)
+_REFERENCES = (MethodType, functools.partial, weakref.ref)  # cannot be given another module
+
+
+def _contents(holder: Any) -> Iterable[tuple[Any, Any]]:
+    """What a module, a container or a reference holds, each with a name."""
+    if isinstance(holder, torch.jit.ScriptModule):
+        return ()
+    if isinstance(holder, nn.Module):
+        return [*holder._modules.items(), *vars(holder).items()]
+    if isinstance(holder, dict):
+        return holder.items()
+    if isinstance(holder, MethodType):
+        return [("__self__", holder.__self__)]
+    if isinstance(holder, functools.partial):
+        return [("func", holder.func), ("args", holder.args), ("keywords", holder.keywords)]
+    if isinstance(holder, weakref.ref):
+        return [("()", holder())]
+    return enumerate(holder)
+
+
+def _holdings(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """All that `model` and what is in reach of it holds: path, holder, what is held."""
+    seen, queue = {id(model)}, deque([("", cast(Any, model))])
+    while queue:
+        path, holder = queue.popleft()
+        for name, held in _contents(holder):
+            if issubclass(type(held), (nn.Module, *_CONTAINERS, *_REFERENCES)):  # not a proxy
+                inner = path if name == "_modules" else f"{path}.{name}" if path else str(name)
+                yield inner, holder, held
+                if id(held) not in seen:
+                    seen.add(id(held))
+                    queue.append((inner, held))
+
+
+def _replaced(value: Any, new: Mapping[nn.Module, nn.Module]) -> Any:
+    """The new module for an old one, also in tuples and frozen sets."""
+    if type(value) is nn.LSTM:
+        return new.get(value, value)
+    if isinstance(value, (tuple, frozenset)):
+        parts = [_replaced(part, new) for part in value]
+        if not all(map(operator.is_, parts, value)):
+            return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
+    return value
+
+
+def _replace_in(holder: Any, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in the place of old ones in a module, list, dict or set."""
+    if isinstance(holder, nn.Module):
+        holder = vars(holder)
+    if isinstance(holder, set):
+        for held in [held for held in holder if _replaced(held, new) is not held]:
+            holder.remove(held)
+            holder.add(_replaced(held, new))
+    elif isinstance(holder, (dict, list, deque)):
+        for key, held in list(_contents(holder)):
+            if (replacement := _replaced(held, new)) is not held:
+                holder[key] = replacement
 
 
 def accelerate(model: nn.Module) -> nn.Module:
     """Replace every torch.nn.LSTM in `model`, in place, by an ISSLSTM; state_dict stays as it is.
 
     Returns the model (the new module, where the model is itself an LSTM). Parameters are shared
-    with the old modules, so an optimizer goes on working. Subclasses of nn.LSTM are left alone.
+    with the old modules, so an optimizer goes on working; hooks, buffers, submodules and attributes
+    come along. Found are also LSTMs that modules hold in plain attributes, lists, dicts, sets and
+    tuples. Subclasses of nn.LSTM, and scripted modules, are left alone.
+
+    Raises ValueError, and changes nothing, where something cannot come along: a forward or another
+    method that was set on an LSTM (torch.compile does), a weight that is computed (weight_norm,
+    pruning, a parametrization), and an LSTM inside a bound method, functools.partial or weak
+    reference that a module holds.
     """
-    new = {m: ISSLSTM.from_torch(m) for m in model.modules() if type(m) is nn.LSTM}
-    for module in list(model.modules()):
-        for name, child in module._modules.items():  # named_children() skips what it has seen
-            if type(child) is nn.LSTM:
-                setattr(module, name, new[child])
-    return new[model] if type(model) is nn.LSTM else model
+    holdings = [("", None, model), *_holdings(model)]
+    names: dict[Any, str] = {}
+    for path, _, held in holdings:
+        parametrized = isinstance(held, nn.LSTM) and is_parametrized(held)
+        if type(held) is nn.LSTM or (parametrized and type(held).__base__ is nn.LSTM):
+            names.setdefault(held, path or "the LSTM")
+    for lstm, name in names.items():
+        _check_plain(lstm, "accelerate", name)
+    for path, holder, held in holdings:
+        if isinstance(holder, _REFERENCES) and type(held) is nn.LSTM:
+            raise ValueError(
+                f"accelerate: expected no method, partial or weak reference of {names[held]}, "
+                f"which would go on with the old module, got {path}"
+            )
+    new: dict[nn.Module, nn.Module] = {lstm: ISSLSTM.from_torch(lstm) for lstm in names}
+    for lstm in new:  # a hook's handle refers to the table that the hook is in
+        for name, table in vars(lstm).items():
+            if name in _HOOK_TABLES and isinstance(table, dict):
+                table.update(vars(new[lstm])[name])
+                vars(new[lstm])[name] = table
+    for holder in [*(held for _, _, held in holdings), *new.values()]:
+        if type(holder) is not nn.LSTM:
+            _replace_in(holder, new)
+    return cast(nn.Module, _replaced(model, new))
