@@ -396,6 +396,8 @@ class ISSLSTM(nn.RNNBase):
         if hx is None:
             zeros = {size: x.new_zeros(batch, size) for size in {s for pair in sizes for s in pair}}
             return [(zeros[p], zeros[h]) for h, p in sizes]
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
         parts = [
             self._taken_apart(state, [size[1 - which] for size in sizes], batch, which, batched, hx)
             for which, state in enumerate(hx)

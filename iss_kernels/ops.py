@@ -100,6 +100,11 @@ def lstm(
             "lstm", x, batch_sizes=batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih,
             b_hh=b_hh, w_hr=w_hr,
         )  # fmt: skip
+        sizes = [] if batch_sizes is None else batch_sizes.tolist()
+        if sizes and (sizes[0] != len(h0) or sizes != sorted(sizes, reverse=True)):
+            raise RuntimeError(
+                f"lstm: expected batch_sizes to start at B = {len(h0)} and never grow, got {sizes}"
+            )
         # torch.func has no hooks on saved tensors, by which a checkpoint works.
         if not (recompute and trains) or _functorch_active():
             return reference.lstm(*arguments)

@@ -218,6 +218,124 @@ def test_device_dtype_and_flatten_parameters():
     assert y.shape == (5, 2, 4) and h.shape == c.shape == (1, 2, 4)
 
 
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_tensor_left_on_meta_is_named(backend, training):
+    """torch takes a mix with meta for a question about shapes; the answer would be garbage."""
+    letters = {"weight_ih": "w_ih", "weight_hh": "w_hh", "bias_ih": "b_ih", "bias_hh": "b_hh"}
+    x, state = torch.randn(5, 2, 3), torch.zeros(2, 2, 4)
+    with use_backend(backend), torch.set_grad_enabled(training):
+        for name, letter in letters.items():
+            lstm = ISSLSTM(3, 4, num_layers=2)
+            weights = lstm.state_dict()
+            with torch.device("meta"):
+                lstm = ISSLSTM(3, 4, num_layers=2)
+            del weights[name + "_l1"]
+            lstm.load_state_dict(weights, strict=False, assign=True)
+            with pytest.raises(RuntimeError, match=f"expected {letter} on cpu, got meta"):
+                lstm(x)
+        lstm = ISSLSTM(3, 4, num_layers=2)
+        for hx, letter in (((state.to("meta"), state), "h0"), ((state, state.to("meta")), "c0")):
+            with pytest.raises(RuntimeError, match=f"expected {letter} on cpu, got meta"):
+                lstm(x, hx)
+        with pytest.raises(RuntimeError, match="expected w_ih on meta, got cpu"):
+            lstm(x.to("meta"))
+
+
+class Wrapped(torch.Tensor):
+    """A subclass without a behaviour of its own."""
+
+
+def inputs_of_every_kind():
+    x, h, c = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    imaginary = torch.complex(torch.zeros(5, 2, 3), x).conj().imag  # stored without its sign
+    packed = pack_padded_sequence(x, [5, 3], enforce_sorted=False)
+    return {
+        "negative bit": (imaginary, (torch.complex(h, h).conj().imag, c)),
+        "subclass": (x.as_subclass(Wrapped), (h.as_subclass(Wrapped), c)),
+        "parameter": (nn.Parameter(x), (nn.Parameter(h), c)),
+        "expanded": (x[:1].expand(5, 2, 3), (h[:, :1].expand(1, 2, 4), c)),
+        "list": (x, [h, c]),
+        "indices twice": (packed._replace(sorted_indices=torch.tensor([1, 1])), (h, c)),
+    }
+
+
+@pytest.mark.parametrize("kind", list(inputs_of_every_kind()))
+def test_inputs_of_every_kind(implementation, kind):
+    torchs, ours = pair(3, 4)
+    args = inputs_of_every_kind()[kind]
+    for a, b in zip(tensors_in(ours(*args)), tensors_in(torchs(*args)), strict=True):
+        assert type(a) is type(b)
+        torch.testing.assert_close(a, b)
+
+
+def refused_inputs():
+    x, h, c = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    packed = pack_padded_sequence(x, [5, 3], enforce_sorted=False)
+    return {
+        "conjugate": (torch.complex(x, x).conj(), None),
+        "sparse": (x.to_sparse(), None),
+        "nested": (torch.nested.nested_tensor([x[:, 0], x[:3, 1]], layout=torch.jagged), None),
+        "three states": (x, (h, c, c)),
+        "one state": (x, (h,)),
+        "no state": (x, ()),
+        "None": (x, (h, None)),
+        "integers": (x, (h.long(), c.long())),
+        "another dtype": (x, (h, c.double())),
+        "index too large": (packed._replace(sorted_indices=torch.tensor([0, 7])), (h, c)),
+        "one index": (packed._replace(sorted_indices=torch.tensor([0])), (h, c)),
+        "float indices": (packed._replace(sorted_indices=torch.tensor([0.0, 1.0])), (h, c)),
+        "too few rows": (packed._replace(data=packed.data[:-1]), None),
+        "growing": (packed._replace(batch_sizes=torch.tensor([1, 2, 2, 2, 1])), None),
+        "negative": (packed._replace(batch_sizes=torch.tensor([2, -2, 8])), None),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", list(refused_inputs()))
+def test_inputs_that_nn_lstm_refuses_are_refused(implementation, kind):
+    torchs, ours = pair(3, 4)
+    args = refused_inputs()[kind]
+    for module in (torchs, ours):
+        with pytest.raises((RuntimeError, ValueError, IndexError, AttributeError)):
+            module(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_no_call(implementation, dtype):
+    lstm, x = ISSLSTM(3, [4, 2], num_layers=2, bidirectional=True), torch.randn(5, 2, 3)
+    packed = pack_padded_sequence(x, [5, 3])
+    calls = (lambda: lstm(x), lambda: lstm(packed), lambda: lstm(x, lengths=[3, 4]))
+    expected = [call() for call in calls]
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            got = [call() for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(tensors_in(got), tensors_in(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_graph_serves_as_often_as_torchs_own():
+    lstm, x = ISSLSTM(3, 4, num_layers=2), torch.randn(5, 2, 3, requires_grad=True)
+    y, _ = lstm(x)
+    first, second = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+    for changed in ("y", "x", "weight_hh_l0"):
+        leaf = torch.randn(5, 2, 3, requires_grad=True)
+        x = leaf * 1
+        y, _ = lstm(x)
+        loss = y.sum()
+        with torch.no_grad():
+            {"y": y, "x": x}.get(changed, lstm.weight_hh_l0).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_autocast_returns_its_dtype(implementation):
     # What nn.LSTM does where oneDNN has a bfloat16 LSTM (AVX-512); elsewhere it fails.
     torchs, ours = pair(3, 4, 2)
