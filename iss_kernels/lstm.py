@@ -595,7 +595,7 @@ def _contents(holder: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(holder, MethodType):
         return [("__self__", holder.__self__)]
     if isinstance(holder, functools.partial):
-        return [("func", holder.func), ("args", holder.args), ("keywords", holder.keywords)]
+        return [("func", holder.func), *enumerate(holder.args), *holder.keywords.items()]
     if isinstance(holder, weakref.ref):
         return [("()", holder())]
     return enumerate(holder)
@@ -610,12 +610,13 @@ def _holdings(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
             if issubclass(type(held), (nn.Module, *_CONTAINERS, *_REFERENCES)):  # not a proxy
                 inner = path if name == "_modules" else f"{path}.{name}" if path else str(name)
                 yield inner, holder, held
-                if id(held) not in seen:
+                inside = not isinstance(holder, _REFERENCES) or not isinstance(held, nn.Module)
+                if inside and id(held) not in seen:
                     seen.add(id(held))
                     queue.append((inner, held))
 
 
-def _replaced(value: Any, new: Mapping[nn.Module, nn.Module]) -> Any:
+def _replaced(value: Any, new: Mapping[nn.Module, Any]) -> Any:
     """The new module for an old one, also in tuples and frozen sets."""
     if type(value) is nn.LSTM:
         return new.get(value, value)
@@ -662,10 +663,10 @@ def accelerate(model: nn.Module) -> nn.Module:
     for lstm, name in names.items():
         _check_plain(lstm, "accelerate", name)
     for path, holder, held in holdings:
-        if isinstance(holder, _REFERENCES) and type(held) is nn.LSTM:
+        if isinstance(holder, _REFERENCES) and _replaced(held, dict.fromkeys(names)) is not held:
             raise ValueError(
-                f"accelerate: expected no method, partial or weak reference of {names[held]}, "
-                f"which would go on with the old module, got {path}"
+                f"accelerate: expected no method, partial or weak reference that holds an LSTM, "
+                f"since it would go on with the old one, got {path}"
             )
     new: dict[nn.Module, nn.Module] = {lstm: ISSLSTM.from_torch(lstm) for lstm in names}
     for lstm in new:  # a hook's handle refers to the table that the hook is in
