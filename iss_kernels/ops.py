@@ -112,7 +112,10 @@ def lstm(
             reference.lstm, *arguments, use_reentrant=False, preserve_rng_state=False
         )
         return again
+    # jit.trace writes `save` into its graph, which serves with and without gradients.
     save = trains and not recompute
+    if save and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        save = False
     y, h_n, c_n, _, _ = torch.ops.iss_kernels.lstm_forward.default(*arguments, save)
     return y, h_n, c_n
 

@@ -147,6 +147,22 @@ def test_two_graphs_serve_every_length(options, training):
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # nn.LSTM's checks cause it too
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}])
+def test_a_traced_module_is_the_module(options, training):
+    module = ISSLSTM(4, 7, num_layers=2, **options)
+    with torch.set_grad_enabled(training):
+        traced = torch.jit.trace(module, torch.randn(5, 2, 4))
+    x = torch.randn(9, 3, 4, requires_grad=True)
+    results = []
+    for function in (module, traced):
+        y, (h, c) = function(x)
+        gradients = torch.autograd.grad(y.sum() + c.sum(), [x, *module.parameters()])
+        results.append([y, h, c, *gradients])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_exported_module_keeps_t_and_b_open(training):
     module = ISSLSTM(4, 7, num_layers=2, bidirectional=True)
