@@ -473,7 +473,7 @@ class ISSLSTM(nn.RNNBase):
         layers = []
         for layer in range(self.num_layers):
             of_layer = states[layer * directions : (layer + 1) * directions]
-            same = len({s.shape for s in of_layer}) == 1
+            same = len({s.size(-1) for s in of_layer}) == 1  # B may be symbolic, with no hash
             layers.append(_stacked(of_layer) if same else tuple(of_layer))
         return tuple(layers)
 

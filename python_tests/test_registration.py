@@ -128,11 +128,12 @@ def test_unequal_sizes_compile_as_one_graph():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "proj_size": 3, "num_layers": 2}])
-def test_two_graphs_serve_every_length(options, training):
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("hidden_size", [7, [(3, 5), 2]], ids=["equal sizes", "unequal sizes"])
+def test_two_graphs_serve_every_length(hidden_size, with_state, training):
     """As for any module: one graph for the first shape, one for all others."""
     torch.compiler.reset()
-    module, graphs = ISSLSTM(4, 7, **options), []
+    module, graphs = ISSLSTM(4, hidden_size, num_layers=2, bidirectional=True), []
 
     def counted(graph, _):
         graphs.append(graph)
@@ -142,7 +143,9 @@ def test_two_graphs_serve_every_length(options, training):
     with torch.set_grad_enabled(training):
         for steps, batch in ((2, 3), (3, 4), (5, 3), (8, 2), (13, 6), (21, 5)):
             x = torch.randn(steps, batch, 4)
-            torch.testing.assert_close(compiled(x), module(x))
+            with torch.no_grad():  # dynamo warns of states with a history
+                hx = module(x)[1] if with_state else None
+            torch.testing.assert_close(compiled(x, hx), module(x, hx))
     assert len(graphs) == 2
     torch.compiler.reset()
 
@@ -163,15 +166,32 @@ def test_a_traced_module_is_the_module(options, training):
     torch.testing.assert_close(*results)
 
 
+def batch_dims(state, batch):
+    """dynamic_shapes for hx, in its own form: [..., B, size]."""
+    if torch.is_tensor(state):
+        return {state.dim() - 2: batch}
+    return tuple(batch_dims(part, batch) for part in state)
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_an_exported_module_keeps_t_and_b_open(training):
-    module = ISSLSTM(4, 7, num_layers=2, bidirectional=True)
-    dims = {0: Dim("T", min=2, max=50), 1: Dim("B", min=2, max=50)}
-    with torch.set_grad_enabled(training):
-        exported = export(module, (torch.randn(5, 2, 4),), dynamic_shapes=(dims,))
-    for shape in ((5, 2, 4), (9, 3, 4), (2, 7, 4)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(exported.module()(x), module(x))
+@pytest.mark.parametrize("hidden_size", [7, [(3, 5), 2]], ids=["equal sizes", "unequal sizes"])
+def test_an_exported_module_keeps_t_and_b_open(hidden_size, training):
+    module = ISSLSTM(4, hidden_size, num_layers=2, bidirectional=True)
+    steps, batch = Dim("T", min=2, max=50), Dim("B", min=2, max=50)
+    for with_state in (False, True):
+
+        @torch.no_grad()
+        def arguments(*shape, with_state=with_state):
+            x = torch.randn(*shape, 4)
+            return (x, module(x)[1]) if with_state else (x,)
+
+        given = arguments(5, 2)
+        dims = ({0: steps, 1: batch}, *(batch_dims(hx, batch) for hx in given[1:]))
+        with torch.set_grad_enabled(training):
+            exported = export(module, given, dynamic_shapes=dims).module()
+        for shape in ((5, 2), (9, 3), (2, 7)):
+            args = arguments(*shape)
+            torch.testing.assert_close(exported(*args), module(*args))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
