@@ -10,9 +10,10 @@
 namespace iss {
 
 // How the elements of a packed matrix are stored: as T, or smaller and widened as they are loaded.
-// kInt8 has one scale per column, and the rows that it multiplies are quantised on the fly. All but
-// kSame go with T = float.
-enum class Format { kSame, kFloat16, kBfloat16, kInt8 };
+// kInt8 has one scale per column, and the rows that it multiplies are quantised on the fly to 8
+// bits; kInt8Fine is packed as kInt8, and its rows are quantised in two terms, to some 15 bits. All
+// but kSame go with T = float.
+enum class Format { kSame, kFloat16, kBfloat16, kInt8, kInt8Fine };
 struct Float16 {
   uint16_t bits;
 };
@@ -64,7 +65,7 @@ struct MatmulArgs {
   bool accumulate;
   T* out;  // [rows, columns], out_stride elements from row to row
   int64_t out_stride;
-  void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; kInt8 alone
+  void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; for int8
 };
 
 // to = from, transposed; sums += the sum of each column.

@@ -45,14 +45,16 @@ void expect(const char* what, const std::vector<T>& got, const Doubles& truth, d
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
+bool is_int8(Format format) { return format == Format::kInt8 || format == Format::kInt8Fine; }
+
 // A weight [k, columns] stored in a format, and the values that it then holds.
 template <typename T>
 struct Weight {
   Format format;
   std::vector<T> values;       // what the kernel multiplies by
   std::vector<uint16_t> half;  // kFloat16, kBfloat16
-  std::vector<int8_t> bytes;   // kInt8
-  std::vector<float> scales;   // kInt8, by column
+  std::vector<int8_t> bytes;   // int8
+  std::vector<float> scales;   // int8, by column
 
   Weight(Format format, int64_t k, int64_t columns, bool transposed)
       : format(format), values(normal<T>(k * columns)), scales(columns) {
@@ -70,7 +72,7 @@ struct Weight {
         value =
             exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
         if (half.back() >> 15) value = -value;
-      } else if (format == Format::kInt8) {
+      } else if (is_int8(format)) {
         bytes.push_back(static_cast<int8_t>(static_cast<int>(random_bits() % 255) - 127));
         value = bytes.back() * scales[column];
       }
@@ -81,9 +83,9 @@ struct Weight {
   std::vector<char> packed(const Kernels<T>& kernels, int64_t k, int64_t columns, bool transposed,
                            bool gates) const {
     std::vector<char> result(kernels.packed_bytes(k, columns, gates, format) + 1, 'x');
-    const void* b = format == Format::kSame   ? static_cast<const void*>(values.data())
-                    : format == Format::kInt8 ? static_cast<const void*>(bytes.data())
-                                              : half.data();
+    const void* b = format == Format::kSame ? static_cast<const void*>(values.data())
+                    : is_int8(format)       ? static_cast<const void*>(bytes.data())
+                                            : half.data();
     kernels.pack({.k = k,
                   .columns = columns,
                   .gates = gates,
@@ -99,9 +101,10 @@ struct Weight {
   }
 };
 
-// kInt8 rounds each row to 127 steps of its largest value: to the side of what T itself loses.
+// int8 rounds each row to 63 or 127 steps of its largest value, kInt8Fine to 126 times as many: to
+// the side of what T itself loses.
 double size_of_error(Format format, double size) {
-  return format == Format::kInt8 ? 2e4 * size : size;
+  return format == Format::kInt8 ? 2e4 * size : format == Format::kInt8Fine ? 2e2 * size : size;
 }
 
 template <typename T>
@@ -378,7 +381,8 @@ template <typename T>
 void test(const Kernels<T>& kernels) {
   for (int64_t rows : {1, 2, 5, 7})
     for (int64_t size : {1, 3, 8, 17, 33}) {
-      for (Format format : {Format::kSame, Format::kFloat16, Format::kBfloat16, Format::kInt8}) {
+      for (Format format :
+           {Format::kSame, Format::kFloat16, Format::kBfloat16, Format::kInt8, Format::kInt8Fine}) {
         if (format != Format::kSame && sizeof(T) > 4) continue;
         test_matmul(kernels, format, rows, 9, 5 * size, false);
         test_matmul(kernels, format, rows, 9, 5 * size, true);

@@ -35,13 +35,14 @@ struct Kernels {
   // Bytes of PackArgs::packed for `columns` columns (4H with gates).
   int64_t packed_bytes(int64_t k, int64_t columns, bool gates, Format format) const {
     const int64_t elements = 4 * lanes * ((k + depth - 1) / depth * depth);
-    const int64_t panel = format == Format::kInt8   ? elements + 4 * lanes * 8
+    const bool int8 = format == Format::kInt8 || format == Format::kInt8Fine;
+    const int64_t panel = int8                      ? elements + 4 * lanes * 8
                           : format == Format::kSame ? 4 * lanes * k * int64_t{sizeof(T)}
                                                     : 4 * lanes * k * 2;
     return panels(gates ? columns / 4 : columns, gates) * panel;
   }
-  // Bytes that a kernel needs to quantise `rows` rows of k elements.
-  int64_t scratch_bytes(int64_t rows, int64_t k) const { return rows * (4 + 2 * (k + depth)); }
+  // Bytes that a kernel needs to quantise `rows` rows of k elements, in one term or two.
+  int64_t scratch_bytes(int64_t rows, int64_t k) const { return 2 * rows * (4 + 2 * (k + depth)); }
 };
 
 // For weights stored as W.

@@ -141,41 +141,67 @@ struct Stored {
 };
 
 // B in 8 bits with a scale per column, times rows quantised to 8 bits (7 on AVX2) with a scale
-// each. The sums are integers: exact, in any order.
+// each; or to two such terms, of which the second holds what the first has rounded away. The sums
+// of a term are integers: exact, in any order.
 struct Quantised {
   using Activation = Dot::Activation;
   static constexpr int64_t kColumns = kPanelColumns<float>;
-  const Activation* a;  // [rows, groups * kDepth]
-  const float* scales;  // [rows]
-  int64_t groups;
+  // A larger element, also an infinite one, counts as this: gates saturate as they do for an
+  // infinite sum, where 0 * inf would be NaN.
+  static constexpr float kLargest = 0x1p127f;
+  // A row without a larger element counts as zeros: kLevels / smaller elements would overflow.
+  static constexpr float kSmallest = 0x1p-112f;
+
+  int64_t rows, groups, terms;
+  const float* scales;  // [terms, rows]
+  const Activation* a;  // [terms, rows, groups * kDepth]
   const char* panels;
 
   static constexpr int64_t panel_bytes(int64_t groups) {
     return kColumns * (groups * Dot::kDepth + 8);
   }
 
-  Quantised(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, const void* packed,
-            void* scratch)
-      : groups((k + Dot::kDepth - 1) / Dot::kDepth), panels(static_cast<const char*>(packed)) {
+  Quantised(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, int64_t terms,
+            const void* packed, void* scratch)
+      : rows(rows),
+        groups((k + Dot::kDepth - 1) / Dot::kDepth),
+        terms(terms),
+        panels(static_cast<const char*>(packed)) {
     float* const row_scales = static_cast<float*>(scratch);
-    Activation* to = reinterpret_cast<Activation*>(row_scales + rows);
+    Activation* const activations = reinterpret_cast<Activation*>(row_scales + terms * rows);
     scales = row_scales;
-    a = to;
-    for (int64_t r = 0; r < rows; ++r, to += groups * Dot::kDepth) {
+    a = activations;
+    for (int64_t r = 0; r < rows; ++r) {
       const float* const from = rows_of_a + r * stride;
       // Of floats without their sign, the larger has the larger bits; NaN's are the largest.
       uint32_t largest = 0;
       for (int64_t i = 0; i < k; ++i)
         largest = std::max(largest, std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu);
+      const auto quantise = [&](float size, const auto& element) {
+        const float scale = size / Dot::kLevels;
+        const float inverse = size > kSmallest ? Dot::kLevels / size : 0;
+        const auto put = [&](int64_t term, float its_scale, const auto& steps) {
+          row_scales[term * rows + r] = its_scale;
+          Activation* const to = activations + (term * rows + r) * groups * Dot::kDepth;
+          // Adding 1.5 * 2^23 has left the rounded integer in the low bits.
+          for (int64_t i = 0; i < k; ++i)
+            to[i] = static_cast<Activation>(std::bit_cast<int32_t>(steps(i)) -
+                                            std::bit_cast<int32_t>(kShift) + Dot::kZero);
+          for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
+        };
+        put(0, scale, [&](int64_t i) { return element(i) * inverse + kShift; });
+        if (terms == 1) return;
+        constexpr float kFiner = 2 * Dot::kLevels;  // the rest is at most half a step
+        put(1, scale / kFiner, [&](int64_t i) {
+          const float x = element(i), rounded = x * inverse + kShift - kShift;
+          return (x - rounded * scale) * (inverse * kFiner) + kShift;
+        });
+      };
       const float size = std::bit_cast<float>(largest);
-      row_scales[r] = size / Dot::kLevels;
-      const float inverse = size > 0 ? Dot::kLevels / size : 0;
-      // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
-      constexpr float kShift = 0x1.8p23f;
-      for (int64_t i = 0; i < k; ++i)
-        to[i] = static_cast<Activation>(std::bit_cast<int32_t>(from[i] * inverse + kShift) -
-                                        std::bit_cast<int32_t>(kShift) + Dot::kZero);
-      for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
+      if (size > kLargest)
+        quantise(kLargest, [&](int64_t i) { return std::clamp(from[i], -kLargest, kLargest); });
+      else
+        quantise(size, [&](int64_t i) { return from[i]; });
     }
   }
 
@@ -193,37 +219,45 @@ struct Quantised {
     const int8_t* const weights = reinterpret_cast<const int8_t*>(panels + panel * bytes);
     const auto* const tail =
         reinterpret_cast<const float*>(weights + kColumns * steps * Dot::kDepth);
-    const Activation* const x = a + row * steps * Dot::kDepth;
-    Dot sum[Rows][Vectors];
     const auto of_vector = [&](const auto* at, int j) {
       const int next = j / kPanelVectors, vector = j % kPanelVectors;
       return reinterpret_cast<decltype(at)>(reinterpret_cast<const char*>(at) + next * bytes) +
              vector * kLanes;
     };
+    for (int64_t term = 0; term < terms; ++term) {
+      const Activation* const x = a + (term * rows + row) * steps * Dot::kDepth;
+      const float* const x_scales = scales + term * rows + row;
+      Dot sum[Rows][Vectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r)
+      for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j)
-        sum[r][j] = Dot::load(reinterpret_cast<const int32_t*>(of_vector(tail + kColumns, j)));
-    for (int64_t i = 0; i < steps; ++i) {
-      const int8_t* const group = weights + i * kColumns * Dot::kDepth;
+        for (int j = 0; j < Vectors; ++j)
+          sum[r][j] = Dot::load(reinterpret_cast<const int32_t*>(of_vector(tail + kColumns, j)));
+      for (int64_t i = 0; i < steps; ++i) {
+        const int8_t* const group = weights + i * kColumns * Dot::kDepth;
 #pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) {
-        const int8_t* const at =
-            group + j / kPanelVectors * bytes + j % kPanelVectors * kLanes * Dot::kDepth;
+        for (int j = 0; j < Vectors; ++j) {
+          const int8_t* const at =
+              group + j / kPanelVectors * bytes + j % kPanelVectors * kLanes * Dot::kDepth;
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r)
-          sum[r][j] = sum[r][j].plus(x + (r * steps + i) * Dot::kDepth, at);
+          for (int r = 0; r < Rows; ++r)
+            sum[r][j] = sum[r][j].plus(x + (r * steps + i) * Dot::kDepth, at);
+        }
       }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) {
+          float* const to = sums + sum_at<float>(r, j);
+          const Vec<float> product = sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
+                                     Vec<float>::set(x_scales[r]);
+          (term == 0 ? product : product + Vec<float>::load(to)).store(to);
+        }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j)
-        (sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
-         Vec<float>::set(scales[row + r]))
-            .store(sums + sum_at<float>(r, j));
   }
+
+ private:
+  static constexpr float kShift = 0x1.8p23f;
 };
 
 // multiply() for up to Rows rows, 0 included, and up to Vectors vectors.
@@ -339,9 +373,11 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
           finish);
     if (b.format == Format::kFloat16) return stored(static_cast<const Float16*>(b.panels));
     if (b.format == Format::kBfloat16) return stored(static_cast<const Bfloat16*>(b.panels));
-    if (b.format == Format::kInt8)
-      return each_tile_of<T>(Quantised(a, rows, stride, k, b.panels, scratch), rows, k, columns,
-                             panels, ask, finish);
+    if (b.format == Format::kInt8 || b.format == Format::kInt8Fine) {
+      const int64_t terms = b.format == Format::kInt8 ? 1 : 2;
+      return each_tile_of<T>(Quantised(a, rows, stride, k, terms, b.panels, scratch), rows, k,
+                             columns, panels, ask, finish);
+    }
   }
   stored(static_cast<const T*>(b.panels));
 }
@@ -513,6 +549,7 @@ void pack(const PackArgs& args) {
     case Format::kBfloat16:
       return pack_as<T, Bfloat16>(args);
     case Format::kInt8:
+    case Format::kInt8Fine:
       return pack_int8(args);
   }
 }

@@ -22,18 +22,22 @@ namespace {
 Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
   Stack stack;
   for (const auto& layer : layers) {
+    // The model's input may range widely; what layers put out hardly does.
+    const bool first = stack.empty();
     Layer& cells = stack.emplace_back();
-    for (const CellWeights& w : layer)
-      cells.push_back({.input = w.w_ih.size(1),
-                       .hidden = w.w_ih.size(0) / 4,
-                       .output = w.w_hh.size(1),
-                       .reverse = w.reverse,
-                       .w_ih = pack(w.w_ih, {.transposed = true, .gates = false}, w.scale_ih),
-                       .w_hh = pack(w.w_hh, {.transposed = true, .gates = true}, w.scale_hh),
-                       .w_hr = w.w_hr
-                                   ? pack(*w.w_hr, {.transposed = true, .gates = false}, w.scale_hr)
-                                   : Matrix(),
-                       .bias = w.bias.value_or(at::Tensor())});
+    for (const CellWeights& w : layer) {
+      Cell cell{.input = w.w_ih.size(1),
+                .hidden = w.w_ih.size(0) / 4,
+                .output = w.w_hh.size(1),
+                .reverse = w.reverse,
+                .w_ih = pack(w.w_ih, {.transposed = true, .gates = false}, w.scale_ih),
+                .w_hh = pack(w.w_hh, {.transposed = true, .gates = true}, w.scale_hh),
+                .w_hr = w.w_hr ? pack(*w.w_hr, {.transposed = true, .gates = false}, w.scale_hr)
+                               : Matrix(),
+                .bias = w.bias.value_or(at::Tensor())};
+      if (first && cell.w_ih.format == Format::kInt8) cell.w_ih.format = Format::kInt8Fine;
+      cells.push_back(std::move(cell));
+    }
   }
   return stack;
 }
@@ -106,7 +110,9 @@ void Network::run_as(const at::Tensor& x, const Sequence& sequence, const std::v
 
 at::Tensor Network::run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
                         const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const {
-  const int64_t batch = h[0].size(0);
+  const int64_t batch = h.at(0).size(0);
+  TORCH_CHECK(batch_sizes || x.size(1) == batch, "PreparedLSTM: expected hx for B = ", x.size(1),
+              " rows, got ", batch);
   const Sequence sequence(batch_sizes ? Vector<int64_t>(batch_sizes->begin(), batch_sizes->end())
                                       : Vector<int64_t>(x.size(0), batch),
                           batch);
