@@ -3,8 +3,10 @@
 // of an LSTM for any GPU, and inference from packed weights (cpu/network.h). Importing the module
 // also runs the registrations of library.cpp and of the host files.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -79,7 +81,58 @@ using CellTuple = std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>,
                              std::optional<at::Tensor>, std::optional<at::Tensor>,
                              std::optional<at::Tensor>, std::optional<at::Tensor>, bool>;
 
-std::shared_ptr<Network> make_network(const std::vector<std::vector<CellTuple>>& layers) {
+// Whether no one would take part in an op at this moment but its kernel: no tracer, no transform of
+// torch.func, no mode of Python's.
+bool nobody_watches() {
+  const uint64_t usual = (c10::default_included_set | c10::autocast_dispatch_keyset).raw_repr();
+  return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~usual) == 0;
+}
+
+// Whether a tensor is what its memory holds: dense, on the CPU, neither a subclass nor wrapped, not
+// negated or zero without a look at its memory, without a tangent.
+bool is_plain(const at::Tensor& t) {
+  static const uint64_t usual = at::detail::empty_cpu({0}, at::kFloat).key_set().raw_repr();
+  return (t.key_set().raw_repr() & ~usual) == 0 && !t._fw_grad(/*level=*/0).defined();
+}
+
+// The network of a prepared module, and the buffers that it was packed from.
+class BoundNetwork : public Network {
+ public:
+  BoundNetwork(std::vector<std::vector<CellWeights>> layers, bool uniform, const py::dict& buffers)
+      : Network(std::move(layers)), uniform_(uniform) {
+    for (const auto& [name, value] : buffers) {
+      const auto tensor = value.cast<at::Tensor>();
+      sources_.push_back({py::reinterpret_borrow<py::str>(name), tensor, tensor._version()});
+    }
+  }
+
+  // Whether its cells are all of one size.
+  bool uniform() const { return uniform_; }
+
+  // Whether a module's buffers are still those, with the same values. (A change through .data or a
+  // NumPy view goes unnoticed.)
+  bool is_current(const py::dict& buffers) const {
+    return std::all_of(sources_.begin(), sources_.end(), [&](const Source& source) {
+      PyObject* const value = PyDict_GetItem(buffers.ptr(), source.name.ptr());
+      return value != nullptr && THPVariable_Check(value) &&
+             THPVariable_Unpack(value).is_same(source.tensor) &&
+             source.tensor._version() == source.version &&
+             !(source.tensor.requires_grad() && at::GradMode::is_enabled());
+    });
+  }
+
+ private:
+  struct Source {
+    py::str name;
+    at::Tensor tensor;
+    int64_t version;
+  };
+  bool uniform_;
+  std::vector<Source> sources_;
+};
+
+std::shared_ptr<BoundNetwork> make_network(const std::vector<std::vector<CellTuple>>& layers,
+                                           bool uniform, const py::dict& buffers) {
   std::vector<std::vector<CellWeights>> all;
   for (const auto& layer : layers) {
     auto& cells = all.emplace_back();
@@ -87,18 +140,19 @@ std::shared_ptr<Network> make_network(const std::vector<std::vector<CellTuple>>&
       cells.push_back({w_ih, w_hh, bias, w_hr, scale_ih.value_or(at::Tensor()),
                        scale_hh.value_or(at::Tensor()), scale_hr.value_or(at::Tensor()), reverse});
   }
-  return std::make_shared<Network>(std::move(all));
+  return std::make_shared<BoundNetwork>(std::move(all), uniform, buffers);
 }
 
 // nn.LSTM's plain call: x [T, B, I], or [B, T, I] with batch_first, from a zero state, to
-// (y, (h_n, c_n)), for a network whose cells are all of one size. None for anything else, so that
-// the long way may say what is wrong with it.
-py::object run_plain(const Network& network, const py::object& input, bool batch_first) {
-  if (!THPVariable_Check(input.ptr())) return py::none();
+// (y, (h_n, c_n)), for a network whose cells are all of one size and whose weights are still
+// `buffers`. None for anything else, so that the long way may say what is wrong with it.
+py::object run_plain(const BoundNetwork& network, const py::object& input, bool batch_first,
+                     const py::dict& buffers) {
+  if (!network.uniform() || !THPVariable_CheckExact(input.ptr())) return py::none();
   const at::Tensor& x = THPVariable_Unpack(input.ptr());
-  if (x.dim() != 3 || x.scalar_type() != network.dtype() || !x.device().is_cpu() ||
+  if (!is_plain(x) || !nobody_watches() || x.dim() != 3 || x.scalar_type() != network.dtype() ||
       x.numel() == 0 || x.size(2) != network.input() ||
-      (x.requires_grad() && at::GradMode::is_enabled()))
+      (x.requires_grad() && at::GradMode::is_enabled()) || !network.is_current(buffers))
     return py::none();
   at::Tensor y, h_n, c_n;
   {
@@ -110,11 +164,36 @@ py::object run_plain(const Network& network, const py::object& input, bool batch
   return py::make_tuple(y, py::make_tuple(h_n, c_n));
 }
 
-at::Tensor run(const Network& network, const at::Tensor& x,
-               const std::optional<std::vector<int64_t>>& batch_sizes,
-               const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) {
-  const py::gil_scoped_release no_gil;
-  return network.run(x.contiguous(), batch_sizes, h, c);
+// x [T, B, I], or [N, I] with batch_sizes [T]; h, c: [B, P] and [B, H] by layer and direction, of
+// any floating dtype -> (y, [(h_n, c_n)] in their form). None where the ops have to run instead.
+py::object run(const BoundNetwork& network, const at::Tensor& input,
+               const std::optional<at::Tensor>& batch_sizes, std::vector<at::Tensor> h,
+               std::vector<at::Tensor> c) {
+  const at::Tensor x = input.resolve_neg();
+  std::vector<at::Tensor> states = h;
+  states.insert(states.end(), c.begin(), c.end());
+  const auto plain = [](const at::Tensor& t) { return is_plain(t.resolve_neg()); };
+  if (!is_plain(x) || !std::all_of(states.begin(), states.end(), plain)) return py::none();
+  at::Tensor y;
+  {
+    const py::gil_scoped_release no_gil;
+    if (batch_sizes) check_batch_sizes("PreparedLSTM", *batch_sizes, x.size(0), h.at(0).size(0));
+    std::optional<std::vector<int64_t>> sizes;
+    if (batch_sizes) {
+      const at::Tensor dense = batch_sizes->contiguous();
+      const int64_t* const first = dense.const_data_ptr<int64_t>();
+      sizes.emplace(first, first + dense.numel());
+    }
+    // Copies: the kernels turn h_0 and c_0 into h_n and c_n.
+    for (auto* const all : {&h, &c})
+      for (at::Tensor& t : *all)
+        t = t.to(network.dtype(), /*non_blocking=*/false, /*copy=*/true,
+                 at::MemoryFormat::Contiguous);
+    y = network.run(x.contiguous(), sizes, h, c);
+  }
+  py::list final;
+  for (size_t i = 0; i < h.size(); ++i) final.append(py::make_tuple(h[i], c[i]));
+  return py::make_tuple(y, final);
 }
 
 // A Stream with what Python hands it: torch tensors or NumPy arrays, read and written in place.
@@ -253,14 +332,17 @@ PYBIND11_MODULE(_C, module) {
     pretended_device() = limits ? std::optional(std::apply(&make_limits, *limits)) : std::nullopt;
   });
 #endif
-  py::class_<Network, std::shared_ptr<Network>>(module, "Network")
+  module.def("nobody_watches", &nobody_watches);
+  module.def("is_plain", &is_plain);
+  py::class_<BoundNetwork, std::shared_ptr<BoundNetwork>>(module, "Network")
       .def(py::init(&make_network))
+      .def("is_current", &BoundNetwork::is_current)
       .def("run", &run)
       .def("run_plain", &run_plain);
   py::class_<BoundStream, std::shared_ptr<BoundStream>>(module, "Stream")
       .def(py::init<int64_t, int64_t>())
       .def("add_lstm",
-           [](BoundStream& self, const std::shared_ptr<Network>& n) { self.add_lstm(n); })
+           [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_lstm(n); })
       .def("add_linear", &BoundStream::add_linear)
       .def("add_layer_norm", &BoundStream::add_layer_norm)
       .def("add_activation", &BoundStream::add_activation)

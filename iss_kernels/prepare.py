@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from iss_kernels import backend
@@ -24,26 +25,68 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
+# Of nn.Module's tables of hooks, those that an inference runs, and their flags.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _Stored: TypeAlias = tuple[Tensor, Tensor | None]  # the weight, and for int8 its scales by row
 
 
-def _store(name: str, value: Tensor, weights: str) -> _Stored:
-    """One parameter in the format asked for; biases in float32."""
-    if not value.isfinite().all():
-        raise ValueError(f"prepare: expected finite weights, got inf or nan in {name}")
-    held = "float32" if name.startswith("bias") or weights == "int8" else weights
-    stored = value.to(_DTYPES[held]).contiguous()
-    if not stored.isfinite().all():
-        range_ = torch.finfo(_DTYPES[held]).max
+def _store(function: str, name: str, value: Tensor, weights: str) -> _Stored:
+    """One parameter in the format asked for; biases in float32. Raises ValueError."""
+    value = value.detach()
+    is_bias = name.rpartition(".")[2].startswith("bias")
+    held = _DTYPES["float32" if is_bias or weights == "int8" else weights]
+    if type(value) is not Tensor or value.is_meta or value.layout != torch.strided:
+        got = type(value).__name__ if type(value) is not Tensor else f"a {value.layout} one"
+        got = "one on the meta device" if value.is_meta else got
+        raise ValueError(f"{function}: expected {name} to be a dense tensor with values, got {got}")
+    if not value.is_floating_point():
         raise ValueError(
-            f"prepare: expected weights within {held}'s range of {range_:g}, "
-            f"got {value.abs().max().item():g} in {name}"
+            f"{function}: expected {name} of a floating dtype, got {_dtype_name(value)}"
         )
-    if name.startswith("bias") or weights != "int8":
-        return stored.clone() if stored is value else stored, None
-    scale = stored.abs().amax(1) / 127
-    steps = (stored / scale.where(scale > 0, 1)[:, None]).round()
-    return steps.to(torch.int8), scale
+    if not value.isfinite().all():
+        raise ValueError(f"{function}: expected finite weights, got inf or nan in {name}")
+    stored = value.to(held, copy=True, memory_format=torch.contiguous_format)
+    if not stored.isfinite().all():
+        raise ValueError(
+            f"{function}: expected weights within {str(held).removeprefix('torch.')}'s range of "
+            f"{torch.finfo(held).max:g}, got {value.abs().max().item():g} in {name}"
+        )
+    if is_bias:
+        return stored, None
+    scale = None
+    if weights == "int8":
+        scale = stored.abs().amax(1) / 127
+        steps = (stored / scale.where(scale > 0, 1)[:, None]).round().clamp(-127, 127)
+        stored = steps.to(torch.int8)
+    # The smallest numbers have no 8 bits left, and below those is 0.
+    largest = value.double().abs().amax(1)
+    lost = (_widened(stored, scale).double() - value.double()).abs().amax(1) > largest / 250
+    if lost.any():
+        row = int(lost.nonzero()[0])
+        raise ValueError(
+            f"{function}: expected rows of weights that {weights} holds to 8 bits, got one with "
+            f"no larger element than {largest[row].item():g} in {name}[{row}]"
+        )
+    return stored, scale
+
+
+def _widened(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """The values that a stored weight stands for."""
+    return stored if scale is None else stored.float() * scale[:, None]
+
+
+def _dtype_name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
 
 
 class PreparedLSTM(ISSLSTM):
@@ -52,13 +95,23 @@ class PreparedLSTM(ISSLSTM):
     Called like nn.LSTM, in any forward form of ISSLSTM. Weights are buffers in the format chosen,
     under nn.LSTM's names (int8 adds "<name>_scale", float32, one per row); biases stay float32.
     Activations and sums are float32, and an input of another floating dtype is converted, as is
-    what comes back; autocast changes nothing. With int8, each row of x and h is quantised on the
-    fly, to 8 bits (7 on AVX2). On a CUDA device activations have the 16 bits of the weights, with
-    sums and c in float32, and int8 weights are widened to float32, once. There is no dropout.
+    what comes back; states may have any floating dtype; autocast changes nothing. With int8, rows
+    are quantised on the fly, each to the range of its largest element: h to 8 bits (7 on AVX2), x
+    to two such terms, some 15 bits (13 on AVX2), since features may differ widely. An infinite
+    element of x saturates the gates. On a CUDA device activations have the 16 bits of the weights,
+    with sums and c in float32, and int8 weights are widened to float32, once. There is no dropout.
+
+    Buffers that are replaced or changed in place are packed again by the next call (a change
+    through .data or a NumPy view goes unnoticed). load_state_dict takes the state_dict of a
+    prepared LSTM of the same format, or one in floating dtypes where the format is not int8, and
+    checks it as `prepare` does: after an error the weights are what they were. torch.jit.trace,
+    make_fx, torch.export and torch.func see the ops of ISSLSTM, with the weights widened to float32
+    and activations that are not quantised; torch.compile does, or breaks its graph.
+
     Raises RuntimeError where a gradient is asked for.
     """
 
-    def __init__(self, lstm: ISSLSTM, weights: str) -> None:
+    def __init__(self, lstm: Any, weights: str) -> None:
         super().__init__(
             lstm.input_size,
             lstm.hidden_size,
@@ -72,24 +125,90 @@ class PreparedLSTM(ISSLSTM):
         )
         self.weights = weights
         self._native: Any = None
-        self._converted: dict[str, Tensor] = {}  # weights in the dtype that is computed in
-        with torch.no_grad():
+        self._converted: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of each buffer
+        device = lstm._parameters["weight_ih_l0"].device
+        # Inference tensors could change without notice: they have no version.
+        with torch.inference_mode(False), torch.no_grad():
             for name in sum(self._all_weights, []):
-                stored, scale = _store(name, getattr(lstm, name).detach(), weights)
+                value: Tensor = lstm._parameters[name]
+                shape = self._parameters[name].shape  # type: ignore[union-attr]
+                if value.shape != shape or value.device != device:
+                    raise ValueError(
+                        f"prepare: expected {name} of shape {list(shape)} on {device}, "
+                        f"got {list(value.shape)} on {value.device}"
+                    )
+                stored, scale = _store("prepare", name, value, weights)
                 delattr(self, name)
-                self.register_buffer(name, stored)
+                self._add(name, stored)
                 if scale is not None:
-                    self.register_buffer(name + "_scale", scale)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-            getattr(self, hooks).update(getattr(lstm, hooks))
-        self.register_load_state_dict_pre_hook(PreparedLSTM._replace)  # type: ignore[no-untyped-call]
+                    self._add(name + "_scale", scale)
         self.eval()
 
-    def _replace(self, *_: Any) -> None:
-        """Load into memory of its own: a Stream may still use what is here."""
-        for name, value in self._buffers.items():
-            self._buffers[name] = None if value is None else value.clone()
-        self._native, self._converted = None, {}
+    def _add(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value)
+        self._expected[name] = value.shape, value.dtype
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load all weights, checked, or none."""
+        before, errors = dict(self._buffers), len(error_msgs)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        loaded = False
+        try:
+            with torch.inference_mode(False):
+                # Into memory of its own: a Stream may still use what is here.
+                for name in self._expected:
+                    value, device = self._buffer(name), None
+                    if assign and isinstance(state_dict.get(prefix + name), Tensor):
+                        device = state_dict[prefix + name].device
+                    self._buffers[name] = value.to(device, copy=True)
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                {**local_metadata, "assign_to_params_buffers": False},
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
+            if len(error_msgs) == errors:
+                error_msgs += self._wrong_in(state_dict, prefix)
+            loaded = len(error_msgs) == errors
+        finally:
+            if not loaded:
+                self._buffers.update(before)
+
+    def _wrong_in(self, state_dict: Any, prefix: str) -> list[str]:
+        """What cannot be loaded of a state_dict, in a sentence each."""
+        wrong = []
+        for name, (_, dtype) in self._expected.items():
+            value = state_dict.get(prefix + name)
+            if value is None:
+                continue
+            is_scale = name.endswith("_scale")
+            if dtype == torch.int8 or is_scale:
+                if value.dtype != dtype or (
+                    is_scale and not (value.isfinite() & (value >= 0)).all()
+                ):
+                    wrong.append(
+                        f"load_state_dict: expected {prefix}{name} of int8 weights with finite "
+                        f"scales, got {_dtype_name(value)}; load into the model before prepare"
+                    )
+                continue
+            try:
+                _store("load_state_dict", prefix + name, value, self.weights)
+            except ValueError as error:
+                wrong.append(str(error))
+        return wrong
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreparedLSTM:
         """Move to a device; a change of dtype leaves the weights as they are."""
@@ -98,12 +217,28 @@ class PreparedLSTM(ISSLSTM):
             like = fn(t.new_empty(0))
             return fn(t) if like.dtype == t.dtype else t.to(like.device)
 
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False):
+            super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         self._native, self._converted = None, {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_native": None, "_converted": {}}
+
+    def reset_parameters(self) -> None:
+        """Raise RuntimeError: there is nothing to train."""
+        if hasattr(self, "_expected"):  # not in ISSLSTM's constructor
+            raise RuntimeError("PreparedLSTM: expected no reset_parameters, it has no parameters")
+        super().reset_parameters()
+
+    def to_torch(self) -> nn.LSTM:
+        """Raise TypeError: what was prepared is not turned back."""
+        raise TypeError("to_torch: expected an ISSLSTM, got a PreparedLSTM, which only infers")
+
+    @classmethod
+    def from_torch(cls, lstm: nn.LSTM) -> ISSLSTM:
+        """Raise TypeError: `prepare` makes one."""
+        raise TypeError("PreparedLSTM: expected to be made by prepare, got a call of from_torch")
 
     def extra_repr(self) -> str:
         """nn.LSTM's line, and the format."""
@@ -116,11 +251,18 @@ class PreparedLSTM(ISSLSTM):
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[State, State]]:
         """As ISSLSTM.forward."""
-        if hx is None and lengths is None and self._uniform:
-            native = self.native()
-            plain = None if native is None else native.run_plain(input, self.batch_first)
+        native = self._native
+        if (
+            native is not None
+            and hx is None
+            and lengths is None
+            and backend.backend() == "extension"
+        ):
+            plain = native.run_plain(input, self.batch_first, self._buffers)
             if plain is not None:
                 return plain  # type: ignore[no-any-return]
+        if isinstance(input, PackedSequence):
+            _check_packed(input)
         tensor = input.data if isinstance(input, PackedSequence) else input
         if torch.is_grad_enabled() and _asks_for_gradient((tensor, hx)):
             raise RuntimeError(
@@ -128,51 +270,85 @@ class PreparedLSTM(ISSLSTM):
                 "infers; use torch.no_grad()), got one with requires_grad=True"
             )
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            return self._in_float32(input, hx, lengths)  # type: ignore[no-any-return]
+            y, state = super().forward(_to(input, torch.float32), hx, lengths)
+            return _to(y, tensor.dtype), _to(state, tensor.dtype)
         return super().forward(input, hx, lengths)
 
-    def _in_float32(self, input: Any, hx: Any, lengths: Any) -> Any:
-        """Convert on the way in and out."""
-        dtype = input.data.dtype if isinstance(input, PackedSequence) else input.dtype
-        y, state = super().forward(_to(input, torch.float32), _to(hx, torch.float32), lengths)
-        return _to(y, dtype), _to(state, dtype)
-
     def native(self) -> Any:
-        """The compiled network; None where the ops or the reference run instead."""
-        if backend.backend() == "reference":
+        """The compiled network of the weights; None where the ops or the reference run instead."""
+        if torch.compiler.is_compiling() or backend.backend() == "reference":
             return None
-        if self._native is None:
-            device = self._buffers["weight_ih_l0"].device  # type: ignore[union-attr]
-            if device.type != "cpu" or backend.on_cuda(device):
-                return None
-            directions = len(self.sizes[0])
-            cells = []
-            for index, names in enumerate(self._all_weights):
-                value = {name.partition("_l")[0]: getattr(self, name) for name in names}
-                scale = {
-                    name.partition("_l")[0]: getattr(self, name + "_scale", None) for name in names
-                }
-                bias = value["bias_ih"] + value["bias_hh"] if self.bias else None
-                cells.append(
-                    (value["weight_ih"], value["weight_hh"], bias, value.get("weight_hr"),
-                     scale["weight_ih"], scale["weight_hh"], scale.get("weight_hr"),
-                     index % directions == 1)
-                )  # fmt: skip
-            layers = [cells[i : i + directions] for i in range(0, len(cells), directions)]
-            self._native = backend.native().Network(layers)
-        return self._native
+        if not backend.native().nobody_watches():
+            return None
+        native = self._native
+        if native is None or not native.is_current(self._buffers):
+            native = self._packed()
+            if native is not None:
+                self._native = native
+        return native
+
+    def _packed(self) -> Any:
+        buffers = {name: self._buffer(name) for name in self._expected}
+        device = buffers["weight_ih_l0"].device
+        if device.type != "cpu" or backend.on_cuda(device):
+            return None
+        # Inference tensors could change without notice: they have no version.
+        if any(t.is_inference() for t in buffers.values()):
+            return None
+        value = {name: t.resolve_neg() for name, t in buffers.items()}
+        if not all(map(backend.native().is_plain, value.values())):
+            return None
+        value = {name: t.contiguous() for name, t in value.items()}
+        directions = len(self.sizes[0])
+        cells = []
+        for index, names in enumerate(self._all_weights):
+            of = {name.partition("_l")[0]: name for name in names}
+            bias = value[of["bias_ih"]] + value[of["bias_hh"]] if self.bias else None
+            w_hr = of.get("weight_hr", "")
+            scales = [value.get(f"{n}_scale") for n in (of["weight_ih"], of["weight_hh"], w_hr)]
+            cells.append(
+                (value[of["weight_ih"]], value[of["weight_hh"]], bias, value.get(w_hr), *scales,
+                 index % directions == 1)
+            )  # fmt: skip
+        layers = [cells[i : i + directions] for i in range(0, len(cells), directions)]
+        return backend.native().Network(layers, self._uniform, buffers)
+
+    def _buffer(self, name: str) -> Tensor:
+        """A buffer, checked: another may have been put in its place."""
+        value = self._buffers.get(name)
+        shape, dtype = self._expected[name]
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
+            got = "none"
+            if isinstance(value, Tensor):
+                got = f"{list(value.shape)} and {_dtype_name(value)}"
+            raise RuntimeError(
+                f"PreparedLSTM: expected a buffer {name} of shape {list(shape)} and dtype "
+                f"{str(dtype).removeprefix('torch.')}, got {got}"
+            )
+        if value.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "PreparedLSTM: expected weights that ask for no gradient (a prepared model only "
+                f"infers; use torch.no_grad()), got {name} with requires_grad=True"
+            )
+        return value
 
     def _run(
         self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        hs, cs = map(list, zip(*states, strict=True))
+        _check_devices(x, "parameter", [self._buffer("weight_ih_l0")])
+        _check_devices(x, "hidden", hs + cs)
+        for state in hs + cs:
+            if not state.is_floating_point():
+                raise RuntimeError(
+                    f"PreparedLSTM: expected hx of a floating dtype, got {_dtype_name(state)}"
+                )
         native = self.native()
-        if native is None or x.device.type != "cpu":
-            return self._run_by_ops(x, batch_sizes, states)
-        # Copies: the kernels turn h_0 and c_0 into h_n and c_n.
-        final = [(_copy(h), _copy(c)) for h, c in states]
-        sizes = None if batch_sizes is None else batch_sizes.tolist()
-        hs, cs = zip(*final, strict=True)
-        return native.run(x, sizes, list(hs), list(cs)), final
+        if native is not None and type(x) is Tensor:
+            done = native.run(x, batch_sizes, hs, cs)
+            if done is not None:
+                return done  # type: ignore[no-any-return]
+        return self._run_by_ops(x, batch_sizes, states)
 
     @property
     def held(self) -> torch.dtype:
@@ -183,6 +359,7 @@ class PreparedLSTM(ISSLSTM):
         self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """The CUDA kernels, in the dtype of the weights, or the reference, in float32."""
+        _check_devices(x, "parameter", list(map(self._buffer, self._expected)))
         by_kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
         dtype = self.held if by_kernels else torch.float32
         states = [(h.to(dtype), c.to(dtype)) for h, c in states]
@@ -191,21 +368,54 @@ class PreparedLSTM(ISSLSTM):
         return y.float(), [(h.float(), c.float()) for h, c in final]
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """In the dtype that is computed in, converted once."""
+        """In the dtype that is computed in; converted once for the CUDA kernels."""
+        weight = self._buffer(name)
+        if weight.dtype == dtype:
+            return weight
+        scale = self._buffer(name + "_scale") if weight.dtype == torch.int8 else None
+        keep = backend.on_cuda(weight.device) and backend.backend() == "extension"
+        if not keep or torch.compiler.is_compiling() or weight.is_inference():
+            return _widened(weight, scale).to(dtype)
         found = self._converted.get(name)
-        if found is None or found.dtype != dtype:
-            weight: Tensor = getattr(self, name)
-            scale: Tensor | None = getattr(self, name + "_scale", None)
-            found = (weight if scale is None else weight.float() * scale[:, None]).to(dtype)
+        if (
+            found is None
+            or found[0] is not weight
+            or found[1] != weight._version
+            or found[2].dtype != dtype
+        ):
+            found = weight, weight._version, _widened(weight, scale).to(dtype)
             self._converted[name] = found
-        return found
+        return found[2]
 
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
 
-def _copy(t: Tensor) -> Tensor:
-    return t.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+def _check_devices(x: Tensor, kind: str, tensors: Sequence[Tensor]) -> None:
+    """Raise what nn.LSTM raises."""
+    for t in tensors:
+        if t.device != x.device:
+            raise RuntimeError(
+                f"Input and {kind} tensors are not at the same device, found input tensor at "
+                f"{x.device} and {kind} tensor at {t.device}"
+            )
+
+
+def _check_packed(packed: PackedSequence) -> None:
+    """Raise RuntimeError for what cannot be indexed with; the rest is checked where it is used."""
+    sizes = packed.batch_sizes
+    if sizes.dim() != 1 or sizes.numel() == 0:
+        raise RuntimeError(
+            "PreparedLSTM: expected batch_sizes of shape [T] with T from 1, "
+            f"got {list(sizes.shape)}"
+        )
+    for name in ("sorted_indices", "unsorted_indices"):
+        indices = getattr(packed, name)
+        if indices is not None and indices.shape != (int(sizes[0]),):
+            raise RuntimeError(
+                f"PreparedLSTM: expected {name} of shape [B] = [{int(sizes[0])}], "
+                f"got {list(indices.shape)}"
+            )
 
 
 def _asks_for_gradient(value: Any) -> bool:
@@ -222,13 +432,50 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     return value if value is None else tuple(_to(part, dtype) for part in value)
 
 
+def _check_plain(lstm: Any) -> None:
+    """Raise ValueError for what of an LSTM cannot come along."""
+    names: list[str] = sum(lstm._all_weights, [])
+    changed = [name for name in names if lstm._parameters.get(name) is None]
+    if changed:
+        raise ValueError(
+            f"prepare: expected LSTMs with plain parameters, got {changed[0]} pruned or "
+            "reparametrised; make that permanent first (prune.remove, remove_weight_norm, "
+            "remove_parametrizations)"
+        )
+    own = [name for name in vars(lstm) if hasattr(type(lstm), name)]
+    extra = [
+        *(f"a parameter {name}" for name in lstm._parameters if name not in names),
+        *(f"a buffer {name}" for name in lstm._buffers),
+        *(f"a module {name}" for name in lstm._modules),
+        *(f"its own {name}" for name in own if name not in _OWN),
+    ]
+    if extra:
+        raise ValueError(
+            f"prepare: expected LSTMs as their class makes them, got one with {extra[0]}"
+        )
+
+
+# Attributes that a class and its instances have by right.
+_OWN = {"_compiled_call_impl", "call_super_init", "dump_patches", "training"}
+
+
+def _carry(lstm: nn.Module, prepared: PreparedLSTM, memo: dict[int, Any]) -> None:
+    """Copy the hooks of an LSTM, and attributes that a user has given it."""
+    standard = vars(type(lstm)(1, 1, device="meta"))
+    for name, value in vars(lstm).items():
+        if name in _HOOKS or (name not in standard and name not in _OWN):
+            setattr(prepared, name, copy.deepcopy(value, memo))
+
+
 def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     """A copy of `model` for inference: every nn.LSTM and ISSLSTM in it as a `PreparedLSTM`.
 
     weights: how LSTM weights are stored, "float32", "float16", "bfloat16" or "int8" (each row with
     its own scale). The copy is in eval mode; changing the model's weights later does not change
-    it. Raises ValueError for another format, for a model without an LSTM, and for weights that the
-    format cannot hold.
+    it. Hooks come along, but for those of a backward pass, as do attributes of an LSTM. Subclasses
+    are copied as they are. Raises ValueError for another format, for a model without an LSTM, for
+    an LSTM that is pruned, reparametrised or has a forward of its own, and for weights that the
+    format cannot hold: not finite, too large, or a row too small to keep 8 bits.
     """
     if not isinstance(weights, str) or weights not in _DTYPES:
         raise ValueError(
@@ -236,16 +483,23 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
-    found = {m for m in model.modules() if type(m) in (nn.LSTM, ISSLSTM, PreparedLSTM)}
+    known = (nn.LSTM, ISSLSTM, PreparedLSTM)
+    kin = [m for m in model.modules() if isinstance(m, known)]
+    found = [m for m in kin if type(m) in known or is_parametrized(m)]
     if not found:
+        but = f" but {type(kin[0]).__name__}, a subclass of it" if kin else ""
         raise ValueError(
             f"prepare: expected a model with an nn.LSTM or ISSLSTM, got {type(model).__name__} "
-            "without one"
+            f"without one{but}"
         )
     if any(type(m) is PreparedLSTM for m in found):
         raise ValueError("prepare: expected a model that is not prepared yet, got a PreparedLSTM")
     memo: dict[int, Any] = {}
-    for module in found:
-        lstm = ISSLSTM.from_torch(module) if isinstance(module, nn.LSTM) else module
-        memo[id(module)] = PreparedLSTM(lstm, weights)  # type: ignore[arg-type]
-    return copy.deepcopy(model, memo).eval()
+    for lstm in found:
+        _check_plain(lstm)
+        memo[id(lstm)] = PreparedLSTM(lstm, weights)
+    new = {lstm: memo[id(lstm)] for lstm in found}
+    result: nn.Module = copy.deepcopy(model, memo)
+    for lstm, prepared in new.items():
+        _carry(lstm, prepared, memo)
+    return result.eval()

@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils import prune
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iss_kernels import ISSLSTM, prepare, use_backend
 from iss_kernels.backend import supported_isas, use_isa
@@ -132,6 +137,41 @@ def test_a_language_models_perplexity_hardly_moves():
     assert before < 4  # of 30 words: it has learnt
     for weights, allowed in (("float16", 1e-3), ("bfloat16", 1e-3), ("int8", 5e-3)):
         assert abs(math.log(perplexity(prepare(model, weights), text) / before)) < allowed
+
+
+def relative_error(ours, truth):
+    return float((ours - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sigma", [0.5, 3])
+def test_int8_features_of_wide_range_keep_the_small_ones(isa, sigma):
+    lstm = nn.LSTM(40, 64, 3)
+    x = (sigma * torch.randn(50, 8, 40)).exp()
+    prepared, alone = prepare(lstm, "int8"), copy.deepcopy(lstm)
+    for name, parameter in alone.named_parameters():
+        if name.startswith("weight"):
+            parameter.copy_(getattr(prepared, name) * getattr(prepared, f"{name}_scale")[:, None])
+    truth = lstm(x)[0]
+    # h in 7 bits, on AVX2, has a share in it of its own.
+    allowed = 1.25 * relative_error(alone(x)[0], truth) + 3e-3
+    assert relative_error(prepared(x)[0], truth) < allowed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 3e38, 1e-45, math.nan])
+def test_a_row_with_an_extreme_element(isa, weights, value):
+    """Gates saturate as they do in nn.LSTM, and no other row changes."""
+    lstm = nn.LSTM(6, 9, 2, proj_size=5)
+    lstm.weight_ih_l0[:, 2] = torch.where(lstm.weight_ih_l0[:, 2] > 0, 0.3, -0.3)
+    prepared, x = prepare(lstm, weights), torch.randn(7, 4, 6)
+    y = prepared(x)[0]
+    x[3, 1] = 0
+    x[3, 1, 2] = value
+    ours, truth = prepared(x)[0], lstm(x)[0]
+    assert torch.equal(ours[:, [0, 2, 3]], y[:, [0, 2, 3]])
+    torch.testing.assert_close(ours, truth, rtol=0, atol=3e-2, equal_nan=True)
+    assert bool(ours[3:, 1].isnan().all()) == math.isnan(value)
 
 
 # -- forward forms ---------------------------------------------------------------------------------
@@ -260,6 +300,329 @@ def test_mistakes_are_isslstms():
         assert str(got.value) == str(expected.value)
 
 
+# -- what a call is given --------------------------------------------------------------------------
+
+
+def negative(t):
+    """-t, as a view that leaves the memory as it is."""
+    view = torch.complex(t, t).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@torch.no_grad()
+def test_lazily_negated_tensors_keep_their_sign(implementation, weights):
+    lstm = nn.LSTM(3, 4, proj_size=2)
+    h, c = torch.randn(1, 2, 2), torch.randn(1, 2, 4)
+    prepared = prepare(lstm, weights)
+    for args in ((X,), (X, (h, c))):
+        given = tuple(
+            tuple(map(negative, a)) if isinstance(a, tuple) else negative(a) for a in args
+        )
+        expected = tuple(tuple(-t for t in a) if isinstance(a, tuple) else -a for a in args)
+        assert equal(prepared(*given), prepared(*expected))
+    lstm.weight_hh_l0 = nn.Parameter(negative(lstm.weight_hh_l0.detach()))
+    opposite = prepare(lstm, weights)
+    assert not opposite.weight_hh_l0.is_neg()
+    assert torch.equal(opposite.weight_hh_l0, -prepared.weight_hh_l0)
+    if weights != "int8":  # of which there are no complex numbers
+        expected = opposite(X)
+        prepared.weight_hh_l0 = negative(prepared.weight_hh_l0.float()).to(DTYPES[weights])
+        assert equal(prepared(X), expected)
+        if weights == "float32":
+            prepared.weight_hh_l0 = negative(-opposite.weight_hh_l0)
+            assert prepared.weight_hh_l0.is_neg() and equal(prepared(X), expected)
+
+
+@torch.no_grad()
+def test_tensors_whose_memory_is_not_what_they_are(implementation):
+    lstm = nn.LSTM(3, 4)
+    prepared, state = prepare(lstm), (torch.randn(1, 2, 4),) * 2
+    with torch.inference_mode():
+        mode = X.clone(), tuple(t.clone() for t in state)
+    lazy = torch._lazy_clone(X)
+    for args in (mode, (lazy, state), (nn.Parameter(X),)):
+        for values in (args, args[:1]):
+            torch.testing.assert_close(
+                prepared(*values), lstm(X, *((state,) if values[1:] else ()))
+            )
+    assert torch._C._is_cow_tensor(lazy)
+    zero = torch._efficientzerotensor(X.shape)  # has no memory
+    torch.testing.assert_close(prepared(zero), lstm(torch.zeros_like(X)))
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@torch.no_grad()
+def test_a_subclass_comes_back_as_it_does_from_nn_lstm(implementation):
+    lstm = nn.LSTM(3, 4)
+    prepared, x = prepare(lstm), X.as_subclass(Tagged)
+    for _ in range(2):
+        ours, expected = tensors_in(prepared(x)), tensors_in(lstm(x))
+        assert list(map(type, ours)) == list(map(type, expected)) == [Tagged] * 3
+        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(prepared(X), lstm(X))
+
+
+@torch.no_grad()
+def test_layouts_that_no_kernel_takes_are_refused():
+    prepared, state = prepare(nn.LSTM(3, 4)), torch.zeros(1, 2, 4)
+    prepared(X)
+    for layout in (torch.Tensor.to_sparse, torch.Tensor.to_mkldnn):
+        for args in ((layout(X),), (X, (layout(state), state)), (X, (state, layout(state)))):
+            with pytest.raises(NotImplementedError, match="Could not run"):
+                prepared(*args)
+
+
+@torch.no_grad()
+def test_other_devices_and_dtypes_are_nn_lstms_errors(implementation):
+    lstm = nn.LSTM(3, 4)
+    prepared, state = prepare(lstm), torch.zeros(1, 2, 4)
+    for _ in range(2):
+        for hx in ((state.to("meta"), state), (state, state.to("meta"))):
+            with pytest.raises(RuntimeError) as expected:
+                lstm(X, hx)
+            with pytest.raises(RuntimeError) as got:
+                prepared(X, hx)
+            assert str(got.value) == str(expected.value)
+        with pytest.raises(RuntimeError) as got:
+            prepared(X.to("meta"))
+        assert str(got.value) == (
+            "Input and parameter tensors are not at the same device, found input tensor at meta "
+            "and parameter tensor at cpu"
+        )
+        for dtype in (torch.complex64, torch.bool, torch.int64):
+            for x in (X, X.double()):
+                with pytest.raises(RuntimeError) as got:
+                    prepared(x, (state, state.to(dtype)))
+                name = str(dtype).removeprefix("torch.")
+                assert str(got.value) == (
+                    f"PreparedLSTM: expected hx of a floating dtype, got {name}"
+                )
+        prepared(X)
+
+
+@torch.no_grad()
+def test_states_of_any_floating_dtype_are_converted(implementation, weights):
+    prepared = prepare(nn.LSTM(3, 4), weights)
+    state = tuple(torch.randn(1, 2, 4).half() for _ in range(2))
+    expected = prepared(X, tuple(t.float() for t in state))
+    for dtype in (torch.float16, torch.float64):
+        assert equal(prepared(X, tuple(t.to(dtype) for t in state)), expected)
+
+
+PACKED = pack_padded_sequence(X, [5, 2])  # batch_sizes 2, 2, 1, 1, 1
+BAD_PACKED = {
+    "fewer rows than said": {"data": PACKED.data[:-1]},
+    "more rows than said": {"batch_sizes": PACKED.batch_sizes[:-1]},
+    "growing": {"batch_sizes": torch.tensor([1, 2, 2, 1, 1])},
+    "zero": {"batch_sizes": torch.tensor([2, 0, 5])},
+    "negative": {"batch_sizes": torch.tensor([2, -(2**62), 5])},
+    "none": {"batch_sizes": torch.tensor([], dtype=torch.int64)},
+    "no rows": {"batch_sizes": torch.tensor([0])},
+    "int32": {"batch_sizes": PACKED.batch_sizes.int()},
+    "2-D": {"batch_sizes": PACKED.batch_sizes[None]},
+    "sorted too short": {"sorted_indices": torch.tensor([0])},
+    "sorted too long": {"sorted_indices": torch.tensor([0, 1, 0])},
+    "sorted out of range": {"sorted_indices": torch.tensor([0, 2])},
+    "unsorted too short": {"unsorted_indices": torch.tensor([0])},
+    "unsorted out of range": {"unsorted_indices": torch.tensor([0, -1])},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BAD_PACKED)
+def test_a_packed_sequence_that_does_not_fit_is_refused(isa, weights, name):
+    prepared = prepare(nn.LSTM(3, 4, 2, bidirectional=True), weights)
+    state = (torch.zeros(4, 2, 4),) * 2
+    packed = PACKED._replace(**BAD_PACKED[name])
+    for _ in range(2):
+        # IndexError: what torch says of an index out of range
+        with pytest.raises(IndexError if "range" in name else RuntimeError) as got:
+            prepared(packed, state)
+        assert "range" in str(got.value) or str(got.value).startswith(
+            ("PreparedLSTM: ", "Expected")
+        )
+        prepared(PACKED, state)
+
+
+@torch.no_grad()
+def test_a_batch_of_no_rows(implementation, weights):
+    lstm = nn.LSTM(3, 4, 2, proj_size=2)
+    prepared, x = prepare(lstm, weights), torch.zeros(5, 0, 3)
+    for state in (None, (torch.zeros(2, 0, 2), torch.zeros(2, 0, 4))):
+        shapes = [t.shape for t in tensors_in(prepared(x, state))]
+        assert shapes == [t.shape for t in tensors_in(lstm(x, state))]
+
+
+# -- buffers that change ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_replaced_and_changed_buffers_are_packed_again(implementation, weights):
+    lstm, other = nn.LSTM(3, 4), nn.LSTM(3, 4)
+    prepared, expected = prepare(lstm, weights), prepare(other, weights)
+    first, second = prepared(X), expected(X)
+    new = {name: value.clone() for name, value in expected.named_buffers()}
+    with torch.inference_mode():
+        of_inference = {name: value.clone() for name, value in new.items()}
+    for buffers in (new, of_inference):
+        for args in ((X,), (X, (torch.zeros(1, 2, 4),) * 2)):
+            assert close(functional_call(prepared, buffers, args), second, weights)
+            assert equal(prepared(*args), first)
+    for name, value in new.items():
+        getattr(prepared, name).copy_(value)
+    assert equal(prepared(X), second)
+    prepared.bias_hh_l0.add_(1)
+    expected.bias_hh_l0 = expected.bias_hh_l0 + 1
+    assert equal(prepared(X), expected(X)) and not equal(prepared(X), second)
+
+
+def close(ours, expected, weights):
+    """Whether they agree where one of them does not quantise its activations."""
+    atol = 2e-2 if weights == "int8" else 1e-6
+    pairs = zip(tensors_in(ours), tensors_in(expected), strict=True)
+    return all(torch.allclose(a, b, rtol=0, atol=atol) for a, b in pairs)
+
+
+BAD_BUFFERS = {
+    "dtype": lambda t: t.double(),
+    "shape": lambda t: t[:-1],
+    "parameter": lambda t: nn.Parameter(t),
+    "none": lambda t: None,
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize("name", BAD_BUFFERS)
+def test_a_buffer_of_another_kind_is_refused(name, used):
+    prepared = prepare(nn.LSTM(3, 4, 2))
+    if used:
+        prepared(X)
+    prepared.weight_hh_l1 = BAD_BUFFERS[name](prepared.weight_hh_l1)
+    for args in ((X,), (X, (torch.zeros(2, 2, 4),) * 2)):
+        with pytest.raises(RuntimeError, match="weight_hh_l1|same device|Could not run"):
+            prepared(*args)
+
+
+def test_weights_that_ask_for_a_gradient_are_refused(implementation):
+    prepared = prepare(nn.LSTM(3, 4))
+    y = prepared(X)
+    prepared.weight_hh_l0.requires_grad_()
+    with pytest.raises(RuntimeError, match="weights that ask for no gradient"):
+        prepared(X)
+    with torch.no_grad():
+        assert equal(prepared(X), y)
+
+
+@torch.no_grad()
+def test_a_replica_of_data_parallel_runs_its_own_weights(implementation):
+    prepared = prepare(nn.LSTM(3, 4))
+    y = prepared(X)
+    replica = prepared._replicate_for_data_parallel()
+    replica._buffers = {name: 2 * value for name, value in prepared._buffers.items()}
+    twin = copy.deepcopy(prepared)
+    for value in twin.buffers():
+        value.mul_(2)
+    for _ in range(2):
+        assert equal(replica(X), twin(X)) and equal(prepared(X), y)
+
+
+@pytest.mark.parametrize("call", ["reset_parameters", "to_torch"])
+def test_what_makes_no_sense_is_refused(call):
+    prepared = prepare(nn.LSTM(3, 4))
+    before = values_of(prepared)
+    with pytest.raises((RuntimeError, TypeError), match="PreparedLSTM"):
+        getattr(prepared, call)()
+    with pytest.raises(TypeError, match="made by prepare"):
+        PreparedLSTM.from_torch(nn.LSTM(3, 4))
+    assert same_state(prepared, before) and prepared.requires_grad_() is prepared
+
+
+# -- who looks on ----------------------------------------------------------------------------------
+
+
+class Sum(nn.Module):
+    """A prepared LSTM within a model."""
+
+    def __init__(self, weights):
+        super().__init__()
+        lstm = nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)
+        self.prepared = prepare(lstm, weights)
+
+    def forward(self, x):
+        return self.prepared(x)[0] + x.sum(-1, keepdim=True)
+
+
+TRACERS = {
+    "jit.trace": torch.jit.trace,
+    "make_fx": lambda model, x: make_fx(model)(x),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "compile": lambda model, x: torch.compile(model, backend="aot_eager"),
+    "a dispatch mode": lambda model, x: model,
+    "vmap": lambda model, x: lambda v: vmap(lambda row: model(row[None])[0])(v),
+}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize("name", TRACERS)
+def test_a_tracer_sees_the_lstm(weights, name, used):
+    torch.compiler.reset()
+    model, x = Sum(weights), X.transpose(0, 1).contiguous()
+    if used:
+        model(x)
+    traced = TRACERS[name](model, x)
+    for value in (x, 2 * x, x.flip(1)):
+        torch.testing.assert_close(
+            traced(value), model(value), rtol=0, atol=2e-2 if weights == "int8" else 1e-6
+        )
+    fresh = copy.deepcopy(model)
+    assert torch.equal(model(x), fresh(x))  # nothing of a tracer's is kept
+
+
+@torch.no_grad()
+def test_a_dispatch_mode_sees_the_ops():
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    prepared = prepare(nn.LSTM(3, 4))
+    prepared(X)
+    with Seen():
+        for args in ((X,), (X, (torch.zeros(1, 2, 4),) * 2)):
+            prepared(*args)
+            assert torch.ops.iss_kernels.lstm_forward.default in seen
+            seen.clear()
+
+
+@torch.no_grad()
+def test_a_tangent_is_not_dropped(implementation):
+    prepared = prepare(nn.LSTM(3, 4))
+    state = (torch.zeros(1, 2, 4),) * 2
+    prepared(X)
+    with dual_level():
+        x = make_dual(X, torch.ones_like(X))
+        h = make_dual(state[0], torch.ones_like(state[0]))
+        for args in ((x,), (X, (h, state[1])), (x, state)):
+            try:
+                y = prepared(*args)[0]
+            except RuntimeError as error:
+                assert "jvp" in str(error)
+            else:  # the reference is plain torch
+                assert unpack_dual(y).tangent is not None
+
+
 # -- the model around it ---------------------------------------------------------------------------
 
 
@@ -291,13 +654,123 @@ def test_later_changes_of_the_model_do_not_reach_the_prepared_one(implementation
         assert model.inner[1].weight.any()
 
 
-def test_hooks_of_an_lstm_stay():
-    calls = []
+class Counter(nn.Module):
+    """A model whose hooks are methods of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.calls = nn.LSTM(3, 4), []
+        self.lstm.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.lstm.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+        self.lstm.register_full_backward_hook(lambda *_: None)  # nothing to run for
+        self.lstm.register_load_state_dict_pre_hook(self.loading)
+        self.lstm.tag = ["an attribute"]
+
+    def before(self, module, args, kwargs):
+        self.calls.append("before")
+        return (args[0] * 2,), kwargs
+
+    def after(self, module, args, kwargs, result):
+        self.calls.append("after")
+        return None if result is None else (result[0] + 1, result[1])
+
+    def loading(self, module, state_dict, prefix, *_):
+        self.calls.append("loading")
+        for name in [name for name in state_dict if name.startswith(prefix + "old_")]:
+            state_dict[name.replace("old_", "")] = state_dict.pop(name)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+@torch.no_grad()
+def test_hooks_of_an_lstm_stay_and_are_the_copys():
+    model = Counter()
+    prepared = prepare(model)
+    torch.testing.assert_close(prepared(X), model.eval()(X))
+    assert prepared.calls == model.calls == ["before", "after"]
+    with pytest.raises(RuntimeError):
+        prepared(X.new_zeros(1, 1, 7))
+    assert prepared.calls == ["before", "after"] * 2  # always_call
+    assert prepared.lstm.tag == model.lstm.tag and prepared.lstm.tag is not model.lstm.tag
+    values = {name.replace(".", ".old_"): value for name, value in model.state_dict().items()}
+    prepared.load_state_dict(values)
+    assert prepared.calls[-1] == "loading" and "loading" not in model.calls
+
+
+def with_(change):
+    """A model with an LSTM that has been changed."""
     model = Tagger()
-    model.first.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        prepare(model)(X)
-    assert len(calls) == 2
+    change(model.first)
+    return model
+
+
+def old_weight_norm(lstm):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(lstm, "weight_hh_l0")
+
+
+REPARAMETRISED = {
+    "pruned": lambda lstm: prune.l1_unstructured(lstm, "weight_hh_l0", 0.5),
+    "weight_norm": lambda lstm: nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0"),
+    "old weight_norm": old_weight_norm,
+}
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, ISSLSTM])
+@pytest.mark.parametrize("name", REPARAMETRISED)
+def test_a_reparametrised_lstm_is_refused(make, name):
+    lstm = make(3, 4)
+    REPARAMETRISED[name](lstm)
+    for model in (lstm, nn.ModuleList([nn.LSTM(3, 4), lstm])):
+        with pytest.raises(ValueError) as got:
+            prepare(model)
+        assert str(got.value) == (
+            "prepare: expected LSTMs with plain parameters, got weight_hh_l0 pruned or "
+            "reparametrised; make that permanent first (prune.remove, remove_weight_norm, "
+            "remove_parametrizations)"
+        )
+
+
+EXTRAS = {
+    "its own forward": lambda lstm: setattr(lstm, "forward", lambda x: (x, None)),
+    "its own extra_repr": lambda lstm: setattr(lstm, "extra_repr", str),
+    "a buffer scale": lambda lstm: lstm.register_buffer("scale", torch.ones(1)),
+    "a parameter scale": lambda lstm: setattr(lstm, "scale", nn.Parameter(torch.ones(1))),
+    "a module norm": lambda lstm: setattr(lstm, "norm", nn.LayerNorm(3)),
+}
+
+
+@pytest.mark.parametrize("what", EXTRAS)
+def test_what_cannot_come_along_is_refused(what):
+    with pytest.raises(ValueError) as got:
+        prepare(with_(EXTRAS[what]))
+    assert str(got.value) == (
+        f"prepare: expected LSTMs as their class makes them, got one with {what}"
+    )
+
+
+class Doubled(nn.LSTM):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+@torch.no_grad()
+def test_subclasses_are_copied_as_they_are():
+    model = nn.ModuleList([nn.LSTM(3, 4), Doubled(3, 4)])
+    prepared = prepare(model)
+    assert type(prepared[0]) is PreparedLSTM and type(prepared[1]) is Doubled
+    assert equal(prepared[1](X), model[1](X))
+
+
+@torch.no_grad()
+def test_parameters_that_are_shared_or_lazily_copied():
+    lstm, other = nn.LSTM(3, 4), nn.LSTM(3, 4)
+    lstm.bias_ih_l0 = lstm.bias_hh_l0 = other.bias_ih_l0
+    lstm.weight_hh_l0 = nn.Parameter(torch._lazy_clone(other.weight_hh_l0.detach()))
+    prepared = prepare(nn.ModuleList([lstm, other]))
+    for twin, model in zip(prepared, (lstm, other), strict=True):
+        torch.testing.assert_close(twin(X), model(X))
 
 
 def test_state_dict_has_nn_lstms_names_and_the_formats_dtypes(weights):
@@ -334,6 +807,72 @@ def test_a_plain_lstms_state_dict_loads_into_the_floating_formats():
         prepared(X)
         prepared.load_state_dict(lstm.state_dict())
         assert equal(prepared(X), prepare(lstm, weights)(X))
+
+
+def loaded_with(change):
+    """A state_dict in float32 with one value changed."""
+    values = nn.LSTM(3, 4).state_dict()
+    name, value = change
+    values[name] = value(values[name])
+    return values
+
+
+BAD_VALUES = {
+    "int8 from floats": ("int8", ("bias_ih_l0", lambda v: v), "load into the model before prepare"),
+    "beyond float16": ("float16", ("weight_hh_l0", lambda v: v * 1e6), "float16's range of 65504"),
+    "below float16": ("float16", ("weight_hh_l0", lambda v: v * 1e-8), "float16 holds to 8 bits"),
+    "beyond float32": ("float32", ("bias_ih_l0", lambda v: v.double() * 1e300), "float32's range"),
+    "nan": ("bfloat16", ("weight_ih_l0", lambda v: v * math.nan), "finite weights"),
+    "infinite bias": (
+        "int8",
+        ("bias_hh_l0", lambda v: v / 0),
+        "load into the model before prepare",
+    ),
+    "ints": ("float32", ("weight_ih_l0", lambda v: v.long()), "floating dtype, got int64"),
+    "meta": ("float32", ("weight_ih_l0", lambda v: v.to("meta")), "meta"),
+    "sparse": ("float32", ("weight_ih_l0", lambda v: v.to_sparse()), "dense"),
+    "shape": ("float32", ("weight_ih_l0", lambda v: v[:, :2]), "size mismatch"),
+}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_loading_checks_as_prepare_does_and_leaves_the_weights_after_an_error(name, strict, assign):
+    weights, change, message = BAD_VALUES[name]
+    prepared = prepare(nn.ModuleDict({"lstm": nn.LSTM(3, 4)}), weights)
+    before, y = values_of(prepared), prepared["lstm"](X)
+    values = {f"lstm.{name}": value for name, value in loaded_with(change).items()}
+    with pytest.raises(RuntimeError) as got:
+        prepared.load_state_dict(values, strict=strict, assign=assign)
+    assert message in str(got.value) and "lstm." in str(got.value)
+    assert same_state(prepared, before) and equal(prepared["lstm"](X), y)
+
+
+def test_loading_int8_scales_that_are_not_finite_is_refused():
+    prepared = prepare(nn.LSTM(3, 4), "int8")
+    for value in (math.nan, math.inf, -1.0):
+        values = values_of(prepared)
+        values["weight_hh_l0_scale"][2] = value
+        with pytest.raises(RuntimeError, match="finite scales"):
+            prepared.load_state_dict(values)
+
+
+@pytest.mark.parametrize("change", ["half", "double", "parameters"])
+@pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16"])
+def test_assigned_weights_are_converted(weights, change):
+    lstm, prepared = nn.LSTM(3, 4), prepare(nn.LSTM(3, 4), weights)
+    values = lstm.state_dict(keep_vars=True)
+    if change != "parameters":
+        lstm = getattr(lstm, change)()
+        values = lstm.state_dict()
+    prepared.load_state_dict(values, assign=True)
+    assert not list(prepared.parameters())
+    assert equal(prepared(X), prepare(lstm, weights)(X))
+    with torch.no_grad():
+        y = prepared(X)
+        lstm.weight_hh_l0.zero_()
+        assert equal(prepared(X), y)
 
 
 def through_a_file(module, folder):
@@ -388,6 +927,12 @@ def with_a_weight(value, dtype=torch.float32):
     return lstm
 
 
+def with_a_row(value):
+    lstm = nn.LSTM(3, 4)
+    lstm.weight_hh_l0.data[1] = value
+    return lstm
+
+
 ERRORS = {
     "an unknown format": (
         lambda: prepare(nn.LSTM(3, 4), "int4"),
@@ -409,6 +954,48 @@ ERRORS = {
         lambda: prepare(nn.ModuleList([nn.LSTM(3, 4), prepare(nn.LSTM(3, 4))])),
         ValueError,
         "prepare: expected a model that is not prepared yet, got a PreparedLSTM",
+    ),
+    "a subclass alone": (
+        lambda: prepare(nn.Sequential(Doubled(3, 4))),
+        ValueError,
+        "prepare: expected a model with an nn.LSTM or ISSLSTM, got Sequential without one but "
+        "Doubled, a subclass of it",
+    ),
+    "meta": (
+        lambda: prepare(nn.LSTM(3, 4, device="meta")),
+        ValueError,
+        "prepare: expected weight_ih_l0 to be a dense tensor with values, got one on the meta "
+        "device",
+    ),
+    "complex": (
+        lambda: prepare(nn.LSTM(3, 4, dtype=torch.complex64)),
+        ValueError,
+        "prepare: expected weight_ih_l0 of a floating dtype, got complex64",
+    ),
+    "another shape": (
+        lambda: prepare(
+            with_(lambda lstm: setattr(lstm, "weight_hh_l0", nn.Parameter(torch.ones(2, 2))))
+        ),
+        ValueError,
+        "prepare: expected weight_hh_l0 of shape [12, 3] on cpu, got [2, 2] on cpu",
+    ),
+    "below float16": (
+        lambda: prepare(with_a_row(1e-9), "float16"),
+        ValueError,
+        "prepare: expected rows of weights that float16 holds to 8 bits, got one with no larger "
+        "element than 1e-09 in weight_hh_l0[1]",
+    ),
+    "few bits of float16": (
+        lambda: prepare(with_a_row(1e-7), "float16"),
+        ValueError,
+        "prepare: expected rows of weights that float16 holds to 8 bits, got one with no larger "
+        "element than 1e-07 in weight_hh_l0[1]",
+    ),
+    "below int8's scales": (
+        lambda: prepare(with_a_row(1e-44), "int8"),
+        ValueError,
+        "prepare: expected rows of weights that int8 holds to 8 bits, got one with no larger "
+        "element than 9.80909e-45 in weight_hh_l0[1]",
     ),
     "NaN": (
         lambda: prepare(with_a_weight(math.nan)),
