@@ -5,10 +5,12 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/impl/COW.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -23,6 +25,7 @@
 #endif
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace iss {
 namespace {
@@ -88,11 +91,21 @@ bool nobody_watches() {
   return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~usual) == 0;
 }
 
-// Whether a tensor is what its memory holds: dense, on the CPU, neither a subclass nor wrapped, not
-// negated or zero without a look at its memory, without a tangent.
+// Of a tensor whose memory holds its values: dense, on the CPU, of no class with a dispatch of its
+// own (FakeTensor), under no transform (vmap).
+constexpr c10::DispatchKeySet kDense({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                      c10::DispatchKey::AutogradCPU,
+                                      c10::DispatchKey::AutocastCPU});
+// Of one whose values torch negates (x.conj().imag) or fills in when they are read.
+constexpr c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+
+bool has_only(const at::Tensor& tensor, c10::DispatchKeySet keys) {
+  return (tensor.key_set() | keys) == keys;
+}
+
+// Whether a tensor is what its memory holds, and has no tangent.
 bool is_plain(const at::Tensor& t) {
-  static const uint64_t usual = at::detail::empty_cpu({0}, at::kFloat).key_set().raw_repr();
-  return (t.key_set().raw_repr() & ~usual) == 0 && !t._fw_grad(/*level=*/0).defined();
+  return has_only(t, kDense) && !t._fw_grad(/*level=*/0).defined();
 }
 
 // The network of a prepared module, and the buffers that it was packed from.
@@ -196,76 +209,155 @@ py::object run(const BoundNetwork& network, const at::Tensor& input,
   return py::make_tuple(y, final);
 }
 
+// Whether a tracer follows, which knows nothing of what is called without the dispatcher.
+bool is_traced() {
+  using c10::impl::TorchDispatchModeKey, c10::impl::TorchDispatchModeTLS;
+  return torch::jit::tracer::isTracing() ||
+         TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
+}
+
 // A Stream with what Python hands it: torch tensors or NumPy arrays, read and written in place.
 class BoundStream : public Stream {
  public:
   using Stream::Stream;
 
   // out, or where it is None the stream's own result, which the next step overwrites.
-  py::handle step(py::handle x, py::handle out) {
-    at::Tensor copy, none;
-    const float* const from = read(x, "x", input(), copy);
-    if (out.is_none()) {
-      if (!result_) {
-        result_ = wrapped(at::empty({batch(), output()}, at::kFloat));
-        result_numpy_ = result_.attr("numpy")();
-      }
-      out = py::isinstance<py::array>(x) ? result_numpy_ : result_;
-    }
-    float* const into = const_cast<float*>(read(out, "out", output(), none));
-    if (none.defined() || !writeable(out))
-      throw py::value_error("Stream: expected out to be contiguous and writeable");
+  py::object step(py::handle x, py::handle out) {
+    if (is_traced())
+      throw std::runtime_error(
+          "Stream: expected a call outside of torch.jit.trace and make_fx, which would keep its "
+          "output as a constant, got one inside");
+    at::Tensor copy;
+    const float* const from = read(x, copy);
+    const bool own = out.is_none(), as_array = own && is_array(x);
+    if (own)
+      keep_result(as_array);
+    else
+      expect_fit(out, "out", output());
+    const auto to = own ? result_ : py::reinterpret_borrow<py::object>(out);
+    const auto returned = as_array ? result_numpy_ : to;
+    float* const into = writeable(to);
     const py::gil_scoped_release no_gil;
     Stream::step(from, into);
-    return out;
+    return returned;
   }
 
  private:
-  static py::object wrapped(const at::Tensor& tensor) {
-    return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
-  }
-  static bool writeable(py::handle object) {
-    return !py::isinstance<py::array>(object) ||
-           py::reinterpret_borrow<py::array>(object).writeable();
+  // Asked before THPVariable_Check, which takes 50 ns to say that an array is no tensor.
+  static bool is_array(py::handle object) {
+    return !THPVariable_CheckExact(object.ptr()) && py::isinstance<py::array>(object);
   }
 
-  // The elements of a tensor or array of shape [batch, width]; `copy` holds them where the tensor
-  // itself is not contiguous.
-  const float* read(py::handle object, const char* name, int64_t width, at::Tensor& copy) {
-    const auto fail = [&](const std::string& got) {
-      throw py::value_error(std::string("Stream: expected ") + name + " of shape [B, " +
-                            (name[0] == 'x' ? "I" : "O") + "] = [" + std::to_string(batch()) +
-                            ", " + std::to_string(width) + "] and dtype float32, got " + got);
-    };
-    if (THPVariable_Check(object.ptr())) {
-      const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-      if (tensor.dim() != 2 || tensor.size(0) != batch() || tensor.size(1) != width ||
-          tensor.scalar_type() != at::kFloat || !tensor.device().is_cpu()) {
-        std::ostringstream got;
-        got << tensor.sizes() << " and " << dtype(tensor) << " on " << tensor.device();
-        fail(got.str());
-      }
-      if (tensor.is_contiguous()) return tensor.const_data_ptr<float>();
-      copy = tensor.contiguous();
-      return copy.const_data_ptr<float>();
+  // Whether it is a tensor or array of float32 values in the shape [batch, width].
+  bool fits(py::handle object, int64_t width) const {
+    if (is_array(object)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      const py::dtype dtype = array.dtype();
+      return array.ndim() == 2 && array.shape(0) == batch() && array.shape(1) == width &&
+             dtype.num() == py::detail::npy_api::NPY_FLOAT_ && dtype.byteorder() == '=' &&
+             !is_masked(object);
     }
-    if (!py::isinstance<py::array>(object))
-      throw py::type_error(std::string("Stream: expected ") + name +
-                           " to be a torch tensor or a NumPy array, got " +
-                           std::string(py::str(py::type::of(object).attr("__name__"))));
-    const auto array = py::reinterpret_borrow<py::array>(object);
-    if (array.ndim() != 2 || array.shape(0) != batch() || array.shape(1) != width ||
-        !py::isinstance<py::array_t<float>>(array))
-      fail(std::string(py::str(py::list(array.attr("shape")))) + " and " +
-           std::string(py::str(array.dtype())));
-    if (array.flags() & py::array::c_style) return static_cast<const float*>(array.data());
-    copy = at::empty({batch(), width}, at::kFloat);
-    const auto dense = py::array::ensure(array, py::array::c_style);
-    std::memcpy(copy.mutable_data_ptr(), dense.data(), dense.nbytes());
+    if (!THPVariable_Check(object.ptr())) return false;
+    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+    return has_only(tensor, kDense | kLazy) && tensor.dim() == 2 && tensor.size(0) == batch() &&
+           tensor.size(1) == width && tensor.scalar_type() == at::kFloat;
+  }
+
+  static bool is_masked(py::handle array) {
+    return Py_TYPE(array.ptr()) != py::detail::npy_api::get().PyArray_Type_ &&
+           py::isinstance(array, py::module_::import("numpy").attr("ma").attr("MaskedArray"));
+  }
+
+  void expect_fit(py::handle object, const char* name, int64_t width) const {
+    if (fits(object, width)) return;
+    const std::string kind = py::str(py::type::of(object).attr("__name__"));
+    std::ostringstream text;
+    text << "Stream: expected " << name;
+    if (!is_array(object) && !THPVariable_Check(object.ptr())) {
+      text << " to be a torch tensor or a NumPy array, got " << kind;
+      throw py::type_error(text.str());
+    }
+    text << " of shape [B, " << (name[0] == 'x' ? "I" : "O") << "] = [" << batch() << ", " << width
+         << "] and dtype float32, got ";
+    if (is_array(object)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      if (is_masked(array))
+        text << "a " << kind;
+      else
+        text << std::string(py::str(py::list(array.attr("shape")))) << " and "
+             << std::string(py::str(array.dtype()));
+    } else {
+      const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+      if (tensor.device().is_cpu() && !has_only(tensor, kDense | kLazy))
+        text << "a " << kind << " with the dispatch key "
+             << (tensor.key_set() - kDense - kLazy).highestPriorityTypeId();
+      else
+        text << tensor.sizes() << " and " << dtype(tensor) << " on " << tensor.device();
+    }
+    throw py::value_error(text.str());
+  }
+
+  // The values of what fits, where they lie row after row; nullptr where they do not.
+  static const float* in_place(py::handle object) {
+    const float* data = nullptr;
+    if (is_array(object)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      if (array.flags() & py::array::c_style) data = static_cast<const float*>(array.data());
+    } else {
+      const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+      if (has_only(tensor, kDense) && tensor.is_contiguous()) data = tensor.const_data_ptr<float>();
+    }
+    return reinterpret_cast<uintptr_t>(data) % alignof(float) == 0 ? data : nullptr;
+  }
+
+  // The values of x; `copy` holds them where they do not lie row after row.
+  const float* read(py::handle x, at::Tensor& copy) const {
+    expect_fit(x, "x", input());
+    if (const float* const data = in_place(x)) return data;
+    copy = floats(batch(), input());
+    if (is_array(x)) {
+      const py::array dense = py::module_::import("numpy").attr("array")(x, "order"_a = "C");
+      std::memcpy(copy.mutable_data_ptr(), dense.data(), dense.nbytes());
+    } else {
+      const at::NoGradGuard no_grad;
+      copy.copy_(THPVariable_Unpack(x.ptr()));
+    }
     return copy.const_data_ptr<float>();
   }
 
-  py::object result_, result_numpy_;
+  // What fits, to be written: autograd is told that its values change.
+  static float* writeable(const py::object& out) {
+    if (in_place(out) == nullptr ||
+        (is_array(out) && !py::reinterpret_borrow<py::array>(out).writeable()))
+      throw py::value_error("Stream: expected out to be contiguous and writeable");
+    if (is_array(out))
+      return static_cast<float*>(py::reinterpret_borrow<py::array>(out).mutable_data());
+    const at::Tensor& tensor = THPVariable_Unpack(out.ptr());
+    if (tensor.requires_grad() && at::GradMode::is_enabled())
+      throw py::value_error(
+          "Stream: expected out to ask for no gradient (a stream is not differentiable), got one "
+          "with requires_grad=True");
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    return tensor.mutable_data_ptr<float>();  // its own, where it was a lazy clone
+  }
+
+  // Makes the result anew where its owner has made something else of it.
+  void keep_result(bool as_array) {
+    const auto is_own = [&](const py::object& object) {
+      return fits(object, output()) && in_place(object) == result_data_;
+    };
+    if (result_ && is_own(result_) && (!as_array || is_own(result_numpy_))) {
+      const at::Tensor& tensor = THPVariable_Unpack(result_.ptr());
+      const bool is_shared = c10::impl::cow::is_cow_data_ptr(tensor.storage().data_ptr());
+      if (!tensor.requires_grad() && !is_shared) return;
+    }
+    result_ = py::reinterpret_steal<py::object>(THPVariable_Wrap(floats(batch(), output())));
+    result_numpy_ = result_.attr("numpy")();
+    result_data_ = in_place(result_);
+  }
+
+  py::object result_, result_numpy_;  // [batch, output], the same memory
+  const float* result_data_ = nullptr;
 };
 
 // step(x, out=None) of the stream in the capsule `self`. Not through pybind11: to find the object
@@ -289,7 +381,7 @@ PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject
     void* const stream = PyCapsule_GetPointer(self, nullptr);
     return (*static_cast<std::shared_ptr<BoundStream>*>(stream))
         ->step(given[0], given[1])
-        .inc_ref()
+        .release()
         .ptr();
   } catch (py::error_already_set& error) {
     error.restore();
@@ -347,8 +439,9 @@ PYBIND11_MODULE(_C, module) {
       .def("add_layer_norm", &BoundStream::add_layer_norm)
       .def("add_activation", &BoundStream::add_activation)
       .def_property_readonly("step", &step_of)
-      .def("reset", &BoundStream::reset)
-      .def("states", &BoundStream::states)
+      .def("reset", &BoundStream::reset, py::call_guard<py::gil_scoped_release>())
+      .def("states", &BoundStream::states, py::call_guard<py::gil_scoped_release>())
+      .def("set_states", &BoundStream::set_states, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("output", &BoundStream::output);
   cpu_kernels();  // so that a wrong ISS_KERNELS_ISA is an error here, at import
 }

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as hooks
 
 from iss_kernels import backend, ops
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.prepare import PreparedLSTM, prepare
 
-_LSTMS = (nn.LSTM, ISSLSTM)
+_LSTMS = (nn.LSTM, ISSLSTM, PreparedLSTM)
+_KNOWN = (*_LSTMS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
 _ACTIVATIONS = {
     nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu",
     nn.LeakyReLU: "leaky_relu",
@@ -30,7 +34,6 @@ _FUNCTIONS: dict[Any, type[nn.Module]] = {
 _OPERATORS = (
     "add radd sub rsub mul rmul truediv rtruediv matmul pow neg getitem eq lt gt le ge bool"
 )
-
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -90,53 +93,133 @@ for _name in _OPERATORS.split():
 _Value.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-def _listening(layer: nn.Module, name: str) -> nn.Module:
-    """A copy of a layer that notes in its input's chain that it was called."""
+def _own_ways(module: nn.Module) -> str | None:
+    """What makes a module compute something else than its class, if anything does."""
+    kinds = [kind for kind in _KNOWN if isinstance(module, kind)]
+    if kinds and type(module) not in kinds:
+        return f"{{}}, of {type(module).__name__}, a subclass of {kinds[0].__name__}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a forward hook on {}"
+    if "forward" in vars(module):
+        return "a forward set on the instance of {}"
+    if type(module) in (nn.Linear, nn.LayerNorm) and not {"weight", "bias"} <= {
+        *module._parameters
+    }:
+        return "{}, whose weights are no parameters"
+    return None
 
-    def forward(x: Any, *rest: Any, **named: Any) -> Any:
-        if not isinstance(x, _Value) or any(a is not None for a in (*rest, *named.values())):
-            raise _Refused(f"{name} off the chain")
-        y = x.through(layer, name)
-        return (y, _State()) if isinstance(layer, _LSTMS) else y
 
-    double = copy.copy(layer)
-    double.forward = forward
-    return double
+class _Chain:
+    """A model that is a plain chain of layers.
 
-
-def _chain(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that is a plain chain, in order.
-
-    Found by calling the forward method of a copy with a stand-in for the tensor. (torch.fx would
-    do, but while it traces it replaces methods of nn.Module for all threads.)
+    They are found by calling a copy of the model with a stand-in for the tensor. (torch.fx would
+    do, but while it traces it replaces methods of nn.Module for all threads.) The copy calls
+    float32 snapshots of the layers where it is given a tensor.
     """
-    if isinstance(model, _LSTMS):
-        return [model]
-    known = (*_LSTMS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
-    leaves = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, known) or type(module) in _ACTIVATIONS
-    }
-    if not any(isinstance(module, _LSTMS) for module in leaves.values()):
-        raise ValueError("Stream: expected a model with an LSTM, got one without")
-    memo: dict[int, Any] = {id(leaf): _listening(leaf, name) for name, leaf in leaves.items()}
-    layers: list[nn.Module] = []
-    try:
-        double = copy.deepcopy(model, memo)
-        parameters = list(inspect.signature(double.forward).parameters.values())
-        needed = [p for p in parameters[1:] if p.default is p.empty and p.kind in _POSITIONAL]
-        result = double.forward(_Value(layers), *(None for _ in needed))  # no state is passed in
-        y, *rest = result if isinstance(result, (tuple, list)) else (result,)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._name = type(model).__name__
+        self._snapshots: dict[nn.Module, nn.Module] = {}
+        self.layers: list[nn.Module] = []  # in the order of the chain
+        if not any(isinstance(module, _LSTMS) for module in model.modules()):
+            raise ValueError("Stream: expected a model with an LSTM, got one without")
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            self._refuse("a forward hook on all modules")
+        ways = _own_ways(model)
+        if ways is not None:
+            self._refuse(ways.format("itself"))
+        memo: dict[int, Any] = {
+            id(module): self._listening(module, name)
+            for name, module in model.named_modules()
+            if type(module) in (*_KNOWN, *_ACTIVATIONS) or _own_ways(module) is not None
+        }
+        try:
+            self._copy = copy.deepcopy(model, memo).eval()
+        except Exception as error:
+            self._refuse(f"a part that cannot be copied: {error}", error)
+        y, rest = self._call(_Value(self.layers))
         if not isinstance(y, _Value) or y._used or not _only_states(rest):
-            raise _Refused("an output that is not the end of the chain")
-    except Exception as error:  # whatever a forward method does with a stand-in
-        why = error if isinstance(error, _Refused) else f"a forward method that fails: {error}"
+            self._refuse("an output that is not the end of the chain")
+
+    def snapshot(self, layer: nn.Module) -> nn.Module:
+        """A copy of a layer for inference in float32; the weights of an LSTM in its format."""
+        if isinstance(layer, PreparedLSTM):
+            return layer
+        if layer not in self._snapshots:
+            for parameter in layer.parameters():
+                if not parameter.is_floating_point():
+                    got = f"{str(parameter.dtype).removeprefix('torch.')} in {type(layer).__name__}"
+                    raise ValueError(f"Stream: expected floating-point weights, got {got}")
+            if isinstance(layer, _LSTMS):
+                self._snapshots[layer] = prepare(layer)
+            else:
+                double: Any = copy.deepcopy(layer).float().eval()
+                if hasattr(double, "inplace"):
+                    double.inplace = False  # its input may be an LSTM's state
+                self._snapshots[layer] = double
+        return self._snapshots[layer]
+
+    def compare(self, step: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        """Raise ValueError where the model's answer to x [T, B, I] is not that of its steps."""
+        lstms = [self.snapshot(layer) for layer in self.layers if isinstance(layer, _LSTMS)]
+        turned = lstms[0].batch_first
+        y, _ = self._call(x.transpose(0, 1) if turned else x)
+        steps = torch.stack([step(x_t).clone() for x_t in x])
+        whole = y.transpose(0, 1) if turned else y
+        if whole.shape != steps.shape:
+            got, expected = list(whole.shape), list(steps.shape)
+            self._refuse(
+                f"answers of shape {got}, where those of its layers in a row are {expected}"
+            )
+        # The kernels of a sequence round 16 and 8 bits, and those of CUDA, elsewhere than a step's.
+        coarse = x.is_cuda or any(lstm.weights != "float32" for lstm in lstms)
+        finite = whole.isfinite()
+        whole, steps = whole.where(finite, 0), steps.where(finite, 0)
+        difference = (steps - whole).abs().max().item()
+        if not difference <= (1e-1 if coarse else 1e-3) * whole.abs().max().item() + 1e-5:
+            self._refuse(
+                f"answers that differ from those of its layers in a row by {difference:.2g}"
+            )
+
+    def _call(self, x: Any) -> tuple[Any, list[Any]]:
+        """The output of the copy, and what it returns beside; no state is passed in."""
+        parameters = list(inspect.signature(self._copy.forward).parameters.values())
+        needed = [p for p in parameters[1:] if p.default is p.empty and p.kind in _POSITIONAL]
+        try:
+            result = self._copy(x, *(None for _ in needed))
+        except _Refused as refused:
+            self._refuse(str(refused), refused)
+        except Exception as error:  # whatever a forward method does with a stand-in
+            self._refuse(f"a forward method that fails: {error}", error)
+        y, *rest = result if isinstance(result, (tuple, list)) else (result,)
+        return y, rest
+
+    def _listening(self, layer: nn.Module, name: str) -> nn.Module:
+        """A copy of a layer that notes in its input's chain that it was called."""
+        ways = _own_ways(layer)
+
+        def forward(x: Any, *rest: Any, **named: Any) -> Any:
+            if ways is not None:
+                raise _Refused(ways.format(name))
+            if any(a is not None for a in (*rest, *named.values())):
+                raise _Refused(f"{name} off the chain")
+            if isinstance(x, Tensor):
+                return self.snapshot(layer)(x)
+            if not isinstance(x, _Value):
+                raise _Refused(f"{name} off the chain")
+            y = x.through(layer, name)
+            return (y, _State()) if isinstance(layer, _LSTMS) else y
+
+        double = layer.__new__(type(layer))  # copy.copy fails where there are parametrisations
+        vars(double).update(vars(layer), forward=forward, _compiled_call_impl=None)
+        double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
+        return double
+
+    def _refuse(self, why: str, error: Exception | None = None) -> NoReturn:
         raise ValueError(
             "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
-            f"{type(model).__name__} with {why}"
+            f"{self._name} with {why}"
         ) from error
-    return layers
 
 
 def _only_states(value: Any) -> bool:
@@ -187,12 +270,14 @@ def _sizes(layers: Sequence[nn.Module]) -> tuple[int, int]:
 
 
 def _device(layers: Sequence[nn.Module]) -> torch.device:
-    """Where the weights of all layers are."""
+    """Where the weights of all layers are; ValueError where no stream runs on them."""
     tensors = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
     devices = list(dict.fromkeys(t.device for t in tensors))
     if len(devices) > 1:
         got = ", ".join(map(str, devices))
         raise ValueError(f"Stream: expected a model on one device, got {got}")
+    if devices[0].type != "cpu" and not backend.on_cuda(devices[0]):
+        raise ValueError(f"Stream: expected a model on the CPU or a CUDA device, got {devices[0]}")
     return devices[0]
 
 
@@ -212,8 +297,13 @@ class Stream:
         y = step(x)                    # x [B, I] -> y [B, O], tensors or NumPy arrays, float32
 
     y is the stream's own memory, overwritten by the next call; pass out=, of shape [B, O], to have
-    it written elsewhere. Equivalent to model(x[None], state) with the state fed back. Not
-    differentiable. Two threads may use two streams of one model, each its own.
+    it written elsewhere. Equivalent to model.eval()(x[None], state) with the state fed back. Not
+    differentiable; where autograd has saved y or out, the next step makes its backward raise. Two
+    threads take turns at one stream; a copy is another Stream of the model, given the state.
+
+    Raises ValueError for a model that is no such chain: one with a hook, a forward set on an
+    instance, a subclass of a layer or a parametrisation, or whose answers to random steps are not
+    those of its layers in a row.
     """
 
     # A slot, so that a call goes to the engine's own function at once: a method here would take
@@ -224,6 +314,7 @@ class Stream:
         Raises ValueError for another shape or dtype, TypeError for what is no tensor or array.
         """,
         "__weakref__": None,
+        "_device": None,
         "_engine": None,
         "_lstms": None,
         "batch_size": "B",
@@ -235,36 +326,54 @@ class Stream:
             raise TypeError(f"Stream: expected a torch.nn.Module, got {type(model).__name__}")
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"Stream: expected batch_size to be an int from 1, got {batch_size!r}")
-        layers = [
-            layer
-            if isinstance(layer, PreparedLSTM) or not isinstance(layer, _LSTMS)
-            else prepare(layer)
-            for layer in _chain(model)
-        ]
-        sizes = _sizes(layers)
-        self.batch_size = batch_size
-        self._lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
-        device = _device(layers)
-        engine: Any = _compiled
-        if backend.backend() == "reference":
-            engine = _Reference
-        elif backend.on_cuda(device):
-            engine = _OnCuda
-        self._engine: Any = engine(layers, batch_size, sizes)
-        self.__call__ = self._engine.step
+        used = {p.device for p in model.parameters() if p.is_cuda}
+        with (
+            torch.random.fork_rng(used),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            chain = _Chain(model)
+            self._device = _device(chain.layers)
+            layers = [chain.snapshot(layer) for layer in chain.layers]
+            sizes = _sizes(layers)
+            self.batch_size = batch_size
+            self._lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
+            engine: Any = _compiled
+            if backend.backend() == "reference":
+                engine = _Reference
+            elif backend.on_cuda(self._device):
+                engine = _OnCuda
+            self._engine: Any = engine(layers, batch_size, sizes)
+            self.__call__ = self._engine.step
+            x = torch.randn(
+                4, batch_size, sizes[0], dtype=torch.float32, device="cpu",
+                generator=torch.Generator("cpu").manual_seed(0),
+            ).to(self._device)  # fmt: skip
+            with torch.autocast(self._device.type, enabled=False):
+                chain.compare(self._engine.step, x)
+            self.reset()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Raise TypeError: a copy would share the state."""
+        raise TypeError(
+            "Stream: expected to be neither copied nor pickled; make another Stream of the model "
+            "and set its state"
+        )
 
     def reset(self) -> None:
         """Begin again from the zero state."""
-        self._engine.reset()
+        with torch.inference_mode(False), torch.no_grad():
+            self._engine.reset()
 
     @property
     def state(self) -> Any:
         """A copy of the state: (h, c) in the form of nn.LSTM's hx; one per LSTM if several."""
-        flat = [(h.clone(), c.clone()) for h, c in self._engine.states()]
-        pairs = []
-        for lstm in self._lstms:
-            pairs.append(lstm._final(flat[: lstm.num_layers], None, batched=True))
-            flat = flat[lstm.num_layers :]
+        with torch.inference_mode(False), torch.no_grad():
+            flat = self._engine.states()
+            pairs = []
+            for lstm in self._lstms:
+                pairs.append(lstm._final(flat[: lstm.num_layers], None, batched=True))
+                flat = flat[lstm.num_layers :]
         return pairs[0] if len(pairs) == 1 else tuple(pairs)
 
     @state.setter
@@ -276,16 +385,61 @@ class Stream:
                 f"Stream: expected state with one (h, c) for each of {len(self._lstms)} LSTMs, "
                 f"got {got}"
             )
-        x = torch.empty(0)
-        flat = [
-            state
-            for lstm, pair in zip(self._lstms, pairs, strict=True)
-            for state in lstm._initial(pair, self.batch_size, x, None, batched=True)
-        ]
-        with torch.no_grad():
-            for (h, c), (new_h, new_c) in zip(self._engine.states(), flat, strict=True):
-                h.copy_(new_h)
-                c.copy_(new_c)
+        for pair in pairs:
+            _expect_state(pair)
+        like = torch.empty(0, dtype=torch.float32, device=self._device)
+        with torch.inference_mode(False), torch.no_grad():
+            self._engine.set_states(
+                [
+                    tuple(like.new_empty(part.shape).copy_(part) for part in state)
+                    for lstm, pair in zip(self._lstms, pairs, strict=True)
+                    for state in lstm._initial(pair, self.batch_size, like, None, batched=True)
+                ]
+            )
+
+
+def _expect_state(pair: Any) -> None:
+    """Raise ValueError for what is no (h, c) of tensors with real values."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        got = f"{len(pair)} parts" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise ValueError(f"Stream: expected state to be (h, c), got {got}")
+    parts = list(pair)
+    while parts:
+        part = parts.pop()
+        if isinstance(part, (tuple, list)):
+            parts += part
+        elif not isinstance(part, Tensor):
+            raise TypeError(f"Stream: expected state to be tensors, got {type(part).__name__}")
+        elif not (_is_dense(part) and part.is_floating_point()):
+            raise ValueError(
+                f"Stream: expected state to be dense floating-point tensors, got {_described(part)}"
+            )
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether its memory holds its values: not so in sparse, meta or fake tensors."""
+    own_dispatch = type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return t.layout == torch.strided and not (t.is_nested or t.is_meta or own_dispatch)
+
+
+def _described(t: Tensor) -> str:
+    dtype, layout = (str(part).removeprefix("torch.") for part in (t.dtype, t.layout))
+    return f"a {layout} {type(t).__name__} of {dtype} on {t.device}"
+
+
+def _expect_writeable(out: Any) -> None:
+    """Raise ValueError where a step may not write to `out`."""
+    if isinstance(out, Tensor):
+        if out.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "Stream: expected out to ask for no gradient (a stream is not differentiable), got "
+                "one with requires_grad=True"
+            )
+        right = out.is_contiguous() and not out.is_neg()
+    else:
+        right = out.flags.c_contiguous and out.flags.aligned and out.flags.writeable
+    if not right:
+        raise ValueError("Stream: expected out to be contiguous and writeable")
 
 
 def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -> Any:
@@ -293,7 +447,7 @@ def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -
     engine = backend.native().Stream(batch, sizes[0])
 
     def own(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().float().contiguous().clone()
+        return None if t is None else t.detach().contiguous()
 
     for layer in layers:
         if isinstance(layer, PreparedLSTM):
@@ -324,26 +478,30 @@ class _OnCuda:
         self._layers = [
             [_Cell(layer, index, batch) for index in range(layer.num_layers)]
             if isinstance(layer, PreparedLSTM)
-            else copy.deepcopy(layer).float()
+            else layer
             for layer in layers
         ]
         self._cells = [cell for layer in self._layers if isinstance(layer, list) for cell in layer]
+        self._lock = threading.Lock()
 
-    @torch.no_grad()
     def step(self, x: Any, out: Any = None) -> Any:
         """As the native step."""
         value = self._checked(x, "x")
-        if out is not None and not self._checked(out, "out").is_contiguous():
-            raise ValueError("Stream: expected out to be contiguous and writeable")
-        with torch.autocast(self._device.type, enabled=False):
+        if out is not None:
+            _expect_writeable(self._checked(out, "out"))
+        with self._lock, torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            if value.untyped_storage().data_ptr() == self._cells[0].y_memory:
+                value = value.clone()  # the first launch writes what it reads
             for layer in self._layers:
                 if isinstance(layer, list):
                     for cell in layer:
                         value = cell.step(value)
                 else:
                     value = layer(value)
-        torch._foreach_copy_([c.h_rows for c in self._cells], [c.y_rows for c in self._cells])
-        return value if out is None else out.copy_(value)
+            torch._foreach_copy_([c.h_rows for c in self._cells], [c.y_rows for c in self._cells])
+            if value is self._cells[-1].y:
+                torch.autograd.graph.increment_version(value)
+            return value if out is None else _written(out, value)
 
     def _checked(self, value: Any, name: str) -> Tensor:
         wanted = (
@@ -352,6 +510,8 @@ class _OnCuda:
         )
         if not isinstance(value, Tensor):
             raise TypeError(f"Stream: expected {wanted}, got {type(value).__name__}")
+        if not _is_dense(value):
+            raise ValueError(f"Stream: expected {wanted}, got {_described(value)}")
         shape, dtype, device = value.shape, value.dtype, value.device
         if (shape, dtype, device) != (self._shapes[name], torch.float32, self._device):
             got = f"{list(shape)} and {str(dtype).removeprefix('torch.')} on {device}"
@@ -359,15 +519,23 @@ class _OnCuda:
         return value
 
     def states(self) -> list[tuple[Tensor, Tensor]]:
-        """By layer: h [B, P], c [B, H]."""
-        return [(cell.h, cell.c) for cell in self._cells]
+        """Copies, by layer: h [B, P], c [B, H]."""
+        with self._lock:
+            return [(cell.h.clone(), cell.c.clone()) for cell in self._cells]
 
-    @torch.no_grad()
+    def set_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take over what `states` returned."""
+        with self._lock:
+            for cell, (h, c) in zip(self._cells, states, strict=True):
+                cell.h.copy_(h)
+                cell.c.copy_(c)
+
     def reset(self) -> None:
         """Zero the state."""
-        for cell in self._cells:
-            cell.h.zero_()
-            cell.c.zero_()
+        with self._lock:
+            for cell in self._cells:
+                cell.h.zero_()
+                cell.c.zero_()
 
 
 class _Cell:
@@ -380,9 +548,10 @@ class _Cell:
         self._w_ih, self._w_hh = _aligned(w_ih)[:, :columns], _aligned(w_hh)[:, :output]
         self._bias = None if b_ih is None or b_hh is None else b_ih.float() + b_hh.float()
         self._w_hr = None if w_hr is None else w_hr.float().t()
-        self.c = torch.zeros(batch, hidden, device=w_ih.device)
+        self.c = torch.zeros(batch, hidden, dtype=torch.float32, device=w_ih.device)
         self.h_rows, self.y_rows = (_aligned(self.c.new_zeros(batch, output)) for _ in range(2))
         self.h, self.y = self.h_rows[:, :output], self.y_rows[:, :output]
+        self.y_memory = self.y_rows.untyped_storage().data_ptr()
         self._cell = self.y if w_hr is None else torch.empty_like(self.c)
 
     def step(self, x: Tensor) -> Tensor:
@@ -398,67 +567,96 @@ def _aligned(t: Tensor) -> Tensor:
     return F.pad(t, (0, -t.shape[1] % (16 // t.element_size())))
 
 
+def _written(out: Tensor, value: Tensor) -> Tensor:
+    """out with the values of `value`, also where it was made in inference mode."""
+    with torch.inference_mode(out.is_inference()), torch.no_grad():
+        return out.copy_(value)
+
+
 class _Reference:
     """The native session in plain torch."""
 
     def __init__(self, layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -> None:
-        self._layers = [copy.deepcopy(layer).float() for layer in layers]
+        self._device = _device(layers)
+        self._layers = [copy.deepcopy(layer) for layer in layers]
         self._batch = batch
         self._sizes = sizes
+        self._lock = threading.Lock()
         self._states = [
-            (torch.zeros(batch, p), torch.zeros(batch, h))
+            (self._zeros(p), self._zeros(h))
             for lstm in layers
             if isinstance(lstm, PreparedLSTM)
             for ((h, p),) in lstm.sizes
         ]
 
+    def _zeros(self, width: int) -> Tensor:
+        return torch.zeros(self._batch, width, dtype=torch.float32, device=self._device)
+
     def step(self, x: Any, out: Any = None) -> Any:
         """As the native step."""
-        value = torch.from_numpy(self._checked(x, "x", "I", self._sizes[0]).copy())
+        value = self._checked(x, "x", "I", self._sizes[0])
         if out is not None:
-            array = self._checked(out, "out", "O", self._sizes[1])
-            if not (array.flags.c_contiguous and array.flags.writeable):
-                raise ValueError("Stream: expected out to be contiguous and writeable")
-        at = 0
-        with torch.no_grad(), backend.use_backend("reference"):
+            self._checked(out, "out", "O", self._sizes[1])
+            _expect_writeable(out)
+        states: list[tuple[Tensor, Tensor]] = []
+        with (
+            self._lock,
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self._device.type, enabled=False),
+            backend.use_backend("reference"),
+        ):
             for layer in self._layers:
                 if isinstance(layer, PreparedLSTM):
-                    states = self._states[at : at + layer.num_layers]
-                    y, final = layer._run(value.unsqueeze(0), None, states)
-                    self._states[at : at + layer.num_layers] = final
-                    at += layer.num_layers
+                    before = self._states[len(states) : len(states) + layer.num_layers]
+                    y, final = layer._run(value.unsqueeze(0), None, before)
+                    states += final
                     value = y.squeeze(0)
                 else:
                     value = layer(value)
+            self._states = states
+            if isinstance(out, Tensor):
+                return _written(out, value)
         if out is None:
             return value if isinstance(x, Tensor) else value.numpy()
-        array[...] = value.numpy()
+        out[...] = value.numpy()
         return out
 
-    def _checked(self, value: Any, name: str, letter: str, width: int) -> Any:
-        """A tensor or array of shape [B, width] as an array over the same memory."""
+    def _checked(self, value: Any, name: str, letter: str, width: int) -> Tensor:
+        """The values of a tensor or array of shape [B, width]."""
         shape = (self._batch, width)
         wanted = f"{name} of shape [B, {letter}] = {list(shape)} and dtype float32"
         if isinstance(value, Tensor):
-            if value.shape != shape or value.dtype != torch.float32 or not value.is_cpu:
+            if not _is_dense(value) and not value.is_meta:
+                raise ValueError(f"Stream: expected {wanted}, got {_described(value)}")
+            if (value.shape, value.dtype, value.device) != (shape, torch.float32, self._device):
                 dtype = str(value.dtype).removeprefix("torch.")
                 got = f"{list(value.shape)} and {dtype} on {value.device}"
                 raise ValueError(f"Stream: expected {wanted}, got {got}")
-            return value.detach().numpy()
+            return value.detach()
         if not isinstance(value, np.ndarray):
             raise TypeError(
                 f"Stream: expected {name} to be a torch tensor or a NumPy array, "
                 f"got {type(value).__name__}"
             )
+        if isinstance(value, np.ma.MaskedArray):
+            raise ValueError(f"Stream: expected {wanted}, got a {type(value).__name__}")
         if value.shape != shape or value.dtype != np.float32:
             got = f"{list(value.shape)} and {value.dtype}"
             raise ValueError(f"Stream: expected {wanted}, got {got}")
-        return value
+        return torch.from_numpy(np.array(value, order="C"))
 
     def states(self) -> list[tuple[Tensor, Tensor]]:
-        """By layer: h [B, P], c [B, H]."""
-        return self._states
+        """Copies, by layer: h [B, P], c [B, H]."""
+        with self._lock:
+            return [(h.clone(), c.clone()) for h, c in self._states]
+
+    def set_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take over what `states` returned."""
+        with self._lock:
+            self._states = list(states)
 
     def reset(self) -> None:
         """Zero the state."""
-        self._states = [(torch.zeros_like(h), torch.zeros_like(c)) for h, c in self._states]
+        with self._lock:
+            self._states = [(torch.zeros_like(h), torch.zeros_like(c)) for h, c in self._states]

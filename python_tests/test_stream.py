@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stream: step by step what the model gives for the whole sequence, from its own memory."""
 
+import contextlib
 import copy
 import gc
 import pickle
+import threading
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.masked import MaskedTensor
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 from iss_kernels import ISSLSTM, Stream, prepare, use_backend
 from iss_kernels.backend import supported_isas, use_isa
@@ -232,6 +238,55 @@ def test_two_threads_give_the_same_bits(isa, two_threads):
     assert torch.equal(step_by_step(Stream(model), x), alone)
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        *(lambda d=d: default_dtype(d) for d in (torch.float64, torch.bfloat16, torch.float16)),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["float64", "bfloat16", "float16", "meta", "inference_mode", "autocast"],
+)
+def test_torchs_defaults_and_modes_change_nothing(implementation, defaults):
+    model, x = Chain(nn.LSTM(5, 40, 2), nn.Linear(40, 3)), torch.randn(6, 3, 5)
+    expected, step = step_by_step(Stream(model, 3), x), Stream(model, 3)
+    step_by_step(step, x[:3])
+    state = step.state
+    with defaults():
+        inside = Stream(model, 3)
+        assert torch.equal(step_by_step(inside, x), expected)
+        assert all(part.dtype == torch.float32 and part.is_cpu for part in inside.state)
+        inside.state = state
+        assert torch.equal(step_by_step(inside, x[3:]), expected[3:])
+    inside.reset()
+    assert torch.equal(step_by_step(inside, x), expected)
+
+
+def test_a_stream_draws_no_random_numbers_and_leaves_its_model_alone(backend):
+    class Counting(Whole):
+        def forward(self, x, state=None):
+            self.calls = getattr(self, "calls", 0) + torch.rand(1).item()
+            return super().forward(x, state)
+
+    model, before = Counting(), torch.get_rng_state()
+    weights = copy.deepcopy(model.state_dict())
+    Stream(model, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and not hasattr(model, "calls") and "forward" not in vars(model.lstm)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 
@@ -361,6 +416,150 @@ def test_inputs_are_only_read_and_no_gradient_flows(implementation):
     assert not any(s.requires_grad for s in step.state)
 
 
+def test_out_that_is_a_lazy_clone_leaves_its_original_alone(backend):
+    step, x, original = Stream(nn.LSTM(5, 4), 2), torch.randn(2, 5), torch.ones(2, 4)
+    clone = torch._lazy_clone(original)
+    y = step(x, out=clone)
+    assert y is clone and not torch.equal(clone, original)
+    assert torch.equal(original, torch.ones(2, 4))
+
+
+def test_a_lazy_clone_of_the_result_keeps_its_values(backend):
+    step, x = Stream(nn.LSTM(5, 4)), torch.randn(1, 5)
+    clone = torch._lazy_clone(step(x))
+    kept = clone.clone()
+    array = step(x.numpy())
+    assert torch.equal(clone, kept) and not np.array_equal(array, kept)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 150, 300])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_out_may_overlap_x(two_threads, layers, shift):
+    lstm, rows, size = nn.LSTM(300, 300, layers), 70, 300
+    step, apart = Stream(lstm, rows), Stream(lstm, rows)
+    for x_at, out_at in ((0, shift), (shift, 0)):
+        memory = torch.randn(rows * size + shift)
+        x, out = (memory[at : at + rows * size].view(rows, size) for at in (x_at, out_at))
+        expected = apart(x.clone()).clone()
+        assert torch.equal(step(x, out=out), expected)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_x_of_any_layout_is_read_as_torch_reads_it(implementation):
+    lstm, x = nn.LSTM(5, 4), torch.randn(2, 5)
+    misaligned = np.frombuffer(b"." + x.numpy().tobytes(), np.float32, offset=1).reshape(2, 5)
+    assert not misaligned.flags.aligned
+    row = x[:1].expand(2, 5)
+    for given, values in (
+        (torch.complex(x, -x).conj().imag, x),
+        (torch._efficientzerotensor(2, 5), torch.zeros(2, 5)),
+        (row, row.clone()),
+        (np.broadcast_to(x.numpy()[:1], (2, 5)), row.clone()),
+        (np.asmatrix(x.numpy()), x),
+        (misaligned, x),
+        (torch.frombuffer(bytearray(b"." + x.numpy().tobytes()), dtype=torch.float32, offset=1)
+         .view(2, 5), x),
+        (nn.Parameter(x), x),
+        (torch._lazy_clone(x), x),
+    ):  # fmt: skip
+        expected = Stream(lstm, 2)(values).clone()
+        assert torch.equal(torch.as_tensor(Stream(lstm, 2)(given)), expected)
+
+
+def test_the_result_may_be_made_into_something_else():
+    def to_array_of_ints(y):
+        y.dtype = np.int32
+
+    lstm, x = nn.LSTM(5, 4), torch.randn(1, 5)
+    step, untouched = Stream(lstm), Stream(lstm)
+    for change in (
+        lambda y: y.unsqueeze_(0),
+        lambda y: y.resize_(3),
+        lambda y: y.set_(torch.zeros(7)),
+        lambda y: y.requires_grad_(),
+        lambda y: y.mul_(torch.ones(1, 4, requires_grad=True)),
+    ):
+        change(step(x))
+        untouched(x)
+        y = step(x)
+        assert torch.equal(y, untouched(x)) and not y.requires_grad
+    for change in (lambda y: y.resize(4, 1), to_array_of_ints, lambda y: y.setflags(write=False)):
+        with contextlib.suppress(ValueError):  # NumPy's, where the array cannot be resized
+            change(step(x.numpy()))
+            untouched(x)
+        assert np.array_equal(step(x.numpy()), untouched(x))
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def test_a_head_trained_over_steps_raises_instead_of_taking_overwritten_values(backend):
+    lstm, x, w = nn.LSTM(5, 4), torch.randn(3, 1, 5), torch.randn(1, 4, requires_grad=True)
+    with torch.no_grad():
+        expected = lstm(x)[0].sum(0)
+    step = Stream(lstm)
+    sum((step(x_t).clone() * w).sum() for x_t in x).backward()
+    torch.testing.assert_close(w.grad, expected)
+    w.grad = None
+    step.reset()
+    loss = sum((step(x_t) * w).sum() for x_t in x)
+    if step(x[0]) is step(x[0]):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    else:  # the reference gives new memory
+        loss.backward()
+        torch.testing.assert_close(w.grad, expected)
+
+
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t[:, :], lambda t: t.detach()])
+def test_writing_to_out_is_a_new_version(implementation, view):
+    step, x, out = Stream(nn.LSTM(5, 4)), torch.randn(1, 5), torch.ones(1, 4)
+    loss = (out * torch.ones(1, 4, requires_grad=True)).sum()
+    step(x, out=view(out))
+    assert out._version == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_out_that_asks_for_a_gradient_is_torchs_to_refuse(backend):
+    lstm, x = nn.LSTM(5, 4), torch.randn(1, 5)
+    step, untouched = Stream(lstm), Stream(lstm)
+    for out in (torch.zeros(1, 4, requires_grad=True), nn.Parameter(torch.zeros(2, 4))[:1]):
+        with pytest.raises(ValueError) as got:
+            step(x, out=out)
+        assert str(got.value) == (
+            "Stream: expected out to ask for no gradient (a stream is not differentiable), got "
+            "one with requires_grad=True"
+        )
+        assert not out.any()
+        with torch.no_grad():
+            assert torch.equal(step(x, out=out), untouched(x))
+
+
+# -- inference mode --------------------------------------------------------------------------------
+
+
+def test_a_stream_made_in_inference_mode_goes_on_outside(implementation):
+    lstm, x, w = nn.LSTM(5, 4, 2), torch.randn(3, 1, 5), torch.ones(1, 4, requires_grad=True)
+    expected = step_by_step(Stream(lstm), x)
+    with torch.inference_mode():
+        step = Stream(lstm)
+        made_inside = torch.empty(1, 4)
+        for x_t in x.clone():
+            step(x_t)
+        state, y = step.state, step(x[0])
+    assert not any(t.is_inference() for t in (*state, y))
+    (step(x[1]) * w).sum().backward()
+    step.reset()
+    assert torch.equal(step_by_step(step, x), expected)
+    with torch.inference_mode():
+        given = tuple(part.clone() for part in state)
+    step.state = given
+    torch.testing.assert_close(step.state, state, rtol=0, atol=0)
+    step.reset()
+    assert torch.equal(step(x[0], out=made_inside), expected[0])
+
+
 # -- the weights are a snapshot --------------------------------------------------------------------
 
 
@@ -461,6 +660,57 @@ def test_a_state_of_another_dtype_or_that_asks_for_a_gradient_is_taken(implement
             torch.testing.assert_close(step(x[0]), lstm(x, state)[0][0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda h, c: None, ValueError, "to be (h, c), got NoneType"),
+        (lambda h, c: torch.stack([h, c]), ValueError, "to be (h, c), got Tensor"),
+        (lambda h, c: (h,), ValueError, "to be (h, c), got 1 parts"),
+        (lambda h, c: (h, c, c), ValueError, "to be (h, c), got 3 parts"),
+        (lambda h, c: (h, c.tolist()), TypeError, "to be tensors, got float"),
+        (lambda h, c: (h, c.numpy()), TypeError, "to be tensors, got ndarray"),
+        (lambda h, c: (h, c.to(torch.complex64)), ValueError,
+         "to be dense floating-point tensors, got a strided Tensor of complex64 on cpu"),
+        (lambda h, c: (h.long(), c), ValueError,
+         "to be dense floating-point tensors, got a strided Tensor of int64 on cpu"),
+        (lambda h, c: (h, c > 0), ValueError,
+         "to be dense floating-point tensors, got a strided Tensor of bool on cpu"),
+        (lambda h, c: (h, c.to("meta")), ValueError,
+         "to be dense floating-point tensors, got a strided Tensor of float32 on meta"),
+        (lambda h, c: (h, c.to_sparse()), ValueError,
+         "to be dense floating-point tensors, got a sparse_coo Tensor of float32 on cpu"),
+        (lambda h, c: (FakeTensorMode().from_tensor(h), c), ValueError,
+         "to be dense floating-point tensors, got a strided FakeTensor of float32 on cpu"),
+    ],
+    ids=["None", "tensor", "one", "three", "list", "array", "complex", "int", "bool", "meta",
+         "sparse", "fake"],
+)  # fmt: skip
+def test_only_a_pair_of_dense_floating_point_tensors_is_a_state(backend, change, error, message):
+    lstm, x = nn.LSTM(5, 4), torch.randn(1, 5)
+    step, untouched = Stream(lstm), Stream(lstm)
+    step(x), untouched(x)
+    with pytest.raises(error) as got:
+        step.state = change(*step.state)
+    assert str(got.value) == "Stream: expected state " + message
+    assert torch.equal(step(x), untouched(x))
+
+
+def test_a_state_that_torch_negates_when_it_is_read_is_taken(backend):
+    step, h = Stream(nn.LSTM(5, 4)), torch.randn(1, 1, 4)
+    step.state = (torch.complex(h, -h).conj().imag, h.flip(-1).expand(1, 1, 4))
+    assert torch.equal(step.state[0], h) and torch.equal(step.state[1], h.flip(-1))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_stream_is_neither_copied_nor_pickled(backend, copied):
+    with pytest.raises(TypeError) as got:
+        copied(Stream(nn.LSTM(5, 4)))
+    assert str(got.value) == (
+        "Stream: expected to be neither copied nor pickled; make another Stream of the model and "
+        "set its state"
+    )
+
+
 # -- side by side ----------------------------------------------------------------------------------
 
 
@@ -489,7 +739,7 @@ def test_two_python_threads_stream_from_one_prepared_model(isa, two_threads, siz
         assert all(pool.map(work, range(2)))
 
 
-def test_two_python_threads_take_turns_at_one_stream(isa, two_threads):
+def test_two_python_threads_take_turns_at_one_stream(implementation, two_threads):
     lstm, x, steps = nn.LSTM(20, 20), torch.randn(1, 20), 200
     alone, shared = Stream(lstm), Stream(lstm)
     for _ in range(2 * steps):
@@ -503,6 +753,31 @@ def test_two_python_threads_take_turns_at_one_stream(isa, two_threads):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, range(2)))
     assert all(map(torch.equal, shared.state, alone.state))
+
+
+def test_a_state_is_read_and_set_between_steps(implementation):
+    """Never half of one: all layers of the same weights in a state of the same numbers."""
+    lstm, steps = nn.LSTM(2, 2, 30), 200
+    for parameter in lstm.parameters():
+        nn.init.zeros_(parameter)  # so that each step halves every c
+    step, ones = Stream(lstm), torch.ones(30, 1, 2)
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            step(torch.zeros(1, 2))
+
+    with ThreadPoolExecutor(1) as pool:
+        stepping = pool.submit(work)
+        try:
+            for _ in range(steps):
+                step.state = (ones, ones)
+                c = step.state[1]
+                assert (c == c[0, 0, 0]).all()
+                step.reset()
+        finally:
+            stop.set()
+        stepping.result()
 
 
 def test_two_python_threads_make_their_streams_at_once():
@@ -612,6 +887,271 @@ MODELS = {
 }  # fmt: skip
 
 
+class Lora(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+class Residual(nn.LayerNorm):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Twice(nn.Identity):
+    def forward(self, x):
+        return 2 * x
+
+
+class Noisy(nn.Dropout):
+    def forward(self, x):
+        return F.dropout(x, self.p)
+
+
+class Reversed(nn.LSTM):
+    def forward(self, x, state=None):
+        return super().forward(x.flip(0), state)
+
+
+class ReversedISS(ISSLSTM):
+    def forward(self, x, state=None):
+        return super().forward(x.flip(0), state)
+
+
+class Doubled(Recurrent):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+def changed(change, model=OutputOnly):
+    def make():
+        made = model()
+        change(made)
+        return made
+
+    return make
+
+
+def set_forward(module):
+    forward = module.forward
+    module.forward = lambda x: forward(x)
+
+
+def complex_head(model):
+    model.head = nn.Linear(6, 2, dtype=torch.complex64)
+
+
+def weight_of_another(model):
+    del model.head.weight
+    model.head.weight = torch.zeros(2, 6)
+
+
+NOT_PLAIN = {
+    "Linear": (lambda: Chain(nn.LSTM(3, 4), Lora(4, 4)),
+               "Chain with kept.1, of Lora, a subclass of Linear"),
+    "Linear by another name": (lambda: Chain(nn.LSTM(3, 4), Renamed(4, 4)),
+                               "Chain with kept.1, of Renamed, a subclass of Linear"),
+    "LazyLinear": (lambda: Chain(nn.LSTM(3, 4), nn.LazyLinear(4)),
+                   "Chain with kept.1, of LazyLinear, a subclass of Linear"),
+    "LayerNorm": (lambda: Chain(nn.LSTM(3, 4), Residual(4)),
+                  "Chain with kept.1, of Residual, a subclass of LayerNorm"),
+    "Identity": (lambda: Chain(nn.LSTM(3, 4), Twice()),
+                 "Chain with kept.1, of Twice, a subclass of Identity"),
+    "Dropout": (lambda: Chain(nn.LSTM(3, 4), Noisy()),
+                "Chain with kept.1, of Noisy, a subclass of Dropout"),
+    "an LSTM": (lambda: Reversed(3, 4), "Reversed with itself, of Reversed, a subclass of LSTM"),
+    "an LSTM inside": (lambda: Chain(ReversedISS(3, 4), nn.Linear(4, 2)),
+                       "Chain with kept.0, of ReversedISS, a subclass of ISSLSTM"),
+    "a hook on a layer": (changed(lambda m: m.head.register_forward_hook(lambda *_: None)),
+                          "OutputOnly with a forward hook on head"),
+    "a pre-hook with kwargs": (
+        changed(lambda m: m.lstm.register_forward_pre_hook(lambda *_: None, with_kwargs=True)),
+        "OutputOnly with a forward hook on lstm"),
+    "a hook on the model": (changed(lambda m: m.register_forward_hook(lambda m, a, y: 2 * y)),
+                            "OutputOnly with a forward hook on itself"),
+    "a hook on a part": (
+        lambda: Chain(nn.LSTM(3, 4),
+                      changed(lambda m: m.register_forward_hook(lambda m, a, y: 2 * y),
+                              lambda: nn.Sequential(nn.Linear(4, 2)))()),
+        "Chain with a forward hook on kept.1"),
+    "a prepared layer's hook": (
+        lambda: prepare(changed(lambda m: m.lstm.register_forward_hook(lambda *_: None))()),
+        "OutputOnly with a forward hook on lstm"),
+    "forward of a layer": (changed(lambda m: set_forward(m.head)),
+                           "OutputOnly with a forward set on the instance of head"),
+    "forward of an activation": (
+        lambda: Chain(nn.LSTM(3, 4), changed(set_forward, nn.ReLU)()),
+        "Chain with a forward set on the instance of kept.1"),
+    "forward of the model": (changed(set_forward),
+                             "OutputOnly with a forward set on the instance of itself"),
+    "call": (Doubled, "Doubled with the operation rmul"),
+    "pruned": (changed(lambda m: prune.l1_unstructured(m.head, "weight", 0.5)),
+               "OutputOnly with a forward hook on head"),
+    "pruned LSTM": (changed(lambda m: prune.l1_unstructured(m.lstm, "weight_hh_l0", 0.5)),
+                    "OutputOnly with a forward hook on lstm"),
+    "parametrised": (changed(lambda m: parametrizations.weight_norm(m.head)),
+                     "OutputOnly with head, of ParametrizedLinear, a subclass of Linear"),
+    "spectral norm": (changed(lambda m: parametrizations.spectral_norm(m.lstm, "weight_hh_l0")),
+                      "OutputOnly with lstm, of ParametrizedLSTM, a subclass of LSTM"),
+    "a weight that is no parameter": (changed(weight_of_another),
+                                      "OutputOnly with head, whose weights are no parameters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_layers_with_ways_of_their_own_are_refused_by_name(backend, name):
+    make, got = NOT_PLAIN[name]
+    with pytest.raises(ValueError) as error:
+        Stream(make())
+    assert str(error.value) == CHAIN + got
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_weight_normed_layer_whose_weight_is_stale_is_refused(backend):
+    model, other = OutputOnly(), OutputOnly()
+    weight_norm(model.head), weight_norm(other.head)
+    model.load_state_dict(other.state_dict())  # head.weight itself follows in the next forward
+    with pytest.raises(ValueError, match="with a forward hook on head$"):
+        Stream(model)
+
+
+def test_hooks_of_all_modules_are_refused(backend):
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError) as got:
+            Stream(OutputOnly())
+    finally:
+        hook.remove()
+    assert str(got.value) == CHAIN + "OutputOnly with a forward hook on all modules"
+
+
+def test_ways_of_layers_beside_the_chain_do_not_matter(backend):
+    model, x = OutputOnly(), torch.randn(4, 2, 5)
+    expected = step_by_step(Stream(model, 2), x)
+    model.unused = parametrizations.weight_norm(Lora(3, 3))
+    assert torch.equal(step_by_step(Stream(model, 2), x), expected)
+
+
+def test_complex_weights_are_refused(backend):
+    model = OutputOnly()
+    complex_head(model)
+    with pytest.raises(ValueError) as got:
+        Stream(model)
+    assert str(got.value) == "Stream: expected floating-point weights, got complex64 in Linear"
+
+
+def test_a_model_on_meta_is_refused(backend):
+    with pytest.raises(ValueError) as got:
+        Stream(OutputOnly().to("meta"))
+    assert str(got.value) == "Stream: expected a model on the CPU or a CUDA device, got meta"
+
+
+class OtherWhenTrained(Recurrent):
+    def forward(self, x):
+        y, _ = self.lstm(x)
+        return self.head(y if self.training else y.relu())
+
+
+def test_a_stream_infers_whatever_mode_the_model_is_in(backend):
+    model, x = OtherWhenTrained(), torch.randn(4, 2, 5)
+    assert_streams(model.train(), x)
+    assert model.training and model.head.training
+    assert_streams(model.eval(), x)
+
+
+class OfTensors(Recurrent):
+    """Takes a stand-in's way for what is no tensor."""
+
+    def forward(self, x):
+        y, _ = self.lstm(x)
+        y = self.head(y)
+        return y + 0.01 if isinstance(x, torch.Tensor) else y
+
+
+class Excusing(Recurrent):
+    def forward(self, x):
+        y, _ = self.lstm(x)
+        with contextlib.suppress(Exception):
+            y = y * 1.01
+        return self.head(y)
+
+
+class Mixed(nn.Module):
+    """Its second LSTM runs over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.LSTM(5, 6, batch_first=True), nn.LSTM(6, 2)
+
+    def forward(self, x):
+        return self.two(self.one(x)[0])[0]
+
+
+class LastOnly(Recurrent):
+    def forward(self, x):
+        y, _ = self.lstm(x)
+        return self.head(y[-1] if isinstance(x, torch.Tensor) else y)
+
+
+@pytest.mark.parametrize("weights", [None, *FORMATS])
+@pytest.mark.parametrize("model", [OfTensors, Excusing, Mixed])
+def test_a_model_whose_answers_are_others_than_its_layers_is_refused(backend, model, weights):
+    model = model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    if isinstance(model, OfTensors):
+        nn.init.zeros_(model.head.weight), nn.init.constant_(model.head.bias, 0.05)
+    model = model if weights is None else prepare(model, weights)
+    if weights is None or not isinstance(model, Excusing) or weights == "float32":
+        with pytest.raises(ValueError) as got:
+            Stream(model, 2)
+        assert str(got.value).startswith(
+            f"{CHAIN}{type(model).__name__} with answers that differ from those of its layers in "
+            "a row by "
+        )
+
+
+def test_a_model_whose_answers_have_another_shape_is_refused(backend):
+    with pytest.raises(ValueError) as got:
+        Stream(LastOnly(), 3)
+    assert str(got.value) == (
+        CHAIN + "LastOnly with answers of shape [3, 2], where those of its layers in a row are "
+        "[4, 3, 2]"
+    )
+
+
+def test_a_model_that_cannot_be_copied_is_refused(backend):
+    model = OutputOnly()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="OutputOnly with a part that cannot be copied: cannot"):
+        Stream(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_models_in_other_forms_stand_the_comparison(implementation, dtype):
+    class BatchFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.LSTM(5, 6, 2, batch_first=True, dropout=0.5)
+            self.two, self.head = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x, state=None, scale=1.0, *, check=False):
+            y, first = self.one(x, state)
+            y, (h, c) = self.two(y)
+            return self.head(y), first, (h, c)
+
+    model, x = BatchFirst().to(dtype), torch.randn(6, 3, 5)
+    expected = whole_sequence(copy.deepcopy(model).float(), x.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(step_by_step(Stream(model, 3), x), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_cannot_be_streamed(backend, name):
     model, error, message = MODELS[name]
@@ -655,6 +1195,7 @@ INPUTS = [
     (np.zeros(3, np.float32), ValueError, X + "[3] and float32"),
     (np.zeros((2, 3)), ValueError, X + "[2, 3] and float64"),
     (np.zeros((2, 3), ">f4"), ValueError, X + "[2, 3] and >f4"),
+    (np.ma.masked_array(np.zeros((2, 3), np.float32)), ValueError, X + "a MaskedArray"),
     ([[0.0] * 3] * 2, TypeError, KIND + "list"),
     (None, TypeError, KIND + "NoneType"),
 ]
@@ -668,6 +1209,48 @@ def test_inputs_that_do_not_fit_leave_the_state_alone(backend, x, error, message
         step(x)
     assert str(got.value) == message
     assert torch.equal(step(right), untouched(right))
+
+
+UNUSUAL = {
+    "sparse": lambda t: t.to_sparse(),
+    "mkldnn": lambda t: t.to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor([t]),
+    "quantised": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8),
+    "fake": lambda t: FakeTensorMode().from_tensor(t),
+    "a subclass with a dispatch of its own": lambda t: MaskedTensor(t, t > 0),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.filterwarnings("ignore:.*prototype", "ignore:.*deprecated")
+def test_tensors_without_plain_memory_are_refused(backend, name):
+    lstm, right = nn.LSTM(3, 4), torch.randn(2, 3)
+    step, untouched = Stream(lstm, 2), Stream(lstm, 2)
+    with pytest.raises((ValueError, RuntimeError)):
+        step(UNUSUAL[name](torch.zeros(2, 3)))
+    with pytest.raises((ValueError, RuntimeError)):
+        step(right, out=UNUSUAL[name](torch.zeros(2, 4)))
+    assert torch.equal(step(right), untouched(right))
+
+
+def test_a_tensor_whose_memory_was_given_back_is_refused():
+    step, x = Stream(nn.LSTM(3, 4)), torch.zeros(1, 3)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated yet"):
+        step(x)
+
+
+def test_tracers_and_transforms_are_refused():
+    x = torch.randn(2, 1, 3)
+    step = Stream(nn.LSTM(3, 4))
+    for transformed in (
+        lambda: torch.jit.trace(step, (x[0],)),
+        lambda: make_fx(step)(x[0]),
+        lambda: torch.func.vmap(step)(x),
+        lambda: torch.func.functionalize(step)(x[0]),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            transformed()
 
 
 def read_only():
@@ -686,13 +1269,22 @@ OUTPUTS = [
     (np.zeros((2, 8), np.float32)[:, ::2], ValueError,
      "Stream: expected out to be contiguous and writeable"),
     (read_only(), ValueError, "Stream: expected out to be contiguous and writeable"),
+    (torch.zeros(1, 4).expand(2, 4), ValueError,
+     "Stream: expected out to be contiguous and writeable"),
+    (torch._neg_view(torch.zeros(2, 4)), ValueError,
+     "Stream: expected out to be contiguous and writeable"),
+    (np.frombuffer(bytearray(33), np.float32, offset=1).reshape(2, 4), ValueError,
+     "Stream: expected out to be contiguous and writeable"),
+    (np.zeros((2, 4), ">f4"), ValueError, OUT + "[2, 4] and >f4"),
+    (np.ma.masked_array(np.zeros((2, 4), np.float32)), ValueError, OUT + "a MaskedArray"),
     ([0.0], TypeError, "Stream: expected out to be a torch tensor or a NumPy array, got list"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("out", "error", "message"), OUTPUTS,
-    ids=["shape", "dim", "dtype", "NumPy dtype", "strided", "NumPy strided", "read-only", "list"],
+    ids=["shape", "dim", "dtype", "NumPy dtype", "strided", "NumPy strided", "read-only",
+         "expanded", "negated", "misaligned", "byte order", "masked", "list"],
 )  # fmt: skip
 def test_outputs_that_do_not_fit_leave_the_state_alone(backend, out, error, message):
     lstm, right = nn.LSTM(3, 4), torch.randn(2, 3)

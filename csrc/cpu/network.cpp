@@ -5,9 +5,9 @@
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -65,6 +65,17 @@ float activated(int kind, float x, float parameter) {
       return x < 0 ? x * parameter : x;
   }
 }
+void copy(const at::Tensor& from, const at::Tensor& to) {
+  TORCH_INTERNAL_ASSERT(from.sizes() == to.sizes() && from.is_contiguous());
+  std::copy_n(from.const_data_ptr<float>(), from.numel(), to.mutable_data_ptr<float>());
+}
+
+at::Tensor copy_of(const at::Tensor& t) {
+  const at::Tensor result = floats(t.size(0), t.size(1));
+  copy(t, result);
+  return result;
+}
+
 const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "leaky_relu"};
 
 }  // namespace
@@ -152,13 +163,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::
   return {y, state[0], state[1]};
 }
 
+at::Tensor floats(int64_t rows, int64_t columns) {
+  const c10::InferenceMode normal(false);
+  return at::detail::empty_cpu({rows, columns}, at::kFloat);
+}
+
 Stream::Stream(int64_t batch, int64_t input)
     : batch_(batch), input_(input), width_(input), one_step_({batch}, batch) {}
 
 void Stream::add(Stage stage, int64_t width) {
   stages_.push_back(std::move(stage));
   width_ = width;
-  between_.push_back(at::empty({batch_, width}, at::kFloat));
+  between_.push_back(floats(batch_, width));
 }
 
 void Stream::add_lstm(std::shared_ptr<const Network> network) {
@@ -166,9 +182,10 @@ void Stream::add_lstm(std::shared_ptr<const Network> network) {
   for (const Layer& layer : *network->stack())
     for (const Cell& cell : layer) {
       const auto& [h, c] =
-          states_.emplace_back(at::zeros({batch_, cell.output}), at::zeros({batch_, cell.hidden}));
+          states_.emplace_back(floats(batch_, cell.output), floats(batch_, cell.hidden));
       states.push_back(in_place<float>(h.mutable_data_ptr(), c.mutable_data_ptr()));
     }
+  reset();
   const int64_t width = network->output();
   add(Lstm{std::move(network), std::move(states)}, width);
 }
@@ -247,18 +264,40 @@ void Stream::step(const float* x, float* out) {
   const std::lock_guard lock(mutex_);
   TORCH_CHECK(!mutex_.abandoned(),
               "Stream: expected no step in another thread when this process was forked, got one "
-              "half-way; reset() begins a new sequence");
+              "half-way; reset() or a new state begins another sequence");
+  // A layer may write before it has read all that overlaps.
+  const bool apart = x + batch_ * input_ <= out || out + batch_ * width_ <= x;
   for (size_t i = 0; i < stages_.size(); ++i) {
-    float* const y = i + 1 == stages_.size() ? out : between_[i].mutable_data_ptr<float>();
+    const bool last = i + 1 == stages_.size();
+    float* const y = last && apart ? out : between_[i].mutable_data_ptr<float>();
     std::visit([&](auto& stage) { run(stage, x, y, between_[i].size(1)); }, stages_[i]);
     x = y;
   }
+  if (!apart) std::copy_n(x, batch_ * width_, out);
 }
 
 void Stream::reset() {
   const std::lock_guard lock(mutex_);
   mutex_.recover();
-  for (const auto& [h, c] : states_) h.zero_(), c.zero_();
+  for (const auto& [h, c] : states_)
+    for (const at::Tensor& t : {h, c}) std::fill_n(t.mutable_data_ptr<float>(), t.numel(), 0.0f);
+}
+
+States Stream::states() {
+  const std::lock_guard lock(mutex_);
+  States copies;
+  for (const auto& [h, c] : states_) copies.emplace_back(copy_of(h), copy_of(c));
+  return copies;
+}
+
+void Stream::set_states(const States& states) {
+  TORCH_INTERNAL_ASSERT(states.size() == states_.size());
+  const std::lock_guard lock(mutex_);
+  mutex_.recover();
+  for (size_t i = 0; i < states.size(); ++i) {
+    copy(states[i].first, states_[i].first);
+    copy(states[i].second, states_[i].second);
+  }
 }
 
 }  // namespace iss

@@ -56,7 +56,14 @@ class Network {
   mutable const void* packed_for_ = nullptr;
 };
 
-// In float32, whatever the weights are stored as.
+// [rows, columns] in float32, whatever torch's default dtype, device or mode is: it may be written
+// in and outside of inference mode.
+at::Tensor floats(int64_t rows, int64_t columns);
+
+// By layer: h [B, P], c [B, H].
+using States = std::vector<std::pair<at::Tensor, at::Tensor>>;
+
+// In float32, whatever the weights are stored as. Threads take turns.
 class Stream {
  public:
   Stream(int64_t batch, int64_t input);
@@ -68,15 +75,15 @@ class Stream {
   // relu, tanh, sigmoid, silu, gelu, leaky_relu (parameter: the slope below 0)
   void add_activation(const std::string& name, double parameter);
 
-  // x [B, input()] -> out [B, output()], contiguous.
+  // x [B, input()] -> out [B, output()], contiguous; they may overlap.
   void step(const float* x, float* out);
   void reset();
+  States states();  // copies
+  void set_states(const States& states);
 
   int64_t batch() const { return batch_; }
   int64_t input() const { return input_; }
   int64_t output() const { return width_; }
-  // By layer: h [B, P], c [B, H]; the stream's own memory.
-  const std::vector<std::pair<at::Tensor, at::Tensor>>& states() const { return states_; }
 
  private:
   struct Lstm {
@@ -110,7 +117,7 @@ class Stream {
   Sequence one_step_;
   std::vector<Stage> stages_;
   std::vector<at::Tensor> between_;  // [B, width] after each stage
-  std::vector<std::pair<at::Tensor, at::Tensor>> states_;
+  States states_;
   ObjectMutex mutex_;
 };
 
