@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as hooks
 
 from iss_kernels import backend, ops
 from iss_kernels.lstm import ISSLSTM
@@ -38,8 +37,8 @@ _OPERATORS = (
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-class _Refused(Exception):
-    """Why a model is not a plain chain."""
+class _Refused(BaseException):
+    """Why a model is not a plain chain; no Exception, lest a forward method should handle it."""
 
 
 class _Value:
@@ -102,19 +101,44 @@ def _own_ways(module: nn.Module) -> str | None:
         return "a forward hook on {}"
     if "forward" in vars(module):
         return "a forward set on the instance of {}"
-    if type(module) in (nn.Linear, nn.LayerNorm) and not {"weight", "bias"} <= {
-        *module._parameters
-    }:
-        return "{}, whose weights are no parameters"
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(module, nn.Linear):
+        rows, columns = module.out_features, module.in_features
+        shapes = {"weight": (rows, columns), "bias": (rows,)}
+    elif isinstance(module, nn.LayerNorm):
+        shapes = dict.fromkeys(("weight", "bias"), tuple(module.normalized_shape))
+    for name, shape in shapes.items():
+        if name not in module._parameters:
+            return f"{{}}, whose {name} is no parameter"
+        value = module._parameters[name]
+        if value is not None and tuple(value.shape) != shape:
+            return f"{{}}, whose {name} is of shape {list(value.shape)} and not {list(shape)}"
     return None
+
+
+def _snapshot(layer: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
+    """A copy of a layer for inference in float32, the weights of an LSTM in its format."""
+    if layer not in made:
+        for parameter in layer.parameters():
+            if not parameter.is_floating_point():
+                got = f"{str(parameter.dtype).removeprefix('torch.')} in {type(layer).__name__}"
+                raise ValueError(f"Stream: expected floating-point weights, got {got}")
+        if isinstance(layer, _LSTMS):
+            made[layer] = layer if isinstance(layer, PreparedLSTM) else prepare(layer)
+        else:
+            double: Any = copy.deepcopy(layer).float().eval()
+            if hasattr(double, "inplace"):
+                double.inplace = False  # its input may be an LSTM's state
+            made[layer] = double
+    return made[layer]
 
 
 class _Chain:
     """A model that is a plain chain of layers.
 
     They are found by calling a copy of the model with a stand-in for the tensor. (torch.fx would
-    do, but while it traces it replaces methods of nn.Module for all threads.) The copy calls
-    float32 snapshots of the layers where it is given a tensor.
+    do, but while it traces it replaces methods of nn.Module for all threads.) Where the copy is
+    given a tensor, it calls snapshots of its layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,13 +147,14 @@ class _Chain:
         self.layers: list[nn.Module] = []  # in the order of the chain
         if not any(isinstance(module, _LSTMS) for module in model.modules()):
             raise ValueError("Stream: expected a model with an LSTM, got one without")
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        everywhere = nn.modules.module
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             self._refuse("a forward hook on all modules")
         ways = _own_ways(model)
         if ways is not None:
             self._refuse(ways.format("itself"))
         memo: dict[int, Any] = {
-            id(module): self._listening(module, name)
+            id(module): _listening(module, name, self._snapshots)
             for name, module in model.named_modules()
             if type(module) in (*_KNOWN, *_ACTIVATIONS) or _own_ways(module) is not None
         }
@@ -141,44 +166,41 @@ class _Chain:
         if not isinstance(y, _Value) or y._used or not _only_states(rest):
             self._refuse("an output that is not the end of the chain")
 
-    def snapshot(self, layer: nn.Module) -> nn.Module:
-        """A copy of a layer for inference in float32; the weights of an LSTM in its format."""
-        if isinstance(layer, PreparedLSTM):
-            return layer
-        if layer not in self._snapshots:
-            for parameter in layer.parameters():
-                if not parameter.is_floating_point():
-                    got = f"{str(parameter.dtype).removeprefix('torch.')} in {type(layer).__name__}"
-                    raise ValueError(f"Stream: expected floating-point weights, got {got}")
-            if isinstance(layer, _LSTMS):
-                self._snapshots[layer] = prepare(layer)
-            else:
-                double: Any = copy.deepcopy(layer).float().eval()
-                if hasattr(double, "inplace"):
-                    double.inplace = False  # its input may be an LSTM's state
-                self._snapshots[layer] = double
-        return self._snapshots[layer]
+    def snapshots(self) -> list[Any]:
+        """The layers in float32."""
+        return [_snapshot(layer, self._snapshots) for layer in self.layers]
 
     def compare(self, step: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        """Raise ValueError where the model's answer to x [T, B, I] is not that of its steps."""
-        lstms = [self.snapshot(layer) for layer in self.layers if isinstance(layer, _LSTMS)]
+        """Raise ValueError where the model's answer to x [T, B, I] is not that of its layers."""
+        layers = self.snapshots()
+        lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
         turned = lstms[0].batch_first
-        y, _ = self._call(x.transpose(0, 1) if turned else x)
-        steps = torch.stack([step(x_t).clone() for x_t in x])
-        whole = y.transpose(0, 1) if turned else y
-        if whole.shape != steps.shape:
-            got, expected = list(whole.shape), list(steps.shape)
-            self._refuse(
-                f"answers of shape {got}, where those of its layers in a row are {expected}"
-            )
-        # The kernels of a sequence round 16 and 8 bits, and those of CUDA, elsewhere than a step's.
+        in_a_row = given = x.transpose(0, 1) if turned else x
+        y, _ = self._call(given)
+        for layer in layers:
+            in_a_row = layer(in_a_row)
+            if isinstance(layer, PreparedLSTM):
+                in_a_row = in_a_row[0]
+        self._expect_equal(y, in_a_row, 1e-5)
+        # Kernels of a sequence round 16 and 8 bits, and those of CUDA, elsewhere than a step's.
         coarse = x.is_cuda or any(lstm.weights != "float32" for lstm in lstms)
-        finite = whole.isfinite()
-        whole, steps = whole.where(finite, 0), steps.where(finite, 0)
-        difference = (steps - whole).abs().max().item()
-        if not difference <= (1e-1 if coarse else 1e-3) * whole.abs().max().item() + 1e-5:
+        steps = torch.stack([step(x_t).clone() for x_t in x])
+        self._expect_equal(y, steps.transpose(0, 1) if turned else steps, 1e-1 if coarse else 1e-3)
+
+    def _expect_equal(self, y: Any, expected: Tensor, rounding: float) -> None:
+        """Refuse a model whose answer is another where both are finite numbers."""
+        if not isinstance(y, Tensor) or y.shape != expected.shape:
+            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             self._refuse(
-                f"answers that differ from those of its layers in a row by {difference:.2g}"
+                f"an answer of shape {got}, where that of its layers in a row is "
+                f"{list(expected.shape)}"
+            )
+        finite = y.isfinite()
+        y, expected = y.where(finite, 0), expected.where(finite, 0)
+        difference = (y - expected).abs().max().item()
+        if not difference <= rounding * y.abs().max().item() + 1e-5:
+            self._refuse(
+                f"an answer that differs from that of its layers in a row by {difference:.2g}"
             )
 
     def _call(self, x: Any) -> tuple[Any, list[Any]]:
@@ -194,32 +216,33 @@ class _Chain:
         y, *rest = result if isinstance(result, (tuple, list)) else (result,)
         return y, rest
 
-    def _listening(self, layer: nn.Module, name: str) -> nn.Module:
-        """A copy of a layer that notes in its input's chain that it was called."""
-        ways = _own_ways(layer)
-
-        def forward(x: Any, *rest: Any, **named: Any) -> Any:
-            if ways is not None:
-                raise _Refused(ways.format(name))
-            if any(a is not None for a in (*rest, *named.values())):
-                raise _Refused(f"{name} off the chain")
-            if isinstance(x, Tensor):
-                return self.snapshot(layer)(x)
-            if not isinstance(x, _Value):
-                raise _Refused(f"{name} off the chain")
-            y = x.through(layer, name)
-            return (y, _State()) if isinstance(layer, _LSTMS) else y
-
-        double = layer.__new__(type(layer))  # copy.copy fails where there are parametrisations
-        vars(double).update(vars(layer), forward=forward, _compiled_call_impl=None)
-        double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
-        return double
-
-    def _refuse(self, why: str, error: Exception | None = None) -> NoReturn:
+    def _refuse(self, why: str, error: BaseException | None = None) -> NoReturn:
         raise ValueError(
             "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
             f"{self._name} with {why}"
         ) from error
+
+
+def _listening(layer: nn.Module, name: str, snapshots: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of a layer that notes in its input's chain that it was called."""
+    ways = _own_ways(layer)
+
+    def forward(x: Any, *rest: Any, **named: Any) -> Any:
+        if ways is not None:
+            raise _Refused(ways.format(name))
+        if any(a is not None for a in (*rest, *named.values())):
+            raise _Refused(f"{name} off the chain")
+        if isinstance(x, Tensor):
+            return _snapshot(layer, snapshots)(x)
+        if not isinstance(x, _Value):
+            raise _Refused(f"{name} off the chain")
+        y = x.through(layer, name)
+        return (y, _State()) if isinstance(layer, _LSTMS) else y
+
+    double = layer.__new__(type(layer))  # copy.copy fails where there are parametrisations
+    vars(double).update(vars(layer), forward=forward, _compiled_call_impl=None)
+    double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return double
 
 
 def _only_states(value: Any) -> bool:
@@ -334,7 +357,7 @@ class Stream:
         ):
             chain = _Chain(model)
             self._device = _device(chain.layers)
-            layers = [chain.snapshot(layer) for layer in chain.layers]
+            layers = chain.snapshots()
             sizes = _sizes(layers)
             self.batch_size = batch_size
             self._lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
@@ -346,7 +369,7 @@ class Stream:
             self._engine: Any = engine(layers, batch_size, sizes)
             self.__call__ = self._engine.step
             x = torch.randn(
-                4, batch_size, sizes[0], dtype=torch.float32, device="cpu",
+                3, batch_size, sizes[0], dtype=torch.float32, device="cpu",
                 generator=torch.Generator("cpu").manual_seed(0),
             ).to(self._device)  # fmt: skip
             with torch.autocast(self._device.type, enabled=False):

@@ -256,7 +256,7 @@ def test_a_stream_is_the_sequence_step_by_step(gpu, weights, options, batch):
 def test_a_stream_writes_where_it_is_told_and_keeps_its_buffers(gpu):
     step = Stream(nn.LSTM(5, 12).to(gpu.device), 3)
     x = gpu.to(torch.randn(3, 5))
-    places = [(h.data_ptr(), c.data_ptr()) for h, c in step._engine.states()]
+    places = [(cell.h.data_ptr(), cell.c.data_ptr()) for cell in step._engine._cells]
     y = step(x).clone()
     step.reset()
     out = gpu.to(torch.empty(3, 12))
@@ -268,7 +268,7 @@ def test_a_stream_writes_where_it_is_told_and_keeps_its_buffers(gpu):
     assert torch.equal(step(x), after)
     step.state = (torch.zeros(1, 3, 12), torch.zeros(1, 3, 12))
     assert torch.equal(step(x), y)
-    assert places == [(h.data_ptr(), c.data_ptr()) for h, c in step._engine.states()]
+    assert places == [(cell.h.data_ptr(), cell.c.data_ptr()) for cell in step._engine._cells]
 
 
 def test_a_stream_made_in_inference_mode_runs_outside(gpu):
@@ -278,6 +278,75 @@ def test_a_stream_made_in_inference_mode_runs_outside(gpu):
         first = step(x).clone()
     step.reset()
     assert torch.equal(step(x), first)
+
+
+@by_name("dtype", [torch.float64, torch.bfloat16])
+def test_a_stream_is_float32_whatever_the_default_is(gpu, dtype):
+    lstm, x = nn.LSTM(5, 12, 2).to(gpu.device), gpu.to(torch.randn(2, 1, 5))
+    expected = [Stream(lstm)(x[0]).clone(), *Stream(lstm).state]
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        step = Stream(lstm)
+        got = [*step.state, step(x[0])]
+    finally:
+        torch.set_default_dtype(former)
+    assert torch.equal(got[-1], expected[0])
+    assert all(t.dtype == torch.float32 for t in got)
+
+
+def test_a_function_in_place_leaves_the_state_alone(gpu):
+    lstm = nn.LSTM(5, 12).to(gpu.device)
+    x = gpu.to(torch.randn(6, 3, 5))
+    step, plain = Stream(nn.Sequential(Only(lstm), nn.ReLU(inplace=True)), 3), Stream(lstm, 3)
+    for x_t in x:
+        assert torch.equal(step(x_t), plain(x_t).relu())
+
+
+class Only(nn.Module):
+    """Of an LSTM's result, the output."""
+
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def test_a_streams_output_may_be_its_next_input(gpu):
+    lstm, x = nn.LSTM(12, 12).to(gpu.device), gpu.to(torch.randn(3, 12))
+    step, apart = Stream(lstm, 3), Stream(lstm, 3)
+    y, expected = step(x), apart(x).clone()
+    for _ in range(3):
+        y, expected = step(y), apart(expected.clone()).clone()
+        assert torch.equal(y, expected)
+    x, expected = expected, apart(expected.clone())
+    assert torch.equal(step(x, out=x), expected)
+
+
+def test_a_step_of_a_stream_is_a_new_version_of_what_it_writes(gpu):
+    x, w = gpu.to(torch.randn(2, 1, 5)), gpu.to(torch.ones(1, 12)).requires_grad_()
+    for options in ({}, {"proj_size": 4, "num_layers": 2}):
+        step = Stream(nn.LSTM(5, 12, **options).to(gpu.device))
+        loss = sum((step(x_t) * w[:, : options.get("proj_size", 12)]).sum() for x_t in x)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    out = gpu.to(torch.zeros(1, 4))
+    step(x[0], out=out)
+    assert out._version == 1
+    with pytest.raises(ValueError, match="expected out to ask for no gradient"):
+        step(x[0], out=out.clone().requires_grad_())
+
+
+def test_a_state_that_does_not_fit_leaves_a_stream_alone(gpu):
+    step, x = Stream(nn.LSTM(5, 12, 2).to(gpu.device)), gpu.to(torch.randn(1, 5))
+    step(x)
+    h, c = before = step.state
+    for wrong in ((h, c.to(torch.complex64)), (h, c[:1]), (h, None), (h, c.to("meta"))):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
+            step.state = wrong
+        assert all(map(torch.equal, step.state, before))
 
 
 STREAM_MISTAKES = {

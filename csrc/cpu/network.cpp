@@ -65,6 +65,8 @@ float activated(int kind, float x, float parameter) {
       return x < 0 ? x * parameter : x;
   }
 }
+const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "leaky_relu"};
+
 void copy(const at::Tensor& from, const at::Tensor& to) {
   TORCH_INTERNAL_ASSERT(from.sizes() == to.sizes() && from.is_contiguous());
   std::copy_n(from.const_data_ptr<float>(), from.numel(), to.mutable_data_ptr<float>());
@@ -75,8 +77,6 @@ at::Tensor copy_of(const at::Tensor& t) {
   copy(t, result);
   return result;
 }
-
-const char* const kActivations[] = {"relu", "tanh", "sigmoid", "silu", "gelu", "leaky_relu"};
 
 }  // namespace
 
