@@ -19,6 +19,7 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/network.h"
+#include "cpu/team.h"
 #include "cuda/plan.h"
 #ifdef ISS_WITH_CUDA
 #include "cuda/device.h"
@@ -36,6 +37,7 @@ py::dict build_info() {
   info["isas_built"] = built_isas();
   info["isas_supported"] = supported_isas();
   info["isa"] = cpu_kernels().isa;
+  info["cores"] = cores(Clock::now());
 #ifdef ISS_WITH_CUDA
   info["cuda_built"] = true;
 #else
@@ -413,6 +415,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   module.def("supported_isas", &supported_isas);
   module.def("set_isa", &set_isa);
+  module.def("free_threads", [] { return free_threads(Clock::now()); });
+  module.def("limit_cores", &limit_cores);
+  module.def("pretend_cores", &pretend_cores);
   py::class_<DeviceLimits>(module, "DeviceLimits").def(py::init(&make_limits));
   module.def("plan", &plan);
 #ifdef ISS_WITH_CUDA

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch  # first: the extension links to its libraries
 
+from iss_kernels.cores import quota
+
 BACKENDS = ("extension", "reference")
 
 # Written by setup.py beside the extension: a file, because an extension built for another torch
@@ -60,6 +62,9 @@ if _C is None:
         f"({_why_not}); {_remedy}",
         stacklevel=2,
     )
+elif quota() < float("inf"):
+    # Rounded down: threads that use up a quota early stand still for the rest of its period.
+    _C.limit_cores(max(1, int(quota())))
 
 
 def is_built() -> bool:

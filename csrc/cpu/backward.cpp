@@ -13,14 +13,13 @@ namespace {
 // Steps [first, last) of a share, last first. A step's dy is complete when the product with the
 // gates of the step that follows has been added to it; then the cell's own gradient follows from
 // it.
-template <typename T, typename Barrier>
+template <typename T>
 void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_t last,
                const CellGradient<T>& gradient, const T* dgates_after,
-               const StepGradients<T>& result, const Share<Barrier>& share) {
+               const StepGradients<T>& result, const Share& share) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const int64_t hidden = cell.hidden, output = cell.output;
   const bool projected = cell.w_hr.panels.defined();
-  const PanelRange outputs = share.of(kernels.panels(output, false));
   const int64_t first_row = result.steps.first_row;
 
   // to [rows, P] = or += dgates of `rows` rows @ w_hh.
@@ -28,7 +27,7 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
     kernels.matmul({.rows = rows,
                     .k = 4 * hidden,
                     .columns = output,
-                    .panels = outputs,
+                    .panels = share.of(kernels.panels(output, false)),
                     .a = dgates,
                     .a_stride = 4 * hidden,
                     .b = cell.w_hh.view(),
@@ -52,6 +51,7 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
     T* const of_outputs = projected ? result.outputs + (row_now - first_row) * output : nullptr;
     if (projected) {
       const int64_t end = std::min(share.end, sequence.sizes[now]);
+      const PanelRange outputs = share.of(kernels.panels(output, false));
       const int64_t column = outputs.begin * kernels.panel_columns();
       const int64_t columns = std::min(outputs.end * kernels.panel_columns(), output) - column;
       for (int64_t b = share.begin; b < end; ++b) {
@@ -64,7 +64,7 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
       if (rows > 0)
         through_w_hh(of_next + share.begin * 4 * hidden, rows, true,
                      of_outputs + share.begin * output);
-      share.barrier();
+      if (!share.meet()) return;
     }
     sequence.each_piece(
         k, cell.reverse, share.begin, share.end,
@@ -97,7 +97,7 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
           if (begin < middle) step(begin, middle - begin, true);
           if (middle < begin + count) step(middle, begin + count - middle, false);
         });
-    share.barrier();
+    if (!share.meet()) return;
   }
   for (int64_t k = first; k < last; ++k)
     sequence.each_piece(
@@ -105,7 +105,7 @@ void walk_back(const Cell& cell, const Sequence& sequence, int64_t first, int64_
         [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
           if (previous < 0 && gradient.dh0 != nullptr)
             through_w_hh(dgates_of(row), rows, false, gradient.dh0 + b * output);
-          if (result.h_prev != nullptr && k % share.members == share.member)
+          if (result.h_prev != nullptr && k % share.members() == share.member)
             std::memcpy(result.h_prev + (row - first_row) * output,
                         previous < 0 ? gradient.h0 + b * output : gradient.y + previous * output,
                         rows * output * sizeof(T));
@@ -142,7 +142,8 @@ void Backward<T>::lay_out(Arena& arena) {
 
 template <typename T>
 void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
-  const auto [split, threads] = plan<T>({{cell_}}, sequence_, false);
+  const Call call;
+  const auto [split, most_threads] = plan<T>({{cell_}}, sequence_, false);
   const T* dgates_after = nullptr;
   for (size_t i = 0; i < pieces_.size(); ++i) {
     const auto [first, last] = pieces_[i];
@@ -150,16 +151,23 @@ void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
                                   .dgates = dgates_[i % 2],
                                   .outputs = outputs_,
                                   .h_prev = h_prev_};
-    const auto walk = [&, first, last](const auto& share) {
+    const auto walk = [&, first, last](const Share& share) {
       walk_back(cell_, sequence_, first, last, gradient, dgates_after, result, share);
     };
-    if (split == Split::kRows)
+    // One of them may have come late in the piece before.
+    const int64_t threads = most_threads == 1 || i == 0
+                                ? most_threads
+                                : std::min(most_threads, free_threads(Clock::now()));
+    if (split == Split::kRows) {
       each_share_of_rows(sequence_, result.steps, threads,
-                         [&](const auto& share, int64_t) { walk(share); });
-    else  // one cell: its units
-      run_team(threads, [&](int64_t member, int64_t members, const auto& barrier) {
-        walk(Share<decltype(barrier)>{0, sequence_.batch, member, members, barrier});
+                         [&](const Share& share, int64_t) { walk(share); });
+    } else {  // one cell: its units
+      Team team;
+      run_team(threads, [&](int64_t member, int64_t members) {
+        walk({0, sequence_.batch, member, members, &team});
       });
+      if (team.was_late()) note_late(threads, Clock::now());
+    }
     use(result, i > 0);
     const int64_t row = sequence_.offsets[sequence_.step(first, cell_.reverse)];
     dgates_after = result.dgates + (row - result.steps.first_row) * 4 * cell_.hidden;

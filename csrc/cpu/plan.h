@@ -48,8 +48,7 @@ inline int64_t multiplies(const Cell& cell) {  // per row: of the step, without 
 template <typename T>
 Plan plan(const Stack& stack, const Sequence& sequence, bool gates) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t threads = available_threads();
-  if (threads == 1) return {Split::kRows, 1};
+  if (available_threads() == 1) return {Split::kRows, 1};
   int64_t per_row = 0, narrowest = INT64_MAX, widest = 0, panels = INT64_MAX, cells = 0;
   for (const Layer& layer : stack)
     for (const Cell& cell : layer) {
@@ -61,6 +60,7 @@ Plan plan(const Stack& stack, const Sequence& sequence, bool gates) {
     }
   const int64_t by_work = threads_for(sequence.rows * per_row);
   if (by_work <= 1) return {Split::kRows, 1};
+  const int64_t threads = free_threads(Clock::now());
   const int64_t tile = kernels.tile_rows;
   const int64_t rows_per_step = sequence.rows / std::max<int64_t>(1, sequence.steps);
   const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
@@ -92,21 +92,26 @@ Plan plan(const Stack& stack, const Sequence& sequence, bool gates) {
   return {Split::kRows, std::clamp<int64_t>(sequence.batch / worth_a_thread, 1, by_work)};
 }
 
-// What one thread does: rows [begin, end) of the batch, and member `member` of the `members` that
-// divide the units and meet at barrier().
-template <typename Barrier>
+// What one thread does: rows [begin, end) of the batch, and what falls to member `member` of the
+// team that divides the units, of `all` members at first.
 struct Share {
-  int64_t begin, end, member, members;
-  Barrier barrier;
+  int64_t begin, end;
+  int64_t member = 0, all = 1;
+  Team* team = nullptr;  // of a thread that waits for nobody: none
 
+  int64_t members() const { return team == nullptr ? 1 : team->members(all); }
+
+  // This member's part of so many panels: the same one until the next meeting.
   PanelRange of(int64_t panels, bool backwards = false) const {
-    return {panels * member / members, panels * (member + 1) / members, backwards};
+    const int64_t parts = members();
+    return {panels * member / parts, panels * (member + 1) / parts, backwards};
   }
-};
 
-// The barrier of a thread that waits for nobody.
-struct Alone {
-  void operator()() const {}
+  // Waits for the other members. False where this one has left the team: then it stops.
+  bool meet() const {
+    if (team != nullptr) team->meet(all);
+    return member < members();
+  }
 };
 
 // Calls body(share, thread) for each thread's rows of the batch, chosen so that all threads have as
@@ -114,7 +119,7 @@ struct Alone {
 template <typename Body>
 void each_share_of_rows(const Sequence& sequence, const StepRange& steps, int64_t threads,
                         const Body& body) {
-  if (threads == 1) return body(Share<Alone>{0, sequence.batch, 0, 1, {}}, 0);
+  if (threads == 1) return body(Share{0, sequence.batch}, 0);
   std::vector<int64_t> ends(threads, sequence.batch);
   int64_t row_end = steps.end, before = 0;  // of row b; the steps of all rows up to it
   for (int64_t b = 0, thread = 0; b < sequence.batch; ++b) {
@@ -123,10 +128,10 @@ void each_share_of_rows(const Sequence& sequence, const StepRange& steps, int64_
     while (thread + 1 < threads && before * threads >= steps.rows * (thread + 1))
       ends[thread++] = b + 1;
   }
-  together(threads, 1, [&](int64_t begin, int64_t end) {
+  together(threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       const int64_t first = thread == 0 ? 0 : ends[thread - 1];
-      if (first < ends[thread]) body(Share<Alone>{first, ends[thread], 0, 1, {}}, thread);
+      if (first < ends[thread]) body(Share{first, ends[thread]}, thread);
     }
   });
 }

@@ -65,9 +65,9 @@ void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T*
 }
 
 // The steps [first, last) that a cell takes, inputs first.
-template <typename T, typename Barrier>
-void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, int64_t last,
-               void* scratch) {
+// False where the share's member has left its team on the way.
+template <typename T>
+bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t last, void* scratch) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const auto& [cell, state, sequence, x, y, y_stride, chunk, gates_chunk, unprojected] = job;
   const int64_t hidden = cell.hidden, output = cell.output;
@@ -96,7 +96,7 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
       const int64_t row = sequence.offsets[t] + share.begin;
       if (rows > 0) project(job, row, rows, columns, gates_at(t, share.begin), scratch);
     }
-  share.barrier();
+  if (!share.meet()) return false;
 
   for (int64_t k = first; k < last; ++k) {
     const int64_t t = sequence.step(k, reverse);
@@ -122,7 +122,7 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
                .cells = state.cells ? state.cells + row * hidden : nullptr,
                .scratch = scratch});
         });
-    share.barrier();
+    if (!share.meet()) return false;
     if (!projected) continue;
     sequence.each_piece(k, reverse, share.begin, share.end,
                         [&](int64_t b, int64_t rows, int64_t row, int64_t) {
@@ -139,8 +139,9 @@ void run_chunk(const Job<T>& job, const Share<Barrier>& share, int64_t first, in
                                           .out_stride = y_stride,
                                           .scratch = scratch});
                         });
-    share.barrier();
+    if (!share.meet()) return false;
   }
+  return true;
 }
 
 // y of each row's last step -> h_n.
@@ -155,12 +156,58 @@ void keep_last(const Job<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-// One cell from beginning to end.
-template <typename T, typename Barrier>
-void run_cell(const Job<T>& job, const Share<Barrier>& share, void* scratch) {
+// One cell from beginning to end. False where the share's member has left its team on the way.
+template <typename T>
+bool run_cell(const Job<T>& job, const Share& share, void* scratch) {
   for (int64_t first = 0; first < job.sequence.steps; first += job.chunk)
-    run_chunk(job, share, first, std::min(first + job.chunk, job.sequence.steps), scratch);
+    if (!run_chunk(job, share, first, std::min(first + job.chunk, job.sequence.steps), scratch))
+      return false;
   if (share.member == 0) keep_last(job, share.begin, share.end);
+  return true;
+}
+
+// Split::kLayers. A thread takes the next chunk of any layer that has its input and that nobody
+// works on: of the layer it took last, whose weights it has in its cache, or else of the topmost.
+template <typename T, typename ScratchOf>
+void run_layers(const std::vector<Job<T>>& jobs, int64_t chunk, int64_t threads,
+                const ScratchOf& scratch_of) {
+  const int64_t layers = static_cast<int64_t>(jobs.size()), steps = jobs[0].sequence.steps;
+  const Share whole{0, jobs[0].sequence.batch};
+  struct Progress {
+    alignas(64) std::atomic<bool> taken = false;
+    std::atomic<int64_t> done = 0;  // steps
+  };
+  const auto progress = std::make_unique<Progress[]>(layers);
+  const auto done = [&](int64_t l) {
+    return l < 0 ? steps : progress[l].done.load(std::memory_order_acquire);
+  };
+  run_team(threads, [&](int64_t member, int64_t) {
+    // Whether there was a chunk to take of the layer.
+    const auto take = [&](int64_t l) {
+      if (done(l) == done(l - 1) || progress[l].taken.exchange(true, std::memory_order_acquire))
+        return false;
+      const int64_t first = done(l), last = std::min(first + chunk, steps);
+      const bool ready = first < last && done(l - 1) >= last;
+      if (ready) {
+        run_chunk(jobs[l], whole, first, last, scratch_of(member));
+        if (last == steps) keep_last(jobs[l], 0, whole.end);
+        progress[l].done.store(last, std::memory_order_release);
+      }
+      progress[l].taken.store(false, std::memory_order_release);
+      return ready;
+    };
+    int64_t mine = std::min(member, layers - 1);
+    const auto take_any = [&] {
+      if (take(mine)) return true;
+      for (int64_t l = layers - 1; l >= 0; --l)
+        if (l != mine && take(l)) return mine = l, true;
+      return false;
+    };
+    while (done(layers - 1) < steps)
+      spin_until(
+          [&] { return take_any() || done(layers - 1) == steps; },
+          [](Clock::time_point since, Clock::time_point now) { return now - since > kLate; });
+  });
 }
 
 }  // namespace
@@ -168,6 +215,7 @@ void run_cell(const Job<T>& job, const Share<Barrier>& share, void* scratch) {
 template <typename T>
 void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
                const std::vector<CellState<T>>& states, T* y) {
+  const Call call;
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const auto [split, threads] = plan<T>(stack, sequence, true);
   const int64_t directions = static_cast<int64_t>(stack[0].size());
@@ -225,41 +273,30 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
     return;
   }
   if (split == Split::kLayers) {
-    const auto done = std::make_unique<std::atomic<int64_t>[]>(layers);  // steps taken, by layer
-    run_team(threads, [&](int64_t member, int64_t members, const auto&) {
-      // Layer by layer in step, so that a thread with several layers never waits for itself.
-      const Share<Alone> share{0, sequence.batch, 0, 1, {}};
-      for (int64_t first = 0; first < sequence.steps; first += chunk)
-        for (int64_t l = member; l < layers; l += members) {
-          const int64_t last = std::min(first + chunk, sequence.steps);
-          if (l > 0)
-            spin_until([&] { return done[l - 1].load(std::memory_order_acquire) >= last; });
-          run_chunk(jobs[l], share, first, last, own + member * quantising);
-          done[l].store(last, std::memory_order_release);
-        }
-      for (int64_t l = member; l < layers; l += members) keep_last(jobs[l], 0, sequence.batch);
-    });
+    run_layers(jobs, chunk, threads, [&](int64_t member) { return own + member * quantising; });
     return;
   }
-  SpinBarrier of_direction[2];
-  run_team(threads, [&](int64_t member, int64_t members, const auto& everyone) {
-    // The members [base, base + size) take the cells from `cell` on, every `stride`-th.
+  Team of_direction[2], everyone;
+  run_team(threads, [&](int64_t member, int64_t members) {
+    // Half of the members take the forward cells, half the backward ones.
     const bool divided = split == Split::kDirections && members > 1;
     const int64_t size = divided ? members / 2 : members;
     const int64_t direction = divided ? member / size : 0;
-    if (direction > 1) {  // fewer threads than asked for, and an odd number: no part for the last
-      for (int64_t l = 0; l < layers; ++l) everyone();
-      return;
-    }
-    const auto barrier = [&] { of_direction[direction].wait(size); };
-    const Share<decltype(barrier)> share{0, sequence.batch, divided ? member % size : member, size,
-                                         barrier};
+    // An odd one is left where there are fewer threads than asked for.
+    bool stays = direction <= 1;
+    const Share share{0, sequence.batch, divided ? member % size : member, size,
+                      stays ? &of_direction[direction] : nullptr};
     for (int64_t l = 0; l < layers; ++l) {
-      for (int64_t d = direction; d < directions; d += divided ? 2 : 1)
-        run_cell(jobs[l * directions + d], share, own + member * quantising);
-      if (divided) everyone();  // a cell by units ends at a barrier of its own
+      for (int64_t d = direction; stays && d < directions; d += divided ? 2 : 1)
+        stays = run_cell(jobs[l * directions + d], share, own + member * quantising);
+      if (divided)
+        everyone.meet(members, false);  // a cell by units ends at a meeting of its own
+      else if (!stays)
+        return;
     }
   });
+  if (of_direction[0].was_late() || of_direction[1].was_late() || everyone.was_late())
+    note_late(threads, Clock::now());
 }
 
 template void run_stack<float>(const Stack&, const Sequence&, const float*,

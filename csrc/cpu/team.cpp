@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cpu/team.h"
+
+#include <limits>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+namespace iss {
+namespace {
+
+constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+constexpr int64_t kMillisecond = 1'000'000;
+
+int64_t nanoseconds(Clock::time_point time) { return time.time_since_epoch().count(); }
+
+// -- Cores
+
+std::atomic<int64_t> core_limit = kAll, pretended = 0;
+
+int64_t cores_by_affinity() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  const int64_t cores = std::thread::hardware_concurrency();
+  return cores > 0 ? cores : kAll;
+}
+
+// -- Calls from several threads
+
+std::atomic<int64_t> calls_under_way = 0;
+
+// The most calls at once, in this window of time and in the one before: [window, before, now] in
+// one word.
+constexpr int kCountBits = 12, kMostCalls = (1 << kCountBits) - 1;
+constexpr int64_t kWindow = 8 * kMillisecond;
+std::atomic<int64_t> most_calls = 0;
+
+int64_t concurrent_calls(int64_t now) {
+  const int64_t window = now / kWindow;
+  const int64_t calls =
+      std::clamp<int64_t>(calls_under_way.load(std::memory_order_relaxed), 1, kMostCalls);
+  int64_t word = most_calls.load(std::memory_order_relaxed), next, before, in_window;
+  do {
+    const int64_t age = window - (word >> 2 * kCountBits);
+    before = age == 0 ? word >> kCountBits & kMostCalls : age == 1 ? word & kMostCalls : 0;
+    in_window = std::max(calls, age == 0 ? word & kMostCalls : 0);
+    next = window << 2 * kCountBits | before << kCountBits | in_window;
+  } while (next != word &&
+           !most_calls.compare_exchange_weak(word, next, std::memory_order_relaxed));
+  return std::max(before, in_window);
+}
+
+// -- Threads that came late
+
+// After a thread came late, half of the threads are left alone for a while: a short one at first,
+// since most lateness has passed by then, four times as long if they are late again soon.
+constexpr int64_t kShortHold = 8 * kMillisecond, kLongHold = 1024 * kMillisecond;
+std::atomic<int64_t> thread_limit = kAll, hold = kShortHold, hold_ends = 0;
+
+int64_t limit_now(int64_t now, int64_t available) {
+  const int64_t limit = thread_limit.load(std::memory_order_relaxed);
+  if (limit == kAll || now < hold_ends.load(std::memory_order_relaxed)) return limit;
+  const int64_t more = 2 * limit < available ? 2 * limit : kAll;
+  thread_limit.store(more, std::memory_order_relaxed);
+  if (more != kAll)
+    hold_ends.store(now + hold.load(std::memory_order_relaxed), std::memory_order_relaxed);
+  return more;
+}
+
+}  // namespace
+
+void limit_cores(int64_t most) { core_limit.store(most, std::memory_order_relaxed); }
+
+void pretend_cores(int64_t cores) { pretended.store(cores, std::memory_order_relaxed); }
+
+int64_t cores(Clock::time_point time) {
+  if (const int64_t given = pretended.load(std::memory_order_relaxed); given > 0) return given;
+  // taskset may change it while the process runs.
+  constexpr int64_t kRefresh = 100 * kMillisecond;
+  static std::atomic<int64_t> known = cores_by_affinity(), checked = 0;
+  const int64_t now = nanoseconds(time);
+  if (now - checked.load(std::memory_order_relaxed) > kRefresh) {
+    known.store(cores_by_affinity(), std::memory_order_relaxed);
+    checked.store(now, std::memory_order_relaxed);
+  }
+  return std::min(known.load(std::memory_order_relaxed),
+                  core_limit.load(std::memory_order_relaxed));
+}
+
+int64_t free_threads(Clock::time_point time) {
+  const int64_t available = available_threads();
+  if (available == 1) return 1;
+  const int64_t now = nanoseconds(time);
+  const int64_t with_a_core = std::max<int64_t>(1, cores(time) / concurrent_calls(now));
+  return std::min({available, with_a_core, limit_now(now, available)});
+}
+
+void note_late(int64_t threads, Clock::time_point time) {
+  const int64_t now = nanoseconds(time), before = hold.load(std::memory_order_relaxed);
+  const bool soon = now < hold_ends.load(std::memory_order_relaxed) + 4 * before;
+  const int64_t next = soon ? std::min(4 * before, kLongHold) : kShortHold;
+  hold.store(next, std::memory_order_relaxed);
+  hold_ends.store(now + next, std::memory_order_relaxed);
+  thread_limit.store(std::max<int64_t>(1, threads / 2), std::memory_order_relaxed);
+}
+
+Call::Call() { calls_under_way.fetch_add(1, std::memory_order_relaxed); }
+Call::~Call() { calls_under_way.fetch_sub(1, std::memory_order_relaxed); }
+
+}  // namespace iss
