@@ -67,7 +67,7 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	find csrc python_tests -name "*.cpp" -o -name "*.cu" -o -name "*.h" | xargs $(BIN)/clang-format -i
 clean:
-	rm -rf .venv .venv-cuda build *.egg-info iss_kernels/_C*.so
+	rm -rf .venv .venv-cuda build *.egg-info iss_kernels/_C.*
 
 .venv/torch:
 	@command -v $(PYTHON) >/dev/null || { echo "iss_kernels: no $(PYTHON) on the PATH; install Python 3.10 or newer" >&2; exit 1; }

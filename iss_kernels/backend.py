@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation runs: the compiled extension, or the reference in plain torch."""
+"""Which implementation runs: the compiled extension, or the reference in plain torch.
+
+Where the extension does not load, a warning says why and the reference runs; with
+ISS_KERNELS_REQUIRE=1 in the environment that is an ImportError.
+"""
 
 from __future__ import annotations
 
