@@ -152,7 +152,7 @@ class _Chain:
             self._refuse("a forward hook on all modules")
         ways = _own_ways(model)
         if ways is not None:
-            self._refuse(ways.format("itself"))
+            self._refuse(ways.format("the model"))
         memo: dict[int, Any] = {
             id(module): _listening(module, name, self._snapshots)
             for name, module in model.named_modules()
@@ -227,16 +227,16 @@ def _listening(layer: nn.Module, name: str, snapshots: dict[nn.Module, nn.Module
     """A copy of a layer that notes in its input's chain that it was called."""
     ways = _own_ways(layer)
 
-    def forward(x: Any, *rest: Any, **named: Any) -> Any:
+    def forward(input: Any, *rest: Any, **named: Any) -> Any:
         if ways is not None:
             raise _Refused(ways.format(name))
         if any(a is not None for a in (*rest, *named.values())):
             raise _Refused(f"{name} off the chain")
-        if isinstance(x, Tensor):
-            return _snapshot(layer, snapshots)(x)
-        if not isinstance(x, _Value):
+        if isinstance(input, Tensor):
+            return _snapshot(layer, snapshots)(input)
+        if not isinstance(input, _Value):
             raise _Refused(f"{name} off the chain")
-        y = x.through(layer, name)
+        y = input.through(layer, name)
         return (y, _State()) if isinstance(layer, _LSTMS) else y
 
     double = layer.__new__(type(layer))  # copy.copy fails where there are parametrisations
@@ -283,6 +283,10 @@ def _sizes(layers: Sequence[nn.Module]) -> tuple[int, int]:
                     f"approximate={layer.approximate!r}"
                 )
             continue
+        if gives == 0:
+            raise ValueError(
+                f"Stream: expected layers that put out features, got {type(layer).__name__} for 0"
+            )
         if width not in (0, needs):
             raise ValueError(
                 f"Stream: expected layers whose sizes fit, got {type(layer).__name__} for {needs} "

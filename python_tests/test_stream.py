@@ -75,6 +75,11 @@ class OutputOnly(Recurrent):
         return self.head(y)
 
 
+class ByName(Recurrent):
+    def forward(self, x):
+        return self.head(input=self.lstm(input=x)[0])
+
+
 class Bare(Recurrent):
     def forward(self, x, state=None):
         return self.lstm(x, state)
@@ -158,6 +163,7 @@ CHAINS = {
     "state taken apart": TakenApart,
     "state left": OutputOnly,
     "an LSTM's own result": Bare,
+    "inputs by name": ByName,
 }
 
 
@@ -866,6 +872,11 @@ MODELS = {
         ValueError,
         "Stream: expected GELU in its exact form, got approximate='tanh'",
     ),
+    "an output without features": (
+        lambda: Chain(nn.LSTM(3, 4), nn.Linear(4, 0)),
+        ValueError,
+        "Stream: expected layers that put out features, got Linear for 0",
+    ),
     "an activation at the beginning": (
         lambda: Chain(nn.ReLU(), nn.LSTM(3, 4)),
         ValueError,
@@ -985,7 +996,7 @@ NOT_PLAIN = {
                  "Chain with kept.1, of Twice, a subclass of Identity"),
     "Dropout": (lambda: Chain(nn.LSTM(3, 4), Noisy()),
                 "Chain with kept.1, of Noisy, a subclass of Dropout"),
-    "an LSTM": (lambda: Reversed(3, 4), "Reversed with itself, of Reversed, a subclass of LSTM"),
+    "an LSTM": (lambda: Reversed(3, 4), "Reversed with the model, of Reversed, a subclass of LSTM"),
     "an LSTM inside": (lambda: Chain(ReversedISS(3, 4), nn.Linear(4, 2)),
                        "Chain with kept.0, of ReversedISS, a subclass of ISSLSTM"),
     "a hook on a layer": (changed(lambda m: m.head.register_forward_hook(lambda *_: None)),
@@ -994,7 +1005,7 @@ NOT_PLAIN = {
         changed(lambda m: m.lstm.register_forward_pre_hook(lambda *_: None, with_kwargs=True)),
         "OutputOnly with a forward hook on lstm"),
     "a hook on the model": (changed(lambda m: m.register_forward_hook(lambda m, a, y: 2 * y)),
-                            "OutputOnly with a forward hook on itself"),
+                            "OutputOnly with a forward hook on the model"),
     "a hook on a part": (
         lambda: Chain(nn.LSTM(3, 4),
                       changed(lambda m: m.register_forward_hook(lambda m, a, y: 2 * y),
@@ -1009,7 +1020,7 @@ NOT_PLAIN = {
         lambda: Chain(nn.LSTM(3, 4), changed(set_forward, nn.ReLU)()),
         "Chain with a forward set on the instance of kept.1"),
     "forward of the model": (changed(set_forward),
-                             "OutputOnly with a forward set on the instance of itself"),
+                             "OutputOnly with a forward set on the instance of the model"),
     "call": (Doubled, "Doubled with the operation rmul"),
     "pruned": (changed(lambda m: prune.l1_unstructured(m.head, "weight", 0.5)),
                "OutputOnly with a forward hook on head"),
@@ -1164,6 +1175,7 @@ def test_models_in_other_forms_stand_the_comparison(implementation, dtype):
     torch.testing.assert_close(step_by_step(Stream(model, 3), x), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize("name", MODELS)
 def test_models_that_cannot_be_streamed(backend, name):
     model, error, message = MODELS[name]
