@@ -8,6 +8,7 @@ of their own; second derivatives differentiate the reference, slowly but right.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

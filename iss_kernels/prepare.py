@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from iss_kernels import backend
+from iss_kernels.copying import copied
 from iss_kernels.lstm import ISSLSTM, State
 
 _DTYPES = {
@@ -499,7 +500,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         _check_plain(lstm)
         memo[id(lstm)] = PreparedLSTM(lstm, weights)
     new = {lstm: memo[id(lstm)] for lstm in found}
-    result: nn.Module = copy.deepcopy(model, memo)
+    result = copied(model, memo)
     for lstm, prepared in new.items():
         _carry(lstm, prepared, memo)
     return result.eval()

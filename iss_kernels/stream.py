@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iss_kernels import backend, ops
+from iss_kernels.copying import copied
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.prepare import PreparedLSTM, prepare
 
@@ -159,7 +160,7 @@ class _Chain:
             if type(module) in (*_KNOWN, *_ACTIVATIONS) or _own_ways(module) is not None
         }
         try:
-            self._copy = copy.deepcopy(model, memo).eval()
+            self._copy = copied(model, memo).eval()
         except Exception as error:
             self._refuse(f"a part that cannot be copied: {error}", error)
         y, rest = self._call(_Value(self.layers))
