@@ -651,8 +651,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Raises ValueError, and changes nothing, where something cannot come along: a forward or another
     method that was set on an LSTM (torch.compile does), a weight that is computed (weight_norm,
-    pruning, a parametrization), and an LSTM inside a bound method, functools.partial or weak
-    reference that a module holds.
+    pruning, a parametrization), and an LSTM inside a bound method, functools.partial, weak
+    reference or key of a dict that a module holds.
     """
     holdings = [("", None, model), *_holdings(model)]
     names: dict[Any, str] = {}
@@ -662,11 +662,14 @@ def accelerate(model: nn.Module) -> nn.Module:
             names.setdefault(held, path or "the LSTM")
     for lstm, name in names.items():
         _check_plain(lstm, "accelerate", name)
+    probe = dict.fromkeys(names)
     for path, holder, held in holdings:
-        if isinstance(holder, _REFERENCES) and _replaced(held, dict.fromkeys(names)) is not held:
+        fixed = [*(held if isinstance(held, dict) else ())]  # a key cannot change its hash
+        fixed += [held] if isinstance(holder, _REFERENCES) else []
+        if any(_replaced(value, probe) is not value for value in fixed):
             raise ValueError(
-                f"accelerate: expected no method, partial or weak reference that holds an LSTM, "
-                f"since it would go on with the old one, got {path}"
+                "accelerate: expected no method, partial, weak reference or key of a dict that "
+                f"holds an LSTM, since it would stay with the old one, got {path}"
             )
     new: dict[nn.Module, nn.Module] = {lstm: ISSLSTM.from_torch(lstm) for lstm in names}
     for lstm in new:  # a hook's handle refers to the table that the hook is in

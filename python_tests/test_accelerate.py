@@ -246,6 +246,7 @@ CANNOT_COME = {
     "argument of a partial": (
         lambda net, lstm: setattr(net, "f", functools.partial(print, 1, (lstm, 2))), "got f.1",
     ),
+    "key": (lambda net, lstm: setattr(net, "names", {lstm: "second"}), "got names"),
     "weak reference": (lambda net, lstm: setattr(net, "f", [weakref.ref(lstm)]), "got f.0.()"),
 }  # fmt: skip
 
