@@ -521,10 +521,15 @@ def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parame
 _HOOK_TABLES = [name for name in vars(nn.Module()) if "hook" in name]
 
 
+@functools.cache
+def _fresh() -> dict[type[nn.Module], nn.Module]:
+    """An LSTM of either class, as its constructor leaves it."""
+    return {cls: cls(1, 2, device="meta") for cls in (nn.LSTM, ISSLSTM)}
+
+
 def _added(lstm: Any) -> list[str]:
     """Names of the attributes that a user has put on an LSTM."""
-    by_constructor = vars(type(lstm)(1, 2, device="meta"))
-    return [name for name in vars(lstm) if name not in by_constructor]
+    return [name for name in vars(lstm) if name not in vars(_fresh()[type(lstm)])]
 
 
 def _check_plain(lstm: Any, function: str, name: str) -> None:
@@ -553,11 +558,9 @@ def _check_plain(lstm: Any, function: str, name: str) -> None:
                 f"{function}: expected {name} with its own parameters, got {weight} computed by "
                 f"{by[0] if by else 'other code'}; remove that first, or add it afterwards"
             )
-    others = [cls(1, 2, device="meta") for cls in (nn.LSTM, ISSLSTM)]
     for attribute in _added(lstm):
-        # Some set a flatten_parameters that does nothing.
-        taken = attribute != "flatten_parameters" and any(hasattr(m, attribute) for m in others)
-        if taken:
+        taken = any(hasattr(other, attribute) for other in _fresh().values())
+        if taken and attribute != "flatten_parameters":  # which some replace by a no-op
             raise ValueError(
                 f"{function}: expected {name} without an attribute {attribute!r} of its own, which "
                 f"a new LSTM cannot take over, got {type(vars(lstm)[attribute]).__name__}"
