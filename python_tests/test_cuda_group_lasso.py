@@ -233,6 +233,7 @@ def test_the_checker_finds_nothing(checked_gpu, dtype, layout):
 
 def mistakes():
     """{what is wrong: call(device)}, each of which raises."""
+    raw = torch.ops.iss_kernels  # the wrappers copy what is strided
     one, other, factor = torch.ones(2, 3), torch.ones(2, 3), torch.ones(1)
     rows, columns = torch.zeros(2).int(), torch.zeros(3).int()
 
@@ -240,19 +241,21 @@ def mistakes():
         return lambda to: ops.group_norms(to([*weights]), to([*rows]), to([*columns]), units, 1, 0)
 
     def add(outputs=(other,), factors=factor):
-        return lambda to: ops.add_scaled_by_units_(
+        return lambda to: raw.add_scaled_by_units_(
             to([*outputs]), to([one]), to([rows]), to([columns]), to(factors), False
         )
 
     def scale(weight=other, rows=rows, factors=factor):
-        return lambda to: ops.scale_by_units_([to(weight)], to([rows]), to([columns]), to(factors))
+        return lambda to: raw.scale_by_units_([to(weight)], to([rows]), to([columns]), to(factors))
 
-    def threshold(weight=other, rows=rows):
-        return lambda to: ops.threshold_([to(weight)], to([rows]), to([columns]), 0.5)
+    def threshold(weight=other, rows=rows, limit=0.5):
+        return lambda to: raw.threshold_([to(weight)], to([rows]), to([columns]), limit)
 
     t = one.t().contiguous().t()
     return {
         "labels missing": norms(rows=()),
+        "no weights": lambda to: raw.scale_by_units_([], [], [], to(factor)),
+        "units beyond 32 bits": norms(units=2**32),
         "two dtypes": norms([one, one.double()], [rows] * 2, [columns] * 2),
         "a vector": norms(weights=[one[0]]),
         "long labels": norms(rows=[rows.long()]),
@@ -271,6 +274,7 @@ def mistakes():
         "strided weights": scale(weight=t),
         "a unit without a factor": scale(rows=torch.tensor([1, 0]).int()),
         "no factors": scale(factors=factor[:0]),
+        "a threshold that is not a number": threshold(limit=float("nan")),
         "strided weights of threshold_": threshold(weight=t),
         "a unit below -1 of threshold_": threshold(rows=torch.tensor([-3, 0]).int()),
     }
@@ -301,6 +305,15 @@ def test_weights_of_whole_numbers_have_no_kernel(gpu):
     )
     with pytest.raises(RuntimeError, match="float64, bfloat16 or float16, got int32"):
         ops.group_norms([weight], [rows], [columns], 2, 0.0, False)
+
+
+def test_a_lazy_clone_is_copied_only_where_it_is_written(gpu):
+    weight, rows, columns = gpu.to([torch.ones(2, 3), torch.zeros(2).int(), torch.zeros(3).int()])
+    clone = torch._lazy_clone(weight)
+    ops.group_norms([clone], [rows], [columns], 1, 0.0, False)
+    assert torch._C._is_cow_tensor(clone)
+    ops.scale_by_units_([clone], [rows], [columns], torch.full_like(weight[0, :1], 2))
+    assert clone.eq(2).all() and weight.eq(1).all()
 
 
 def test_labels_are_looked_at_again_when_they_change(gpu):

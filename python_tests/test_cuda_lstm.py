@@ -124,6 +124,18 @@ def test_nothing_to_do(gpu, case):
         torch.testing.assert_close(a, b)
 
 
+def test_a_layer_without_units_has_empty_outputs(gpu):
+    x, h, w_ih, w_hh = gpu.to([torch.ones(s) for s in ((3, 2, 4), (2, 0), (0, 4), (0, 0))])
+    for steps in (1, 3):
+        arguments = (x[:steps], None, h, h, w_ih, w_hh, None, None, None)
+        y, h_n, c_n, gates, cells = lib.lstm_forward(*arguments, False, True)
+        assert (y.shape, h_n.shape, c_n.shape) == ((steps, 2, 0), (2, 0), (2, 0))
+        saved = (y, gates, cells)
+        dx, *rest = lib.lstm_backward(y, h, h, *arguments, *saved, False, True, True, True)
+        assert torch.equal(dx, torch.zeros_like(x[:steps]))
+        assert all(t.numel() == 0 for t in rest)
+
+
 # -- TF32 ------------------------------------------------------------------------------------------
 
 
@@ -330,6 +342,23 @@ def test_packed_sequences_are_refused_during_capture(gpu, tier):
         run(gpu, ours, padded, torch.float32)
         with pytest.raises(RuntimeError, match="expected padded sequences in a CUDA graph"):
             run(gpu, ours, SMALL, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["dy", "dh_n", "dc_n", "y", "gates", "cells"])
+def test_backward_checks_what_forward_has_not_seen(gpu, name):
+    """As the CPU does: what is too small or of another dtype would be read beyond its end."""
+    inputs = gpu.to(make_inputs(SMALL, torch.float32))
+    *tensors, reverse = inputs.values()
+    y, h_n, c_n, gates, cells = lib.lstm_forward(*tensors, reverse, True)
+    given = dict(dy=y, dh_n=h_n, dc_n=c_n, y=y, gates=gates, cells=cells)
+
+    def backward(dy, dh_n, dc_n, **saved):
+        lib.lstm_backward(dy, dh_n, dc_n, *tensors, *saved.values(), reverse, True, True, True)
+
+    backward(**given)
+    for other in (given[name][:-1], given[name][:, :-1], given[name].bfloat16()):
+        with pytest.raises(RuntimeError, match=f"^lstm_backward: expected {name} of .*, got"):
+            backward(**given | {name: other})
 
 
 def test_every_op_has_a_kernel(gpu):

@@ -150,6 +150,12 @@ def test_a_short_sequence_is_not_worth_filling_shared_memory():
     assert sum(t != "steps" for t in tiers(True)) <= sum(t != "steps" for t in tiers(False))
 
 
+def test_rows_are_counted_in_32_bits_where_weights_are_resident():
+    for backward in (False, True):
+        plan = iss.explain_plan(8, 2**30, tf32=False, backward=backward, device=GPUS["H100"])
+        assert plan.tier == "steps" and "32 bits" in plan.why
+
+
 def test_rows_spread_over_the_gpu_before_they_share_a_block():
     plan = iss.explain_plan(64, 16, tf32=False, device=GPUS["H100"])
     assert (plan.rows, plan.groups) == (1, 16)

@@ -106,6 +106,18 @@ def test_extreme_inputs_saturate(gpu, value):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.slow
+def test_more_rows_than_a_grid_has_blocks_for(gpu):
+    """A grid has 65,535 blocks along y, each with 8 rows."""
+    x, h, c, *weights = step_inputs(KINDS[0], 7, (1, 1, 0))
+    repeats = 8 * 65535 // 7 + 2
+    many = (t.repeat(repeats, 1) for t in (x, h, c))
+    for result, few in zip(
+        run(gpu, (*many, *weights), "plain"), run(gpu, (x, h, c, *weights), "plain"), strict=True
+    ):
+        assert torch.equal(result, few.repeat(repeats, 1))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @by_name("kind", KINDS)
 def test_the_checker_finds_nothing(checked_gpu, kind, layout):

@@ -84,21 +84,23 @@ void check_labels(const char* op, const std::vector<Tensor>& row_units,
   }
 }
 
-// Matrices [first, ...) of the tensors, as many as one launch takes. All tensors are contiguous.
+// Matrices [first, ...) of the tensors, as many as one launch takes. All tensors are contiguous;
+// without outputs the kernel only reads.
 template <typename W>
 LabelledModel<W> model_of(size_t first, const std::vector<Tensor>& weights,
                           const std::vector<Tensor>& outputs, const std::vector<Tensor>& row_units,
                           const std::vector<Tensor>& column_units, int64_t units) {
   LabelledModel<W> model{.count = 0, .units = units, .matrices = {}};
   for (size_t i = first; i < weights.size() && model.count < model.kMatrices; ++i)
-    model.matrices[model.count++] = {.rows = weights[i].size(0),
-                                     .columns = weights[i].size(1),
-                                     .weight = values<W>(weights[i]),
-                                     .output = mutable_values<W>(outputs[i]),
-                                     .row_units = values<int32_t>(row_units[i]),
-                                     .column_units = values<int32_t>(column_units[i]),
-                                     .row_sums = nullptr,
-                                     .column_sums = nullptr};
+    model.matrices[model.count++] = {
+        .rows = weights[i].size(0),
+        .columns = weights[i].size(1),
+        .weight = values<W>(weights[i]),
+        .output = outputs.empty() ? nullptr : mutable_values<W>(outputs[i]),
+        .row_units = values<int32_t>(row_units[i]),
+        .column_units = values<int32_t>(column_units[i]),
+        .row_sums = nullptr,
+        .column_sums = nullptr};
   return model;
 }
 
@@ -108,7 +110,7 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
                                 bool paper_overlap) {
   constexpr const char* op = "group_norms_forward";
   check_labelled(op, weights, row_units, column_units);
-  TORCH_CHECK(units >= 0, op, ": expected units >= 0, got ", units);
+  check_group_norms(op, units, eps);
   const DeviceGuard guard(weights[0].device());
   check_labels(op, row_units, column_units, units);
   const std::vector<Tensor> matrices = contiguous(weights), rows = contiguous(row_units),
@@ -121,7 +123,7 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
     const bool several = weights.size() > kMatrices;
     const Tensor squares = several ? at::empty({units}, options.dtype(at::kDouble)) : Tensor();
     for (size_t first = 0; first < weights.size(); first += kMatrices) {
-      GroupNormsArgs<W> args{.model = model_of<W>(first, matrices, matrices, rows, columns, units),
+      GroupNormsArgs<W> args{.model = model_of<W>(first, matrices, {}, rows, columns, units),
                              .eps = eps,
                              .paper_overlap = paper_overlap,
                              .more_before = first > 0,
@@ -187,6 +189,7 @@ void add_scaled(const char* op, const std::vector<Tensor>& outputs,
     check_shape(op, "outputs", outputs[m], "[R, C]", weights[m].sizes());
   }
   check_factors(op, factors, weights[0]);
+  check_apart(op, "outputs", outputs, weights, row_units, column_units, factors);
   const DeviceGuard guard(weights[0].device());
   check_labels(op, row_units, column_units, factors.size(0));
   run_by_units(op, ByUnits::kAddScaled, outputs, contiguous(weights), contiguous(row_units),
@@ -208,12 +211,13 @@ std::vector<Tensor> group_norms_backward_cuda(const Tensor& dnorms, const Tensor
                                               const std::vector<Tensor>& row_units,
                                               const std::vector<Tensor>& column_units, double eps,
                                               bool paper_overlap) {
-  check_shape("group_norms_backward", "dnorms", dnorms, "[units]", norms.sizes());
+  constexpr const char* op = "group_norms_backward";
+  check_labelled(op, weights, row_units, column_units);
+  check_group_norms_backward(op, dnorms, norms, weights);
   std::vector<Tensor> dweights;
   for (const Tensor& weight : weights)
     dweights.push_back(at::empty_like(weight, {}, {}, {}, {}, at::MemoryFormat::Contiguous));
-  add_scaled("add_scaled_by_units_", dweights, weights, row_units, column_units, dnorms / norms,
-             paper_overlap, true);
+  add_scaled(op, dweights, weights, row_units, column_units, dnorms / norms, paper_overlap, true);
   return dweights;
 }
 
@@ -223,6 +227,7 @@ void scale_by_units_cuda_(const std::vector<Tensor>& weights, const std::vector<
   check_labelled(op, weights, row_units, column_units);
   check_contiguous(op, "weights", weights);
   check_factors(op, factors, weights[0]);
+  check_apart(op, "weights", weights, weights, row_units, column_units, factors);
   const DeviceGuard guard(weights[0].device());
   check_labels(op, row_units, column_units, factors.size(0));
   run_by_units(op, ByUnits::kScale, weights, weights, contiguous(row_units),
@@ -235,6 +240,8 @@ void threshold_cuda_(const std::vector<Tensor>& weights, const std::vector<Tenso
   constexpr int64_t kAnyUnit = std::numeric_limits<int32_t>::max();
   check_labelled(op, weights, row_units, column_units);
   check_contiguous(op, "weights", weights);
+  check_threshold(op, threshold);
+  check_apart(op, "weights", weights, weights, row_units, column_units, {});
   const DeviceGuard guard(weights[0].device());
   check_labels(op, row_units, column_units, kAnyUnit);
   run_by_units(op, ByUnits::kThreshold, weights, weights, contiguous(row_units),

@@ -340,14 +340,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
   check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
+  check_lstm_backward("lstm_backward", x, h0, c0, y, gates, cells, dy, dh_n, dc_n);
   const DeviceGuard guard(x.device());
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
-  check_shape("lstm_backward", "dy", dy, "that of y", y.sizes());
-  check_shape("lstm_backward", "dh_n", dh_n, "[B, P]", h0.sizes());
-  check_shape("lstm_backward", "dc_n", dc_n, "[B, H]", c0.sizes());
-  check_shape("lstm_backward", "gates", gates, "[N, 4H]", {sequence.rows, 4 * hidden});
-  check_shape("lstm_backward", "cells", cells, "[N, H]", {sequence.rows, hidden});
 
   const auto dtype = x.scalar_type(), wide = wide_type(dtype);
   const auto options = x.options();

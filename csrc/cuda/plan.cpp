@@ -330,6 +330,14 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
     steps.why = "a projection follows each step, a product of its own";
     return steps;
   }
+  if (problem.hidden == 0) {
+    steps.why = "a layer without units has nothing to keep";
+    return steps;
+  }
+  if (problem.batch >= int64_t{1} << 30) {
+    steps.why = "the kernels that keep weights resident count rows in 32 bits";
+    return steps;
+  }
   if (device.major < 8) {
     steps.why = "the kernels that keep weights resident need compute capability 8.0, this is " +
                 std::to_string(device.major) + "." + std::to_string(device.minor);
