@@ -126,7 +126,9 @@ class PreparedLSTM(ISSLSTM):
         )
         self.weights = weights
         self._native: Any = None
-        self._converted: dict[str, tuple[Tensor, int, Tensor]] = {}
+        # Weights as CUDA kernels take them: made of what versions, of which buffers (kept, so that
+        # no other has their id), and the result.
+        self._converted: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of each buffer
         device = lstm._parameters["weight_ih_l0"].device
         # Inference tensors could change without notice: they have no version.
@@ -192,23 +194,24 @@ class PreparedLSTM(ISSLSTM):
         """What cannot be loaded of a state_dict, in a sentence each."""
         wrong = []
         for name, (_, dtype) in self._expected.items():
-            value = state_dict.get(prefix + name)
-            if value is None:
-                continue
-            is_scale = name.endswith("_scale")
-            if dtype == torch.int8 or is_scale:
-                if value.dtype != dtype or (
-                    is_scale and not (value.isfinite() & (value >= 0)).all()
-                ):
+            key = prefix + name
+            value = state_dict.get(key)
+            if dtype == torch.int8:
+                scale = state_dict.get(key + "_scale")
+                if value is None and scale is None:
+                    continue
+                if value is None or scale is None or value.dtype != dtype or value.is_meta:
                     wrong.append(
-                        f"load_state_dict: expected {prefix}{name} of int8 weights with finite "
-                        f"scales, got {_dtype_name(value)}; load into the model before prepare"
+                        f"load_state_dict: expected {key} of dtype int8 and {key}_scale, as a "
+                        "prepared model has them; load other weights into the model before prepare"
                     )
-                continue
-            try:
-                _store("load_state_dict", prefix + name, value, self.weights)
-            except ValueError as error:
-                wrong.append(str(error))
+                elif scale.is_meta or not (scale.isfinite() & (scale >= 0)).all():
+                    wrong.append(f"load_state_dict: expected {key}_scale to be finite")
+            elif value is not None and not name.endswith("_scale"):
+                try:
+                    _store("load_state_dict", key, value, self.weights)
+                except ValueError as error:
+                    wrong.append(str(error))
         return wrong
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreparedLSTM:
@@ -345,7 +348,7 @@ class PreparedLSTM(ISSLSTM):
                     f"PreparedLSTM: expected hx of a floating dtype, got {_dtype_name(state)}"
                 )
         native = self.native()
-        if native is not None and type(x) is Tensor:
+        if native is not None and type(x) in (Tensor, nn.Parameter):
             done = native.run(x, batch_sizes, hs, cs)
             if done is not None:
                 return done  # type: ignore[no-any-return]
@@ -374,17 +377,14 @@ class PreparedLSTM(ISSLSTM):
         if weight.dtype == dtype:
             return weight
         scale = self._buffer(name + "_scale") if weight.dtype == torch.int8 else None
+        sources = [weight] if scale is None else [weight, scale]
         keep = backend.on_cuda(weight.device) and backend.backend() == "extension"
-        if not keep or torch.compiler.is_compiling() or weight.is_inference():
+        if not keep or torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
             return _widened(weight, scale).to(dtype)
+        stamp = (dtype, *((id(t), t._version) for t in sources))
         found = self._converted.get(name)
-        if (
-            found is None
-            or found[0] is not weight
-            or found[1] != weight._version
-            or found[2].dtype != dtype
-        ):
-            found = weight, weight._version, _widened(weight, scale).to(dtype)
+        if found is None or found[0] != stamp:
+            found = stamp, sources, _widened(weight, scale).to(dtype)
             self._converted[name] = found
         return found[2]
 

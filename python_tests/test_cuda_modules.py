@@ -216,8 +216,10 @@ def test_a_prepared_model_converts_its_weights_once(gpu):
     x = gpu.to(torch.randn(6, 4, 5))
     first, held = fast(x)[0], dict(fast._converted)
     assert torch.equal(fast(x)[0], first)
-    assert set(held) == set(fast._all_weights[0])
-    assert all(fast._converted[name] is tensor for name, tensor in held.items())
+    assert set(held) == {"weight_ih_l0", "weight_hh_l0"}  # biases are float32 already
+    assert all(fast._converted[name] is entry for name, entry in held.items())
+    fast.weight_hh_l0_scale.mul_(2)
+    assert not torch.equal(fast(x)[0], first)
     fast.load_state_dict(prepare(nn.LSTM(5, 12), "int8").state_dict())
     assert not torch.equal(fast(x)[0], first)
 

@@ -341,7 +341,7 @@ def test_tensors_whose_memory_is_not_what_they_are(implementation):
     with torch.inference_mode():
         mode = X.clone(), tuple(t.clone() for t in state)
     lazy = torch._lazy_clone(X)
-    for args in (mode, (lazy, state), (nn.Parameter(X),)):
+    for args in (mode, (lazy, state), (nn.Parameter(X), state)):
         for values in (args, args[:1]):
             torch.testing.assert_close(
                 prepared(*values), lstm(X, *((state,) if values[1:] else ()))
@@ -446,6 +446,24 @@ def test_a_packed_sequence_that_does_not_fit_is_refused(isa, weights, name):
             ("PreparedLSTM: ", "Expected")
         )
         prepared(PACKED, state)
+
+
+@torch.no_grad()
+def test_defaults_of_torch_change_nothing(implementation, weights):
+    lstm, state = nn.LSTM(3, 4), (torch.randn(1, 2, 4),) * 2
+    expected = prepare(lstm, weights)
+    random = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            prepared = prepare(lstm, weights)
+            results = [[prepared(X), prepared(X, state), prepared(PACKED)] for _ in range(2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for result in results:
+        for ours, args in zip(result, ((X,), (X, state), (PACKED,)), strict=True):
+            assert equal(ours, expected(*args))
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @torch.no_grad()
@@ -818,7 +836,7 @@ def loaded_with(change):
 
 
 BAD_VALUES = {
-    "int8 from floats": ("int8", ("bias_ih_l0", lambda v: v), "load into the model before prepare"),
+    "int8 from floats": ("int8", ("bias_ih_l0", lambda v: v), "into the model before prepare"),
     "beyond float16": ("float16", ("weight_hh_l0", lambda v: v * 1e6), "float16's range of 65504"),
     "below float16": ("float16", ("weight_hh_l0", lambda v: v * 1e-8), "float16 holds to 8 bits"),
     "beyond float32": ("float32", ("bias_ih_l0", lambda v: v.double() * 1e300), "float32's range"),
@@ -826,7 +844,7 @@ BAD_VALUES = {
     "infinite bias": (
         "int8",
         ("bias_hh_l0", lambda v: v / 0),
-        "load into the model before prepare",
+        "into the model before prepare",
     ),
     "ints": ("float32", ("weight_ih_l0", lambda v: v.long()), "floating dtype, got int64"),
     "meta": ("float32", ("weight_ih_l0", lambda v: v.to("meta")), "meta"),
@@ -854,8 +872,23 @@ def test_loading_int8_scales_that_are_not_finite_is_refused():
     for value in (math.nan, math.inf, -1.0):
         values = values_of(prepared)
         values["weight_hh_l0_scale"][2] = value
-        with pytest.raises(RuntimeError, match="finite scales"):
+        with pytest.raises(RuntimeError, match="weight_hh_l0_scale to be finite"):
             prepared.load_state_dict(values)
+
+
+@pytest.mark.parametrize("left_out", ["weight_hh_l0", "weight_hh_l0_scale"])
+def test_loading_int8_weights_without_their_scales_is_refused(left_out):
+    prepared, other = (prepare(nn.LSTM(3, 4), "int8") for _ in range(2))
+    before, values = values_of(prepared), values_of(other)
+    del values[left_out]
+    with pytest.raises(RuntimeError, match="weight_hh_l0 of dtype int8 and weight_hh_l0_scale"):
+        prepared.load_state_dict(values, strict=False)
+    assert same_state(prepared, before)
+    for name in list(values):
+        if "hh" in name:
+            values.pop(name)
+    prepared.load_state_dict(values, strict=False)  # neither of them
+    assert torch.equal(prepared.weight_ih_l0, other.weight_ih_l0)
 
 
 @pytest.mark.parametrize("change", ["half", "double", "parameters"])
