@@ -3,7 +3,6 @@
 // of an LSTM for any GPU, and inference from packed weights (cpu/network.h). Importing the module
 // also runs the registrations of library.cpp and of the host files.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/COW.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>

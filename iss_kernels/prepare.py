@@ -167,7 +167,7 @@ class PreparedLSTM(ISSLSTM):
         assign = local_metadata.get("assign_to_params_buffers", False)
         loaded = False
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 # Into memory of its own: a Stream may still use what is here.
                 for name in self._expected:
                     value, device = self._buffer(name), None

@@ -5,6 +5,8 @@ import copy
 import ctypes
 import math
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -464,6 +466,19 @@ def test_defaults_of_torch_change_nothing(implementation, weights):
         for ours, args in zip(result, ((X,), (X, state), (PACKED,)), strict=True):
             assert equal(ours, expected(*args))
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_process_whose_first_call_is_in_inference_mode():
+    program = """
+import torch, iss_kernels
+prepared, x = iss_kernels.prepare(torch.nn.LSTM(3, 4), "int8"), torch.randn(5, 2, 3)
+with torch.inference_mode():
+    first = prepared(x)[0]
+    assert prepared._native is not None
+assert prepared._native.run_plain(x, False, prepared._buffers) is not None
+assert torch.equal(first, prepared(x)[0])
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @torch.no_grad()
