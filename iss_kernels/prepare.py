@@ -170,10 +170,11 @@ class PreparedLSTM(ISSLSTM):
             with torch.inference_mode(False), torch.no_grad():
                 # Into memory of its own: a Stream may still use what is here.
                 for name in self._expected:
-                    value, device = self._buffer(name), None
-                    if assign and isinstance(state_dict.get(prefix + name), Tensor):
-                        device = state_dict[prefix + name].device
-                    self._buffers[name] = value.to(device, copy=True)
+                    value, given = self._buffer(name), state_dict.get(prefix + name)
+                    moves = assign and isinstance(given, Tensor) and given.device != value.device
+                    self._buffers[name] = (
+                        torch.empty_like(value, device=given.device) if moves else value.clone()
+                    )
             super()._load_from_state_dict(
                 state_dict,
                 prefix,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
-from torch.func import functional_call, vmap
+from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
@@ -921,6 +921,23 @@ def test_assigned_weights_are_converted(weights, change):
         y = prepared(X)
         lstm.weight_hh_l0.zero_()
         assert equal(prepared(X), y)
+
+
+def test_assigning_brings_a_model_back_from_the_meta_device(weights):
+    prepared = prepare(nn.LSTM(3, 4), weights)
+    away = copy.deepcopy(prepared).to("meta")
+    away.load_state_dict(prepared.state_dict(), assign=True)
+    assert equal(away(X), prepared(X))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_stacked_weights_under_vmap():
+    models = [prepare(nn.LSTM(3, 4)) for _ in range(3)]
+    buffers, _ = stack_module_state(models)[::-1]
+    results = vmap(lambda b: functional_call(models[0], b, (X,))[0])(buffers)
+    for result, model in zip(results, models, strict=True):
+        torch.testing.assert_close(result, model(X)[0])
 
 
 def through_a_file(module, folder):
