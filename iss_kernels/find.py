@@ -30,6 +30,7 @@ from iss_kernels.groups import (
     plain_lstms,
 )
 from iss_kernels.lstm import ISSLSTM
+from iss_kernels.shrink import names_of_parameters
 from iss_kernels.verify import Experiment, Path, call, replaced, tensors
 
 
@@ -98,6 +99,12 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
                 "find_groups: expected a model that is neither scripted nor compiled, "
                 f"but {name or 'it'} is"
             )
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise GroupError(
+            f"find_groups: expected parameters that have a shape, got {lazy[0]} without one: "
+            "call the model once"
+        )
     tracer = _Tracer(copied(model), list(lstms), example_inputs)
     tracer.run()
     groups = tracer.groups(model)
@@ -228,24 +235,23 @@ class _Tracer(TorchFunctionMode):
                 + " are the model's own or not computed"
             )
         weights, biases = [], []
+        shared = names_of_parameters(model)
         for name in [name for name, _ in model.named_parameters() if name in self.weights]:
             # The last place of renumber is -1, and so are units that cannot leave.
             units = [renumber[units.long()] for units in self.weights[name]]
             if (torch.cat(units) < 0).all():
                 continue
-            self._check_sharing(name)
+            self._check_sharing(name, shared[name])
             if len(units) == 2:
                 weights.append(LabelledWeight(name, *units))
             else:
                 biases.append(LabelledBias(name, *units))
         return Groups(model, families, weights, tied, biases)
 
-    def _check_sharing(self, name: str) -> None:
-        """A module that shares a weight which leaves in part must have run, to be followed."""
-        parameter = self.model.get_parameter(name)
-        for other, shared in self.model.named_parameters(remove_duplicate=False):
-            owner = self.model.get_submodule(other.rpartition(".")[0])
-            if shared is parameter and owner not in self.called:
+    def _check_sharing(self, name: str, names: list[str]) -> None:
+        """All modules that share a weight which leaves in part must have run, to be followed."""
+        for other in names if len(names) > 1 else ():
+            if self.model.get_submodule(other.rpartition(".")[0]) not in self.called:
                 raise self._error(
                     torch.cat(self.weights[name]), name,
                     f"it is also {other}, in a module that the example does not run",
@@ -351,10 +357,12 @@ class _Tracer(TorchFunctionMode):
         if self.inside_lstm:  # ISSLSTM calls itself for `lengths`
             return forward(*args, **kwargs)
         self.inside_lstm = True
-        self._enter_lstm(name, lstm, *args, **kwargs)
-        result = forward(*args, **kwargs)
-        self._leave_lstm(name, result)
-        self.inside_lstm = False
+        try:
+            self._enter_lstm(name, lstm, *args, **kwargs)
+            result = forward(*args, **kwargs)
+            self._leave_lstm(name, result)
+        finally:
+            self.inside_lstm = False
         return result
 
     def _enter_lstm(

@@ -111,7 +111,7 @@ def _check(model: nn.Module, groups: Groups, keep: Any, ratio: float | None, rou
     if round_to < 1:
         raise ValueError(f"shrink: expected round_to >= 1, got {round_to}")
     plain_lstms("shrink", model)
-    names, expected_names = _names(model), _names(groups.model)
+    names, expected_names = names_of_parameters(model), names_of_parameters(groups.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for labelled in groups.labelled:
         expected = (len(labelled.row_units),)
@@ -130,7 +130,7 @@ def _check(model: nn.Module, groups: Groups, keep: Any, ratio: float | None, rou
             )
 
 
-def _names(model: nn.Module) -> dict[str, list[str]]:
+def names_of_parameters(model: nn.Module) -> dict[str, list[str]]:
     """{parameter name: all names of the same parameter}."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

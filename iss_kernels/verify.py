@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
 from iss_kernels.copying import copied
@@ -259,8 +259,10 @@ def _draw(groups: Groups) -> None:
         torch.manual_seed(0)
         for parameter in groups.model.parameters():
             if parameter.is_floating_point() and (parameter in labelled or not parameter.any()):
-                bound = parameter.shape[-1] ** -0.5 if parameter.dim() > 0 else 1.0
-                parameter.uniform_(-bound, bound)
+                columns = (
+                    parameter.shape[-1] if parameter.numel() > 0 and parameter.dim() > 0 else 1
+                )
+                parameter.uniform_(-(columns**-0.5), columns**-0.5)
 
 
 def _longer(inputs: Any, dim: int) -> Any:
@@ -268,6 +270,9 @@ def _longer(inputs: Any, dim: int) -> Any:
 
     Tensors and lists of numbers of that size get longer too: states, masks, lengths of a batch.
     """
+    if isinstance(inputs, PackedSequence):
+        x, lengths = _longer(pad_packed_sequence(inputs), 1)
+        return pack_padded_sequence(x, lengths, enforce_sorted=False) if dim == 1 else None
     first = next(tensors(inputs), None)
     if first is None or first.dim() <= dim or first.size(dim) == 0:
         return None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """find_groups labels exactly what leaves with a unit, and refuses what it cannot follow."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -460,6 +461,9 @@ def test_a_batch_with_lengths_grows_with_its_lengths() -> None:
     for lengths in ([4], torch.tensor([4])):
         with pytest.raises(GroupError, match="through view"):
             find_groups(model, (X[:, :1], lengths))
+    model.run = lambda m, packed: m.head((h_n := m.rnn(packed)[1][0]).view(h_n.size(1), -1))
+    with pytest.raises(GroupError, match="through view"):
+        find_groups(model, pack_padded_sequence(X[:, :1], [4]))
 
 
 def test_weights_that_are_zero_hide_nothing() -> None:
@@ -580,6 +584,32 @@ def test_a_parameter_shared_with_a_module_that_does_not_run_is_refused(shared: s
         model.spare.bias_hh_l0 = model.rnn.bias_hh_l0
     with pytest.raises(GroupError, match=", in a module that the example does not run"):
         find_groups(model, X)
+
+
+def test_a_weight_may_be_used_without_its_module() -> None:
+    model = Net(lambda m, x: F.linear(m.rnn(x)[0], m.head.weight, m.head.bias))
+    model.empty = nn.Parameter(torch.empty(0, 0))
+    assert labels(model)["head.weight"][1] == UNITS
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_lazy_parameters_are_refused() -> None:
+    with pytest.raises(GroupError) as error:
+        find_groups(Net(lambda m, x: m.head(m.rnn(x)[0]), head=nn.LazyLinear(2)), X)
+    assert str(error.value) == (
+        "find_groups: expected parameters that have a shape, got head.weight without one: "
+        "call the model once"
+    )
+
+
+def test_an_error_that_the_model_catches_ends_an_lstm() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        with contextlib.suppress(ValueError):
+            m.rnn(x[None])
+        return F.layer_norm(m.rnn(x)[0], (4,)).sum()
+
+    with pytest.raises(GroupError, match="rnn.l0 through layer_norm"):
+        find_groups(Net(run), X)
 
 
 class Doubled(ISSLSTM):
