@@ -155,6 +155,7 @@ inline void check_lstm_step(const char* op, const Tensor& x, const Tensor& h, co
               ": expected x [B, I], h [B, P] and c [B, H], got ", x.sizes(), ", ", h.sizes(),
               " and ", c.sizes());
   const int64_t batch = x.size(0), input = x.size(1), hidden = c.size(1), output = h.size(1);
+  check_sizes(op, {{"B", batch}, {"I", input}, {"H", hidden}, {"P", output}});
   const auto type = w_ih.scalar_type();
   TORCH_CHECK(type == x.scalar_type() ||
                   (x.scalar_type() == at::kFloat && (type == at::kHalf || type == at::kBFloat16)),

@@ -251,7 +251,7 @@ def mistakes():
     def threshold(weight=other, rows=rows, limit=0.5):
         return lambda to: raw.threshold_([to(weight)], to([rows]), to([columns]), limit)
 
-    t = one.t().contiguous().t()
+    t = one[:1].expand_as(one)
     return {
         "labels missing": norms(rows=()),
         "no weights": lambda to: raw.scale_by_units_([], [], [], to(factor)),
@@ -268,14 +268,14 @@ def mistakes():
         "outputs missing": add(outputs=()),
         "outputs of another shape": add(outputs=[one[:, :2].clone()]),
         "outputs of another dtype": add(outputs=[one.double()]),
-        "strided outputs": add(outputs=[t]),
+        "outputs of one row, expanded": add(outputs=[t]),
         "factors of another dtype": add(factors=factor.double()),
         "factors of two dimensions": add(factors=factor[None]),
-        "strided weights": scale(weight=t),
+        "weights of one row, expanded": scale(weight=t),
         "a unit without a factor": scale(rows=torch.tensor([1, 0]).int()),
         "no factors": scale(factors=factor[:0]),
         "a threshold that is not a number": threshold(limit=float("nan")),
-        "strided weights of threshold_": threshold(weight=t),
+        "expanded weights of threshold_": threshold(weight=t),
         "a unit below -1 of threshold_": threshold(rows=torch.tensor([-3, 0]).int()),
     }
 

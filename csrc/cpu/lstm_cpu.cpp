@@ -37,7 +37,7 @@ Tensor widened(const Tensor& t) { return t.to(wide_type(t.scalar_type())).contig
 
 // The same as a copy of its own. (Tensor::to takes a microsecond more.)
 Tensor copied(const Tensor& t) {
-  const Tensor from = widened(t), copy = at::empty(from.sizes(), from.options());
+  const Tensor from = widened(t), copy = recycled(from.sizes(), from.scalar_type());
   if (from.numel() > 0) std::memcpy(copy.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
   return copy;
 }
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
   std::vector<int64_t> y_shape = x.sizes().vec();
   y_shape.back() = output;
   const Tensor y = recycled(y_shape, wide);
-  const Tensor h_n = at::empty({h0.size(0), output}, wide);
+  const Tensor h_n = recycled({h0.size(0), output}, wide);
   const Tensor c_n = copied(c0);
   const Tensor gates = recycled({save ? sequence.rows : 0, 4 * hidden}, wide);
   const Tensor cells = recycled({save ? sequence.rows : 0, hidden}, wide);

@@ -109,17 +109,6 @@ Recycler& recycler() {
   return *recycler;
 }
 
-// New memory, to be freed by c10::free_cpu. Where there is none, what is kept goes first, and then
-// it is torch's error.
-void* allocate(size_t bytes) {
-  try {
-    return c10::alloc_cpu(bytes);
-  } catch (const c10::Error&) {
-    recycler().release();
-    return c10::alloc_cpu(bytes);
-  }
-}
-
 void* Recycler::take(size_t bytes) {
   {
     const std::lock_guard lock(process_mutex());
@@ -146,6 +135,15 @@ void Recycler::give_back(void* block) {
 }
 
 }  // namespace
+
+void* allocate(size_t bytes) {
+  try {
+    return c10::alloc_cpu(bytes);
+  } catch (const c10::Error&) {
+    recycler().release();
+    return c10::alloc_cpu(bytes);
+  }
+}
 
 at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
   uint64_t count;

@@ -17,6 +17,10 @@ namespace iss {
 // 128 MB are kept; in pages of 2 MB from 4 MB on, where that can be had.
 at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
+// New memory at a multiple of 64 bytes, for c10::free_cpu to free. Where there is none, what
+// recycled() keeps goes first.
+void* allocate(size_t bytes);
+
 // The calling thread's memory for intermediate results: grows, and is used again by the next call.
 // At a multiple of 64 bytes; nullptr for 0 bytes.
 void* scratch(int64_t bytes);
@@ -30,7 +34,7 @@ struct CpuAllocator {
   template <typename U>
   CpuAllocator(const CpuAllocator<U>&) {}
 
-  T* allocate(size_t count) { return static_cast<T*>(c10::alloc_cpu(count * sizeof(T))); }
+  T* allocate(size_t count) { return static_cast<T*>(iss::allocate(count * sizeof(T))); }
   void deallocate(T* memory, size_t) { c10::free_cpu(memory); }
   bool operator==(const CpuAllocator&) const = default;
 };

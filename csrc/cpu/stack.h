@@ -93,7 +93,7 @@ class Backward {
   const Cell& cell_;
   const Sequence& sequence_;
   bool need_h_prev_;
-  std::vector<std::pair<int64_t, int64_t>> pieces_;  // [first, last) of the steps taken
+  Vector<std::pair<int64_t, int64_t>> pieces_;  // [first, last) of the steps taken
   int64_t most_rows_ = 0;
   T *dgates_[2] = {}, *outputs_ = nullptr, *h_prev_ = nullptr;
 };
