@@ -492,9 +492,9 @@ def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parame
     """Give a new LSTM these parameters, by name, and all else that `old` has.
 
     dropout and recompute, mode, hooks, buffers, submodules and attributes. Raises ValueError for
-    what cannot come along: see `_check_plain`.
+    what cannot come along: see `check_plain`.
     """
-    _check_plain(old, "ISSLSTM", "the LSTM")
+    check_plain(old, "ISSLSTM", "the LSTM")
     lstm, source = vars(new), vars(old)
     new.dropout = old.dropout  # not by the constructor, which warns of it over a single layer
     if isinstance(new, ISSLSTM):
@@ -507,18 +507,18 @@ def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parame
     new._modules.update(old._modules)
     new._buffers.update(old._buffers)
     new._non_persistent_buffers_set = set(old._non_persistent_buffers_set)
-    for name in _HOOK_TABLES:
+    for name in HOOK_TABLES:
         lstm[name] = copy.copy(source[name])
     load_hooks: dict[int, Any] = lstm["_load_state_dict_pre_hooks"]
     for key, hook in load_hooks.items():
         if hook.with_module:  # it passes on the module that it was registered with
             load_hooks[key] = type(hook)(hook.hook, new)
-    lstm.update({name: source[name] for name in _added(old)})
+    lstm.update({name: source[name] for name in added(old)})
     new.training = old.training
     return new
 
 
-_HOOK_TABLES = [name for name in vars(nn.Module()) if "hook" in name]
+HOOK_TABLES = [name for name in vars(nn.Module()) if "hook" in name]
 
 
 @functools.cache
@@ -527,12 +527,12 @@ def _fresh() -> dict[type[nn.Module], nn.Module]:
     return {cls: cls(1, 2, device="meta") for cls in (nn.LSTM, ISSLSTM)}
 
 
-def _added(lstm: Any) -> list[str]:
+def added(lstm: Any) -> list[str]:
     """Names of the attributes that a user has put on an LSTM."""
     return [name for name in vars(lstm) if name not in vars(_fresh()[type(lstm)])]
 
 
-def _check_plain(lstm: Any, function: str, name: str) -> None:
+def check_plain(lstm: Any, function: str, name: str) -> None:
     """Refuse an LSTM that does something that another module in its place would not do."""
     if is_parametrized(lstm):
         weight, makers = next(iter(lstm.parametrizations.items()))
@@ -558,7 +558,7 @@ def _check_plain(lstm: Any, function: str, name: str) -> None:
                 f"{function}: expected {name} with its own parameters, got {weight} computed by "
                 f"{by[0] if by else 'other code'}; remove that first, or add it afterwards"
             )
-    for attribute in _added(lstm):
+    for attribute in added(lstm):
         taken = any(hasattr(other, attribute) for other in _fresh().values())
         if taken and attribute != "flatten_parameters":  # which some replace by a no-op
             raise ValueError(
@@ -574,7 +574,7 @@ def _converted(old: nn.Module, cls: type[nn.Module]) -> nn.Module:
         for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first",
                      "bidirectional", "proj_size")
     }  # fmt: skip
-    _check_plain(old, "from_torch" if issubclass(cls, ISSLSTM) else "to_torch", "the LSTM")
+    check_plain(old, "from_torch" if issubclass(cls, ISSLSTM) else "to_torch", "the LSTM")
     parameters = cast(dict[str, nn.Parameter], old._parameters)
     return take_over(cls(**options, device="meta"), old, parameters)
 
@@ -664,7 +664,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         if type(held) is nn.LSTM or (parametrized and type(held).__base__ is nn.LSTM):
             names.setdefault(held, path or "the LSTM")
     for lstm, name in names.items():
-        _check_plain(lstm, "accelerate", name)
+        check_plain(lstm, "accelerate", name)
     probe = dict.fromkeys(names)
     for path, holder, held in holdings:
         fixed = [*(held if isinstance(held, dict) else ())]  # a key cannot change its hash
@@ -677,7 +677,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     new: dict[nn.Module, nn.Module] = {lstm: ISSLSTM.from_torch(lstm) for lstm in names}
     for lstm in new:  # a hook's handle refers to the table that the hook is in
         for name, table in vars(lstm).items():
-            if name in _HOOK_TABLES and isinstance(table, dict):
+            if name in HOOK_TABLES and isinstance(table, dict):
                 table.update(vars(new[lstm])[name])
                 vars(new[lstm])[name] = table
     for holder in [*(held for _, _, held in holdings), *new.values()]:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from iss_kernels import backend
 from iss_kernels.copying import copied
-from iss_kernels.lstm import ISSLSTM, State
+from iss_kernels.lstm import HOOK_TABLES, ISSLSTM, State, added, check_plain
 
 _DTYPES = {
     "float32": torch.float32,
@@ -26,18 +26,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
-# Of nn.Module's tables of hooks, those that an inference runs, and their flags.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 _Stored: TypeAlias = tuple[Tensor, Tensor | None]  # the weight, and for int8 its scales by row
 
 
@@ -434,39 +422,27 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     return value if value is None else tuple(_to(part, dtype) for part in value)
 
 
-def _check_plain(lstm: Any) -> None:
+def _check(lstm: Any, name: str) -> None:
     """Raise ValueError for what of an LSTM cannot come along."""
+    check_plain(lstm, "prepare", name or "the LSTM")
     names: list[str] = sum(lstm._all_weights, [])
-    changed = [name for name in names if lstm._parameters.get(name) is None]
-    if changed:
-        raise ValueError(
-            f"prepare: expected LSTMs with plain parameters, got {changed[0]} pruned or "
-            "reparametrised; make that permanent first (prune.remove, remove_weight_norm, "
-            "remove_parametrizations)"
-        )
-    own = [name for name in vars(lstm) if hasattr(type(lstm), name)]
     extra = [
-        *(f"a parameter {name}" for name in lstm._parameters if name not in names),
-        *(f"a buffer {name}" for name in lstm._buffers),
-        *(f"a module {name}" for name in lstm._modules),
-        *(f"its own {name}" for name in own if name not in _OWN),
+        *(f"parameter {key}" for key in lstm._parameters if key not in names),
+        *(f"buffer {key}" for key in lstm._buffers),
+        *(f"module {key}" for key in lstm._modules),
     ]
     if extra:
         raise ValueError(
-            f"prepare: expected LSTMs as their class makes them, got one with {extra[0]}"
+            f"prepare: expected {name or 'the LSTM'} as its class makes it, got one with a further "
+            f"{extra[0]}"
         )
 
 
-# Attributes that a class and its instances have by right.
-_OWN = {"_compiled_call_impl", "call_super_init", "dump_patches", "training"}
-
-
 def _carry(lstm: nn.Module, prepared: PreparedLSTM, memo: dict[int, Any]) -> None:
-    """Copy the hooks of an LSTM, and attributes that a user has given it."""
-    standard = vars(type(lstm)(1, 1, device="meta"))
-    for name, value in vars(lstm).items():
-        if name in _HOOKS or (name not in standard and name not in _OWN):
-            setattr(prepared, name, copy.deepcopy(value, memo))
+    """Copy the hooks of an LSTM that an inference runs, and attributes that a user has given it."""
+    tables = [name for name in HOOK_TABLES if "backward" not in name]
+    for name in (*tables, *added(lstm)):
+        setattr(prepared, name, copy.deepcopy(vars(lstm)[name], memo))
 
 
 def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
@@ -487,6 +463,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
     known = (nn.LSTM, ISSLSTM, PreparedLSTM)
     kin = [m for m in model.modules() if isinstance(m, known)]
+    names = {m: name for name, m in model.named_modules()}
     found = [m for m in kin if type(m) in known or is_parametrized(m)]
     if not found:
         but = f" but {type(kin[0]).__name__}, a subclass of it" if kin else ""
@@ -498,7 +475,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         raise ValueError("prepare: expected a model that is not prepared yet, got a PreparedLSTM")
     memo: dict[int, Any] = {}
     for lstm in found:
-        _check_plain(lstm)
+        _check(lstm, names[lstm])
         memo[id(lstm)] = PreparedLSTM(lstm, weights)
     new = {lstm: memo[id(lstm)] for lstm in found}
     result = copied(model, memo)
