@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def run_in_children(count, call):
                 os._exit(1)
             os._exit(0)
         children.append(child)
-    ended, deadline = [], time.monotonic() + 5
+    ended, deadline = [], time.monotonic() + 60  # a busy machine is slow
     for child in children:
         ready, status = os.waitpid(child, os.WNOHANG)
         while not ready and time.monotonic() < deadline:
@@ -74,23 +75,47 @@ def run_in_children(count, call):
     return ended.count(0)
 
 
-@pytest.mark.parametrize("busy", CALLS, ids=lambda f: f.__name__)
-def test_children_end_whatever_another_thread_was_doing(busy):
+@contextmanager
+def in_another_thread(call):
+    """Calls it again and again meanwhile."""
     done = threading.Event()
 
     def loop():
         while not done.is_set():
-            busy()
+            call()
 
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("busy", CALLS, ids=lambda f: f.__name__)
+def test_children_end_whatever_another_thread_was_doing(busy):
     def everything():
         for call in CALLS:
             call()
 
     everything()
-    thread = threading.Thread(target=loop)
-    thread.start()
-    try:
+    with in_another_thread(busy):
         assert run_in_children(25, everything) == 25
-    finally:
-        done.set()
-        thread.join()
+
+
+def test_a_step_that_was_half_way_is_an_error_until_reset():
+    x = torch.randn(1, 16)
+    stream = Stream(torch.nn.LSTM(16, 700).eval())
+    first = stream(x).clone()
+
+    def go_on():
+        try:
+            stream(x)
+        except RuntimeError as error:
+            assert "got one half-way; reset() begins a new sequence" in str(error)
+        stream.reset()
+        assert torch.equal(stream(x), first)
+
+    with in_another_thread(lambda: stream(x)):
+        assert run_in_children(10, go_on) == 10
