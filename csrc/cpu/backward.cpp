@@ -166,7 +166,6 @@ void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
       run_team(threads, [&](int64_t member, int64_t members) {
         walk({0, sequence_.batch, member, members, &team});
       });
-      if (team.was_late()) note_late(threads, Clock::now());
     }
     use(result, i > 0);
     const int64_t row = sequence_.offsets[sequence_.step(first, cell_.reverse)];

@@ -4,7 +4,6 @@
 // does not depend on the number of threads.
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -14,11 +13,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "cpu/team.h"
 #include "host.h"
 
 namespace iss {
@@ -27,8 +28,6 @@ namespace {
 // What a thread takes at a time. A column sum adds up so many squares, several at once, in
 // Compute<W>, which bounds its rounding; these sums are then added in double.
 constexpr int64_t kStripRows = 256;
-// Elements of a thread: to walk over so many takes some 10 us, below that a thread is not woken.
-constexpr int64_t kGrain = 1 << 17;
 
 // What the kernels call the dtype of a tensor.
 template <typename scalar_t>
@@ -100,26 +99,21 @@ std::vector<Labelled> labelled(const char* op, const std::vector<Tensor>& row_un
   return result;
 }
 
-// visit(matrix, strip) for every strip of every matrix, in parallel. A thread takes the strips that
-// begin in its share of all elements.
+// visit(matrix, strip) for every strip of every matrix, in parallel.
 template <typename Visit>
 void each_strip(const std::vector<Labelled>& matrices, const Visit& visit) {
-  struct Strip {
-    size_t matrix;
-    int64_t index, begin;
-  };
-  Vector<Strip> strips;
+  Vector<std::pair<size_t, int64_t>> strips;
   int64_t elements = 0;
-  for (size_t m = 0; m < matrices.size(); ++m)
-    for (int64_t index = 0; index < matrices[m].strips; ++index) {
-      strips.push_back({m, index, elements});
-      const int64_t rows = std::min(kStripRows, matrices[m].rows - index * kStripRows);
-      elements += rows * matrices[m].columns;
-    }
-  at::parallel_for(0, elements, kGrain, [&](int64_t begin, int64_t end) {
-    for (const Strip& strip : strips)
-      if (strip.begin >= begin && strip.begin < end) visit(strip.matrix, strip.index);
-  });
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    for (int64_t index = 0; index < matrices[m].strips; ++index) strips.emplace_back(m, index);
+    elements += matrices[m].rows * matrices[m].columns;
+  }
+  const int64_t count = static_cast<int64_t>(strips.size());
+  // An element counts as a multiply: to read it takes no less.
+  each_block(count, 1, elements / std::max<int64_t>(1, count),
+             [&](int64_t begin, int64_t end, int64_t) {
+               for (int64_t i = begin; i < end; ++i) visit(strips[i].first, strips[i].second);
+             });
 }
 
 Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,

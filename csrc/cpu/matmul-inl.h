@@ -141,8 +141,9 @@ struct Stored {
 };
 
 // B in 8 bits with a scale per column, times rows quantised to 8 bits (7 on AVX2) with a scale
-// each; or to two such terms, of which the second holds what the first has rounded away. The sums
-// of a term are integers: exact, in any order.
+// each; or to two such terms, of which the second holds what the first has rounded away. A row has
+// a second term only where its elements differ widely in size, so that small ones would be lost.
+// The sums of a term are integers: exact, in any order.
 struct Quantised {
   using Activation = Dot::Activation;
   static constexpr int64_t kColumns = kPanelColumns<float>;
@@ -151,9 +152,12 @@ struct Quantised {
   static constexpr float kLargest = 0x1p127f;
   // A row without a larger element counts as zeros: kLevels / smaller elements would overflow.
   static constexpr float kSmallest = 0x1p-112f;
+  // A row's largest element over the mean of those that are not zero, from which on it has a second
+  // term. Normal and uniform features stay below.
+  static constexpr float kWide = 6;
 
   int64_t rows, groups, terms;
-  const float* scales;  // [terms, rows]
+  const float* scales;  // [terms, rows]; the second is 0 for a row of one term
   const Activation* a;  // [terms, rows, groups * kDepth]
   const char* panels;
 
@@ -177,6 +181,8 @@ struct Quantised {
       uint32_t largest = 0;
       for (int64_t i = 0; i < k; ++i)
         largest = std::max(largest, std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu);
+      const float size = std::bit_cast<float>(largest);
+      const bool wide = terms == 2 && is_wide(from, k, size);
       const auto quantise = [&](float size, const auto& element) {
         const float scale = size / Dot::kLevels;
         const float inverse = size > kSmallest ? Dot::kLevels / size : 0;
@@ -190,19 +196,38 @@ struct Quantised {
           for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
         };
         put(0, scale, [&](int64_t i) { return element(i) * inverse + kShift; });
-        if (terms == 1) return;
+        if (terms == 2) row_scales[rows + r] = 0;
+        if (!wide) return;
         constexpr float kFiner = 2 * Dot::kLevels;  // the rest is at most half a step
         put(1, scale / kFiner, [&](int64_t i) {
           const float x = element(i), rounded = x * inverse + kShift - kShift;
           return (x - rounded * scale) * (inverse * kFiner) + kShift;
         });
       };
-      const float size = std::bit_cast<float>(largest);
       if (size > kLargest)
         quantise(kLargest, [&](int64_t i) { return std::clamp(from[i], -kLargest, kLargest); });
       else
         quantise(size, [&](int64_t i) { return from[i]; });
     }
+  }
+
+  // Whether the elements of a row differ so much in size that it takes a second term.
+  static bool is_wide(const float* row, int64_t k, float largest) {
+    constexpr int kParts = 16;  // sums that the compiler can keep in one vector
+    float sums[kParts] = {};
+    int32_t counts[kParts] = {};
+    const auto add = [&](int64_t i, int part) {
+      sums[part] += __builtin_fabsf(row[i]);
+      counts[part] += row[i] != 0;
+    };
+    const int64_t whole = k / kParts * kParts;
+    for (int64_t i = 0; i < whole; i += kParts)
+      for (int part = 0; part < kParts; ++part) add(i + part, part);
+    for (int64_t i = whole; i < k; ++i) add(i, static_cast<int>(i - whole));
+    float sum = 0;
+    int32_t count = 0;
+    for (int part = 0; part < kParts; ++part) sum += sums[part], count += counts[part];
+    return !(largest * count <= kWide * sum);  // also of an infinite row
   }
 
   int row_panels() const { return Vec<float>::kRowPanels; }
@@ -225,6 +250,11 @@ struct Quantised {
              vector * kLanes;
     };
     for (int64_t term = 0; term < terms; ++term) {
+      if (term == 1) {
+        bool wide = false;
+        for (int r = 0; r < Rows; ++r) wide |= scales[rows + row + r] != 0;
+        if (!wide) return;
+      }
       const Activation* const x = a + (term * rows + row) * steps * Dot::kDepth;
       const float* const x_scales = scales + term * rows + row;
       Dot sum[Rows][Vectors];

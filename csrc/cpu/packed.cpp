@@ -126,11 +126,11 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
           .scales = scales.defined() ? scales.const_data_ptr<float>() : nullptr};
 }
 
-Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
+Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales, bool look) {
   const PackArgs args = pack_args(weight, layout, scales);
   Matrix result =
       weight.scalar_type() == at::kDouble ? pack_as<double>(args) : pack_as<float>(args);
-  result.finite = layout.gates && is_finite(weight, scales);
+  result.finite = look && layout.gates && is_finite(weight, scales);
   return result;
 }
 

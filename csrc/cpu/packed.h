@@ -28,8 +28,9 @@ struct Matrix {
 // dtype.
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
-// Packs all of it, for this call or to be kept.
-Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
+// Packs all of it, for this call or to be kept. Matrix::finite is left false without `look`.
+Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {},
+            bool look = true);
 
 // The same, kept in the tensor itself and found again while it has the same values; panels go with
 // their tensor. What decides is a fingerprint of all values, taken on every call, and not the

@@ -2,8 +2,6 @@
 
 #include "cpu/stack.h"
 
-#include <ATen/Parallel.h>
-
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -295,8 +293,6 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
         return;
     }
   });
-  if (of_direction[0].was_late() || of_direction[1].was_late() || everyone.was_late())
-    note_late(threads, Clock::now());
 }
 
 template void run_stack<float>(const Stack&, const Sequence&, const float*,

@@ -56,10 +56,12 @@ int64_t concurrent_calls(int64_t now) {
 
 // -- Threads that came late
 
-// After a thread came late, half of the threads are left alone for a while: a short one at first,
-// since most lateness has passed by then, four times as long if they are late again soon.
-constexpr int64_t kShortHold = 8 * kMillisecond, kLongHold = 1024 * kMillisecond;
-std::atomic<int64_t> thread_limit = kAll, hold = kShortHold, hold_ends = 0;
+// After a thread came late, half of the threads are left alone for eight times as long. If one is
+// late again before they were of use for that long, something else takes their cores: then for four
+// times longer than before.
+constexpr int64_t kLongestHold = 1024 * kMillisecond;
+std::atomic<int64_t> thread_limit = kAll, hold = 0, hold_ends = 0;
+std::atomic<int64_t> of_use = kAll / 2;  // nanoseconds in regions where nobody was late, since then
 
 int64_t limit_now(int64_t now, int64_t available) {
   const int64_t limit = thread_limit.load(std::memory_order_relaxed);
@@ -99,10 +101,15 @@ int64_t free_threads(Clock::time_point time) {
   return std::min({available, with_a_core, limit_now(now, available)});
 }
 
-void note_late(int64_t threads, Clock::time_point time) {
-  const int64_t now = nanoseconds(time), before = hold.load(std::memory_order_relaxed);
-  const bool soon = now < hold_ends.load(std::memory_order_relaxed) + 4 * before;
-  const int64_t next = soon ? std::min(4 * before, kLongHold) : kShortHold;
+void note_on_time(Clock::duration region) {
+  of_use.fetch_add(region.count(), std::memory_order_relaxed);
+}
+
+void note_late(int64_t threads, Clock::duration by) {
+  const int64_t now = nanoseconds(Clock::now()), cost = 8 * int64_t{by.count()};
+  const bool again = of_use.exchange(0, std::memory_order_relaxed) < cost;
+  const int64_t longer = again ? 4 * hold.load(std::memory_order_relaxed) : 0;
+  const int64_t next = std::min(std::max(cost, longer), kLongestHold);
   hold.store(next, std::memory_order_relaxed);
   hold_ends.store(now + next, std::memory_order_relaxed);
   thread_limit.store(std::max<int64_t>(1, threads / 2), std::memory_order_relaxed);

@@ -26,8 +26,9 @@ constexpr int64_t kWorthAThread = 1 << 17, kWorthWaking = 1 << 21;
 // A thread that took part, or was counted on, no longer ago than this is taken to spin.
 constexpr std::chrono::milliseconds kSpinning{2};
 // A wait that is longer than this, and than what the waiting thread had to do itself, is for a
-// thread that has no core: longer than waking one takes, shorter than a time slice.
-constexpr std::chrono::microseconds kLate{200};
+// thread that has no core: longer than waking one takes, or a moment's disturbance; shorter than
+// the time slice of another process.
+constexpr std::chrono::milliseconds kLate{1};
 
 // The threads that torch has: the most that take part, whose buffers a call lays out. One inside
 // another parallel region.
@@ -37,8 +38,9 @@ inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::g
 // concurrent calls, and fewer for a while after one came late. Varies from call to call.
 int64_t free_threads(Clock::time_point now);
 
-// Tells free_threads that one of so many threads came late.
-void note_late(int64_t threads, Clock::time_point now);
+// Tells free_threads that one of so many threads came late, by so much; that none did in a region.
+void note_late(int64_t threads, Clock::duration by);
+void note_on_time(Clock::duration region);
 
 // The cores that the process may use: by its affinity, and no more than limit_cores last said (the
 // quota of a cgroup). What a test pretends goes before both; 0: nothing.
@@ -66,13 +68,20 @@ inline Clock::time_point& last_together() {
 template <typename Body>
 void together(int64_t threads, const Body& body) {
   const Clock::time_point begin = Clock::now();
-  Clock::time_point done = begin;  // with the calling thread's own part
+  std::atomic<Clock::time_point> first_done = Clock::time_point::max();
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     body(first, last);
-    if (first == 0) done = Clock::now();
+    const Clock::time_point now = Clock::now();
+    Clock::time_point done = first_done.load(std::memory_order_relaxed);
+    while (now < done && !first_done.compare_exchange_weak(done, now, std::memory_order_relaxed)) {
+    }
   });
   const Clock::time_point now = last_together() = Clock::now();
-  if (now - done > std::max<Clock::duration>(kLate, (done - begin) / 2)) note_late(threads, now);
+  const Clock::time_point done = first_done.load(std::memory_order_relaxed);
+  if (now - done > std::max<Clock::duration>(kLate, (done - begin) / 2))
+    note_late(threads, now - done);
+  else
+    note_on_time(now - begin);
 }
 
 // The threads that so many multiplies are worth.
@@ -156,7 +165,7 @@ class Team {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parties) {
       arrived_.store(0, std::memory_order_relaxed);
       if (late_.exchange(false, std::memory_order_relaxed)) {
-        was_late_.store(true, std::memory_order_relaxed);
+        note_late(parties, Clock::now() - late_since_.load(std::memory_order_relaxed));
         if (shrinks) halvings_.fetch_add(1, std::memory_order_relaxed);
       }
       round_.store(round + 1, std::memory_order_release);
@@ -166,19 +175,19 @@ class Team {
                [&](Clock::time_point since, Clock::time_point now) {
                  const Clock::duration a_round = (since - begin_) / (round + 1);
                  if (now - since < std::max<Clock::duration>(kLate, a_round)) return false;
+                 late_since_.store(since, std::memory_order_relaxed);
                  late_.store(true, std::memory_order_relaxed);
                  return true;
                });
   }
-
-  bool was_late() const { return was_late_.load(std::memory_order_relaxed); }
 
  private:
   const Clock::time_point begin_ = Clock::now();
   alignas(64) std::atomic<int64_t> arrived_ = 0;
   alignas(64) std::atomic<int64_t> round_ = 0;
   std::atomic<int64_t> halvings_ = 0;
-  std::atomic<bool> late_ = false, was_late_ = false;
+  std::atomic<bool> late_ = false;
+  std::atomic<Clock::time_point> late_since_ = {};
 };
 
 // Calls body(member, members) on up to `wanted` threads at once. There is one member inside another
