@@ -147,7 +147,10 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     int now = 0;  // the buffer that is read
     for (int64_t step = 0;;) {
       P product = {};
-      if (works) product.run(tile_weights, pass_vectors + now, stride, k);
+      if (works) {
+        if constexpr (uses_tensor_cores(math)) __syncwarp();  // lanes came by different ways
+        product.run(tile_weights, pass_vectors + now, stride, k);
+      }
       if (tiles.splits > 1) add_splits(product, partial_sums, split, tiles.splits, per_split);
 
       const int next = buffer - now;

@@ -78,7 +78,8 @@ struct Product {
     return q * kRows % 4 == 0 ? q * kRows / 4 : -1;
   }
 
-  // weights, vectors: the first of their rows, `stride` chunks from row to row.
+  // weights, vectors: the first of their rows, `stride` chunks from row to row. With tensor cores
+  // the lanes of the warp must be together.
   __device__ __forceinline__ void run(const uint4* weights, const uint4* vectors, int stride,
                                       KRange k) {
     const int lane = threadIdx.x % 32;
@@ -91,7 +92,6 @@ struct Product {
  private:
   __device__ __forceinline__ void multiply_tensor(const uint4* weights, const uint4* vectors,
                                                   int stride, KRange k, int lane) {
-    __syncwarp();  // tensor cores are for lanes that are together
     float d[kTiles][2][4] = {};
     weights += lane % 16 * stride + lane / 16;
     vectors += lane % 8 * stride + lane / 8;
