@@ -57,13 +57,13 @@ def _store(function: str, name: str, value: Tensor, weights: str) -> _Stored:
         scale = stored.abs().amax(1) / 127
         steps = (stored / scale.where(scale > 0, 1)[:, None]).round().clamp(-127, 127)
         stored = steps.to(torch.int8)
-    # The smallest numbers have no 8 bits left, and below those is 0.
+    # The smallest numbers have few bits left, and below those is 0.
     largest = value.double().abs().amax(1)
-    lost = (_widened(stored, scale).double() - value.double()).abs().amax(1) > largest / 250
+    lost = (_widened(stored, scale).double() - value.double()).abs().amax(1) > largest / 8
     if lost.any():
         row = int(lost.nonzero()[0])
         raise ValueError(
-            f"{function}: expected rows of weights that {weights} holds to 8 bits, got one with "
+            f"{function}: expected rows of weights that {weights} holds to 3 bits, got one with "
             f"no larger element than {largest[row].item():g} in {name}[{row}]"
         )
     return stored, scale
@@ -453,7 +453,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     it. Hooks come along, but for those of a backward pass, as do attributes of an LSTM. Subclasses
     are copied as they are. Raises ValueError for another format, for a model without an LSTM, for
     an LSTM that is pruned, reparametrised or has a forward of its own, and for weights that the
-    format cannot hold: not finite, too large, or a row too small to keep 8 bits.
+    format cannot hold: not finite, too large, or a row too small to keep 3 bits.
     """
     if not isinstance(weights, str) or weights not in _DTYPES:
         raise ValueError(

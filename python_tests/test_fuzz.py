@@ -400,7 +400,7 @@ def test_malformed_calls_of_a_module_are_an_error_or_answered_alike(choices):
         before = flat(fast(*good))
         try:
             call = malformed_call(choose, good)
-        except ERRORS:  # PackedSequence looks at some of its parts
+        except (*ERRORS, AssertionError):  # PackedSequence looks at some of its parts
             continue
         for module in (lstm, fast):
             try:
@@ -429,7 +429,8 @@ def test_malformed_steps_of_a_stream_are_an_error_and_leave_it_as_it_was(choices
         state = stream.state
         bad = malformed(choose, x)
         out = choose.choice([None, torch.zeros(batch, width), malformed(choose, x)])
-        if torch.is_tensor(bad) and bad.layout == torch.strided and choose.random() < 0.3:
+        dense = torch.is_tensor(bad) and bad.layout == torch.strided and not bad.is_complex()
+        if dense and choose.random() < 0.3:
             try:
                 bad = bad.numpy() if choose.random() < 0.5 else bad.numpy().astype(">f4")
             except ERRORS:

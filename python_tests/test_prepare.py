@@ -849,7 +849,7 @@ def loaded_with(change):
 BAD_VALUES = {
     "int8 from floats": ("int8", ("bias_ih_l0", lambda v: v), "into the model before prepare"),
     "beyond float16": ("float16", ("weight_hh_l0", lambda v: v * 1e6), "float16's range of 65504"),
-    "below float16": ("float16", ("weight_hh_l0", lambda v: v * 1e-8), "float16 holds to 8 bits"),
+    "below float16": ("float16", ("weight_hh_l0", lambda v: v * 1e-8), "float16 holds to 3 bits"),
     "beyond float32": ("float32", ("bias_ih_l0", lambda v: v.double() * 1e300), "float32's range"),
     "nan": ("bfloat16", ("weight_ih_l0", lambda v: v * math.nan), "finite weights"),
     "infinite bias": (
@@ -1043,19 +1043,19 @@ ERRORS = {
     "below float16": (
         lambda: prepare(with_a_row(1e-9), "float16"),
         ValueError,
-        "prepare: expected rows of weights that float16 holds to 8 bits, got one with no larger "
+        "prepare: expected rows of weights that float16 holds to 3 bits, got one with no larger "
         "element than 1e-09 in weight_hh_l0[1]",
     ),
     "few bits of float16": (
         lambda: prepare(with_a_row(1e-7), "float16"),
         ValueError,
-        "prepare: expected rows of weights that float16 holds to 8 bits, got one with no larger "
+        "prepare: expected rows of weights that float16 holds to 3 bits, got one with no larger "
         "element than 1e-07 in weight_hh_l0[1]",
     ),
     "below int8's scales": (
         lambda: prepare(with_a_row(1e-44), "int8"),
         ValueError,
-        "prepare: expected rows of weights that int8 holds to 8 bits, got one with no larger "
+        "prepare: expected rows of weights that int8 holds to 3 bits, got one with no larger "
         "element than 9.80909e-45 in weight_hh_l0[1]",
     ),
     "NaN": (

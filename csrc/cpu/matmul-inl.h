@@ -152,9 +152,11 @@ struct Quantised {
   static constexpr float kLargest = 0x1p127f;
   // A row without a larger element counts as zeros: kLevels / smaller elements would overflow.
   static constexpr float kSmallest = 0x1p-112f;
-  // A row's largest element over the mean of those that are not zero, from which on it has a second
-  // term. Normal and uniform features stay below.
-  static constexpr float kWide = 6;
+  // A row has a second term where its largest element is on average so many times the size of those
+  // that are not zero, in powers of two; normal features stay below. With few elements it always
+  // has.
+  static constexpr float kWide = 3.5;
+  static constexpr int64_t kFew = 32;
 
   int64_t rows, groups, terms;
   const float* scales;  // [terms, rows]; the second is 0 for a row of one term
@@ -178,11 +180,16 @@ struct Quantised {
     for (int64_t r = 0; r < rows; ++r) {
       const float* const from = rows_of_a + r * stride;
       // Of floats without their sign, the larger has the larger bits; NaN's are the largest.
-      uint32_t largest = 0;
-      for (int64_t i = 0; i < k; ++i)
-        largest = std::max(largest, std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu);
+      uint32_t largest = 0, exponents = 0, count = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const uint32_t bits = std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu;
+        largest = std::max(largest, bits);
+        exponents += bits >> 23;
+        count += bits != 0;
+      }
       const float size = std::bit_cast<float>(largest);
-      const bool wide = terms == 2 && is_wide(from, k, size);
+      const float mean = static_cast<float>(exponents) / std::max(count, 1u);
+      const bool wide = terms == 2 && (k <= kFew || (largest >> 23) - mean > kWide);
       const auto quantise = [&](float size, const auto& element) {
         const float scale = size / Dot::kLevels;
         const float inverse = size > kSmallest ? Dot::kLevels / size : 0;
@@ -209,25 +216,6 @@ struct Quantised {
       else
         quantise(size, [&](int64_t i) { return from[i]; });
     }
-  }
-
-  // Whether the elements of a row differ so much in size that it takes a second term.
-  static bool is_wide(const float* row, int64_t k, float largest) {
-    constexpr int kParts = 16;  // sums that the compiler can keep in one vector
-    float sums[kParts] = {};
-    int32_t counts[kParts] = {};
-    const auto add = [&](int64_t i, int part) {
-      sums[part] += __builtin_fabsf(row[i]);
-      counts[part] += row[i] != 0;
-    };
-    const int64_t whole = k / kParts * kParts;
-    for (int64_t i = 0; i < whole; i += kParts)
-      for (int part = 0; part < kParts; ++part) add(i + part, part);
-    for (int64_t i = whole; i < k; ++i) add(i, static_cast<int>(i - whole));
-    float sum = 0;
-    int32_t count = 0;
-    for (int part = 0; part < kParts; ++part) sum += sums[part], count += counts[part];
-    return !(largest * count <= kWide * sum);  // also of an infinite row
   }
 
   int row_panels() const { return Vec<float>::kRowPanels; }
