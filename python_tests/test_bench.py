@@ -166,6 +166,7 @@ def test_report_fills_the_block_of_a_page(quick, tmp_path):
     [
         ("report.py", "docs/benchmarks.md"),
         ("report_training.py", "docs/training.md"),
+        ("bench_contention.py", "docs/servers.md"),
         ("report_demo.py", "README.md"),
     ],
 )

@@ -28,7 +28,7 @@ constexpr std::chrono::milliseconds kSpinning{2};
 // A wait that is longer than this, and than what the waiting thread had to do itself, is for a
 // thread that has no core: longer than waking one takes, or a moment's disturbance; shorter than
 // the time slice of another process.
-constexpr std::chrono::milliseconds kLate{1};
+constexpr std::chrono::milliseconds kLate{2};
 
 // The threads that torch has: the most that take part, whose buffers a call lays out. One inside
 // another parallel region.
@@ -63,19 +63,35 @@ inline Clock::time_point& last_together() {
   return last;
 }
 
+// A fork or join of OpenMP, which ThreadSanitizer does not see: what `release` has seen before,
+// `acquire` sees after.
+#ifdef __SANITIZE_THREAD__
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+inline void acquire(void* fork) { __tsan_acquire(fork); }
+inline void release(void* fork) { __tsan_release(fork); }
+#else
+inline void acquire(void*) {}
+inline void release(void*) {}
+#endif
+
 // at::parallel_for over [0, threads) with a thread for each, after which the threads spin for a
 // while. body(begin, end); end > begin + 1 where there are fewer threads than that.
 template <typename Body>
 void together(int64_t threads, const Body& body) {
   const Clock::time_point begin = Clock::now();
   std::atomic<Clock::time_point> first_done = Clock::time_point::max();
+  release(&first_done);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    acquire(&first_done);
     body(first, last);
+    release(&first_done);
     const Clock::time_point now = Clock::now();
     Clock::time_point done = first_done.load(std::memory_order_relaxed);
     while (now < done && !first_done.compare_exchange_weak(done, now, std::memory_order_relaxed)) {
     }
   });
+  acquire(&first_done);
   const Clock::time_point now = last_together() = Clock::now();
   const Clock::time_point done = first_done.load(std::memory_order_relaxed);
   if (now - done > std::max<Clock::duration>(kLate, (done - begin) / 2))

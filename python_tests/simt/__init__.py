@@ -202,7 +202,8 @@ def build(name, kernels, host_files=(), checked=False, flags=()):
 @functools.cache
 def simulator(variant):
     """-> Simulator of the package's kernels, "plain" or "check"."""
-    host_files = [ROOT / "csrc/library.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
+    shared = [ROOT / f"csrc/{name}.cpp" for name in ("library", "cpu/memory", "cpu/locks")]
+    host_files = [*shared, *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
     checked = variant == "check"
     flags = [f"-DISS_NAMESPACE={NAMESPACES[variant]}"]
     kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
