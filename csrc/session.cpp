@@ -92,12 +92,12 @@ bool nobody_watches() {
   return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~usual) == 0;
 }
 
-// Of a tensor whose memory holds its values: dense, on the CPU, of no class with a dispatch of its
-// own (FakeTensor), under no transform (vmap).
+// The dispatch keys of a tensor whose memory holds its values: dense, on the CPU, of no class with
+// a dispatch of its own (FakeTensor), under no transform (vmap).
 constexpr c10::DispatchKeySet kDense({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                       c10::DispatchKey::AutogradCPU,
                                       c10::DispatchKey::AutocastCPU});
-// Of one whose values torch negates (x.conj().imag) or fills in when they are read.
+// The keys of one whose values torch negates (x.conj().imag) or fills in when they are read.
 constexpr c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
 
 bool has_only(const at::Tensor& tensor, c10::DispatchKeySet keys) {

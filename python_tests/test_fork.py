@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from iss_kernels import ISSLSTM, Stream, prepare
+from iss_kernels.backend import native
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
@@ -94,6 +95,20 @@ def in_another_thread(call):
         thread.join()
 
 
+def test_calls_of_other_threads_take_no_cores_in_a_child():
+    def see():
+        time.sleep(0.05)  # the calls of the last moments still count
+        torch.set_num_threads(8)
+        assert native().free_threads() == 8
+
+    native().pretend_cores(8)
+    try:
+        with in_another_thread(infer):
+            assert run_in_children(10, see) == 10
+    finally:
+        native().pretend_cores(0)
+
+
 @pytest.mark.parametrize("busy", CALLS, ids=lambda f: f.__name__)
 def test_children_end_whatever_another_thread_was_doing(busy):
     def everything():
@@ -114,7 +129,7 @@ def test_a_step_that_was_half_way_is_an_error_until_reset():
         try:
             stream(x)
         except RuntimeError as error:
-            assert "got one half-way; reset() begins a new sequence" in str(error)
+            assert "got one half-way; reset() or a new state begins" in str(error)
         stream.reset()
         assert torch.equal(stream(x), first)
 

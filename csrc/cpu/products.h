@@ -61,7 +61,7 @@ class Factor {
 
   Factor(const PackArgs& b, void* packed) : Factor(b, 0, b.k, packed) {}
 
-  // Of states, whose first or last rows may be zeros, to be multiplied with a.T.
+  // B made of states, whose first or last rows may be zeros, for a product a.T @ B.
   static Factor of_states(const Rows<T>& b, const Rows<T>& a, void* packed) {
     const auto zero = [&](int64_t row) {
       return all_zero(b.data + row * b.columns, b.columns) &&

@@ -2,6 +2,8 @@
 
 #include "cpu/team.h"
 
+#include <pthread.h>
+
 #include <limits>
 
 #ifdef __linux__
@@ -32,6 +34,9 @@ int64_t cores_by_affinity() {
 // -- Calls from several threads
 
 std::atomic<int64_t> calls_under_way = 0;
+// The calls of other threads are not in a forked child.
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { calls_under_way.store(0, std::memory_order_relaxed); });
 
 // The most calls at once, in this window of time and in the one before: [window, before, now] in
 // one word.

@@ -13,7 +13,7 @@ constexpr int kGates = 4;
 constexpr int kMaxRows = 8;  // 4 x 8 sums are one for each lane
 // One warp a block: units spread over all multiprocessors, however few they are.
 constexpr int kThreads = 32;
-// Of the batch in one launch: as many blocks as a grid has along y.
+// The most rows of a launch: a grid has so many blocks along y.
 constexpr int64_t kLaunchRows = int64_t{65535} * kMaxRows;
 
 // sums[g * kRows + r] += this lane's part of row_g(w) . row_r(a). w: the unit's row of gate i, the

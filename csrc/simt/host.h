@@ -121,7 +121,8 @@ __forceinline__ T shuffle(unsigned mask, T value, unsigned source, Where where) 
 
 }  // namespace iss::simt
 
-// Of CUDA's runtime, what launch.h needs: names, meaning and order of arguments are the same.
+// The part of CUDA's runtime that launch.h needs: names, meaning and order of arguments are the
+// same.
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed

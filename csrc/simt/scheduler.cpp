@@ -324,7 +324,7 @@ cudaError_t refuse(cudaError_t code, const Parts&... parts) {
   return last_code = code;
 }
 
-// Of one multiprocessor.
+// The blocks that fit on one multiprocessor.
 int blocks_each(const KernelLimits& limits, int threads, size_t shared_bytes) {
   const auto shared = static_cast<int64_t>(shared_bytes);
   if (threads < 1 || threads > 1024 || shared > device.shared_bytes ||
@@ -335,7 +335,7 @@ int blocks_each(const KernelLimits& limits, int threads, size_t shared_bytes) {
                                     (device.shared_bytes + kReserved) / (shared + kReserved)}));
 }
 
-// Of the device, all of whole clusters.
+// The blocks that fit on the device, all of whole clusters.
 int resident_blocks(const KernelLimits& limits, int threads, size_t shared_bytes,
                     unsigned cluster) {
   if (cluster == 0 || cluster > limits.cluster || (cluster > 1 && device.major < 9)) return 0;
