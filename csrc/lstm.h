@@ -11,8 +11,8 @@ namespace iss {
 
 // How the elements of a packed matrix are stored: as T, or smaller and widened as they are loaded.
 // kInt8 has one scale per column, and the rows that it multiplies are quantised on the fly to 8
-// bits; kInt8Fine is packed as kInt8, and rows whose elements differ widely in size are quantised in
-// two terms, to some 15 bits. All but kSame go with T = float.
+// bits; kInt8Fine is packed as kInt8, and rows whose elements differ widely in size are quantised
+// in two terms, to some 15 bits. All but kSame go with T = float.
 enum class Format { kSame, kFloat16, kBfloat16, kInt8, kInt8Fine };
 struct Float16 {
   uint16_t bits;
