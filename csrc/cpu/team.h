@@ -85,11 +85,11 @@ void together(int64_t threads, const Body& body) {
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     acquire(&first_done);
     body(first, last);
-    release(&first_done);
     const Clock::time_point now = Clock::now();
     Clock::time_point done = first_done.load(std::memory_order_relaxed);
     while (now < done && !first_done.compare_exchange_weak(done, now, std::memory_order_relaxed)) {
     }
+    release(&first_done);
   });
   acquire(&first_done);
   const Clock::time_point now = last_together() = Clock::now();
