@@ -278,7 +278,7 @@ inline void check_apart(const char* op, const char* name, const std::vector<Tens
   };
   std::vector<Span> spans;
   for (size_t i = 0; i < written.size(); ++i) {
-    // Also gives a lazy clone memory of its own, before threads ask for it.
+    // Also materialises a lazy clone, here and not in several threads at once.
     const char* const begin = static_cast<const char*>(written[i].mutable_data_ptr());
     if (written[i].numel() > 0) spans.push_back({begin, begin + written[i].nbytes(), i});
   }

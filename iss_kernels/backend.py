@@ -66,9 +66,9 @@ if _C is None:
         f"({_why_not}); {_remedy}",
         stacklevel=2,
     )
-elif quota() < float("inf"):
+elif (_quota := quota()) < float("inf"):
     # Rounded down: threads that use up a quota early stand still for the rest of its period.
-    _C.limit_cores(max(1, int(quota())))
+    _C.limit_cores(max(1, int(_quota)))
 
 
 def is_built() -> bool:

@@ -78,9 +78,10 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     that a whole one gives where these units are dead, on the example, and with one row more along
     its first two dimensions if the model takes that. The model stays as it is.
 
-    Families keep one common size (`Groups.tied`) where the answers ask for it: y.chunk(2, -1) of
-    both directions. Left out are LSTMs that the example does not run, and families whose outputs
-    reach the model's own output. (h_n and c_n may: they get as small as the units.)
+    Families keep one common size (`Groups.tied`) where the answers change otherwise, as with
+    y.chunk(2, -1) of both directions. Left out are LSTMs that the example does not run, and
+    families whose outputs reach the model's own output. (h_n and c_n may: they get as small as the
+    units.)
 
     That takes some 15 forward passes, more where code rearranges units: a short example will do.
 
