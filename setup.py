@@ -113,7 +113,7 @@ cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 extension = (CUDAExtension if cuda else CppExtension)(
     name="iss_kernels._C",
     # The planner is always there: it can be asked about any GPU (iss_kernels.explain_plan).
-    sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.c*" if cuda else PLANNER),
+    sources=sources("csrc/*.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/*.c*" if cuda else PLANNER),
     depends=sources("csrc/**/*.h"),
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[("ISS_WITH_CUDA", "1")] if cuda else [],

@@ -17,10 +17,9 @@
 #include <utility>
 #include <vector>
 
-namespace iss {
+#include "recurrent.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+namespace iss {
 
 inline std::string dtype(const Tensor& t) {
   return std::string(c10::getDtypeNames(t.scalar_type()).first);
@@ -86,37 +85,70 @@ inline void check_batch_sizes(const char* op, const Tensor& sizes, int64_t rows,
   TORCH_CHECK(sum == rows, op, ": expected batch_sizes to add up to N = ", rows, ", got ", sum);
 }
 
-inline void check_lstm(const char* op, const Tensor& x, const OptionalTensor& batch_sizes,
-                       const Tensor& h0, const Tensor& c0, const Tensor& w_ih, const Tensor& w_hh,
-                       const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                       const OptionalTensor& w_hr) {
+// "4H" for rows of 4 gates.
+inline std::string gate_rows(const CellSpec& cell) {
+  return cell.gates == 1 ? "H" : std::to_string(cell.gates) + "H";
+}
+
+// -> the cell's row of the registry, and the name that errors begin with: "lstm_forward".
+inline std::pair<const CellSpec&, std::string> check_cell(std::string_view name, const char* what) {
+  const CellSpec* const cell = find_cell(name);
+  TORCH_CHECK(cell != nullptr, "recurrent_", what, ": expected cell to be one that there are ",
+              "kernels for, got ", name);
+  return {*cell, std::string(name) + "_" + what};
+}
+
+inline void check_resets(const char* op, const Tensor& resets, const Tensor& x) {
+  TORCH_CHECK(resets.scalar_type() == at::kBool, op, ": expected resets of dtype bool, got ",
+              dtype(resets));
+  TORCH_CHECK(resets.device() == x.device(), op, ": expected resets on ", x.device(), ", got ",
+              resets.device());
+  check_shape(op, "resets", resets, x.dim() == 2 ? "[N]" : "[T, B]",
+              x.sizes().slice(0, x.dim() - 1));
+}
+
+inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& in) {
+  const Tensor& x = in.x;
   check_floating(op, "x", x);
-  TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3), op, ": expected x of shape ",
-              batch_sizes ? "[N, I]" : "[T, B, I]", ", got ", x.sizes());
-  TORCH_CHECK(h0.dim() == 2 && c0.dim() == 2, op, ": expected h0 [B, P] and c0 [B, H], got ",
-              h0.sizes(), " and ", c0.sizes());
-  const int64_t input = x.size(-1), hidden = c0.size(1), output = h0.size(1);
-  const int64_t batch = batch_sizes ? h0.size(0) : x.size(1);
-  check_sizes(op, {{batch_sizes ? "N" : "T", x.size(0)},
+  TORCH_CHECK(x.dim() == (in.batch_sizes ? 2 : 3), op, ": expected x of shape ",
+              in.batch_sizes ? "[N, I]" : "[T, B, I]", ", got ", x.sizes());
+  TORCH_CHECK(cell.has_c == in.c0.has_value(), op, ": expected ", cell.has_c ? "a c0" : "no c0",
+              ", got ", in.c0 ? "one" : "none");
+  if (cell.has_c) {
+    TORCH_CHECK(in.h0.dim() == 2 && in.c0->dim() == 2, op,
+                ": expected h0 [B, P] and c0 [B, H], got ", in.h0.sizes(), " and ",
+                in.c0->sizes());
+  } else {
+    TORCH_CHECK(in.h0.dim() == 2, op, ": expected h0 [B, H], got ", in.h0.sizes());
+  }
+  TORCH_CHECK(cell.projects || !in.w_hr, op, ": expected no w_hr, got one");
+  const int64_t input = x.size(-1), output = in.h0.size(1);
+  const int64_t hidden = cell.has_c ? in.c0->size(1) : output;
+  const int64_t batch = in.batch_sizes ? in.h0.size(0) : x.size(1);
+  check_sizes(op, {{in.batch_sizes ? "N" : "T", x.size(0)},
                    {"B", batch},
                    {"I", input},
                    {"H", hidden},
                    {"P", output}});
-  if (batch_sizes) check_batch_sizes(op, *batch_sizes, x.size(0), batch);
-  const auto check = [&](const char* name, const Tensor& t, const char* letters,
+  if (in.batch_sizes) check_batch_sizes(op, *in.batch_sizes, x.size(0), batch);
+  if (in.resets) check_resets(op, *in.resets, x);
+  const auto check = [&](const char* name, const Tensor& t, const std::string& letters,
                          at::IntArrayRef shape) {
     check_like(op, name, t, x);
-    check_shape(op, name, t, letters, shape);
+    check_shape(op, name, t, letters.c_str(), shape);
   };
-  check("h0", h0, "[B, P]", {batch, output});
-  check("c0", c0, "[B, H]", {batch, hidden});
-  check("w_ih", w_ih, "[4H, I]", {4 * hidden, input});
-  check("w_hh", w_hh, "[4H, P]", {4 * hidden, output});
-  if (b_ih) check("b_ih", *b_ih, "[4H]", {4 * hidden});
-  if (b_hh) check("b_hh", *b_hh, "[4H]", {4 * hidden});
-  if (w_hr) check("w_hr", *w_hr, "[P, H]", {output, hidden});
-  TORCH_CHECK(w_hr || output == hidden, op, ": expected h0 of shape [B, H] = ", c0.sizes(),
-              " where there is no w_hr, got ", h0.sizes());
+  const std::string rows = gate_rows(cell), width = cell.projects ? "P" : "H";
+  const int64_t gates = cell.gates * hidden;
+  check("h0", in.h0, "[B, " + width + "]", {batch, output});
+  if (in.c0) check("c0", *in.c0, "[B, H]", {batch, hidden});
+  check("w_ih", in.w_ih, "[" + rows + ", I]", {gates, input});
+  check("w_hh", in.w_hh, "[" + rows + ", " + width + "]", {gates, output});
+  if (in.b_ih) check("b_ih", *in.b_ih, "[" + rows + "]", {gates});
+  if (in.b_hh) check("b_hh", *in.b_hh, "[" + rows + "]", {gates});
+  if (in.w_hr) check("w_hr", *in.w_hr, "[P, H]", {output, hidden});
+  if (cell.projects)
+    TORCH_CHECK(in.w_hr || output == hidden, op, ": expected h0 of shape [B, H] = ",
+                in.c0->sizes(), " where there is no w_hr, got ", in.h0.sizes());
 }
 
 // What kernels compute in: 16 bits are widened.
@@ -125,25 +157,34 @@ inline at::ScalarType wide_type(at::ScalarType type) {
 }
 
 // What a backward pass is given beside the arguments of the forward, which are checked.
-inline void check_lstm_backward(const char* op, const Tensor& x, const Tensor& h0, const Tensor& c0,
-                                const Tensor& y, const Tensor& gates, const Tensor& cells,
-                                const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n) {
-  const int64_t rows = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1), hidden = c0.size(1);
+inline void check_recurrent_backward(const char* op, const CellSpec& cell, const Inputs& in,
+                                     const Tensor& y, const Tensor& gates, const Tensor& cells,
+                                     const Tensor& dy, const Tensor& dh_n,
+                                     const OptionalTensor& dc_n) {
+  const Tensor& x = in.x;
+  const int64_t rows = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1);
+  const int64_t hidden = in.w_ih.size(0) / cell.gates;
   std::vector<int64_t> y_shape = x.sizes().vec();
-  y_shape.back() = h0.size(1);
+  y_shape.back() = in.h0.size(1);
   const auto check = [&](const char* name, const Tensor& t, at::ScalarType type,
-                         const char* letters, at::IntArrayRef shape) {
+                         const std::string& letters, at::IntArrayRef shape) {
     check_like(op, name, t, type, x.device());
-    check_shape(op, name, t, letters, shape);
+    check_shape(op, name, t, letters.c_str(), shape);
   };
+  TORCH_CHECK(cell.has_c == dc_n.has_value(), op, ": expected ", cell.has_c ? "a dc_n" : "no dc_n",
+              ", got ", dc_n ? "one" : "none");
   const auto type = x.scalar_type();
-  const char* const y_letters = x.dim() == 2 ? "[N, P]" : "[T, B, P]";
+  const std::string width = cell.projects ? "P]" : "H]";
+  const std::string y_letters = (x.dim() == 2 ? "[N, " : "[T, B, ") + width;
+  const auto times = [](int64_t n) { return n == 1 ? "H]" : std::to_string(n) + "H]"; };
   check("dy", dy, type, y_letters, y_shape);
-  check("dh_n", dh_n, type, "[B, P]", h0.sizes());
-  check("dc_n", dc_n, type, "[B, H]", c0.sizes());
+  check("dh_n", dh_n, type, "[B, " + width, in.h0.sizes());
+  if (dc_n) check("dc_n", *dc_n, type, "[B, H]", in.c0->sizes());
   check("y", y, type, y_letters, y_shape);
-  check("gates", gates, wide_type(type), "[N, 4H]", {rows, 4 * hidden});
-  check("cells", cells, wide_type(type), "[N, H]", {rows, hidden});
+  check("gates", gates, wide_type(type), "[N, " + times(cell.saved_gates),
+        {rows, cell.saved_gates * hidden});
+  check("cells", cells, wide_type(type), "[N, " + times(cell.saved_states),
+        {rows, cell.saved_states * hidden});
 }
 
 // One step of a stream. wide: the dtype of c.

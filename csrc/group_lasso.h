@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "lstm.h"
+#include "types.h"
 
 namespace iss {
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/sequence.h"
+#include "sequence.h"
 
 namespace iss {
 

@@ -16,7 +16,7 @@
 #include <sstream>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/table.h"
 #include "cpu/network.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"

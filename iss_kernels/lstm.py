@@ -2,7 +2,7 @@
 """ISSLSTM: torch.nn.LSTM over this package's kernels, with a size per layer and direction.
 
 Same constructor, parameters, state_dict, inputs, outputs and errors as nn.LSTM; one call of
-ops.lstm per layer and direction.
+ops.recurrent per layer and direction.
 """
 
 from __future__ import annotations
@@ -336,12 +336,12 @@ class ISSLSTM(nn.RNNBase):
                 index = layer * directions + direction
                 h0, c0 = states[index]
                 w_ih, w_hh, b_ih, b_hh, w_hr = self._parameters_of(index, x.dtype)
-                y, h, c = ops.lstm(
-                    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, direction == 1,
-                    self.recompute,
+                y, h, c = ops.recurrent(
+                    "lstm", x, batch_sizes, None, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+                    direction == 1, self.recompute,
                 )  # fmt: skip
                 outputs.append(y)
-                final.append((h, c))
+                final.append((h, cast(Tensor, c)))
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         return x, final
 

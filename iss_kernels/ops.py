@@ -2,7 +2,7 @@
 """The operations: a typed wrapper each, with shape inference and derivatives where compiled.
 
 The only file that names torch.ops. Each block has the same order: wrapper, fake, setup_context,
-backward, registration (lstm_forward's derivative is csrc/autograd.cpp). First derivatives are ops
+backward, registration (recurrent_forward's derivative is csrc/autograd.cpp). First derivatives are ops
 of their own; second derivatives differentiate the reference, slowly but right.
 """
 
@@ -20,6 +20,7 @@ from torch.library import register_autograd, register_fake
 from torch.utils.checkpoint import checkpoint
 
 from iss_kernels import backend, reference
+from iss_kernels.cells import CELLS
 
 _Tensors = Sequence[Tensor]
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -69,14 +70,16 @@ def _second_derivatives(
 
 
 # -------------------------------------------------------------------------------------------------
-# lstm
+# recurrent
 
 
-def lstm(
+def recurrent(
+    cell: str,
     x: Tensor,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,
@@ -84,48 +87,52 @@ def lstm(
     w_hr: Tensor | None,
     reverse: bool,
     recompute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One LSTM layer in one direction over all time steps. Shapes, returns: `reference.lstm`.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer of a cell in one direction over all time steps, as `reference.recurrent`.
 
-    For the gradient it saves 5 N H elements (the activated gates and the cells; float32 for
-    16 bits) beside its arguments and y; with recompute=True nothing more, and the backward runs
-    the forward again.
+    For the gradient it saves what `cells.Cell` says (float32 for 16 bits) beside its arguments and
+    y; with recompute=True nothing more, and the backward runs the forward again.
 
     Raises RuntimeError for a wrong shape, dtype or device, naming the argument.
     """
-    arguments = (x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse)
+    arguments = (
+        cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse,
+    )  # fmt: skip
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if _by_reference():
         _check_devices(
-            "lstm", x, batch_sizes=batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih,
-            b_hh=b_hh, w_hr=w_hr,
+            cell, x, batch_sizes=batch_sizes, resets=resets, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh,
+            b_ih=b_ih, b_hh=b_hh, w_hr=w_hr,
         )  # fmt: skip
         sizes = [] if batch_sizes is None else batch_sizes.tolist()
         if sizes and (sizes[0] != len(h0) or sizes != sorted(sizes, reverse=True)):
             raise RuntimeError(
-                f"lstm: expected batch_sizes to start at B = {len(h0)} and never grow, got {sizes}"
+                f"{cell}: expected batch_sizes to start at B = {len(h0)} and never grow, "
+                f"got {sizes}"
             )
         # torch.func has no hooks on saved tensors, by which a checkpoint works.
         if not (recompute and trains) or _functorch_active():
-            return reference.lstm(*arguments)
-        again: tuple[Tensor, Tensor, Tensor] = checkpoint(
-            reference.lstm, *arguments, use_reentrant=False, preserve_rng_state=False
+            return reference.recurrent(*arguments)
+        again: tuple[Tensor, Tensor, Tensor | None] = checkpoint(
+            reference.recurrent, *arguments, use_reentrant=False, preserve_rng_state=False
         )
         return again
     # jit.trace writes `save` into its graph, which serves with and without gradients.
     save = trains and not recompute
     if save and torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         save = False
-    y, h_n, c_n, _, _ = torch.ops.iss_kernels.lstm_forward.default(*arguments, save)
-    return y, h_n, c_n
+    y, h_n, c_n, _, _ = torch.ops.iss_kernels.recurrent_forward.default(*arguments, save)
+    return y, h_n, None if c0 is None else c_n
 
 
-def _lstm_forward_fake(
+def _recurrent_forward_fake(
+    cell: str,
     x: Tensor,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,
@@ -135,28 +142,31 @@ def _lstm_forward_fake(
     save: bool,
 ) -> tuple[Tensor, ...]:
     _check_devices(
-        "lstm_forward", x, batch_sizes=batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih,
-        b_hh=b_hh, w_hr=w_hr,
+        f"{cell}_forward", x, batch_sizes=batch_sizes, resets=resets, h0=h0, c0=c0, w_ih=w_ih,
+        w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr,
     )  # fmt: skip
     rows = math.prod(x.shape[:-1]) if save else 0  # Size.numel() would fix symbolic sizes
     wide = torch.promote_types(x.dtype, torch.float32)  # what the kernels compute in
+    of, hidden = CELLS[cell], w_hh.shape[0] // CELLS[cell].gates
     return (
         x.new_empty((*x.shape[:-1], h0.shape[1])),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
-        torch.empty_like(c0, memory_format=torch.contiguous_format),
-        x.new_empty((rows, w_hh.shape[0]), dtype=wide),
-        x.new_empty((rows, c0.shape[1]), dtype=wide),
+        x.new_empty(0 if c0 is None else c0.shape),
+        x.new_empty((rows, of.saved_gates * hidden), dtype=wide),
+        x.new_empty((rows, of.saved_states * hidden), dtype=wide),
     )
 
 
-def _lstm_backward_fake(
+def _recurrent_backward_fake(
     dy: Tensor,
     dh_n: Tensor,
-    dc_n: Tensor,
+    dc_n: Tensor | None,
+    cell: str,
     x: Tensor,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,
@@ -171,57 +181,78 @@ def _lstm_backward_fake(
     need_dw: bool,
 ) -> tuple[Tensor, ...]:
     _check_devices(
-        "lstm_backward", x, batch_sizes=batch_sizes, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih,
-        b_hh=b_hh, w_hr=w_hr, dy=dy, dh_n=dh_n, dc_n=dc_n, y=y, gates=gates, cells=cells,
+        f"{cell}_backward", x, batch_sizes=batch_sizes, resets=resets, h0=h0, c0=c0, w_ih=w_ih,
+        w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, dy=dy, dh_n=dh_n, dc_n=dc_n, y=y, gates=gates,
+        cells=cells,
     )  # fmt: skip
     none = torch.Size([0])
-    weights = [w_ih.shape, w_hh.shape, w_hh.shape[:1], none if w_hr is None else w_hr.shape]
-    shapes = [x.shape if need_dx else none, h0.shape if need_dh0 else none, c0.shape]
-    shapes += weights if need_dw else [none] * 4
+    shapes = [x.shape if need_dx else none, h0.shape if need_dh0 else none]
+    shapes += [none if c0 is None else c0.shape]
+    rows = w_hh.shape[:1]
+    weights = [w_ih.shape, w_hh.shape, w_ih.shape[:1], rows if CELLS[cell].bias_parts else none]
+    weights += [none if w_hr is None else w_hr.shape]
+    shapes += weights if need_dw else [none] * 5
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
-def _lstm_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _recurrent_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, _, _, _, reverse, _, _, _ = inputs  # y, gates and cells follow from the rest
+    ctx.cell = tensors.pop(3)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     ctx.reverse = reverse
 
 
-def _lstm_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+def _recurrent_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     *inputs, b_ih, b_hh, w_hr = ctx.saved_tensors
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh = inputs
-    # db is the gradient of either bias, so one bias (zero where there is none) stands for both.
-    bias = sum((b for b in (b_ih, b_hh) if b is not None), w_hh.new_zeros(w_hh.shape[0]))
+    dy, dh_n, dc_n, x, batch_sizes, resets, h0, c0, w_ih, w_hh = inputs
+    # The gradient of both biases is one output where the cell adds them up. A bias that is not
+    # given is zero, so that each output of the first derivative has an input here.
+    parts = CELLS[ctx.cell].bias_parts
+    zeros = w_hh.new_zeros(w_hh.shape[0])
+    biases = [zeros if b is None else b for b in (b_ih, b_hh)]
+    if not parts:
+        biases = [biases[0] + biases[1], None]
 
     def vjp(
-        dy: Tensor, dh_n: Tensor, dc_n: Tensor, *primals: Tensor | None
+        dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, *primals: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, h0, c0, w_ih, w_hh, bias, w_hr = primals
-        outputs = reference.lstm(x, batch_sizes, h0, c0, w_ih, w_hh, bias, None, w_hr, ctx.reverse)  # type: ignore[arg-type]
-        given = [t for t in primals if t is not None]
-        grads = torch.autograd.grad(
-            outputs, given, (dy, dh_n, dc_n), create_graph=True, materialize_grads=True
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = primals
+        outputs = reference.recurrent(
+            ctx.cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, ctx.reverse  # type: ignore[arg-type]
         )
-        return (*grads, None) if w_hr is None else grads
+        given = [t for t in primals if t is not None]
+        grads = iter(
+            torch.autograd.grad(
+                [t for t in outputs if t is not None],
+                given,
+                [t for t in (dy, dh_n, dc_n) if t is not None],
+                create_graph=True,
+                materialize_grads=True,
+            )
+        )
+        return tuple(None if t is None else next(grads) for t in primals)
 
     second = _second_derivatives(
-        vjp, (dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, w_hr), cotangents
+        vjp, (dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, *biases, w_hr), cotangents
     )
-    ddy, ddh_n, ddc_n, dx, dh0, dc0, dw_ih, dw_hh, db, dw_hr = second
-    db_ih, db_hh = (None if b is None else db for b in (b_ih, b_hh))
+    ddy, ddh_n, ddc_n, dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr = second
+    if not parts:
+        db_hh = db_ih
+    db_ih, db_hh = (None if b is None else db for b, db in ((b_ih, db_ih), (b_hh, db_hh)))
     return (
-        ddy, ddh_n, ddc_n, dx, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr, *[None] * 7,
+        ddy, ddh_n, ddc_n, None, dx, None, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr,
+        *[None] * 7,
     )  # fmt: skip
 
 
 if backend.is_built():
-    register_fake("iss_kernels::lstm_forward", _lstm_forward_fake)
-    register_fake("iss_kernels::lstm_backward", _lstm_backward_fake)
+    register_fake("iss_kernels::recurrent_forward", _recurrent_forward_fake)
+    register_fake("iss_kernels::recurrent_backward", _recurrent_backward_fake)
     register_autograd(
-        "iss_kernels::lstm_backward",
-        _lstm_double_backward,
-        setup_context=_lstm_backward_setup_context,
+        "iss_kernels::recurrent_backward",
+        _recurrent_double_backward,
+        setup_context=_recurrent_backward_setup_context,
     )
 
 

@@ -2,55 +2,117 @@
 """Every operation in plain torch: the definition of correct, and the fallback without a compiler.
 
 Written to be read, and differentiated by autograd as often as asked. The kernels under csrc/ are
-held to these functions by tests, and these to torch.nn.LSTM in float64. Letters: T steps, B batch,
-I input size, H hidden (cell) size, P output size (H, or proj_size), N rows of a packed sequence.
+held to these functions by tests, and these to torch's modules in float64. Letters: T steps, B
+batch, I input size, H hidden (cell) size, P output size (H, or proj_size), G gates of a unit, N
+rows of a packed sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 
-def lstm(
+def recurrent(
+    cell: str,
     x: Tensor,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     h0: Tensor,
-    c0: Tensor,
+    c0: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One LSTM layer in one direction, over all time steps; torch.nn.LSTM's equations.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer of a cell in one direction, over all time steps.
 
+    cell: a name in `cells.CELLS`; the equations are those of `STEPS`.
     x: [T, B, I]; or [N, I] with batch_sizes: [T] int64 on the CPU, as in a PackedSequence.
-    h0: [B, P], c0: [B, H], w_ih: [4H, I], w_hh: [4H, P], b_ih and b_hh: [4H], w_hr: [P, H];
-    gates in torch's order i, f, g, o. Returns y: [T, B, P] or [N, P], h_n: [B, P], c_n: [B, H].
+    resets: bool [T, B] or [N]; where True the state is zero before step t, whichever way the layer
+    walks: in a reverse direction that falls between steps t and t - 1.
+    h0: [B, P], c0: [B, H] for a cell with a state c. w_ih: [G H, I], w_hh: [G H, P], b_ih and b_hh:
+    [G H], w_hr: [P, H], gates in torch's order.
+    Returns y: [T, B, P] or [N, P], h_n: [B, P], c_n: [B, H] or None.
     """
     steps = x.unbind(0) if batch_sizes is None else torch.split(x, batch_sizes.tolist())
+    cuts: Sequence[Tensor | None] = [None] * len(steps)
+    if resets is not None:
+        cuts = torch.split(resets.flatten(), [len(step) for step in steps])
     outputs = [x.new_empty(0)] * len(steps)
     h, c = h0, c0
     for t in reversed(range(len(steps))) if reverse else range(len(steps)):
         n = len(steps[t])  # rows still running; the others keep their state
-        gates = linear(steps[t], w_ih, b_ih) + linear(h[:n], w_hh, b_hh)
-        i, f, g, o = gates.chunk(4, dim=1)
-        c_t = f.sigmoid() * c[:n] + i.sigmoid() * g.tanh()
-        h_t = o.sigmoid() * c_t.tanh()
-        if w_hr is not None:
-            h_t = linear(h_t, w_hr)
-        outputs[t] = h_t
-        h, c = torch.cat([h_t, h[n:]]), torch.cat([c_t, c[n:]])
+        # Forward the cut before step t; in reverse the one between steps t + 1 and t.
+        cut = cuts[t] if not reverse else cuts[t + 1] if t + 1 < len(steps) else None
+        running = [h[:n]] if c is None else [h[:n], c[:n]]
+        if cut is not None:
+            among = torch.nn.functional.pad(cut, (0, n - len(cut)))[:, None]
+            running = [state.masked_fill(among, 0) for state in running]
+        now = STEPS[cell](linear(steps[t], w_ih, b_ih), *running, w_hh=w_hh, b_hh=b_hh, w_hr=w_hr)
+        outputs[t] = now[0]
+        h = torch.cat([now[0], h[n:]])
+        c = None if c is None else torch.cat([now[1], c[n:]])
     if not steps:
         y = x.new_empty((*x.shape[:-1], h0.shape[1]))
     else:
         y = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
     return y, h, c
+
+
+def lstm_step(
+    gates_x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    *,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """torch.nn.LSTM's step from gates_x = W_ih x + b_ih; gates in the order i, f, g, o."""
+    gates = gates_x + linear(h, w_hh, b_hh)
+    i, f, g, o = gates.chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return (h if w_hr is None else linear(h, w_hr)), c
+
+
+def gru_step(
+    gates_x: Tensor, h: Tensor, *, w_hh: Tensor, b_hh: Tensor | None, w_hr: None = None
+) -> tuple[Tensor]:
+    """torch.nn.GRU's step; gates in the order r, z, n. r scales the recurrent part of n alone."""
+    r_x, z_x, n_x = gates_x.chunk(3, dim=1)
+    r_h, z_h, n_h = linear(h, w_hh, b_hh).chunk(3, dim=1)
+    r, z = (r_x + r_h).sigmoid(), (z_x + z_h).sigmoid()
+    n = (n_x + r * n_h).tanh()
+    return (n + z * (h - n),)
+
+
+def rnn_tanh_step(
+    gates_x: Tensor, h: Tensor, *, w_hh: Tensor, b_hh: Tensor | None, w_hr: None = None
+) -> tuple[Tensor]:
+    """torch.nn.RNN's step with nonlinearity="tanh"."""
+    return ((gates_x + linear(h, w_hh, b_hh)).tanh(),)
+
+
+def rnn_relu_step(
+    gates_x: Tensor, h: Tensor, *, w_hh: Tensor, b_hh: Tensor | None, w_hr: None = None
+) -> tuple[Tensor]:
+    """torch.nn.RNN's step with nonlinearity="relu"."""
+    return ((gates_x + linear(h, w_hh, b_hh)).relu(),)
+
+
+STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "lstm": lstm_step,
+    "gru": gru_step,
+    "rnn_tanh": rnn_tanh_step,
+    "rnn_relu": rnn_relu_step,
+}
 
 
 def group_norms(

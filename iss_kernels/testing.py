@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iss_kernels.cells import CELLS
+
 
 @dataclass(frozen=True)
 class Case:
@@ -50,8 +52,11 @@ CASES = [
 ]
 
 
-def make_inputs(case: Case, dtype: torch.dtype, reverse: bool = False) -> dict[str, Any]:
-    """Arguments of `ops.lstm` for a case: unit-scale inputs, weights as nn.LSTM draws them."""
+def make_inputs(
+    case: Case, dtype: torch.dtype, reverse: bool = False, cell: str = "lstm"
+) -> dict[str, Any]:
+    """Arguments of `ops.recurrent`: unit-scale inputs, weights as torch's modules draw them."""
+    of = CELLS[cell]
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -62,15 +67,18 @@ def make_inputs(case: Case, dtype: torch.dtype, reverse: bool = False) -> dict[s
     out, scale = case.P or case.H, case.H**-0.5
     packed = case.batch_sizes is not None
     rows = (sum(case.batch_sizes),) if case.batch_sizes is not None else (case.T, case.B)
+    gates = of.gates * case.H
     return {
+        "cell": cell,
         "x": normal(*rows, case.I),
         "batch_sizes": torch.tensor(case.batch_sizes) if packed else None,
+        "resets": None,
         "h0": normal(case.B, out),
-        "c0": normal(case.B, case.H),
-        "w_ih": normal(4 * case.H, case.I, scale=scale),
-        "w_hh": normal(4 * case.H, out, scale=scale),
-        "b_ih": normal(4 * case.H, scale=scale),
-        "b_hh": normal(4 * case.H, scale=scale),
+        "c0": normal(case.B, case.H) if "c" in of.states else None,
+        "w_ih": normal(gates, case.I, scale=scale),
+        "w_hh": normal(gates, out, scale=scale),
+        "b_ih": normal(gates, scale=scale),
+        "b_hh": normal(gates, scale=scale),
         "w_hr": normal(out, case.H, scale=scale) if case.P else None,
         "reverse": reverse,
     }

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/table.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included before csrc/cpu/isa_avx512.cpp (-include), so that its intrinsics are SIMDe's and run on
+// Included before csrc/cpu/kernels/isa_avx512.cpp (-include), so that its intrinsics are SIMDe's and run on
 // a CPU with AVX2 alone.
 #pragma once
 
@@ -78,7 +78,7 @@ To converted(From vector) {
                       _mm512_castsi512_si256(ints), _mm512_extracti64x4_epi64(ints, 1))
 
 // No target region: the file is compiled for AVX2 as a whole.
-#include "cpu/target.h"
+#include "cpu/kernels/target.h"
 #undef ISS_TARGET_BEGIN
 #undef ISS_TARGET_END
 #define ISS_TARGET_BEGIN(isa)

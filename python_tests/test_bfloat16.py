@@ -64,12 +64,12 @@ def test_only_inputs_and_outputs_are_rounded(isa, case):
 
 def test_what_is_saved_for_the_gradient_is_float32(isa):
     inputs = make_inputs(Case("saved", 3, 2, 5, 4, P=3), BFLOAT16)
-    y, h_n, c_n, gates, cells = lib.lstm_forward(*inputs.values(), True)
+    y, h_n, c_n, gates, cells = lib.recurrent_forward(*inputs.values(), True)
     assert [t.dtype for t in (y, h_n, c_n)] == [BFLOAT16] * 3
     assert [t.dtype for t in (gates, cells)] == [torch.float32] * 2
     assert gates.shape == (6, 16) and cells.shape == (6, 4)
     assert not torch.equal(cells, cells.bfloat16().float())  # and has float32's digits
-    *_, gates, cells = lib.lstm_forward(*inputs.values(), False)
+    *_, gates, cells = lib.recurrent_forward(*inputs.values(), False)
     assert gates.numel() == cells.numel() == 0 and gates.dtype == cells.dtype == torch.float32
 
 
@@ -80,16 +80,16 @@ def test_what_is_saved_for_the_gradient_is_float32(isa):
 ], ids=str)  # fmt: skip
 def test_opcheck(case):
     inputs = make_inputs(case, BFLOAT16)
-    outputs = lib.lstm_forward(*inputs.values(), True)
+    outputs = lib.recurrent_forward(*inputs.values(), True)
     cotangents = [torch.randn_like(t) for t in outputs[:3]]
     *tensors, reverse = inputs.values()
     opcheck(
-        lib.lstm_backward,
+        lib.recurrent_backward,
         (*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True, True),
     )
     for tensor in filter(is_floating, tensors):
         tensor.requires_grad_()
-    opcheck(lib.lstm_forward, (*tensors, reverse, True))
+    opcheck(lib.recurrent_forward, (*tensors, reverse, True))
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)

@@ -128,10 +128,10 @@ def test_a_layer_without_units_has_empty_outputs(gpu):
     x, h, w_ih, w_hh = gpu.to([torch.ones(s) for s in ((3, 2, 4), (2, 0), (0, 4), (0, 0))])
     for steps in (1, 3):
         arguments = (x[:steps], None, h, h, w_ih, w_hh, None, None, None)
-        y, h_n, c_n, gates, cells = lib.lstm_forward(*arguments, False, True)
+        y, h_n, c_n, gates, cells = lib.recurrent_forward(*arguments, False, True)
         assert (y.shape, h_n.shape, c_n.shape) == ((steps, 2, 0), (2, 0), (2, 0))
         saved = (y, gates, cells)
-        dx, *rest = lib.lstm_backward(y, h, h, *arguments, *saved, False, True, True, True)
+        dx, *rest = lib.recurrent_backward(y, h, h, *arguments, *saved, False, True, True, True)
         assert torch.equal(dx, torch.zeros_like(x[:steps]))
         assert all(t.numel() == 0 for t in rest)
 
@@ -261,25 +261,25 @@ def test_a_single_step_has_the_bits_of_a_stream(gpu, dtype):
     case = Case("one_step", 1, 9, 8, 32)
     be(gpu, "one step", case, dtype)
     inputs = gpu.to(make_inputs(case, dtype) | {"b_hh": None})
-    y, h_n, c_n, gates, cells = lib.lstm_forward(*inputs.values(), True)
+    y, h_n, c_n, gates, cells = lib.recurrent_forward(*inputs.values(), True)
     out, c = torch.empty_like(h_n), inputs["c0"].to(cells.dtype, copy=True)
     lib.lstm_step_(
         *(inputs["x"][0], inputs["h0"], c, inputs["w_ih"], inputs["w_hh"], inputs["b_ih"], out)
     )
     assert torch.equal(y[0], out) and torch.equal(h_n, out)
     assert torch.equal(cells, c) and torch.equal(c_n, c.to(dtype))
-    without = lib.lstm_forward(*inputs.values(), False)
+    without = lib.recurrent_forward(*inputs.values(), False)
     assert all(map(torch.equal, without[:3], (y, h_n, c_n)))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_what_is_saved_for_the_gradient_is_float32(gpu, steps):
     inputs = gpu.to(make_inputs(Case("saved", steps, 2, 5, 4), torch.float16))
-    y, h_n, c_n, gates, cells = lib.lstm_forward(*inputs.values(), True)
+    y, h_n, c_n, gates, cells = lib.recurrent_forward(*inputs.values(), True)
     assert [t.dtype for t in (y, h_n, c_n)] == [torch.float16] * 3
     assert [t.dtype for t in (gates, cells)] == [torch.float32] * 2
     assert gates.shape == (2 * steps, 16) and cells.shape == (2 * steps, 4)
-    *_, gates, cells = lib.lstm_forward(*inputs.values(), False)
+    *_, gates, cells = lib.recurrent_forward(*inputs.values(), False)
     assert gates.numel() == cells.numel() == 0
 
 
@@ -308,15 +308,15 @@ def test_gradcheck_and_gradgradcheck(gpu, case):
 def test_opcheck(gpu, dtype):
     for case in (Case("padded", 2, 1, 2, 3), Case("one_step", 1, 2, 2, 3), PROJECTED[1]):
         inputs = gpu.to(make_inputs(case, dtype))
-        outputs = lib.lstm_forward(*inputs.values(), True)
+        outputs = lib.recurrent_forward(*inputs.values(), True)
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
         *tensors, reverse = inputs.values()
         arguments = (*cotangents, *tensors, outputs[0], *outputs[3:], reverse)
         for needed in ((True, True, True), (True, False, False), (False, False, True)):
-            opcheck(lib.lstm_backward, (*arguments, *needed))
+            opcheck(lib.recurrent_backward, (*arguments, *needed))
         for tensor in filter(is_floating, tensors):
             tensor.requires_grad_()
-        opcheck(lib.lstm_forward, (*tensors, reverse, True))
+        opcheck(lib.recurrent_forward, (*tensors, reverse, True))
 
 
 def step_inputs(gpu, dtype, held=None, batch=3, sizes=(5, 7, 7)):
@@ -349,11 +349,11 @@ def test_backward_checks_what_forward_has_not_seen(gpu, name):
     """As the CPU does: what is too small or of another dtype would be read beyond its end."""
     inputs = gpu.to(make_inputs(SMALL, torch.float32))
     *tensors, reverse = inputs.values()
-    y, h_n, c_n, gates, cells = lib.lstm_forward(*tensors, reverse, True)
+    y, h_n, c_n, gates, cells = lib.recurrent_forward(*tensors, reverse, True)
     given = dict(dy=y, dh_n=h_n, dc_n=c_n, y=y, gates=gates, cells=cells)
 
     def backward(dy, dh_n, dc_n, **saved):
-        lib.lstm_backward(dy, dh_n, dc_n, *tensors, *saved.values(), reverse, True, True, True)
+        lib.recurrent_backward(dy, dh_n, dc_n, *tensors, *saved.values(), reverse, True, True, True)
 
     backward(**given)
     for other in (given[name][:-1], given[name][:, :-1], given[name].bfloat16()):

@@ -69,7 +69,7 @@ def by_torch(inputs, dtype):
         wide = torch.zeros(4 * hidden, hidden, dtype=dtype)
         wide[:, : h.shape[1]] = w_hh
         w_hh = wide
-    y, _, c = reference.lstm(x[None], None, padded_h, c, w_ih, w_hh, bias, None, w_hr, False)
+    y, _, c = reference.recurrent(x[None], None, padded_h, c, w_ih, w_hh, bias, None, w_hr, False)
     return y[0], c
 
 

@@ -203,7 +203,7 @@ PACKED = make_inputs(Case("errors", 3, 2, 5, 4, batch_sizes=(2, 2, 1)), torch.fl
 )  # fmt: skip
 def test_lstm_op(inputs, changes, message):
     with pytest.raises(RuntimeError) as got:
-        ops.lstm(**(inputs | changes))
+        ops.recurrent(**(inputs | changes))
     assert str(got.value).splitlines()[0] == "lstm_forward: " + message
 
 
@@ -372,14 +372,14 @@ def test_sizes_whose_products_overflow(size):
     x, h0, c0, w_ih, w_hh = (torch.empty(shape) for shape in (x, h0, c0, w_ih, w_hh))
     w_hr = None if w_hr is None else torch.empty(w_hr)
     with pytest.raises(RuntimeError) as got:
-        ops.lstm(x, None, h0, c0, w_ih, w_hh, None, None, w_hr, False)
+        ops.recurrent(x, None, h0, c0, w_ih, w_hh, None, None, w_hr, False)
     message = str(got.value).splitlines()[0]
     assert message == f"lstm_forward: expected {size} below 2^31, got {n}"
 
 
 BACKWARD = dict(zip(
     ("y", "h_n", "c_n", "gates", "cells"),
-    torch.ops.iss_kernels.lstm_forward(*LSTM_INPUTS.values(), True), strict=True,
+    torch.ops.iss_kernels.recurrent_forward(*LSTM_INPUTS.values(), True), strict=True,
 ))  # fmt: skip
 BACKWARD = {
     "dy": torch.ones_like(BACKWARD["y"]),
@@ -464,7 +464,7 @@ def test_a_step_says_what_is_wrong(gpu, mistake):
 
 @pytest.mark.skipif(build_info().get("cuda_built", False), reason="built with CUDA kernels")
 def test_a_cpu_build_says_how_to_get_kernels_for_the_gpu():
-    op = torch.ops.iss_kernels.lstm_forward.default
+    op = torch.ops.iss_kernels.recurrent_forward.default
     arguments = (*make_inputs(Case("device", 3, 2, 5, 4), torch.float32).values(), False)
     for key in ("CUDA", "MPS"):  # as the dispatcher calls it for tensors of that device
         with pytest.raises(RuntimeError) as got:

@@ -218,7 +218,7 @@ def lstm_case(choose, spoil):
         )
         return [*(t.detach() for t in outputs), *grads]
 
-    return lambda: run(ops.lstm), lambda: run(reference.lstm), dtype
+    return lambda: run(ops.recurrent), lambda: run(reference.recurrent), dtype
 
 
 def norms_case(choose, spoil):

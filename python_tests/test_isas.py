@@ -11,7 +11,7 @@ from iss_kernels.backend import supported_isas
 
 ROOT = Path(__file__).parents[1]
 SIMDE = Path(__file__).parent / "simde_avx512.h"
-SOURCES = [*sorted((ROOT / "csrc/cpu").glob("isa_*.cpp")), ROOT / "csrc/cpu/dispatch.cpp"]
+SOURCES = [*sorted((ROOT / "csrc/cpu/kernels").glob("isa_*.cpp")), ROOT / "csrc/cpu/kernels/dispatch.cpp"]
 # -O1: the tiles are the same as at -O3, and it compiles in a few seconds.
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-I", str(ROOT / "csrc")]
 
@@ -44,7 +44,7 @@ def test_avx512_through_simde(tmp_path):
         pytest.skip("this machine has AVX-512")
     if "avx2" not in supported_isas() or not Path("/usr/include/simde/x86/avx512.h").exists():
         pytest.skip("needs AVX2 and SIMDe (Debian: libsimde-dev)")
-    avx512 = ROOT / "csrc/cpu/isa_avx512.cpp"
+    avx512 = ROOT / "csrc/cpu/kernels/isa_avx512.cpp"
     stand_in = ["-w", "-mavx2", "-mfma", "-mf16c", "-include", str(SIMDE)]
     subprocess.run(
         ["c++", *FLAGS, *stand_in, "-c", str(avx512), "-o", str(tmp_path / "avx512.o")], check=True
@@ -68,25 +68,25 @@ def test_neon_under_an_emulator(tmp_path):
 def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, kernel):
     """A program that cannot fail tests nothing: a copy with one broken operation must fail."""
     changes = {
-        "lstm_step_backward": ("lstm_step-inl.h", "one - tanh_c * tanh_c", "one"),
+        "lstm_step_backward": ("step-inl.h", "one - tanh_c * tanh_c", "one"),
         "matmul": ("matmul-inl.h", "const int64_t left = args.columns - column;",
                    "const int64_t left = args.columns - column - 1;"),
-        "lstm_step": ("lstm_step-inl.h", "fma(f, c_prev, i * g)", "i * g"),
+        "lstm_step": ("step-inl.h", "fma(f, c_prev, i * g)", "i * g"),
         "squares": ("group_lasso-inl.h", "args.column_sums[c] -= w * w;", "(void)w;"),
         "scale": ("group_lasso-inl.h", "{ args.of_columns[c] = value; }", "{}"),
         "bfloat16": ("vec_scalar-inl.h", " + (bits >> 16 & 1)", ""),
     }  # fmt: skip
     name, right, wrong = changes[kernel]
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc/cpu" / name
+    path = tmp_path / "csrc/cpu/kernels" / name
     text = path.read_text()
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong))
     program = tmp_path / "kernels_test"
-    sources = [tmp_path / "csrc/cpu/isa_scalar.cpp", tmp_path / "csrc/cpu/dispatch.cpp"]
+    sources = [tmp_path / "csrc/cpu/kernels/isa_scalar.cpp", tmp_path / "csrc/cpu/kernels/dispatch.cpp"]
     # Only the scalar table is built in: the others are declared, and defined away.
-    (tmp_path / "csrc/cpu/dispatch.cpp").write_text(
-        (tmp_path / "csrc/cpu/dispatch.cpp").read_text().replace("__x86_64__", "NOT_HERE")
+    (tmp_path / "csrc/cpu/kernels/dispatch.cpp").write_text(
+        (tmp_path / "csrc/cpu/kernels/dispatch.cpp").read_text().replace("__x86_64__", "NOT_HERE")
     )
     flags = [*FLAGS[:-1], str(tmp_path / "csrc"), "-w"]
     test = Path(__file__).parent / "kernels_test.cpp"

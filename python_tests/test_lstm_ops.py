@@ -44,11 +44,11 @@ def run(function, case, dtype, reverse=False, numbers=None):
 
 
 def ours(inputs):
-    return ops.lstm(**inputs)
+    return ops.recurrent(**inputs)
 
 
 def by_reference(inputs):
-    return reference.lstm(**inputs)
+    return reference.recurrent(**inputs)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -75,7 +75,7 @@ def test_activations_are_right_to_a_few_ulp(isa, dtype, name):
     zeros, w_ih = torch.zeros(len(x), 1, dtype=dtype), torch.zeros(4, 1, dtype=dtype)
     gate = 3 if name == "sigmoid" else 2
     w_ih[gate] = 1
-    *_, gates, _ = torch.ops.iss_kernels.lstm_forward(
+    *_, gates, _ = torch.ops.iss_kernels.recurrent_forward(
         x.view(1, -1, 1), None, zeros, zeros, w_ih, torch.zeros(4, 1, dtype=dtype), None, None,
         None, False, True,
     )  # fmt: skip
@@ -106,7 +106,7 @@ def test_gradcheck_and_gradgradcheck(isa, case):
     leaves = [inputs[k].requires_grad_() for k in names]
 
     def function(*tensors):
-        return ops.lstm(**(inputs | dict(zip(names, tensors, strict=True))))
+        return ops.recurrent(**(inputs | dict(zip(names, tensors, strict=True))))
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
@@ -116,7 +116,7 @@ class Asked(TorchDispatchMode):
     """Remembers need_dx, need_dh0 and need_dw of the last lstm_backward."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.iss_kernels.lstm_backward.default:
+        if func is torch.ops.iss_kernels.recurrent_backward.default:
             self.needed = args[-3:]
         return func(*args, **(kwargs or {}))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of tensors that are gone is used again (csrc/cpu/memory.h)."""
+"""Memory of tensors that are gone is used again (csrc/memory.h)."""
 
 import random
 import subprocess
@@ -119,7 +119,7 @@ call = lambda x: lstm(x)[0]
     "steps of no rows": """
 lstm = ISSLSTM(1, 1)
 small, large = torch.randn(8, 4, 1), torch.empty(2**28, 0, 1)
-call = lambda x: ops.lstm(x, None, x.new_zeros(x.shape[1], 1), x.new_zeros(x.shape[1], 1),
+call = lambda x: ops.recurrent(x, None, x.new_zeros(x.shape[1], 1), x.new_zeros(x.shape[1], 1),
                           *lstm._parameters.values(), None, False)[0].detach()
 """,
     "group norms": """

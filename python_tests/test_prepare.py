@@ -635,7 +635,7 @@ def test_a_dispatch_mode_sees_the_ops():
     with Seen():
         for args in ((X,), (X, (torch.zeros(1, 2, 4),) * 2)):
             prepared(*args)
-            assert torch.ops.iss_kernels.lstm_forward.default in seen
+            assert torch.ops.iss_kernels.recurrent_forward.default in seen
             seen.clear()
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 
 
 def torch_lstm(inputs):
-    """nn.LSTM over the same arguments as reference.lstm; a reverse pass by flipping time."""
+    """nn.LSTM over the same arguments as reference.recurrent; a reverse pass by flipping time."""
     x, batch_sizes = inputs["x"], inputs["batch_sizes"]
     w = [inputs[k] for k in ("w_ih", "w_hh", "b_ih", "b_hh")]
     projected = inputs["w_hr"] is not None
@@ -52,7 +52,7 @@ def test_reference_is_nn_lstm_with_its_gradients(case, reverse):
     for tensor in inputs.values():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             tensor.requires_grad_()
-    ours, torchs = reference.lstm(**inputs), torch_lstm(inputs)
+    ours, torchs = reference.recurrent(**inputs), torch_lstm(inputs)
     for a, b in zip(ours, torchs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for a, b in zip(gradients(ours, inputs), gradients(torchs, inputs), strict=True):
@@ -61,7 +61,7 @@ def test_reference_is_nn_lstm_with_its_gradients(case, reverse):
 
 def test_no_steps_return_the_initial_state():
     inputs = make_inputs(next(c for c in CASES if c.name == "no_steps"), torch.float64)
-    y, h_n, c_n = reference.lstm(**inputs)
+    y, h_n, c_n = reference.recurrent(**inputs)
     assert y.shape == (0, 3, 5)
     assert torch.equal(h_n, inputs["h0"]) and torch.equal(c_n, inputs["c0"])
 

@@ -37,25 +37,25 @@ def require_grad(inputs):
     return inputs
 
 
-def check_lstm_forward():
+def check_recurrent_forward():
     for inputs in lstm_samples():
-        opcheck(lib.lstm_forward, (*require_grad(list(inputs.values())), True))
-        opcheck(lib.lstm_forward, (*make_inputs(CASES[0], torch.float32).values(), False))
+        opcheck(lib.recurrent_forward, (*require_grad(list(inputs.values())), True))
+        opcheck(lib.recurrent_forward, (*make_inputs(CASES[0], torch.float32).values(), False))
 
 
-def check_lstm_backward():
+def check_recurrent_backward():
     for inputs in lstm_samples():
         *tensors, reverse = inputs.values()
-        outputs = lib.lstm_forward(*inputs.values(), True)
+        outputs = lib.recurrent_forward(*inputs.values(), True)
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
         arguments = [*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True, True]
-        opcheck(lib.lstm_backward, arguments)
+        opcheck(lib.recurrent_backward, arguments)
         for needed in itertools.product((True, False), repeat=3):
-            opcheck(lib.lstm_backward, (*arguments[:-3], *needed))
+            opcheck(lib.recurrent_backward, (*arguments[:-3], *needed))
         # The second derivative runs the reference, whose steps over a packed batch depend on data:
         # eager mode has it (gradgradcheck in test_lstm_ops.py), a traced graph cannot.
         if inputs["x"].shape[:2] == (2, 1):
-            opcheck(lib.lstm_backward, require_grad(arguments))
+            opcheck(lib.recurrent_backward, require_grad(arguments))
 
 
 def check_group_norms_forward():
@@ -223,7 +223,7 @@ def test_a_gradient_without_saved_gates_computes_them_again():
     results = []
     for save in (True, False):
         inputs = list(make_inputs(Case("small", 3, 2, 2, 5, P=3), torch.float64).values())
-        outputs = lib.lstm_forward(*require_grad(inputs), save)
+        outputs = lib.recurrent_forward(*require_grad(inputs), save)
         (outputs[0].sum() + outputs[2].square().sum()).backward()
         results.append([t.grad for t in inputs if torch.is_tensor(t)])
     assert all(map(torch.equal, *results))
@@ -232,7 +232,7 @@ def test_a_gradient_without_saved_gates_computes_them_again():
 def arguments_of(name):
     """What opcheck was given for a differentiable op, as keyword arguments."""
     inputs = make_inputs(Case("packed", 2, 2, 2, 3, P=2, batch_sizes=(2, 1)), torch.float64)
-    outputs = lib.lstm_forward(*inputs.values(), True)
+    outputs = lib.recurrent_forward(*inputs.values(), True)
     saved = dict(zip(("y", "h_n", "c_n", "gates", "cells"), outputs, strict=True))
     weights, rows, columns = group_sample()
     lists = dict(weights=weights, row_units=rows, column_units=columns)

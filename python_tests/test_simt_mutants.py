@@ -49,10 +49,10 @@ def lstm(tier, dtype, batch, steps):
         w_ih, w_hh = torch.randn(4 * hidden, 3).to(dtype), torch.randn(4 * hidden, hidden).to(dtype)
         ops = torch.ops.iss_kernels
         weights = w_ih, w_hh, None, None, None
-        y, h_n, c_n, gates, cells = ops.lstm_forward(x, None, h0, c0, *weights, False, True)
+        y, h_n, c_n, gates, cells = ops.recurrent_forward(x, None, h0, c0, *weights, False, True)
         d = [torch.randn_like(t) for t in (y, h_n, c_n)]
         gpu.pretend(small_gpu(tier, hidden, batch, dtype, steps, backward=True))
-        ops.lstm_backward(*d, x, None, h0, c0, *weights, y, gates, cells, False, True, True, True)
+        ops.recurrent_backward(*d, x, None, h0, c0, *weights, y, gates, cells, False, True, True, True)
 
     return run
 

@@ -52,9 +52,9 @@ def test_outputs_and_gradients_are_the_references(numbers):
     @given(cases(), st.booleans(), BIASES, st.sampled_from(supported_isas()))
     def check(case, reverse, biases, isa):
         with use_isa(isa):
-            result = run(without(biases, ops.lstm), case, numbers, reverse, numbers)
+            result = run(without(biases, ops.recurrent), case, numbers, reverse, numbers)
         same, truth = (
-            run(without(biases, reference.lstm), case, dtype, reverse, numbers)
+            run(without(biases, reference.recurrent), case, dtype, reverse, numbers)
             for dtype in (numbers, torch.float64)
         )
         # This looks for mistakes; how exact the kernels are, test_lstm_ops.py holds. Sums over all
@@ -79,7 +79,7 @@ def test_bits_are_the_same_again_and_outputs_on_any_number_of_threads(dtype, two
         results = []
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            results.append(run(without(biases, ops.lstm), case, dtype, reverse))
+            results.append(run(without(biases, ops.recurrent), case, dtype, reverse))
         one, *two = results
         assert all(all(map(torch.equal, one, other)) for other in two)
 

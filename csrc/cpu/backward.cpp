@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "cpu/plan.h"
-#include "cpu/products.h"
-#include "cpu/stack.h"
+#include "cpu/weight_gradients.h"
+#include "cpu/recurrence.h"
 
 namespace iss {
 namespace {

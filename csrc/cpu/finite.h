@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "lstm.h"
+#include "cpu/kernels/args.h"
 
 namespace iss {
 

@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/memory.h"
+#include "cpu/kernels/table.h"
+#include "memory.h"
 #include "cpu/team.h"
 #include "host.h"
 

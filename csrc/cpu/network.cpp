@@ -10,9 +10,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/kernels.h"
-#include "cpu/locks.h"
-#include "cpu/memory.h"
+#include "cpu/kernels/table.h"
+#include "locks.h"
+#include "memory.h"
 #include "cpu/team.h"
 
 namespace iss {

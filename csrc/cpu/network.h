@@ -10,8 +10,8 @@
 #include <variant>
 #include <vector>
 
-#include "cpu/locks.h"
-#include "cpu/stack.h"
+#include "locks.h"
+#include "cpu/recurrence.h"
 
 namespace iss {
 

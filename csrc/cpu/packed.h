@@ -4,7 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "lstm.h"
+#include "cpu/kernels/args.h"
 
 namespace iss {
 

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/stack.h"
+#include "cpu/kernels/table.h"
+#include "cpu/recurrence.h"
 #include "cpu/team.h"
 
 namespace iss {

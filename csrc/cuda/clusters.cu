@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How many clusters a device holds at once: it tells of a kernel alone, so there is one to ask
 // about. Each block takes a multiprocessor for itself, as those of a resident LSTM may.
-#include "cuda/kernels.h"
+#include "cuda/launches.h"
 #include "cuda/tile.h"
 #include "simt/simt.h"
 

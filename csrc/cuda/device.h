@@ -13,10 +13,10 @@
 #include <optional>
 #include <string>
 
-#include "cuda/kernels.h"
+#include "cuda/launches.h"
 #include "cuda/plan.h"
 #include "library.h"
-#include "lstm.h"
+#include "types.h"
 
 #ifdef SIMT_HOST
 #include "simt/control.h"

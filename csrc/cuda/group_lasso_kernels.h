@@ -6,10 +6,10 @@
 
 #include <cstdint>
 
-#include "cuda/kernels.h"
+#include "cuda/launches.h"
 #include "cuda/tile.h"
 #include "group_lasso.h"
-#include "lstm.h"
+#include "types.h"
 
 namespace iss {
 

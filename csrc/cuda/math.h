@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/kernels.h"
-#include "lstm.h"
+#include "cuda/launches.h"
+#include "types.h"
 #include "simt/simt.h"
 
 #ifdef __CUDACC__

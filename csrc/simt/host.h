@@ -12,7 +12,7 @@
 #include <source_location>
 #include <type_traits>
 
-#include "lstm.h"
+#include "types.h"
 #include "simt/control.h"
 
 #ifndef SIMT_ARCH

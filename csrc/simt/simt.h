@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "lstm.h"
+#include "types.h"
 
 #ifndef __CUDACC__
 #include "simt/host.h"

@@ -202,7 +202,7 @@ def build(name, kernels, host_files=(), checked=False, flags=()):
 @functools.cache
 def simulator(variant):
     """-> Simulator of the package's kernels, "plain" or "check"."""
-    shared = [ROOT / f"csrc/{name}.cpp" for name in ("library", "cpu/memory", "cpu/locks")]
+    shared = [ROOT / f"csrc/{name}.cpp" for name in ("library", "memory", "locks")]
     host_files = [*shared, *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
     checked = variant == "check"
     flags = [f"-DISS_NAMESPACE={NAMESPACES[variant]}"]

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "cpu/memory.h"
+#include "memory.h"
 
 namespace iss {
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-#include "cpu/locks.h"
+#include "locks.h"
 
 #include <pthread.h>
 

@@ -7,19 +7,9 @@
 
 #include <cstdint>
 
-namespace iss {
+#include "types.h"
 
-// How the elements of a packed matrix are stored: as T, or smaller and widened as they are loaded.
-// kInt8 has one scale per column, and the rows that it multiplies are quantised on the fly to 8
-// bits; kInt8Fine is packed as kInt8, and rows whose elements differ widely in size are quantised
-// in two terms, to some 15 bits. All but kSame go with T = float.
-enum class Format { kSame, kFloat16, kBfloat16, kInt8, kInt8Fine };
-struct Float16 {
-  uint16_t bits;
-};
-struct Bfloat16 {
-  uint16_t bits;
-};
+namespace iss {
 
 // Panels [begin, end) of a packed matrix: a thread's share of the columns or units. A kernel may
 // take them the other way round, `backwards`.

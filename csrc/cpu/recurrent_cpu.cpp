@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// lstm_forward and lstm_backward on the CPU. bfloat16 computes in float32: activations are widened
+// recurrent_forward and recurrent_backward on the CPU. bfloat16 computes in float32: activations are widened
 // at the door, weights as they are loaded.
 
 #include <ATen/Dispatch.h>
@@ -16,10 +16,10 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
-#include "cpu/memory.h"
-#include "cpu/products.h"
-#include "cpu/stack.h"
+#include "cpu/kernels/table.h"
+#include "memory.h"
+#include "cpu/weight_gradients.h"
+#include "cpu/recurrence.h"
 #include "cpu/team.h"
 #include "host.h"
 
@@ -41,12 +41,17 @@ Tensor copied(const Tensor& t) {
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
-    const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0,
-    const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+ForwardResult recurrent_forward_cpu(
+    std::string_view name, const Tensor& x, const OptionalTensor& batch_sizes,
+    const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih,
+    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, bool reverse, bool save) {
   const NoAutocast no_autocast;
-  check_lstm("lstm_forward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
+  const auto [cell, op] = check_cell(name, "forward");
+  check_recurrent(op.c_str(), cell,
+                  {name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr});
+  TORCH_CHECK(cell.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
+  const Tensor c0 = *c_0;
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
 
@@ -104,17 +109,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cpu(
   return {y.to(dtype), h_n.to(dtype), c_n.to(dtype), gates, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward_cpu(
-    const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n, const Tensor& x,
-    const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
-    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
+BackwardResult recurrent_backward_cpu(
+    const Tensor& dy, const Tensor& dh_n, const OptionalTensor& dc_last, std::string_view name,
+    const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+    const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih, const Tensor& w_hh,
+    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+    const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, bool need_dx,
+    bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
-  check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
+  const auto [cell_spec, op] = check_cell(name, "backward");
+  const Inputs inputs{name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr};
+  check_recurrent(op.c_str(), cell_spec, inputs);
+  check_recurrent_backward(op.c_str(), cell_spec, inputs, y, gates, cells, dy, dh_n, dc_last);
+  TORCH_CHECK(cell_spec.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
+  const Tensor c0 = *c_0, dc_n = *dc_last;
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
-  check_lstm_backward("lstm_backward", x, h0, c0, y, gates, cells, dy, dh_n, dc_n);
 
   const auto dtype = x.scalar_type(), wide = wide_type(dtype);
   const Tensor outputs = widened(y), douts = widened(dy), rows = widened(x);
@@ -216,12 +226,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
     return t.defined() ? t.to(dtype) : at::empty({0}, x.options());
   };
   return {or_empty(dx),    or_empty(dh0), dc.to(dtype),   or_empty(dw_ih),
-          or_empty(dw_hh), or_empty(db),  or_empty(dw_hr)};
+          or_empty(dw_hh), or_empty(db), at::empty({0}, x.options()), or_empty(dw_hr)};
 }
 
 TORCH_LIBRARY_IMPL(iss_kernels, CPU, library) {
-  library.impl("lstm_forward", &lstm_forward_cpu);
-  library.impl("lstm_backward", &lstm_backward_cpu);
+  library.impl("recurrent_forward", &recurrent_forward_cpu);
+  library.impl("recurrent_backward", &recurrent_backward_cpu);
 }
 
 }  // namespace

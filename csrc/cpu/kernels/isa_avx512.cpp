@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/kernels.h"
-#include "cpu/target.h"
+#include "cpu/kernels/table.h"
+#include "cpu/kernels/target.h"
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -13,12 +13,16 @@
 ISS_TARGET_BEGIN("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 namespace iss {
 namespace {
-#include "cpu/vec_avx512-inl.h"
-#include "cpu/math-inl.h"
-#include "cpu/matmul-inl.h"
-#include "cpu/lstm_step-inl.h"
-#include "cpu/group_lasso-inl.h"
-#include "cpu/table-inl.h"
+#include "cpu/kernels/vec_avx512-inl.h"
+#include "cpu/kernels/math-inl.h"
+#include "cpu/kernels/tile-inl.h"
+#include "cpu/kernels/operand_float-inl.h"
+#include "cpu/kernels/operand_int8-inl.h"
+#include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/matmul-inl.h"
+#include "cpu/kernels/step-inl.h"
+#include "cpu/kernels/group_lasso-inl.h"
+#include "cpu/kernels/table-inl.h"
 }  // namespace
 ISS_TARGET_END
 

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "group_lasso.h"
-#include "lstm.h"
+#include "cpu/kernels/args.h"
 
 namespace iss {
 

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "cpu/kernels.h"
+#include "cpu/kernels/table.h"
 
 namespace iss {
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "cpu/finite.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/table.h"
 #include "cpu/packed.h"
-#include "cpu/stack.h"
+#include "cpu/recurrence.h"
 #include "cpu/team.h"
 
 namespace iss {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-#include "cpu/memory.h"
+#include "memory.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
@@ -18,7 +18,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "cpu/locks.h"
+#include "locks.h"
 
 namespace iss {
 namespace {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
-#include "cpu/stack.h"
+#include "cpu/recurrence.h"
 
 #include <atomic>
 #include <cstring>
 #include <memory>
 #include <type_traits>
 
-#include "cpu/kernels.h"
-#include "cpu/memory.h"
+#include "cpu/kernels/table.h"
+#include "memory.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
 

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/memory.h"
+#include "memory.h"
 #include "cpu/packed.h"
-#include "cpu/sequence.h"
+#include "sequence.h"
 
 namespace iss {
 

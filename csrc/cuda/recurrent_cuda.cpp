@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// lstm_forward, lstm_backward and lstm_step_ on CUDA. The products with w_ih, and those that make
+// recurrent_forward, recurrent_backward and lstm_step_ on CUDA. The products with w_ih, and those that make
 // the gradients of weights, are torch's GEMMs, one each for all steps; what happens from step to
 // step is one kernel (plan.h), or for Tier::kSteps a GEMM and a fused cell per step. A single step
 // of few rows is one launch with both products in it, that of lstm_step_. Nothing here waits for
@@ -21,9 +21,9 @@
 
 #include "checks.h"
 #include "cuda/device.h"
-#include "cuda/kernels.h"
+#include "cuda/launches.h"
 #include "host.h"
-#include "lstm.h"
+#include "cpu/kernels/args.h"
 
 namespace iss {
 namespace {
@@ -265,12 +265,17 @@ void backward_by_steps(const Sequence& sequence, const Tensor& w_hh, const Optio
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cuda(
-    const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0,
-    const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+ForwardResult recurrent_forward_cuda(
+    std::string_view name, const Tensor& x, const OptionalTensor& batch_sizes,
+    const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih,
+    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
     const OptionalTensor& w_hr, bool reverse, bool save) {
   const NoAutocast no_autocast;
-  check_lstm("lstm_forward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
+  const auto [cell, op] = check_cell(name, "forward");
+  check_recurrent(op.c_str(), cell,
+                  {name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr});
+  TORCH_CHECK(cell.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
+  const Tensor c0 = *c_0;
   const DeviceGuard guard(x.device());
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
@@ -332,15 +337,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward_cuda(
   return {y, h_n, c_n, gates, cells};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward_cuda(
-    const Tensor& dy, const Tensor& dh_n, const Tensor& dc_n, const Tensor& x,
-    const OptionalTensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
-    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
+BackwardResult recurrent_backward_cuda(
+    const Tensor& dy, const Tensor& dh_n, const OptionalTensor& dc_last, std::string_view name,
+    const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+    const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih, const Tensor& w_hh,
+    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+    const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, bool need_dx,
+    bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
-  check_lstm("lstm_backward", x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr);
-  check_lstm_backward("lstm_backward", x, h0, c0, y, gates, cells, dy, dh_n, dc_n);
+  const auto [cell_spec, op] = check_cell(name, "backward");
+  const Inputs inputs{name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr};
+  check_recurrent(op.c_str(), cell_spec, inputs);
+  check_recurrent_backward(op.c_str(), cell_spec, inputs, y, gates, cells, dy, dh_n, dc_last);
+  TORCH_CHECK(cell_spec.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
+  const Tensor c0 = *c_0, dc_n = *dc_last;
   const DeviceGuard guard(x.device());
   const int64_t hidden = c0.size(1), output = h0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
@@ -393,14 +403,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward
   const auto none = [&] { return at::empty({0}, options); };
   const Tensor dx = need_dx ? at::mm(dgates, w_ih).view(x.sizes()) : none();
   if (!need_dh0) dh = none();
-  if (!need_dw) return {dx, dh, dc, none(), none(), none(), none()};
+  if (!need_dw) return {dx, dh, dc, none(), none(), none(), none(), none()};
   const Tensor by_gate = dgates.t();
   const Tensor before = outputs_before(sequence, !batch_sizes, outputs, h_first, reverse);
   const Tensor dw_hr =
       w_hr ? at::mm(douts.t(),
                     (saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh()).to(dtype))
            : none();
-  return {dx, dh, dc, at::mm(by_gate, rows), at::mm(by_gate, before), dgates.sum(0), dw_hr};
+  return {dx, dh, dc, at::mm(by_gate, rows), at::mm(by_gate, before), dgates.sum(0), none(), dw_hr};
 }
 
 template <typename T, typename W>
@@ -429,8 +439,8 @@ void lstm_step_cuda_(const Tensor& x, const Tensor& h, const Tensor& c, const Te
 }
 
 TORCH_LIBRARY_IMPL(ISS_NAMESPACE, ISS_DEVICE, library) {
-  library.impl("lstm_forward", &lstm_forward_cuda);
-  library.impl("lstm_backward", &lstm_backward_cuda);
+  library.impl("recurrent_forward", &recurrent_forward_cuda);
+  library.impl("recurrent_backward", &recurrent_backward_cuda);
   library.impl("lstm_step_", &lstm_step_cuda_);
 }
 

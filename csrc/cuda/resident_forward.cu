@@ -10,7 +10,7 @@
 // arithmetic; then the cells and the exchange. In a small layer all of these are short and what
 // counts is the chain of instructions from one h to the next: what need not be in it, addresses,
 // the results for memory, the loads for the next step, stands between arrive() and wait().
-#include "cuda/sequence.h"
+#include "cuda/resident.h"
 
 namespace iss {
 namespace {

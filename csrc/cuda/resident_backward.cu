@@ -11,7 +11,7 @@
 // A step costs what a step forward does, and one more barrier within the block. The gates'
 // gradients go to memory after arrive(), from shared memory, where they are operands: with TF32
 // they keep 10 bits, as any product with them would.
-#include "cuda/sequence.h"
+#include "cuda/resident.h"
 
 namespace iss {
 namespace {

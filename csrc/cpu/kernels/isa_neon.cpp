@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/kernels.h"
+#include "cpu/kernels/table.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -7,12 +7,16 @@
 namespace iss {
 namespace {
 // Every aarch64 CPU has NEON: no target region.
-#include "cpu/vec_neon-inl.h"
-#include "cpu/math-inl.h"
-#include "cpu/matmul-inl.h"
-#include "cpu/lstm_step-inl.h"
-#include "cpu/group_lasso-inl.h"
-#include "cpu/table-inl.h"
+#include "cpu/kernels/vec_neon-inl.h"
+#include "cpu/kernels/math-inl.h"
+#include "cpu/kernels/tile-inl.h"
+#include "cpu/kernels/operand_float-inl.h"
+#include "cpu/kernels/operand_int8-inl.h"
+#include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/matmul-inl.h"
+#include "cpu/kernels/step-inl.h"
+#include "cpu/kernels/group_lasso-inl.h"
+#include "cpu/kernels/table-inl.h"
 }  // namespace
 
 extern const CpuKernels kNeonKernels;

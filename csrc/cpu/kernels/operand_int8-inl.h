@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// A packed matrix of 8-bit integers, times rows that are quantised on the fly.
+
+// B in 8 bits with a scale per column, times rows quantised to 8 bits (7 on AVX2) with a scale
+// each; or to two such terms, of which the second holds what the first has rounded away. A row has
+// a second term only where its elements differ widely in size, so that small ones would be lost.
+// The sums of a term are integers: exact, in any order.
+struct Quantised {
+  using Activation = Dot::Activation;
+  static constexpr int64_t kColumns = kPanelColumns<float>;
+  // A larger element, also an infinite one, counts as this: gates saturate as they do for an
+  // infinite sum, where 0 * inf would be NaN.
+  static constexpr float kLargest = 0x1p127f;
+  // A row without a larger element counts as zeros: kLevels / smaller elements would overflow.
+  static constexpr float kSmallest = 0x1p-112f;
+  // A row has a second term where its largest element is on average so many times the size of those
+  // that are not zero, in powers of two; normal features stay below. With few elements it always
+  // has.
+  static constexpr float kWide = 3.5;
+  static constexpr int64_t kFew = 32;
+
+  int64_t rows, groups, terms;
+  const float* scales;  // [terms, rows]; the second is 0 for a row of one term
+  const Activation* a;  // [terms, rows, groups * kDepth]
+  const char* panels;
+
+  static constexpr int64_t panel_bytes(int64_t groups) {
+    return kColumns * (groups * Dot::kDepth + 8);
+  }
+
+  Quantised(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, int64_t terms,
+            const void* packed, void* scratch)
+      : rows(rows),
+        groups((k + Dot::kDepth - 1) / Dot::kDepth),
+        terms(terms),
+        panels(static_cast<const char*>(packed)) {
+    float* const row_scales = static_cast<float*>(scratch);
+    Activation* const activations = reinterpret_cast<Activation*>(row_scales + terms * rows);
+    scales = row_scales;
+    a = activations;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* const from = rows_of_a + r * stride;
+      // Of floats without their sign, the larger has the larger bits; NaN's are the largest.
+      uint32_t largest = 0, exponents = 0, count = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const uint32_t bits = std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu;
+        largest = std::max(largest, bits);
+        exponents += bits >> 23;
+        count += bits != 0;
+      }
+      const float size = std::bit_cast<float>(largest);
+      const float mean = static_cast<float>(exponents) / std::max(count, 1u);
+      const bool wide = terms == 2 && (k <= kFew || (largest >> 23) - mean > kWide);
+      const auto quantise = [&](float size, const auto& element) {
+        const float scale = size / Dot::kLevels;
+        const float inverse = size > kSmallest ? Dot::kLevels / size : 0;
+        const auto put = [&](int64_t term, float its_scale, const auto& steps) {
+          row_scales[term * rows + r] = its_scale;
+          Activation* const to = activations + (term * rows + r) * groups * Dot::kDepth;
+          // Adding 1.5 * 2^23 has left the rounded integer in the low bits.
+          for (int64_t i = 0; i < k; ++i)
+            to[i] = static_cast<Activation>(std::bit_cast<int32_t>(steps(i)) -
+                                            std::bit_cast<int32_t>(kShift) + Dot::kZero);
+          for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
+        };
+        put(0, scale, [&](int64_t i) { return element(i) * inverse + kShift; });
+        if (terms == 2) row_scales[rows + r] = 0;
+        if (!wide) return;
+        constexpr float kFiner = 2 * Dot::kLevels;  // the rest is at most half a step
+        put(1, scale / kFiner, [&](int64_t i) {
+          const float x = element(i), rounded = x * inverse + kShift - kShift;
+          return (x - rounded * scale) * (inverse * kFiner) + kShift;
+        });
+      };
+      if (size > kLargest)
+        quantise(kLargest, [&](int64_t i) { return std::clamp(from[i], -kLargest, kLargest); });
+      else
+        quantise(size, [&](int64_t i) { return from[i]; });
+    }
+  }
+
+  int row_panels() const { return Vec<float>::kRowPanels; }
+
+  int64_t block() const {
+    return int64_t{1} << 40;
+  }  // in one go: only its end turns sums to floats
+
+  template <int Rows, int Vectors>
+  __attribute__((noinline)) void multiply(int64_t row, int64_t panel, int64_t, int64_t,
+                                          float* sums) const {
+    constexpr int kLanes = Vec<float>::kLanes;
+    const int64_t steps = groups, bytes = panel_bytes(groups);
+    const int8_t* const weights = reinterpret_cast<const int8_t*>(panels + panel * bytes);
+    const auto* const tail =
+        reinterpret_cast<const float*>(weights + kColumns * steps * Dot::kDepth);
+    const auto of_vector = [&](const auto* at, int j) {
+      const int next = j / kPanelVectors, vector = j % kPanelVectors;
+      return reinterpret_cast<decltype(at)>(reinterpret_cast<const char*>(at) + next * bytes) +
+             vector * kLanes;
+    };
+    for (int64_t term = 0; term < terms; ++term) {
+      if (term == 1) {
+        bool wide = false;
+        for (int r = 0; r < Rows; ++r) wide |= scales[rows + row + r] != 0;
+        if (!wide) return;
+      }
+      const Activation* const x = a + (term * rows + row) * steps * Dot::kDepth;
+      const float* const x_scales = scales + term * rows + row;
+      Dot sum[Rows][Vectors];
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j)
+          sum[r][j] = Dot::load(reinterpret_cast<const int32_t*>(of_vector(tail + kColumns, j)));
+      for (int64_t i = 0; i < steps; ++i) {
+        const int8_t* const group = weights + i * kColumns * Dot::kDepth;
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) {
+          const int8_t* const at =
+              group + j / kPanelVectors * bytes + j % kPanelVectors * kLanes * Dot::kDepth;
+#pragma GCC unroll 16
+          for (int r = 0; r < Rows; ++r)
+            sum[r][j] = sum[r][j].plus(x + (r * steps + i) * Dot::kDepth, at);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) {
+          float* const to = sums + sum_at<float>(r, j);
+          const Vec<float> product = sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
+                                     Vec<float>::set(x_scales[r]);
+          (term == 0 ? product : product + Vec<float>::load(to)).store(to);
+        }
+    }
+  }
+
+ private:
+  static constexpr float kShift = 0x1.8p23f;
+};

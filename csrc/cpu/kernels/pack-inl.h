@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cuts a matrix into panels (PackArgs), and transposes one.
+
+// Calls visit(panel, slot, column) for each column of args.panels, -1 where there is none. Slot s
+// holds column first + s; with gates, gate s / n of unit first + s % n, where n is the number of
+// the panel's units: a vector's lanes, fewer in the last.
+template <typename T, typename Visit>
+inline void each_column(const PackArgs& args, const Visit& visit) {
+  constexpr int64_t kLanes = Vec<T>::kLanes;
+  const int64_t units = args.gates ? args.columns / kPanelVectors : args.columns;
+  const int64_t per_panel = args.gates ? kLanes : kPanelColumns<T>;
+  for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel)
+    for (int64_t slot = 0; slot < kPanelColumns<T>; ++slot) {
+      const int64_t first = panel * per_panel, count = std::min(per_panel, units - first);
+      const int64_t column =
+          args.gates ? slot / count * units + first + slot % count : first + slot;
+      visit(panel, slot, column < args.columns && slot < 4 * count ? column : -1);
+    }
+}
+
+// to[i * stride + s] = rows[s][i] for i < count and s < lanes. There are Vec::kLanes rows to read.
+inline void transpose_rows(const float* const* rows, int64_t lanes, int64_t count, int64_t stride,
+                           float* to) {
+  using V = Vec<float>;
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    V columns[4];
+    V::load_columns(rows, i, columns);
+    for (int64_t k = 0; k < 4; ++k) {
+      float* const at = to + (i + k) * stride;
+      lanes == V::kLanes ? columns[k].store(at) : columns[k].store(at, lanes);
+    }
+  }
+  for (; i < count; ++i)
+    for (int64_t s = 0; s < lanes; ++s) to[i * stride + s] = rows[s][i];
+}
+
+template <typename T, typename W>
+inline void pack_as(const PackArgs& args) {
+  // So many rows of a panel at a time that both they and the lines they come from stay in L1.
+  constexpr int64_t kRows = 64, kColumns = kPanelColumns<T>, kLanes = Vec<T>::kLanes;
+  static constexpr W kZeros[kRows] = {};
+  const W* from[kColumns];
+  int64_t to[kColumns];
+  each_column<T>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    from[slot] = column < 0 ? nullptr : static_cast<const W*>(args.b) + column * args.stride_column;
+    to[slot] = slot;
+    if constexpr (std::is_same_v<W, Bfloat16>) {  // two vectors interleaved: Vec::load_even
+      const int64_t vector = slot / kLanes, lane = slot % kLanes;
+      to[slot] = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
+    }
+    if (slot + 1 < kColumns) return;
+    // The panel's last column: all are known.
+    for (int64_t begin = 0; begin < args.k; begin += kRows) {
+      W* const rows = static_cast<W*>(args.packed) + (panel * args.k + begin) * kColumns;
+      const int64_t count = std::min(kRows, args.k - begin);
+      for (int64_t s = 0; s < kColumns; ++s) {
+        if constexpr (std::is_same_v<W, float>) {
+          if (args.stride_k == 1) {  // a vector of columns
+            const float* columns[kLanes];
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+              const float* const column = from[s + lane];
+              columns[lane] = column == nullptr ? kZeros : column + begin;
+              // The next kRows.
+              for (int64_t i = kRows; i < 2 * kRows; i += 16)
+                __builtin_prefetch(columns[lane] + i, 0, 2);
+            }
+            transpose_rows(columns, kLanes, count, kColumns, rows + s);
+            s += kLanes - 1;
+            continue;
+          }
+        }
+        for (int64_t i = 0; i < count; ++i)
+          rows[i * kColumns + to[s]] =
+              from[s] == nullptr ? W{} : from[s][(begin + i) * args.stride_k];
+      }
+    }
+  });
+}
+
+// B as it is, row by row: nothing to gather.
+template <typename T>
+inline void pack_rows(const PackArgs& args) {
+  constexpr int64_t kColumns = kPanelColumns<T>;
+  const T* const b = static_cast<const T*>(args.b);
+  for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel) {
+    const int64_t count = std::min(kColumns, args.columns - panel * kColumns);
+    T* to = static_cast<T*>(args.packed) + panel * args.k * kColumns;
+    for (int64_t i = 0; i < args.k; ++i, to += kColumns) {
+      std::copy_n(b + i * args.stride_k + panel * kColumns, count, to);
+      std::fill_n(to + count, kColumns - count, T(0));
+    }
+  }
+}
+
+inline void pack_int8(const PackArgs& args) {
+  const int64_t groups = (args.k + Dot::kDepth - 1) / Dot::kDepth;
+  each_column<float>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    char* const base = static_cast<char*>(args.packed) + panel * Quantised::panel_bytes(groups);
+    const int8_t* from = static_cast<const int8_t*>(args.b) + column * args.stride_column;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < groups * Dot::kDepth; ++i) {
+      const int8_t weight = column < 0 || i >= args.k ? 0 : from[i * args.stride_k];
+      base[(i / Dot::kDepth * Quantised::kColumns + slot) * Dot::kDepth + i % Dot::kDepth] = weight;
+      sum += weight;
+    }
+    float* const tail = reinterpret_cast<float*>(base + Quantised::kColumns * groups * Dot::kDepth);
+    tail[slot] = column < 0 ? 0 : args.scales[column];
+    reinterpret_cast<int32_t*>(tail + Quantised::kColumns)[slot] = -Dot::kZero * sum;
+  });
+}
+
+template <typename T>
+void pack(const PackArgs& args) {
+  switch (args.format) {
+    case Format::kSame:
+      return !args.gates && args.stride_column == 1 ? pack_rows<T>(args) : pack_as<T, T>(args);
+    case Format::kFloat16:
+      return pack_as<T, Float16>(args);
+    case Format::kBfloat16:
+      return pack_as<T, Bfloat16>(args);
+    case Format::kInt8:
+    case Format::kInt8Fine:
+      return pack_int8(args);
+  }
+}
+
+template <typename T>
+void transpose(const TransposeArgs<T>& args) {
+  using V = Vec<T>;
+  // A block that is a line wide and a line high at a time, down all rows, so that the lines which
+  // are written stay in L1 though they may fall into one set of it. The block below is asked for
+  // ahead.
+  constexpr int64_t kRows = 16, kColumns = 16;
+  static_assert(kColumns % V::kLanes == 0);
+  for (int64_t column = 0; column < args.columns; column += kColumns) {
+    const int64_t columns = std::min(kColumns, args.columns - column);
+    V sums[kColumns / V::kLanes];
+    for (V& sum : sums) sum = V::set(0);
+    for (int64_t row = 0; row < args.rows; row += kRows) {
+      const int64_t rows = std::min(kRows, args.rows - row);
+      const T* const from = args.from + row * args.from_stride + column;
+      T* const to = args.to + column * args.to_stride + row;
+      for (int64_t r = 0; r < rows; ++r)
+        __builtin_prefetch(from + (kRows + r) * args.from_stride, 0, 2);
+      if constexpr (std::is_same_v<T, float>)
+        for (int64_t r = 0; r < rows; r += V::kLanes) {
+          const float* lines[V::kLanes];
+          const int64_t lanes = std::min(V::kLanes, rows - r);
+          for (int64_t lane = 0; lane < V::kLanes; ++lane)
+            lines[lane] = from + (r + std::min(lane, lanes - 1)) * args.from_stride;
+          transpose_rows(lines, lanes, columns, args.to_stride, to + r);
+        }
+      else
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t c = 0; c < columns; ++c)
+            to[c * args.to_stride + r] = from[r * args.from_stride + c];
+      for (int64_t c = 0; c < columns; c += V::kLanes)
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* const at = from + r * args.from_stride + c;
+          V& sum = sums[c / V::kLanes];
+          sum = sum + (columns - c >= V::kLanes ? V::load(at) : V::load(at, columns - c));
+        }
+    }
+    for (int64_t c = 0; c < columns; c += V::kLanes) {
+      T* const to = args.sums + column + c;
+      const int64_t left = columns - c;
+      if (left >= V::kLanes)
+        (V::load(to) + sums[c / V::kLanes]).store(to);
+      else
+        (V::load(to, left) + sums[c / V::kLanes]).store(to, left);
+    }
+  }
+}

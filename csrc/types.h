@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// The types that kernels of all devices share, and the letters for shapes.
+//
+// T steps, B batch, I input size, H hidden size (of an LSTM: its cells), P output size (H, or
+// proj_size), G gates of a unit, N rows of a packed sequence (T * B of a padded one), n rows of one
+// kernel call, R and C rows and columns of a labelled weight. Row-major; sizes and strides count
+// elements.
+#pragma once
+
+#include <cstdint>
+
+namespace iss {
+
+// How the elements of a packed matrix are stored: as T, or smaller and widened as they are loaded.
+// kInt8 has one scale per column, and the rows that it multiplies are quantised on the fly to 8
+// bits; kInt8Fine is packed as kInt8, and rows whose elements differ widely in size are quantised
+// in two terms, to some 15 bits. All but kSame go with T = float.
+enum class Format { kSame, kFloat16, kBfloat16, kInt8, kInt8Fine };
+struct Float16 {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+}  // namespace iss

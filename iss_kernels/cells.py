@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: one row for each recurrent cell that there are kernels for.
+
+Everything that differs between cells, and that more than one file asks about, stands here. The
+equations are in reference.py (plain torch) and csrc/cells/ (kernels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the rest of the package knows of a cell.
+
+    name: what the ops take. gates: G, rows of w_ih and of each w_hh for one unit. states: names of
+    what goes from step to step, h first. saved_gates, saved_states: how many times [N, H] the
+    forward keeps for the gradient in its outputs `gates` and `cells`. projects: whether it may have
+    a w_hr. deep: whether w_hh and b_hh hold the micro-steps of a step one below the other.
+    bias_parts: whether b_ih and b_hh have gradients of their own.
+    """
+
+    name: str
+    gates: int
+    states: tuple[str, ...] = ("h",)
+    saved_gates: int = 0
+    saved_states: int = 0
+    projects: bool = False
+    deep: bool = False
+    bias_parts: bool = False
+
+    def letters(self, rows: str = "H") -> str:
+        """The rows of a weight, as error messages write them: "4H"."""
+        return rows if self.gates == 1 else f"{self.gates}{rows}"
+
+
+CELLS: dict[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        Cell("lstm", 4, states=("h", "c"), saved_gates=4, saved_states=1, projects=True),
+        Cell("gru", 3, saved_gates=3, saved_states=1, bias_parts=True),
+        Cell("rnn_tanh", 1),
+        Cell("rnn_relu", 1),
+    )
+}
+
+
+def cell_of(name: str) -> Cell:
+    """The row of a cell; ValueError for a name that is none of them."""
+    if name not in CELLS:
+        raise ValueError(f"expected cell to be one of {', '.join(CELLS)}, got {name!r}")
+    return CELLS[name]
+
+
+__all__: Sequence[str] = ("CELLS", "Cell", "cell_of")
