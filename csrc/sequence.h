@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which rows of the [N, ...] buffers belong to which step. A padded batch is a packed one whose
-// steps all have B rows: there is one path for both.
+// Which rows of the [N, ...] buffers belong to which step, and which of them begin anew there. A
+// padded batch is a packed one whose steps all have B rows: there is one path for both.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +19,7 @@ struct StepRange {
 struct Sequence {
   int64_t steps, batch, rows;
   Vector<int64_t> sizes, offsets;  // per step: how many rows of the batch still run; first row
+  const bool* resets = nullptr;    // [N] rows whose state is zero before their step; nullptr: none
 
   Sequence(Vector<int64_t> rows_by_step, int64_t batch)
       : steps(static_cast<int64_t>(rows_by_step.size())),
@@ -54,6 +55,20 @@ struct Sequence {
         before < 0 ? begin : std::clamp(sizes[before], begin, std::max(begin, end));
     if (begin < middle) visit(begin, middle - begin, offsets[now] + begin, offsets[before] + begin);
     if (middle < end) visit(middle, end - middle, offsets[now] + middle, int64_t{-1});
+  }
+
+  // Of the rows that each_piece visits, those whose state is zero before this step, in the order of
+  // the walk: a reverse one is cut between steps t and t - 1 where `resets` has step t. nullptr:
+  // none.
+  const bool* resets_before(int64_t row, int64_t previous, bool reverse) const {
+    if (resets == nullptr || (reverse && previous < 0)) return nullptr;
+    return resets + (reverse ? previous : row);
+  }
+
+  // The same before the step that follows the k-th, for row b of the batch and those after it.
+  const bool* resets_after(int64_t k, bool reverse, int64_t b) const {
+    if (resets == nullptr || k + 1 == steps) return nullptr;
+    return resets + offsets[step(reverse ? k : k + 1, reverse)] + b;
   }
 
   // The row of the last step that batch row b takes; -1 if there is none.

@@ -14,20 +14,21 @@ inline constexpr int kCellKinds = 4;
 struct CellSpec {
   std::string_view name;
   CellKind kind;
-  int gates;          // G: rows of w_ih and of each w_hh for one unit
-  bool has_c;         // a state c [B, H] beside h
-  int saved_gates;    // the forward keeps [N, saved_gates * H] and [N, saved_states * H]
-  int saved_states;   // for the gradient
-  bool projects;      // may have a w_hr [P, H]
-  bool deep;          // w_hh and b_hh hold the micro-steps of a step, one below the other
-  bool bias_parts;    // b_ih and b_hh have gradients of their own
+  int gates;        // G: rows of w_ih and of each w_hh for one unit
+  bool has_c;       // a state c [B, H] beside h
+  int saved_gates;  // the forward keeps [N, saved_gates * H] and [N, saved_states * H] for the
+  int saved_states;  // gradient
+  bool projects;    // may have a w_hr [P, H]
+  bool deep;        // w_hh and b_hh hold the micro-steps of a step, one below the other
+  bool bias_parts;  // inputs and recurrent products, and so b_ih and b_hh, differ in their gradients
+  bool carries_h;   // a part of the gradient of h goes to the step before without a product
 };
 
 inline constexpr CellSpec kCells[kCellKinds] = {
-    {"lstm", CellKind::kLstm, 4, true, 4, 1, true, false, false},
-    {"gru", CellKind::kGru, 3, false, 3, 1, false, false, true},
-    {"rnn_tanh", CellKind::kRnnTanh, 1, false, 0, 0, false, false, false},
-    {"rnn_relu", CellKind::kRnnRelu, 1, false, 0, 0, false, false, false},
+    {"lstm", CellKind::kLstm, 4, true, 4, 1, true, false, false, false},
+    {"gru", CellKind::kGru, 3, false, 3, 1, false, false, true, true},
+    {"rnn_tanh", CellKind::kRnnTanh, 1, false, 0, 0, false, false, false, false},
+    {"rnn_relu", CellKind::kRnnRelu, 1, false, 0, 0, false, false, false, false},
 };
 
 // nullptr for a name that is none of them.

@@ -25,15 +25,18 @@ Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
     const bool first = stack.empty();
     Layer& cells = stack.emplace_back();
     for (const CellWeights& w : layer) {
-      Cell cell{.input = w.w_ih.size(1),
-                .hidden = w.w_ih.size(0) / 4,
-                .output = w.w_hh.size(1),
-                .reverse = w.reverse,
-                .w_ih = pack(w.w_ih, {.transposed = true, .gates = false}, w.scale_ih),
-                .w_hh = pack(w.w_hh, {.transposed = true, .gates = true}, w.scale_hh),
-                .w_hr = w.w_hr ? pack(*w.w_hr, {.transposed = true, .gates = false}, w.scale_hr)
-                               : Matrix(),
-                .bias = w.bias.value_or(at::Tensor())};
+      const CellSpec& spec = kCells[0];
+      PackedCell cell{
+          .spec = &spec,
+          .input = w.w_ih.size(1),
+          .hidden = w.w_ih.size(0) / spec.gates,
+          .output = w.w_hh.size(1),
+          .reverse = w.reverse,
+          .w_ih = pack(w.w_ih, {.transposed = true}, w.scale_ih),
+          .w_hh = pack(w.w_hh, {.transposed = true, .gates = spec.gates}, w.scale_hh, true),
+          .w_hr = w.w_hr ? pack(*w.w_hr, {.transposed = true}, w.scale_hr) : Matrix(),
+          .bias = w.bias.value_or(at::Tensor()),
+          .product_bias = at::Tensor()};
       if (first && cell.w_ih.format == Format::kInt8) cell.w_ih.format = Format::kInt8Fine;
       cells.push_back(std::move(cell));
     }
@@ -45,7 +48,7 @@ Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
 template <typename T>
 CellState<T> in_place(void* h, void* c) {
   T* const h_data = static_cast<T*>(h);
-  return {.h0 = h_data, .c = static_cast<T*>(c), .h_n = h_data, .gates = nullptr, .cells = nullptr};
+  return {.h0 = h_data, .c = static_cast<T*>(c), .h_n = h_data, .inputs = nullptr, .gates = nullptr, .saved = nullptr};
 }
 
 float activated(int kind, float x, float parameter) {
@@ -179,7 +182,7 @@ void Stream::add(Stage stage, int64_t width) {
 void Stream::add_lstm(std::shared_ptr<const Network> network) {
   std::vector<CellState<float>> states;
   for (const Layer& layer : *network->stack())
-    for (const Cell& cell : layer) {
+    for (const PackedCell& cell : layer) {
       const auto& [h, c] =
           states_.emplace_back(floats(batch_, cell.output), floats(batch_, cell.hidden));
       states.push_back(in_place<float>(h.mutable_data_ptr(), c.mutable_data_ptr()));
@@ -215,11 +218,11 @@ void Stream::run(Lstm& lstm, const float* x, float* y, int64_t) {
 void Stream::run(Linear& linear, const float* x, float* y, int64_t columns) {
   const Kernels<float>& kernels = cpu_kernels().f32;
   if (linear.packed_for != &kernels) {
-    linear.packed = pack(linear.weight, {.transposed = true, .gates = false});
+    linear.packed = pack(linear.weight, {.transposed = true});
     linear.packed_for = &kernels;
   }
   const int64_t k = linear.weight.size(1);
-  const int64_t panels = kernels.panels(columns, false);
+  const int64_t panels = kernels.panels(columns);
   each_part(panels, batch_ * k * columns / std::max<int64_t>(1, panels),
             [&](int64_t begin, int64_t end) {
               kernels.matmul(

@@ -104,7 +104,7 @@ struct KeptPanels final : c10::BackendMeta {
     uint64_t fingerprint = 0;
     Matrix packed;
   };
-  Entry entries[2][2];  // by Layout::transposed and Layout::gates
+  Entry entries[2][5];  // by Layout::transposed and Layout::gates
 
   c10::intrusive_ptr<c10::BackendMeta> clone(
       const c10::intrusive_ptr<c10::BackendMeta>&) const override {
@@ -130,15 +130,14 @@ Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales, b
   const PackArgs args = pack_args(weight, layout, scales);
   Matrix result =
       weight.scalar_type() == at::kDouble ? pack_as<double>(args) : pack_as<float>(args);
-  result.finite = look && layout.gates && is_finite(weight, scales);
+  result.finite = look && is_finite(weight, scales);
   return result;
 }
 
 template <typename T>
 void pack_all(const PackArgs& weight) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t panels =
-      kernels.panels(weight.gates ? weight.columns / 4 : weight.columns, weight.gates);
+  const int64_t panels = kernels.panels(weight.columns / weight.gates, weight.gates);
   if (panels == 0 || weight.k == 0) return;
   constexpr int64_t kMultiplies = 16;  // what takes as long as one element does
   each_part(panels, kMultiplies * weight.k * weight.columns / panels,
@@ -151,7 +150,7 @@ void pack_all(const PackArgs& weight) {
 template void pack_all<float>(const PackArgs&);
 template void pack_all<double>(const PackArgs&);
 
-Matrix pack_once(const at::Tensor& weight, Layout layout) {
+Matrix pack_once(const at::Tensor& weight, Layout layout, bool look) {
   const uint64_t now = fingerprint(weight);
   c10::TensorImpl* const tensor = weight.unsafeGetTensorImpl();
   const auto kept = [&]() -> KeptPanels::Entry* {
@@ -165,7 +164,7 @@ Matrix pack_once(const at::Tensor& weight, Layout layout) {
         entry->dtype == weight.scalar_type() && entry->fingerprint == now)
       return entry->packed;
   }
-  const Matrix result = pack(weight, layout);
+  const Matrix result = pack(weight, layout, {}, look);
   KeptPanels::Entry entry{&cpu_kernels(), weight.scalar_type(), now, result};
   {
     const std::lock_guard lock(process_mutex());

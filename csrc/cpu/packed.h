@@ -8,9 +8,11 @@
 
 namespace iss {
 
-// How a weight is read: as B = weight [K, columns], or as B = weight.T for a weight [columns, K].
+// How a weight is read: as B = weight [K, columns], or as B = weight.T for a weight [columns, K];
+// gates: as in PackArgs.
 struct Layout {
-  bool transposed, gates;
+  bool transposed;
+  int gates = 1;
   bool operator==(const Layout&) const = default;
 };
 
@@ -18,7 +20,7 @@ struct Layout {
 struct Matrix {
   at::Tensor panels;
   Format format = Format::kSame;
-  bool finite = false;  // no value is inf or NaN; known of weights packed with gates
+  bool finite = false;  // no value is inf or NaN; looked at where it is asked for
 
   Packed view() const { return {format, panels.const_data_ptr()}; }
 };
@@ -30,13 +32,13 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
 
 // Packs all of it, for this call or to be kept. Matrix::finite is left false without `look`.
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {},
-            bool look = true);
+            bool look = false);
 
 // The same, kept in the tensor itself and found again while it has the same values; panels go with
 // their tensor. What decides is a fingerprint of all values, taken on every call, and not the
 // tensor's version: writing through .data, a NumPy view or shared memory changes a weight without
 // changing its version.
-Matrix pack_once(const at::Tensor& weight, Layout layout);
+Matrix pack_once(const at::Tensor& weight, Layout layout, bool look = false);
 
 // Packs all panels, to weight.packed. T: what kernels compute in.
 template <typename T>

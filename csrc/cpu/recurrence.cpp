@@ -2,15 +2,19 @@
 
 #include "cpu/recurrence.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/util/SmallVector.h>
+
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <type_traits>
 
 #include "cpu/kernels/table.h"
-#include "memory.h"
 #include "cpu/plan.h"
+#include "cpu/share.h"
 #include "cpu/team.h"
+#include "memory.h"
 
 namespace iss {
 namespace {
@@ -28,24 +32,25 @@ void copy_rows(const T* from, int64_t rows, int64_t from_stride, int64_t columns
 // A cell at work: where it reads and writes.
 template <typename T>
 struct Job {
-  const Cell& cell;
+  const PackedCell& cell;
   const CellState<T>& state;
   const Sequence& sequence;
   const T* x;  // [N, I]
   T* y;        // [N, P], y_stride elements from row to row
   int64_t y_stride;
   int64_t chunk;   // steps whose inputs are projected together
-  T* gates_x;      // [rows of a chunk, 4H]; unused when training
+  T* inputs;       // [rows of a chunk, G H]; unused where CellState has them
   T* unprojected;  // [B, H] with a projection
+  const T* zeros;  // [P], what resets make of h; needed where w_hh is not finite
 };
 
-// gates_x = x @ w_ih.T + bias for `rows` rows from `row`: [rows, I] -> [rows, 4H].
+// inputs = x @ w_ih.T + bias for `rows` rows from `row`: [rows, I] -> [rows, G H].
 template <typename T>
-void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T* gates_x,
+void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T* inputs,
              void* scratch) {
-  const Cell& cell = job.cell;
+  const PackedCell& cell = job.cell;
   if (!cell.w_ih.panels.defined()) return;
-  const int64_t columns = 4 * cell.hidden;
+  const int64_t columns = cell.gates();
   for (int64_t first = 0; first < rows; first += kBlockRows)
     cpu_kernels().of<T>().matmul(
         {.rows = std::min(kBlockRows, rows - first),
@@ -57,9 +62,46 @@ void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T*
          .b = cell.w_ih.view(),
          .bias = cell.bias.defined() ? cell.bias.const_data_ptr<T>() : nullptr,
          .accumulate = false,
-         .out = gates_x + first * columns,
+         .out = inputs + first * columns,
          .out_stride = columns,
          .scratch = scratch});
+}
+
+// The product of a step and the cell that finishes it, for rows of the batch that come from the
+// same step (Sequence::each_piece).
+template <typename T>
+void take_step(const Job<T>& job, StepArgs<T> args, int64_t b, int64_t row, int64_t previous) {
+  const auto& step = cpu_kernels().of<T>().of(job.cell.spec->kind).step;
+  const int64_t output = job.cell.output;
+  const bool is_first = previous < 0;
+  args.h_prev = is_first ? job.state.h0 + b * output : job.y + previous * job.y_stride;
+  args.h_prev_stride = is_first ? output : job.y_stride;
+  if (!job.cell.spec->has_c) args.before = args.h_prev, args.before_stride = args.h_prev_stride;
+  args.resets = job.sequence.resets_before(row, previous, job.cell.reverse);
+  const bool product = !is_first || !job.cell.w_hh.finite ||
+                       !all_zero(job.state.h0 + b * output, args.rows * output);
+  if (product) args.k = output, args.w_hh = job.cell.w_hh.view();
+  if (args.resets == nullptr || job.cell.w_hh.finite) return step(args);
+  // The product of zeros with what is not finite is no zero: each run of rows goes by itself.
+  for (int64_t end = 0, rows = args.rows; end < rows;) {
+    const int64_t begin = end;
+    const bool reset = args.resets[begin];
+    while (end < rows && args.resets[end] == reset) ++end;
+    StepArgs<T> run = args;
+    run.rows = end - begin;
+    run.h_prev = reset ? job.zeros : args.h_prev + begin * args.h_prev_stride;
+    run.h_prev_stride = reset ? 0 : args.h_prev_stride;
+    run.before = args.before + begin * args.before_stride;
+    if (reset && !job.cell.spec->has_c) run.before = run.h_prev, run.before_stride = 0;
+    if (reset && job.cell.spec->has_c) run.before = job.zeros, run.before_stride = 0;
+    run.resets = nullptr;
+    run.inputs += begin * args.inputs_stride;
+    if (run.c) run.c += begin * args.hidden;
+    run.h += begin * args.h_stride;
+    if (run.gates) run.gates += begin * args.gates_stride;
+    if (run.saved) run.saved += begin * args.hidden;
+    step(run);
+  }
 }
 
 // The steps [first, last) that a cell takes, inputs first.
@@ -67,58 +109,65 @@ void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T*
 template <typename T>
 bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t last, void* scratch) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const auto& [cell, state, sequence, x, y, y_stride, chunk, gates_chunk, unprojected] = job;
-  const int64_t hidden = cell.hidden, output = cell.output;
+  const auto& [cell, state, sequence, x, y, y_stride, chunk, inputs_of_chunk, unprojected, zeros] =
+      job;
+  const CellSpec& spec = *cell.spec;
+  const int64_t hidden = cell.hidden, output = cell.output, gates = cell.gates();
   const bool reverse = cell.reverse, projected = cell.w_hr.panels.defined();
+  const T* const product_bias =
+      cell.product_bias.defined() ? cell.product_bias.template const_data_ptr<T>() : nullptr;
   const StepRange steps = sequence.steps_taken(first, last, reverse);
   const bool whole = share.begin == 0 && share.end == sequence.batch;
-  // When training, the activated gates replace the projected inputs in place. Otherwise these are
-  // kept for a chunk; threads that share the batch, which may be in different chunks, each keep
-  // their own rows.
-  T* const gates_x = state.gates ? state.gates : gates_chunk;
-  const auto gates_at = [&](int64_t t, int64_t b) {
+  // Projected inputs are kept for a chunk, unless the caller has memory for all of them. Threads
+  // that share the batch, which may be in different chunks, each keep their own rows.
+  const auto inputs_at = [&](int64_t t, int64_t b) {
+    if (state.inputs) return state.inputs + (sequence.offsets[t] + b) * gates;
     const int64_t row =
-        state.gates ? sequence.offsets[t] + b
-        : whole
-            ? sequence.offsets[t] + b - steps.first_row
-            : chunk * share.begin + (t - steps.begin) * (share.end - share.begin) + b - share.begin;
-    return gates_x + row * 4 * hidden;
+        whole ? sequence.offsets[t] + b - steps.first_row
+              : chunk * share.begin + (t - steps.begin) * (share.end - share.begin) + b - share.begin;
+    return inputs_of_chunk + row * gates;
   };
 
-  const PanelRange columns = share.of(kernels.panels(4 * hidden, false));
+  const PanelRange columns = share.of(kernels.panels(gates));
   if (whole)
-    project(job, steps.first_row, steps.rows, columns, gates_at(steps.begin, 0), scratch);
+    project(job, steps.first_row, steps.rows, columns, inputs_at(steps.begin, 0), scratch);
   else
     for (int64_t t = steps.begin; t < steps.end; ++t) {
       const int64_t rows = std::min(share.end, sequence.sizes[t]) - share.begin;
       const int64_t row = sequence.offsets[t] + share.begin;
-      if (rows > 0) project(job, row, rows, columns, gates_at(t, share.begin), scratch);
+      if (rows > 0) project(job, row, rows, columns, inputs_at(t, share.begin), scratch);
     }
   if (!share.meet()) return false;
 
   for (int64_t k = first; k < last; ++k) {
     const int64_t t = sequence.step(k, reverse);
+    const PanelRange panels = share.of(kernels.panels(hidden, spec.gates), k % 2 == 1);
     sequence.each_piece(
         k, reverse, share.begin, share.end,
         [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
-          const bool product =
-              previous >= 0 || !cell.w_hh.finite || !all_zero(state.h0 + b * output, rows * output);
-          kernels.lstm_step(
-              {.rows = rows,
-               .hidden = hidden,
-               .k = product ? output : 0,
-               .panels = share.of(kernels.panels(hidden, true), k % 2 == 1),
-               .h_prev = previous < 0 ? state.h0 + b * output : y + previous * y_stride,
-               .h_prev_stride = previous < 0 ? output : y_stride,
-               .c_prev = state.c + b * hidden,
-               .w_hh = product ? cell.w_hh.view() : Packed{},
-               .gates_x = gates_at(t, b),
-               .c = state.c + b * hidden,
-               .h = projected ? unprojected + b * hidden : y + row * y_stride,
-               .h_stride = projected ? hidden : y_stride,
-               .gates = state.gates ? gates_at(t, b) : nullptr,
-               .cells = state.cells ? state.cells + row * hidden : nullptr,
-               .scratch = scratch});
+          take_step<T>(job,
+                       {.rows = rows,
+                        .hidden = hidden,
+                        .k = 0,
+                        .panels = panels,
+                        .h_prev = nullptr,
+                        .h_prev_stride = 0,
+                        .before = state.c ? state.c + b * hidden : nullptr,
+                        .before_stride = hidden,
+                        .resets = nullptr,
+                        .w_hh = {},
+                        .inputs = inputs_at(t, b),
+                        .inputs_stride = gates,
+                        .product_bias = product_bias,
+                        .c = state.c ? state.c + b * hidden : nullptr,
+                        .h = projected ? unprojected + b * hidden : y + row * y_stride,
+                        .h_stride = projected ? hidden : y_stride,
+                        .gates = state.gates ? state.gates + row * spec.saved_gates * hidden
+                                             : nullptr,
+                        .gates_stride = spec.saved_gates * hidden,
+                        .saved = state.saved ? state.saved + row * hidden : nullptr,
+                        .scratch = scratch},
+                       b, row, previous);
         });
     if (!share.meet()) return false;
     if (!projected) continue;
@@ -127,7 +176,7 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
                           kernels.matmul({.rows = rows,
                                           .k = hidden,
                                           .columns = output,
-                                          .panels = share.of(kernels.panels(output, false)),
+                                          .panels = share.of(kernels.panels(output)),
                                           .a = unprojected + b * hidden,
                                           .a_stride = hidden,
                                           .b = cell.w_hr.view(),
@@ -210,47 +259,70 @@ void run_layers(const std::vector<Job<T>>& jobs, int64_t chunk, int64_t threads,
 
 }  // namespace
 
+std::pair<at::Tensor, at::Tensor> merged_biases(const CellSpec& spec, const at::Tensor& b_ih,
+                                                const at::Tensor& b_hh) {
+  if (!spec.bias_parts)
+    return {b_ih.defined() && b_hh.defined() ? b_ih + b_hh : b_ih.defined() ? b_ih : b_hh, {}};
+  if (!b_hh.defined()) return {b_ih, {}};
+  // All products but the last are added to their inputs before anything else happens.
+  const int64_t merged = b_hh.size(0) / spec.gates * (spec.gates - 1);
+  const at::Tensor of_inputs = at::zeros_like(b_hh);
+  if (b_ih.defined()) of_inputs.copy_(b_ih);
+  of_inputs.narrow(0, 0, merged).add_(b_hh.narrow(0, 0, merged));
+  return {of_inputs, b_hh.narrow(0, merged, b_hh.size(0) - merged)};
+}
+
 template <typename T>
 void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
                const std::vector<CellState<T>>& states, T* y) {
   const Call call;
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const auto [split, threads] = plan<T>(stack, sequence, true);
+  c10::SmallVector<CellSize, 8> sizes;
+  for (const Layer& layer : stack)
+    for (const PackedCell& cell : layer) sizes.push_back(size_of(cell));
+  const auto [split, threads, why] =
+      plan_call<T>(sizes, static_cast<int64_t>(stack[0].size()), sequence, false);
   const int64_t directions = static_cast<int64_t>(stack[0].size());
   const int64_t layers = static_cast<int64_t>(stack.size());
 
-  int64_t widest = 1;
+  int64_t widest = 1, longest_row = 0;  // of the projected inputs; of h
   for (const Layer& layer : stack)
-    for (const Cell& cell : layer) widest = std::max(widest, cell.hidden);
+    for (const PackedCell& cell : layer) {
+      widest = std::max(widest, cell.gates());
+      longest_row = std::max({longest_row, cell.output, cell.hidden});
+    }
   // Layers that follow each other do so chunk by chunk, so there should be some chunks.
   const int64_t fewest = split == Split::kLayers ? 8 : 1;
   const int64_t step_rows = std::max<int64_t>(1, sequence.batch);
-  const int64_t cached = kChunkBytes / (step_rows * 4 * widest * int64_t{sizeof(T)});
+  const int64_t cached = kChunkBytes / (step_rows * widest * int64_t{sizeof(T)});
   const int64_t chunk = std::clamp<int64_t>(std::max(cached, kBlockRows / step_rows), 1,
                                             std::max<int64_t>(1, sequence.steps / fewest));
 
   std::vector<Job<T>> jobs;
   jobs.reserve(layers * directions);
   int64_t quantising = 0;  // bytes that a thread needs to quantise rows
+  T* zeros = nullptr;
   const auto lay_out = [&](Arena arena) {
     jobs.clear();
+    zeros = arena.take<T>(sequence.resets ? longest_row : 0);
     const T* input = x;
     for (int64_t l = 0; l < layers; ++l) {
       int64_t width = 0;
-      for (const Cell& cell : stack[l]) width += cell.output;
+      for (const PackedCell& cell : stack[l]) width += cell.output;
       T* const output = l + 1 == layers ? y : arena.take<T>(sequence.rows * width);
       int64_t column = 0;
-      for (const Cell& cell : stack[l]) {
+      for (const PackedCell& cell : stack[l]) {
         const CellState<T>& state = states[jobs.size()];
-        T* const gates = arena.take<T>(state.gates ? 0 : chunk * sequence.batch * 4 * cell.hidden);
+        T* const inputs =
+            arena.take<T>(state.inputs ? 0 : chunk * sequence.batch * cell.gates());
         T* const unprojected =
             arena.take<T>(cell.w_hr.panels.defined() ? sequence.batch * cell.hidden : 0);
         if (cell.w_hh.format == Format::kInt8)
           quantising = std::max(
               {quantising, kernels.scratch_bytes(std::min(kBlockRows, sequence.rows), cell.input),
                kernels.scratch_bytes(sequence.batch, std::max(cell.hidden, cell.output))});
-        jobs.push_back(
-            {cell, state, sequence, input, output + column, width, chunk, gates, unprojected});
+        jobs.push_back({cell, state, sequence, input, output + column, width, chunk, inputs,
+                        unprojected, zeros});
         column += cell.output;
       }
       input = output;
@@ -261,6 +333,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   };
   const int64_t bytes = lay_out({nullptr}).used;
   const Arena arena = lay_out({static_cast<char*>(scratch(bytes))});
+  std::fill_n(zeros, sequence.resets ? longest_row : 0, T(0));
   char* const own = arena.base + arena.used - quantising * threads;
   if (split == Split::kRows) {
     each_share_of_rows(sequence, sequence.steps_taken(0, sequence.steps, false), threads,

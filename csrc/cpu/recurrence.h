@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layers of LSTM cells with packed weights, run over a sequence by as many threads as they feed:
-// what lstm_forward (one cell), prepared models and streams (whole stacks) have in common.
+// Layers of recurrent cells with packed weights, run over a sequence by as many threads as they
+// feed: what recurrent_forward (one cell), prepared models and streams (whole stacks) have in
+// common. Nothing here knows a cell's equations.
 #pragma once
 
 #include <algorithm>
@@ -8,37 +9,48 @@
 #include <utility>
 #include <vector>
 
-#include "memory.h"
+#include "cells/spec.h"
 #include "cpu/packed.h"
+#include "cpu/plan.h"
+#include "memory.h"
 #include "sequence.h"
 
 namespace iss {
 
-// Rows of a product that are worked on together: few enough that they stay in the cache while the
-// panels pass by; a multiple of every tile.
-inline constexpr int64_t kBlockRows = 66;
-
 // One direction of one layer.
-struct Cell {
+struct PackedCell {
+  const CellSpec* spec;
   int64_t input, hidden, output;  // I, H, P
   bool reverse;
-  // w_ih is undefined where CellState::gates holds the projected inputs already, w_hr where there
-  // is no projection.
+  // w_ih is undefined where CellState::inputs are given, w_hr where there is no projection.
   Matrix w_ih, w_hh, w_hr;
-  at::Tensor bias;  // [4H], b_ih + b_hh; undefined without
+  at::Tensor bias;          // [G H] of the inputs; undefined without
+  at::Tensor product_bias;  // [H] what joins the last product alone (GRU); undefined without
+
+  int64_t gates() const { return spec->gates * hidden; }  // G H
 };
 
-using Layer = std::vector<Cell>;  // the one or two directions
+inline CellSize size_of(const PackedCell& cell) {
+  return {cell.spec->gates, cell.input, cell.hidden, cell.output, cell.w_hr.panels.defined()};
+}
+
+using Layer = std::vector<PackedCell>;  // the one or two directions
 using Stack = std::vector<Layer>;
+
+// The two biases of a cell as its kernels take them: what is added to the inputs [G H], and what
+// joins the last product [H], which is nothing for most cells. Either tensor may be undefined.
+std::pair<at::Tensor, at::Tensor> merged_biases(const CellSpec& spec, const at::Tensor& b_ih,
+                                                const at::Tensor& b_hh);
 
 // The memory of one cell during a call.
 template <typename T>
 struct CellState {
   const T* h0;  // [B, P]
-  T* c;         // [B, H]  in: c_0; out: c_n
+  T* c;         // [B, H]  in: c_0; out: c_n; nullptr for a cell without c
   T* h_n;       // [B, P]  may be h0
-  T* gates;     // [N, 4H] out: activated; nullptr when not training
-  T* cells;     // [N, H]  nullptr when not training
+  T* inputs;    // [N, G H] where the projected inputs go or, without w_ih, are; nullptr: nowhere
+  T* gates;     // [N, saved gates * H] may be `inputs`; nullptr when not training
+  T* saved;     // [N, saved states * H]; nullptr when not training
 };
 
 // x [N, I] -> y [N, sum of the last layer's P]. states by layer and direction.
@@ -51,11 +63,11 @@ template <typename T>
 struct CellGradient {
   const T *h0, *c0;        // [B, P], [B, H]
   const T* y;              // [N, P]
-  const T *gates, *cells;  // [N, 4H], [N, H]
+  const T *gates, *saved;  // as in CellState
   const T *dy, *dh_n;      // [N, P], [B, P]
   T* dh0;                  // [B, P]  nullptr where it is not needed
-  T* dc;                   // [B, H]  in: gradient of c_n, or of the cells after the steps; out: of
-                           // c_0, or of the cells before them
+  T* carried;  // [B, H]  of c: the gradient of c_n in, of c_0 out. Of a cell that carries one of h:
+               // that of h_n in, of h_0 out, and then dh0 is this. nullptr for other cells.
 };
 
 // Whether a state is that of a sequence's beginning: its product with finite factors adds nothing,
@@ -69,33 +81,34 @@ bool all_zero(const T* state, int64_t count) {
 template <typename T>
 struct StepGradients {
   StepRange steps;
-  T* dgates;   // [n, 4H] before the activations
-  T* outputs;  // [n, P]  gradient of a step's output, as it left the cell; with a projection alone
-  T* h_prev;   // [n, P]  the output that each step started from; nullptr where it is not needed
+  T* dinputs;    // [n, G H] gradient of the inputs
+  T* dproducts;  // [n, G H] gradient of the recurrent products; most cells: dinputs itself
+  T* outputs;    // [n, P]  gradient of a step's output, as it left the cell; a projection's alone
+  T* h_prev;     // [n, P]  the output that each step started from; nullptr where it is not needed
 };
 
-// The backward pass of a cell, last step first, in pieces of some hundred rows: what a piece leaves
+// The backward pass of a cell, last step first, in chunks of some hundred rows: what a chunk leaves
 // is used while it is in the cache, and takes no more memory for a longer sequence.
-// cell: w_hh packed as [4H, P], w_hr as [P, H]; its w_ih and bias are not used.
+// cell: w_hh packed as [G H, P], w_hr as [P, H]; its w_ih and biases are not used.
 template <typename T>
 class Backward {
  public:
   using Use = std::function<void(const StepGradients<T>&, bool accumulate)>;
 
-  Backward(const Cell& cell, const Sequence& sequence, bool need_h_prev);
+  Backward(const PackedCell& cell, const Sequence& sequence, bool need_h_prev);
 
-  int64_t most_rows() const { return most_rows_; }  // of a piece
+  int64_t most_rows() const { return most_rows_; }  // of a chunk
   void lay_out(Arena& arena);
-  // Calls use(what it leaves, whether others came before) for each piece.
+  // Calls use(what it leaves, whether others came before) for each chunk.
   void run(const CellGradient<T>& gradient, const Use& use) const;
 
  private:
-  const Cell& cell_;
+  const PackedCell& cell_;
   const Sequence& sequence_;
   bool need_h_prev_;
-  Vector<std::pair<int64_t, int64_t>> pieces_;  // [first, last) of the steps taken
+  Vector<std::pair<int64_t, int64_t>> chunks_;  // [first, last) of the steps taken
   int64_t most_rows_ = 0;
-  T *dgates_[2] = {}, *outputs_ = nullptr, *h_prev_ = nullptr;
+  T *dinputs_[2] = {}, *dproducts_[2] = {}, *outputs_ = nullptr, *h_prev_ = nullptr;
 };
 
 }  // namespace iss

@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an LSTM kernel is told: plain structs of raw pointers, no torch.
-//
-// Letters: T steps, B batch, I input size, H hidden (cell) size, P output size (H, or proj_size), n
-// rows of one call. Gates in torch's order i, f, g, o; weights as nn.LSTM stores them. Row-major.
+// What a kernel is told: plain structs of raw pointers, no torch. Letters: types.h.
 #pragma once
 
 #include <cstdint>
@@ -18,17 +15,28 @@ struct PanelRange {
   bool backwards = false;
 };
 
-// A matrix B [K, columns] to be multiplied from the right, cut into panels of 4 vectors of columns:
-// packed [panel][K][4][lanes], zero where a panel reaches past the last column. With `gates` the
-// columns are 4H gate rows, and the 4 vectors of a panel are the i, f, g, o of the same units, so
-// that one panel is all that those units need. Where units are left for a part of the last panel,
-// its gates stand that many columns apart instead of `lanes`: what is empty is its end, which no
-// kernel reads. kBfloat16: each two vectors are interleaved. kInt8:
-// [panel][K / depth][4][lanes][depth], then the panel's scales, float [4][lanes], and what its sums
-// start from, int32 [4][lanes].
+// Rows of a product that are worked on together: few enough that they stay in the cache while the
+// panels pass by; a multiple of every tile.
+constexpr int64_t kBlockRows = 66;
+
+// Vectors of a panel: as many as the gates of a unit, or a multiple of them.
+constexpr int panel_vectors(int gates) { return gates == 3 ? 3 : 4; }
+
+// A matrix B [K, columns] to be multiplied from the right, cut into panels of V = panel_vectors
+// vectors of columns: packed [panel][K][V][lanes], zero where a panel reaches past the last column.
+//
+// With G > 1 gates the columns are G H gate rows, one gate after the other, and a panel holds all
+// gates of the same units, so that one tile of sums is all that those units need: V / G blocks of
+// `lanes` units, each with G vectors. Where fewer units are left for the last block, its gates
+// stand that many columns apart instead of `lanes`: the end of the panel is empty, and no kernel
+// reads it.
+//
+// kBfloat16: each two vectors of a panel are interleaved; a third one stands alone. kInt8:
+// [panel][K / depth][V][lanes][depth], then the panel's scales, float [V][lanes], and what its sums
+// start from, int32 [V][lanes].
 struct PackArgs {
   int64_t k, columns;
-  bool gates = false;
+  int gates = 1;
   Format format = Format::kSame;
   PanelRange panels = {};  // those to write
   const void* b;           // element (k, column) at b[k * stride_k + column * stride_column]
@@ -42,7 +50,7 @@ struct Packed {
   const void* panels;  // PackArgs::packed
 };
 
-// out = a @ B + bias, or out += that, with B packed without `gates`; the columns of `panels` are
+// out = a @ B + bias, or out += that, with B packed for one gate; the columns of `panels` are
 // written.
 template <typename T>
 struct MatmulArgs {
@@ -69,40 +77,54 @@ struct TransposeArgs {
   T* sums;  // [columns]
 };
 
-// One time step for the units of `panels`. gates may be gates_x itself, c may be c_prev.
+// One time step of a cell (cells/*-inl.h) for the units of `panels`: the product h_prev @ w_hh.T,
+// and the cell's mathematics where it ends. gates may be inputs itself, c may be `before`.
 template <typename T>
-struct LstmStepArgs {
+struct StepArgs {
   int64_t rows, hidden, k;  // n, H, P
   PanelRange panels;
   const T* h_prev;  // [n, P], h_prev_stride elements from row to row
   int64_t h_prev_stride;
-  const T* c_prev;   // [n, H]
-  Packed w_hh;       // w_hh.T [P, 4H], packed with `gates`
-  const T* gates_x;  // [n, 4H]  x_t @ w_ih.T + b_ih + b_hh
-  T* c;              // [n, H]
-  T* h;              // [n, H]   o * tanh(c): the output, or what w_hr projects
-  int64_t h_stride;  // elements from row to row of h
-  T* gates;          // [n, 4H]  i, f, g, o after activation; nullptr when not training
-  T* cells;          // [n, H]   a copy of c; nullptr when not training
-  void* scratch;     // as in MatmulArgs
+  const T* before;  // [n, H], before_stride: c of an LSTM, else h, of the step before
+  int64_t before_stride;
+  const bool* resets;  // [n] rows whose state is zero before this step; nullptr: none
+  Packed w_hh;         // w_hh.T [P, G H], packed with G gates
+  const T* inputs;     // [n, G H] x_t @ w_ih.T and the biases
+  int64_t inputs_stride;
+  const T* product_bias;  // [H] kProductBias: what joins the last product; nullptr: zero
+  T* c;                   // [n, H] kHasC
+  T* h;                   // [n, H] the output, or what w_hr projects
+  int64_t h_stride;
+  T* gates;      // [n, kSavedGates * H], gates_stride; nullptr when not training
+  int64_t gates_stride;
+  T* saved;      // [n, H] kSavedState; nullptr when not training
+  void* scratch;  // as in MatmulArgs
 };
 
 // One time step's gradient for the units of `panels`: dh = a @ B + dy + dh_n, and what follows from
-// it. dc may be dc_prev.
+// it. carried may be in place: it is read and written.
 template <typename T>
-struct LstmStepBackwardArgs {
+struct StepBackwardArgs {
   int64_t rows, hidden, k;  // n, H, K
   PanelRange panels;
-  const T* a;  // [n, K], a_stride elements from row to row: the next step's dgates, K = 4H; with a
-               // projection the gradient of this step's output, K = P; K = 0 where no step follows
+  const T* a;  // [n, K], a_stride elements from row to row: the next step's gradient of products,
+               // K = G H; with a projection the gradient of this step's output, K = P; K = 0 where
+               // no step follows
   int64_t a_stride;
-  Packed b;            // [K, H], packed without `gates`: w_hh, or w_hr
-  const T *dy, *dh_n;  // [n, H], or nullptr
-  const T* gates;      // [n, 4H] as saved by the forward step
-  const T* cells;      // [n, H]
-  const T* c_prev;     // [n, H]
-  T* dc;               // [n, H]  in: gradient of c_t; out: gradient of c_{t-1}
-  T* dgates;           // [n, 4H] gradient before the activations
+  Packed b;                  // [K, H], packed for one gate: w_hh, or w_hr
+  const bool* resets;        // [n] rows whose state was zero before this step; nullptr: none
+  const bool* resets_after;  // [n] the same of the step that follows: a @ B is zero there
+  const T *dy, *dh_n;        // [n, H], or nullptr
+  const T* gates;            // [n, kSavedGates * H] as saved by the forward step
+  const T* saved;            // [n, H]
+  const T* before;           // [n, H], before_stride
+  int64_t before_stride;
+  const T* y;  // [n, H], y_stride: the output of this step
+  int64_t y_stride;
+  T* carried;     // [n, H] kCarries; in: gradient of c_t (kHasC), or what joins dh; out: the same
+                  // for the step before
+  T* dinputs;     // [n, G H] gradient of the inputs
+  T* dproducts;   // [n, G H] gradient of the products; dinputs itself but for kSplit
 };
 
 }  // namespace iss

@@ -69,15 +69,36 @@ __attribute__((always_inline)) inline Vec<T> tanh(Vec<T> x) {
   return expm1 / (expm1 + Vec<T>::set(2));
 }
 
-// i, f, g, o before their activation -> sigmoid, but tanh of g.
 template <typename T>
-__attribute__((always_inline)) inline void activate(Vec<T>* gates) {
+inline Vec<T> relu(Vec<T> x) {
+  return max(Vec<T>::set(0), x);  // NaN passes
+}
+
+// What the cells (cells/*-inl.h) ask for beside arithmetic.
+#define ISS_CELL __attribute__((always_inline)) inline
+
+template <typename V>
+ISS_CELL V constant(float value) {
+  return V::set(value);
+}
+
+// Applies sigmoid to each vector, or tanh where kTanh is true, all of them in step.
+template <bool... kTanh, typename T>
+ISS_CELL void activate(Vec<T>* gates) {
+  constexpr int kGates = sizeof...(kTanh);
+  constexpr bool is_tanh[] = {kTanh...};
   const Vec<T> zero = Vec<T>::set(0), one = Vec<T>::set(1);
-  const Vec<T> x[] = {zero - gates[0], zero - gates[1], gates[2] + gates[2], zero - gates[3]};
-  const Exp<T, 4> e(x);
-  const Vec<T> expm1 = e.minus_one(2);
-  gates[0] = one / e.plus_one(0);
-  gates[1] = one / e.plus_one(1);
-  gates[2] = expm1 / (expm1 + Vec<T>::set(2));
-  gates[3] = one / e.plus_one(3);
+  Vec<T> x[kGates];
+#pragma GCC unroll 4
+  for (int k = 0; k < kGates; ++k) x[k] = is_tanh[k] ? gates[k] + gates[k] : zero - gates[k];
+  const Exp<T, kGates> e(x);
+#pragma GCC unroll 4
+  for (int k = 0; k < kGates; ++k) {
+    if (is_tanh[k]) {
+      const Vec<T> expm1 = e.minus_one(k);
+      gates[k] = expm1 / (expm1 + Vec<T>::set(2));
+    } else {
+      gates[k] = one / e.plus_one(k);
+    }
+  }
 }

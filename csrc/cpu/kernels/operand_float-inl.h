@@ -2,21 +2,20 @@
 // A packed matrix of floats: T as it is, or 16 bits that are widened as a vector is loaded.
 
 // B stored as W: T, or what a vector of T is widened from. kHalves: as Vec<T>::halves has it.
-template <typename T, typename W, bool kHalves = false>
-struct Stored {
-  // Several tiles of rows go over this many bytes of B while they are in the L1 cache. Tall tiles
-  // take 11 bytes a cycle, which the L2 cache gives too: longer blocks then save reading sums
-  // again.
+template <typename T, int kVectors, typename W, bool kHalves = false>
+struct FloatOperand {
+  // A K block: several tiles of rows go over this many bytes of a panel while they are in the L1
+  // cache. Tall tiles take 11 bytes a cycle, which the L2 cache gives too: longer blocks then save
+  // reading sums again.
   static constexpr int64_t kBlockBytes = Vec<T>::kTileRows < 6 ? 1 << 14 : 1 << 16;
-  // A matrix of more bytes than kCacheBytes comes from L3 or memory, where the hardware's
-  // prefetcher falls behind what several rows can use: more than two tiles ask for the next block
-  // together, which paces the requests. One or two ask later, on processors that have tall tiles,
-  // whose own prefetcher does better up to kFarBytes (by 0.86 to 0.95 of the time at 373 to 650
-  // units): a tile that is alone for what comes kAhead bytes later, the first of two, which come
-  // back to each block, for what comes kNear later.
+  // A matrix of more than kCacheBytes comes from L3 or memory, where the hardware's prefetcher
+  // falls behind what several rows can use. More than two tiles prefetch the next K block together,
+  // which spreads the requests. One or two tiles do so later on processors with tall tiles, whose
+  // own prefetcher is better up to kFarBytes: a tile that is alone prefetches kAhead bytes ahead,
+  // the first of two, which come back to each block, kNear.
   static constexpr int64_t kCacheBytes = 1 << 21, kAhead = 1 << 16, kNear = 1 << 13;
   static constexpr int64_t kFarBytes = Vec<T>::kTileRows < 6 ? kCacheBytes : 1 << 23;
-  static constexpr int64_t kStepBytes = kPanelColumns<T> * sizeof(W);
+  static constexpr int64_t kStepBytes = kPanelColumns<T, kVectors> * sizeof(W);
 
   const T* a;
   int64_t stride, k;
@@ -24,12 +23,12 @@ struct Stored {
   int64_t most_rows, tiles;
   bool beyond_cache, far;
 
-  Stored(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range, const void* packed)
+  FloatOperand(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range, const void* packed)
       : a(a),
         stride(stride),
         k(k),
         panels(static_cast<const W*>(packed)),
-        most_rows(std::min(rows, kMostRows)),
+        most_rows(std::min(rows, kBlockRows)),
         tiles((most_rows + Vec<T>::kTileRows - 1) / Vec<T>::kTileRows),
         beyond_cache(bytes(range) > kCacheBytes),
         far(rows > 1 && bytes(range) > (tiles > 2 ? kCacheBytes : kFarBytes)) {}
@@ -45,14 +44,16 @@ struct Stored {
     return std::is_same_v<T, W> && !beyond_cache ? Vec<T>::kRowPanels : kMostPanels;
   }
 
-  // The j-th vector of a step.
+  // The j-th vector of a row of B, counted over both panels.
   template <int Rows>
   static auto load(const W* at, int j) {
+    const int in_panel = j % kVectors;
     if constexpr (std::is_same_v<W, Float16>)
       return Vec<T>::template load<kHalves>(at);
     else if constexpr (std::is_same_v<W, Bfloat16>)
-      return j % 2 == 0 ? Vec<T>::load_even(at)
-                        : Vec<T>::template load_odd<Rows>(at - Vec<T>::kLanes);
+      return in_panel == 2 && kVectors == 3 ? Vec<T>::load(at)
+             : in_panel % 2 == 0 ? Vec<T>::load_even(at)
+                                 : Vec<T>::template load_odd<Rows>(at - Vec<T>::kLanes);
     else
       return Vec<T>::load(at);
   }
@@ -71,9 +72,9 @@ struct Stored {
   __attribute__((noinline)) void multiply_as(int64_t row, int64_t panel, int64_t begin, int64_t end,
                                              T* sums) const {
     const T* const x_rows = a + row * stride + begin;
-    const W* const weights = panels + (panel * k + begin) * kPanelColumns<T>;
-    const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T>;
-    const int64_t tile = row % kMostRows * tiles / most_rows;
+    const W* const weights = panels + (panel * k + begin) * kPanelColumns<T, kVectors>;
+    const int64_t x_stride = stride, steps = end - begin, to_next = k * kPanelColumns<T, kVectors>;
+    const int64_t tile = row % kBlockRows * tiles / most_rows;
     const int64_t share = kStepBytes / tiles;
     const bool together = tiles > 2, ahead = !together && tile == 0;
     const int64_t distance = tiles == 1 ? kAhead : kNear;
@@ -85,12 +86,12 @@ struct Stored {
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j)
-        sum[r][j] = begin == 0 ? V::set(0) : V::load(sums + sum_at<T>(r, j));
+        sum[r][j] = begin == 0 ? V::set(0) : V::load(sums + sum_at<T, kVectors>(r, j));
     for (int64_t i = 0; i < steps; ++i) {
       V x[Rows];
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) x[r] = V::set(x_rows[r * x_stride + i]);
-      const W* const of_step = weights + i * kPanelColumns<T>;
+      const W* const of_step = weights + i * kPanelColumns<T, kVectors>;
       if constexpr (kFar) {
         if (together) __builtin_prefetch(next, 0, 2);
         if (ahead)
@@ -102,7 +103,7 @@ struct Stored {
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) {
         const W* const at =
-            of_step + j / kPanelVectors * to_next + j % kPanelVectors * Vec<T>::kLanes;
+            of_step + j / kVectors * to_next + j % kVectors * Vec<T>::kLanes;
         const V w = load<Rows>(at, j);
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
@@ -113,6 +114,6 @@ struct Stored {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) sum[r][j].store(sums + sum_at<T>(r, j));
+      for (int j = 0; j < Vectors; ++j) sum[r][j].store(sums + sum_at<T, kVectors>(r, j));
   }
 };

@@ -5,9 +5,10 @@
 // each; or to two such terms, of which the second holds what the first has rounded away. A row has
 // a second term only where its elements differ widely in size, so that small ones would be lost.
 // The sums of a term are integers: exact, in any order.
-struct Quantised {
+template <int kVectors>
+struct Int8Operand {
   using Activation = Dot::Activation;
-  static constexpr int64_t kColumns = kPanelColumns<float>;
+  static constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
   // A larger element, also an infinite one, counts as this: gates saturate as they do for an
   // infinite sum, where 0 * inf would be NaN.
   static constexpr float kLargest = 0x1p127f;
@@ -28,7 +29,7 @@ struct Quantised {
     return kColumns * (groups * Dot::kDepth + 8);
   }
 
-  Quantised(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, int64_t terms,
+  Int8Operand(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, int64_t terms,
             const void* packed, void* scratch)
       : rows(rows),
         groups((k + Dot::kDepth - 1) / Dot::kDepth),
@@ -94,7 +95,7 @@ struct Quantised {
     const auto* const tail =
         reinterpret_cast<const float*>(weights + kColumns * steps * Dot::kDepth);
     const auto of_vector = [&](const auto* at, int j) {
-      const int next = j / kPanelVectors, vector = j % kPanelVectors;
+      const int next = j / kVectors, vector = j % kVectors;
       return reinterpret_cast<decltype(at)>(reinterpret_cast<const char*>(at) + next * bytes) +
              vector * kLanes;
     };
@@ -117,7 +118,7 @@ struct Quantised {
 #pragma GCC unroll 16
         for (int j = 0; j < Vectors; ++j) {
           const int8_t* const at =
-              group + j / kPanelVectors * bytes + j % kPanelVectors * kLanes * Dot::kDepth;
+              group + j / kVectors * bytes + j % kVectors * kLanes * Dot::kDepth;
 #pragma GCC unroll 16
           for (int r = 0; r < Rows; ++r)
             sum[r][j] = sum[r][j].plus(x + (r * steps + i) * Dot::kDepth, at);
@@ -127,7 +128,7 @@ struct Quantised {
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16
         for (int j = 0; j < Vectors; ++j) {
-          float* const to = sums + sum_at<float>(r, j);
+          float* const to = sums + sum_at<float, kVectors>(r, j);
           const Vec<float> product = sum[r][j].to_float() * Vec<float>::load(of_vector(tail, j)) *
                                      Vec<float>::set(x_scales[r]);
           (term == 0 ? product : product + Vec<float>::load(to)).store(to);

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cuts a matrix into panels (PackArgs), and transposes one.
 
-// Calls visit(panel, slot, column) for each column of args.panels, -1 where there is none. Slot s
-// holds column first + s; with gates, gate s / n of unit first + s % n, where n is the number of
-// the panel's units: a vector's lanes, fewer in the last.
-template <typename T, typename Visit>
+// Calls visit(panel, slot, column) for each column of args.panels, -1 where there is none. In a
+// block of a panel (PackArgs) that has `count` units from `first` on, slot s is gate s / count of
+// unit first + s % count.
+template <typename T, int kVectors, typename Visit>
 inline void each_column(const PackArgs& args, const Visit& visit) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
-  const int64_t units = args.gates ? args.columns / kPanelVectors : args.columns;
-  const int64_t per_panel = args.gates ? kLanes : kPanelColumns<T>;
+  const int64_t gates = args.gates, units = args.columns / gates;
+  const int64_t of_block = gates * kLanes;  // slots
   for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel)
-    for (int64_t slot = 0; slot < kPanelColumns<T>; ++slot) {
-      const int64_t first = panel * per_panel, count = std::min(per_panel, units - first);
-      const int64_t column =
-          args.gates ? slot / count * units + first + slot % count : first + slot;
-      visit(panel, slot, column < args.columns && slot < 4 * count ? column : -1);
+    for (int64_t slot = 0; slot < kPanelColumns<T, kVectors>; ++slot) {
+      const int64_t block = panel * (kVectors / gates) + slot / of_block;
+      const int64_t first = block * kLanes, count = std::min(kLanes, units - first);
+      const int64_t at = slot % of_block;
+      visit(panel, slot, at < gates * count ? at / count * units + first + at % count : -1);
     }
 }
 
@@ -35,19 +35,20 @@ inline void transpose_rows(const float* const* rows, int64_t lanes, int64_t coun
     for (int64_t s = 0; s < lanes; ++s) to[i * stride + s] = rows[s][i];
 }
 
-template <typename T, typename W>
+template <typename T, int kVectors, typename W>
 inline void pack_as(const PackArgs& args) {
   // So many rows of a panel at a time that both they and the lines they come from stay in L1.
-  constexpr int64_t kRows = 64, kColumns = kPanelColumns<T>, kLanes = Vec<T>::kLanes;
+  constexpr int64_t kRows = 64, kColumns = kPanelColumns<T, kVectors>, kLanes = Vec<T>::kLanes;
   static constexpr W kZeros[kRows] = {};
   const W* from[kColumns];
   int64_t to[kColumns];
-  each_column<T>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+  each_column<T, kVectors>(args, [&](int64_t panel, int64_t slot, int64_t column) {
     from[slot] = column < 0 ? nullptr : static_cast<const W*>(args.b) + column * args.stride_column;
     to[slot] = slot;
     if constexpr (std::is_same_v<W, Bfloat16>) {  // two vectors interleaved: Vec::load_even
       const int64_t vector = slot / kLanes, lane = slot % kLanes;
-      to[slot] = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
+      if (vector / 2 * 2 + 1 < kVectors)
+        to[slot] = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
     }
     if (slot + 1 < kColumns) return;
     // The panel's last column: all are known.
@@ -81,7 +82,7 @@ inline void pack_as(const PackArgs& args) {
 // B as it is, row by row: nothing to gather.
 template <typename T>
 inline void pack_rows(const PackArgs& args) {
-  constexpr int64_t kColumns = kPanelColumns<T>;
+  constexpr int64_t kColumns = kPanelColumns<T, panel_vectors(1)>;
   const T* const b = static_cast<const T*>(args.b);
   for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel) {
     const int64_t count = std::min(kColumns, args.columns - panel * kColumns);
@@ -93,44 +94,51 @@ inline void pack_rows(const PackArgs& args) {
   }
 }
 
+template <int kVectors>
 inline void pack_int8(const PackArgs& args) {
+  using Operand = Int8Operand<kVectors>;
   const int64_t groups = (args.k + Dot::kDepth - 1) / Dot::kDepth;
-  each_column<float>(args, [&](int64_t panel, int64_t slot, int64_t column) {
-    char* const base = static_cast<char*>(args.packed) + panel * Quantised::panel_bytes(groups);
+  each_column<float, kVectors>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    char* const base = static_cast<char*>(args.packed) + panel * Operand::panel_bytes(groups);
     const int8_t* from = static_cast<const int8_t*>(args.b) + column * args.stride_column;
     int32_t sum = 0;
     for (int64_t i = 0; i < groups * Dot::kDepth; ++i) {
       const int8_t weight = column < 0 || i >= args.k ? 0 : from[i * args.stride_k];
-      base[(i / Dot::kDepth * Quantised::kColumns + slot) * Dot::kDepth + i % Dot::kDepth] = weight;
+      base[(i / Dot::kDepth * Operand::kColumns + slot) * Dot::kDepth + i % Dot::kDepth] = weight;
       sum += weight;
     }
-    float* const tail = reinterpret_cast<float*>(base + Quantised::kColumns * groups * Dot::kDepth);
+    float* const tail = reinterpret_cast<float*>(base + Operand::kColumns * groups * Dot::kDepth);
     tail[slot] = column < 0 ? 0 : args.scales[column];
-    reinterpret_cast<int32_t*>(tail + Quantised::kColumns)[slot] = -Dot::kZero * sum;
+    reinterpret_cast<int32_t*>(tail + Operand::kColumns)[slot] = -Dot::kZero * sum;
   });
+}
+
+template <typename T, int kVectors>
+inline void pack_vectors(const PackArgs& args) {
+  switch (args.format) {
+    case Format::kSame:
+      return args.gates == 1 && args.stride_column == 1 ? pack_rows<T>(args)
+                                                        : pack_as<T, kVectors, T>(args);
+    case Format::kFloat16:
+      return pack_as<T, kVectors, Float16>(args);
+    case Format::kBfloat16:
+      return pack_as<T, kVectors, Bfloat16>(args);
+    case Format::kInt8:
+    case Format::kInt8Fine:
+      return pack_int8<kVectors>(args);
+  }
 }
 
 template <typename T>
 void pack(const PackArgs& args) {
-  switch (args.format) {
-    case Format::kSame:
-      return !args.gates && args.stride_column == 1 ? pack_rows<T>(args) : pack_as<T, T>(args);
-    case Format::kFloat16:
-      return pack_as<T, Float16>(args);
-    case Format::kBfloat16:
-      return pack_as<T, Bfloat16>(args);
-    case Format::kInt8:
-    case Format::kInt8Fine:
-      return pack_int8(args);
-  }
+  panel_vectors(args.gates) == 3 ? pack_vectors<T, 3>(args) : pack_vectors<T, 4>(args);
 }
 
 template <typename T>
 void transpose(const TransposeArgs<T>& args) {
   using V = Vec<T>;
   // A block that is a line wide and a line high at a time, down all rows, so that the lines which
-  // are written stay in L1 though they may fall into one set of it. The block below is asked for
-  // ahead.
+  // are written stay in L1 though they may fall into one set of it. The block below is prefetched.
   constexpr int64_t kRows = 16, kColumns = 16;
   static_assert(kColumns % V::kLanes == 0);
   for (int64_t column = 0; column < args.columns; column += kColumns) {

@@ -10,8 +10,10 @@ constexpr Kernels<T> table() {
       .pack = &pack<T>,
       .matmul = &matmul<T>,
       .transpose = &transpose<T>,
-      .lstm_step = &lstm_step<T>,
-      .lstm_step_backward = &lstm_step_backward<T>,
+      .cells = {{&step<Lstm, T>, &step_backward<Lstm, T>},
+                {&step<Gru, T>, &step_backward<Gru, T>},
+                {&step<RnnTanh, T>, &step_backward<RnnTanh, T>},
+                {&step<RnnRelu, T>, &step_backward<RnnRelu, T>}},
   };
 }
 

@@ -10,36 +10,40 @@
 #include <utility>
 #include <vector>
 
-#include "group_lasso.h"
+#include "cells/spec.h"
 #include "cpu/kernels/args.h"
+#include "group_lasso.h"
 
 namespace iss {
 
 template <typename T>
 struct Kernels {
-  int64_t lanes;      // elements of a vector; a panel has 4 vectors
+  int64_t lanes;      // elements of a vector
   int64_t tile_rows;  // rows that one matmul tile holds in registers
   int64_t depth;      // neighbours along K that one kInt8 instruction adds up
   void (*pack)(const PackArgs&);
   void (*matmul)(const MatmulArgs<T>&);
   void (*transpose)(const TransposeArgs<T>&);
-  void (*lstm_step)(const LstmStepArgs<T>&);
-  void (*lstm_step_backward)(const LstmStepBackwardArgs<T>&);
+  struct Cell {
+    void (*step)(const StepArgs<T>&);
+    void (*step_backward)(const StepBackwardArgs<T>&);
+  } cells[kCellKinds];  // by CellKind
 
-  int64_t panel_columns() const { return 4 * lanes; }
-  // Panels that hold `columns` columns; with gates, `columns` units.
-  int64_t panels(int64_t columns, bool gates) const {
-    const int64_t per_panel = gates ? lanes : panel_columns();
-    return (columns + per_panel - 1) / per_panel;
+  const Cell& of(CellKind kind) const { return cells[static_cast<int>(kind)]; }
+
+  // Units of a panel for so many gates; columns, for one.
+  int64_t panel_units(int gates = 1) const { return panel_vectors(gates) / gates * lanes; }
+  int64_t panels(int64_t units, int gates = 1) const {
+    return (units + panel_units(gates) - 1) / panel_units(gates);
   }
-  // Bytes of PackArgs::packed for `columns` columns (4H with gates).
-  int64_t packed_bytes(int64_t k, int64_t columns, bool gates, Format format) const {
-    const int64_t elements = 4 * lanes * ((k + depth - 1) / depth * depth);
+  // Bytes of PackArgs::packed for `columns` columns, those of all gates.
+  int64_t packed_bytes(int64_t k, int64_t columns, int gates, Format format) const {
+    const int64_t width = panel_vectors(gates) * lanes;
     const bool int8 = format == Format::kInt8 || format == Format::kInt8Fine;
-    const int64_t panel = int8                      ? elements + 4 * lanes * 8
-                          : format == Format::kSame ? 4 * lanes * k * int64_t{sizeof(T)}
-                                                    : 4 * lanes * k * 2;
-    return panels(gates ? columns / 4 : columns, gates) * panel;
+    const int64_t panel = int8 ? width * ((k + depth - 1) / depth * depth) + width * 8
+                          : format == Format::kSame ? width * k * int64_t{sizeof(T)}
+                                                    : width * k * 2;
+    return panels(columns / gates, gates) * panel;
   }
   // Bytes that a kernel needs to quantise `rows` rows of k elements, in one term or two.
   int64_t scratch_bytes(int64_t rows, int64_t k) const { return 2 * rows * (4 + 2 * (k + depth)); }

@@ -3,25 +3,23 @@
 // panel. Each sum runs over k in order with one accumulator, so a result depends neither on the
 // other rows of the batch nor on how work is split: batch 1 and batch 64 give the same bits.
 
-constexpr int kPanelVectors = 4;
-// So many rows are worked on together: a multiple of every tile.
-constexpr int64_t kMostRows = 66;
 // A single row takes up to two panels at a time, where one has too few sums to keep in flight.
 constexpr int kMostPanels = 2;
 
-template <typename T>
-constexpr int64_t kPanelColumns = kPanelVectors * Vec<T>::kLanes;
+// kVectors: of a panel, 3 or 4.
+template <typename T, int kVectors>
+constexpr int64_t kPanelColumns = kVectors * Vec<T>::kLanes;
 
 // The sums of some rows and of up to two panels: [panel][row][kPanelColumns]. A last panel that is
 // partly empty leaves the end of its rows as it was.
-template <typename T>
-constexpr int64_t kSums = kMostPanels * kMostRows * kPanelColumns<T>;
+template <typename T, int kVectors>
+constexpr int64_t kSums = kMostPanels * kBlockRows * kPanelColumns<T, kVectors>;
 
 // Where the j-th vector of row r is, counted over both panels.
-template <typename T>
+template <typename T, int kVectors>
 constexpr int64_t sum_at(int64_t r, int64_t j) {
-  return (j / kPanelVectors * kMostRows + r) * kPanelColumns<T> +
-         j % kPanelVectors * Vec<T>::kLanes;
+  return (j / kVectors * kBlockRows + r) * kPanelColumns<T, kVectors> +
+         j % kVectors * Vec<T>::kLanes;
 }
 
 // multiply() for up to Rows rows, 0 included, and up to Vectors vectors.
@@ -39,26 +37,27 @@ inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t pa
 }
 
 // How many vectors of columns there are from `panel` on, where the last panel may be partly empty.
-template <typename T>
+template <typename T, int kVectors>
 inline int64_t vectors_from(int64_t panel, int64_t columns) {
-  return (columns - panel * kPanelColumns<T> + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
+  return (columns - panel * kPanelColumns<T, kVectors> + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
 }
 
 // A single row: each_tile_of without its loops, also within finish, which is compiled for one row.
 // That much counts where a panel's product takes a few hundred cycles.
-template <typename T, int kPanels, typename Operands, typename Ask, typename Finish>
+template <typename T, int kVectors, int kPanels, typename Operands, typename Prefetch,
+          typename Finish>
 inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, PanelRange range,
-                          const Ask& ask, const Finish& finish) {
+                          const Prefetch& prefetch, const Finish& finish) {
   constexpr std::integral_constant<int64_t, 0> kFirst;
   constexpr std::integral_constant<int64_t, 1> kOne;
-  alignas(64) T sums[kSums<T>];
+  alignas(64) T sums[kSums<T, kVectors>];
   for (int64_t done = range.begin; done < range.end; done += kPanels) {
     const int64_t panels = std::min<int64_t>(kPanels, range.end - done);
     // Backwards, it finds those panels in the cache that the last call came to last.
     const int64_t panel = range.backwards ? range.begin + range.end - done - panels : done;
-    const int64_t vectors = std::min(panels * kPanelVectors, vectors_from<T>(panel, columns));
-    ask(0, 1, panel, panels);
-    tile<1, kPanels * kPanelVectors>(operands, 0, 1, panel, vectors, 0, k, sums);
+    const int64_t vectors = std::min(panels * kVectors, vectors_from<T, kVectors>(panel, columns));
+    prefetch(0, 1, panel, panels);
+    tile<1, kPanels * kVectors>(operands, 0, 1, panel, vectors, 0, k, sums);
     if constexpr (kPanels == 1)
       finish(sums, kFirst, kOne, panel, kOne);
     else
@@ -66,23 +65,23 @@ inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, 
   }
 }
 
-// Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels;
-// ask(first_row, rows, first_panel, panels) before the last part of those sums, to ask the cache
-// for what finish reads and writes: earlier, the weights would drive it out of there again. Tiles
-// are as few as registers allow, of heights as even as can be, since one of two or three rows runs
-// at 0.8 of the speed; and as wide as a panel, of which the last may be partly empty. A single row
-// that would be left over is a tile of its own, two panels wide.
-template <typename T, typename Operands, typename Ask, typename Finish>
+// Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels.
+// Before the last K block of those sums it calls prefetch(first_row, rows, first_panel, panels) for
+// what finish reads and writes: earlier, the weights would evict it again. Tiles are as few as
+// registers allow. Their heights are as even as possible, since one of two or three rows runs at
+// 0.8 of the speed; they are as wide as a panel, of which the last may be partly empty. A single
+// row that would be left over is a tile of its own, two panels wide.
+template <typename T, int kVectors, typename Operands, typename Prefetch, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
-                         PanelRange range, const Ask& ask, const Finish& finish) {
+                         PanelRange range, const Prefetch& prefetch, const Finish& finish) {
   if (all_rows == 1)
     return operands.row_panels() == 1
-               ? each_panel_of<T, 1>(operands, k, columns, range, ask, finish)
-               : each_panel_of<T, kMostPanels>(operands, k, columns, range, ask, finish);
+               ? each_panel_of<T, kVectors, 1>(operands, k, columns, range, prefetch, finish)
+               : each_panel_of<T, kVectors, kMostPanels>(operands, k, columns, range, prefetch, finish);
   constexpr int kTileRows = Vec<T>::kTileRows;
-  alignas(64) T sums[kSums<T>];
-  for (int64_t start = 0; start < all_rows; start += kMostRows) {
-    const int64_t rows = std::min(kMostRows, all_rows - start);
+  alignas(64) T sums[kSums<T, kVectors>];
+  for (int64_t start = 0; start < all_rows; start += kBlockRows) {
+    const int64_t rows = std::min(kBlockRows, all_rows - start);
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const bool single = rows % kTileRows == 1 && rows <= 4 * kTileRows;
     const int64_t most_panels = single ? kMostPanels : 1;
@@ -94,24 +93,24 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
     const int64_t group = k <= block ? 1 : tiles;
     for (int64_t panel = range.begin; panel < range.end; panel += most_panels) {
       const int64_t panels = std::min(most_panels, range.end - panel);
-      const int64_t vectors = std::min(panels * kPanelVectors, vectors_from<T>(panel, columns));
+      const int64_t vectors = std::min(panels * kVectors, vectors_from<T, kVectors>(panel, columns));
       for (int64_t of = 0; of < tiles; of += group) {
         const int64_t first = row_of(of), last = row_of(of + group);
         int64_t begin = 0;
         do {
           const int64_t end = std::min(begin + block, k);
-          if (end == k) ask(first, last - first, panel, panels);
+          if (end == k) prefetch(first, last - first, panel, panels);
           for (int64_t t = of; t < of + group; ++t) {
             const int64_t row = row_of(t), rows_here = row_of(t + 1) - row;
-            T* const to = sums + sum_at<T>(row - first, 0);
+            T* const to = sums + sum_at<T, kVectors>(row - first, 0);
             if (rows_here == 1 && single)
-              tile<1, kMostPanels * kPanelVectors>(operands, row, 1, panel, vectors, begin, end,
+              tile<1, kMostPanels * kVectors>(operands, row, 1, panel, vectors, begin, end,
                                                    to);
             else
               for (int64_t p = 0; p < panels; ++p)
-                tile<kTileRows, kPanelVectors>(operands, row, rows_here, panel + p,
-                                               vectors - p * kPanelVectors, begin, end,
-                                               to + sum_at<T>(0, p * kPanelVectors));
+                tile<kTileRows, kVectors>(operands, row, rows_here, panel + p,
+                                               vectors - p * kVectors, begin, end,
+                                               to + sum_at<T, kVectors>(0, p * kVectors));
           }
           begin = end;
         } while (begin < k);

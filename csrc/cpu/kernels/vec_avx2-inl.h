@@ -119,6 +119,9 @@ inline Vec<float> zero_below(Vec<float> x, Vec<float> limit) {
   const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v);
   return {_mm256_andnot_ps(_mm256_cmp_ps(size, limit.v, _CMP_LT_OQ), x.v)};
 }
+inline Vec<float> if_positive(Vec<float> x, Vec<float> value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), value.v)};
+}
 inline Vec<float> exp2_of(Vec<float> shifted) {
   const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(n, _mm256_set1_epi32(127 << 23)))};
@@ -136,6 +139,9 @@ inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v
 inline Vec<double> zero_below(Vec<double> x, Vec<double> limit) {
   const __m256d size = _mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v);
   return {_mm256_andnot_pd(_mm256_cmp_pd(size, limit.v, _CMP_LT_OQ), x.v)};
+}
+inline Vec<double> if_positive(Vec<double> x, Vec<double> value) {
+  return {_mm256_and_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NLE_UQ), value.v)};
 }
 inline Vec<double> exp2_of(Vec<double> shifted) {
   const __m256i n = _mm256_slli_epi64(_mm256_castpd_si256(shifted.v), 52);

@@ -121,6 +121,10 @@ inline Vec<float> zero_below(Vec<float> x, Vec<float> limit) {
   const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), limit.v, _CMP_NLT_UQ);
   return {_mm512_maskz_mov_ps(keep, x.v)};
 }
+inline Vec<float> if_positive(Vec<float> x, Vec<float> value) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  return {_mm512_maskz_mov_ps(keep, value.v)};
+}
 inline Vec<float> exp2_of(Vec<float> shifted) {
   const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(n, _mm512_set1_epi32(127 << 23)))};
@@ -138,6 +142,10 @@ inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.v
 inline Vec<double> zero_below(Vec<double> x, Vec<double> limit) {
   const __mmask8 keep = _mm512_cmp_pd_mask(_mm512_abs_pd(x.v), limit.v, _CMP_NLT_UQ);
   return {_mm512_maskz_mov_pd(keep, x.v)};
+}
+inline Vec<double> if_positive(Vec<double> x, Vec<double> value) {
+  const __mmask8 keep = _mm512_cmp_pd_mask(x.v, _mm512_setzero_pd(), _CMP_NLE_UQ);
+  return {_mm512_maskz_mov_pd(keep, value.v)};
 }
 inline Vec<double> exp2_of(Vec<double> shifted) {
   const __m512i n = _mm512_slli_epi64(_mm512_castpd_si512(shifted.v), 52);

@@ -101,6 +101,10 @@ inline Vec<float> zero_below(Vec<float> x, Vec<float> limit) {
   const uint32x4_t below = vcltq_f32(vabsq_f32(x.v), limit.v);
   return {vbslq_f32(below, vdupq_n_f32(0), x.v)};
 }
+inline Vec<float> if_positive(Vec<float> x, Vec<float> value) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(value.v);
+  return {vreinterpretq_f32_u32(vbicq_u32(bits, vcleq_f32(x.v, vdupq_n_f32(0))))};
+}
 inline Vec<float> exp2_of(Vec<float> shifted) {
   const int32x4_t n = vshlq_n_s32(vreinterpretq_s32_f32(shifted.v), 23);
   return {vreinterpretq_f32_s32(vaddq_s32(n, vdupq_n_s32(127 << 23)))};
@@ -122,6 +126,10 @@ inline Vec<double> max(Vec<double> a, Vec<double> b) {
 inline Vec<double> zero_below(Vec<double> x, Vec<double> limit) {
   const uint64x2_t below = vcltq_f64(vabsq_f64(x.v), limit.v);
   return {vbslq_f64(below, vdupq_n_f64(0), x.v)};
+}
+inline Vec<double> if_positive(Vec<double> x, Vec<double> value) {
+  const uint64x2_t bits = vreinterpretq_u64_f64(value.v);
+  return {vreinterpretq_f64_u64(vbicq_u64(bits, vcleq_f64(x.v, vdupq_n_f64(0))))};
 }
 inline Vec<double> exp2_of(Vec<double> shifted) {
   const int64x2_t n = vshlq_n_s64(vreinterpretq_s64_f64(shifted.v), 52);

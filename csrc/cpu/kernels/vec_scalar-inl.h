@@ -91,6 +91,11 @@ template <typename T>
 Vec<T> zero_below(Vec<T> x, Vec<T> limit) {
   return {x.v < limit.v && -x.v < limit.v ? T(0) : x.v};
 }
+// value where x > 0 or x is NaN, else 0.
+template <typename T>
+Vec<T> if_positive(Vec<T> x, Vec<T> value) {
+  return {x.v <= 0 ? T(0) : value.v};
+}
 // 2^n for the integer n in the low bits of `shifted` (math-inl.h, kShift).
 inline Vec<float> exp2_of(Vec<float> shifted) {
   return {std::bit_cast<float>((std::bit_cast<uint32_t>(shifted.v) << 23) + (127u << 23))};

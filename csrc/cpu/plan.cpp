@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cpu/plan.h"
+
+#include <algorithm>
+
+#include "cpu/kernels/args.h"
+
+namespace iss {
+namespace {
+
+// Multiplies that take about 0.5 us: what it costs to meet at a barrier, and then some.
+constexpr int64_t kWorthABarrier = 1 << 14;
+// Weights that stay in a core's L2 cache from step to step.
+constexpr int64_t kCachedWeights = 1 << 17;
+// Rows that take longer to multiply than the weights take to come from beyond that cache.
+constexpr int64_t kManyRows = 16;
+// Rows that are worth a thread of their own where all weights stay in its cache: the fewest of
+// which a tile is more than half as fast as a tall one.
+constexpr int64_t kFewRows = 2;
+// What a division by units, which reads each weight once, may cost over one by rows.
+constexpr double kUneven = 1.15;
+
+}  // namespace
+
+int64_t PlanProblem::multiplies() const {
+  int64_t per_row = 0;
+  for (const CellSize& cell : cells) per_row += cell.all_multiplies();
+  return rows * per_row;
+}
+
+int64_t PlanProblem::panel_units(const CellSize& cell) const {
+  const int gates = backward ? 1 : static_cast<int>(cell.gates);
+  return panel_vectors(gates) / gates * lanes;
+}
+
+Plan plan_threads(const PlanProblem& problem, int64_t by_work, int64_t threads) {
+  if (by_work <= 1) return {Split::kRows, 1, "the work is worth no second thread"};
+  int64_t per_row = 0, narrowest = INT64_MAX, widest = 0, panels = INT64_MAX;
+  for (const CellSize& cell : problem.cells) {
+    per_row += cell.all_multiplies();
+    narrowest = std::min(narrowest, cell.multiplies());
+    widest = std::max(widest, cell.gates * cell.hidden * cell.output);
+    panels = std::min(panels, problem.panels(cell));
+  }
+  const int64_t cells = static_cast<int64_t>(problem.cells.size());
+  const int64_t rows_per_step = problem.rows / std::max<int64_t>(1, problem.steps);
+  const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
+  const int64_t members = std::max<int64_t>(1, std::min({by_work, panels, by_step}));
+  const bool both_directions = problem.directions == 2;
+  // What the one with most units has to do, as a multiple of its share.
+  double uneven = 1;
+  for (const CellSize& cell : problem.cells) {
+    const int64_t each = (problem.panels(cell) + members - 1) / members;
+    const int64_t most = std::min(each * problem.panel_units(cell), cell.hidden);
+    uneven = std::max(uneven, static_cast<double>(most * members) / cell.hidden);
+  }
+  // Rows that fill the register tile of every thread are best divided, unless they are few and each
+  // thread would then read weights again in every step that its cache cannot hold.
+  if (problem.batch >= threads * problem.tile_rows) {
+    if (widest <= kCachedWeights)
+      return {Split::kRows, by_work, "each thread keeps all weights in its cache"};
+    if (problem.batch >= threads * kManyRows)
+      return {Split::kRows, by_work, "there are rows enough to pay for reading all weights"};
+    if (uneven > kUneven || members < threads)
+      return {Split::kRows, by_work, "the units do not divide evenly"};
+    if (both_directions) return {Split::kRows, by_work, "there are rows enough for all threads"};
+  }
+  if (both_directions) {
+    // An odd thread would leave one direction slower, and the other waiting.
+    const int64_t even = std::min(by_work, std::max<int64_t>(2, 2 * by_step)) / 2 * 2;
+    return {Split::kDirections, std::min(even, 2 * panels), "the two directions are independent"};
+  }
+  if (members > 1) return {Split::kUnits, members, "each thread reads its own part of the weights"};
+  if (cells > 1 && problem.steps > 1)
+    return {Split::kLayers, std::min(by_work, cells), "a step is too short to meet after it"};
+  const int64_t worth_a_thread = per_row <= kCachedWeights ? kFewRows : problem.tile_rows;
+  return {Split::kRows, std::clamp<int64_t>(problem.batch / worth_a_thread, 1, by_work),
+          "a step is too short to meet after it"};
+}
+
+}  // namespace iss

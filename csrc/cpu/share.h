@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one thread does of a call: some rows of the batch, or some units of every cell.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cpu/kernels/table.h"
+#include "cpu/plan.h"
+#include "cpu/team.h"
+#include "sequence.h"
+
+namespace iss {
+
+// How the threads that torch has now divide a call.
+template <typename T>
+Plan plan_call(std::span<const CellSize> cells, int64_t directions, const Sequence& sequence,
+               bool backward) {
+  if (available_threads() == 1) return {Split::kRows, 1, "torch has one thread"};
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const PlanProblem problem{.cells = cells,
+                            .directions = directions,
+                            .steps = sequence.steps,
+                            .batch = sequence.batch,
+                            .rows = sequence.rows,
+                            .backward = backward,
+                            .lanes = kernels.lanes,
+                            .tile_rows = kernels.tile_rows};
+  const int64_t by_work = threads_for(problem.multiplies());
+  return plan_threads(problem, by_work, by_work == 1 ? 1 : free_threads(Clock::now()));
+}
+
+// Rows [begin, end) of the batch, and what falls to member `member` of the team that divides the
+// units, of `all` members at first.
+struct Share {
+  int64_t begin, end;
+  int64_t member = 0, all = 1;
+  Team* team = nullptr;  // of a thread that waits for nobody: none
+
+  int64_t members() const { return team == nullptr ? 1 : team->members(all); }
+
+  // This member's part of so many panels: the same one until the next meeting.
+  PanelRange of(int64_t panels, bool backwards = false) const {
+    const int64_t parts = members();
+    return {panels * member / parts, panels * (member + 1) / parts, backwards};
+  }
+
+  // Waits for the other members. False where this one has left the team: then it stops.
+  bool meet() const {
+    if (team != nullptr) team->meet(all);
+    return member < members();
+  }
+};
+
+// Calls body(share, thread) for each thread's rows of the batch, chosen so that all threads have as
+// many steps of a row to do, of those `steps`: Split::kRows.
+template <typename Body>
+void each_share_of_rows(const Sequence& sequence, const StepRange& steps, int64_t threads,
+                        const Body& body) {
+  if (threads == 1) return body(Share{0, sequence.batch}, 0);
+  std::vector<int64_t> ends(threads, sequence.batch);
+  int64_t row_end = steps.end, before = 0;  // of row b; the steps of all rows up to it
+  for (int64_t b = 0, thread = 0; b < sequence.batch; ++b) {
+    while (row_end > steps.begin && sequence.sizes[row_end - 1] <= b) --row_end;
+    before += row_end - steps.begin;
+    while (thread + 1 < threads && before * threads >= steps.rows * (thread + 1))
+      ends[thread++] = b + 1;
+  }
+  together(threads, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const int64_t first = thread == 0 ? 0 : ends[thread - 1];
+      if (first < ends[thread]) body(Share{first, ends[thread]}, thread);
+    }
+  });
+}
+
+}  // namespace iss

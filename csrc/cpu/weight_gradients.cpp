@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cpu/weight_gradients.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "cpu/finite.h"
+#include "cpu/kernels/table.h"
+#include "cpu/packed.h"
+#include "cpu/team.h"
+
+namespace iss {
+namespace {
+
+// Columns of a matrix that are transposed together, in lines of the cache.
+constexpr int64_t kLine = 16, kBlockLines = 4;
+// The rows of a transposed block do not all start in the same set of the cache.
+constexpr int64_t kBlockStride = kTerms + kLine;
+// Also holds kTerms rows of any panel.
+constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
+
+// The part of B that has rows [first, first + k) and columns [column, column + columns) of it.
+template <typename T>
+PackArgs part_of(PackArgs b, int64_t first, int64_t k, int64_t column, int64_t columns) {
+  const int64_t itemsize = b.format == Format::kSame ? sizeof(T) : 2;
+  b.b = static_cast<const char*>(b.b) + (first * b.stride_k + column * b.stride_column) * itemsize;
+  b.k = k;
+  b.columns = columns;
+  return b;
+}
+
+}  // namespace
+
+template <typename T>
+int64_t PackedRhs<T>::bytes(int64_t k, int64_t columns, Format format) {
+  return (k + kTerms - 1) / kTerms *
+         cpu_kernels().of<T>().packed_bytes(std::min(k, kTerms), columns, 1, format);
+}
+
+template <typename T>
+PackedRhs<T> PackedRhs<T>::of_states(const Rows<T>& b, const Rows<T>& a, void* packed) {
+  const auto zero = [&](int64_t row) {
+    return all_zero(b.data + row * b.columns, b.columns) &&
+           all_finite(a.data + row * a.columns, a.columns);
+  };
+  int64_t begin = 0, end = b.rows;
+  while (begin < end && zero(begin)) ++begin;
+  while (begin < end && zero(end - 1)) --end;
+  return {b.pack_args(), begin, end, packed};
+}
+
+template <typename T>
+void PackedRhs<T>::multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride,
+                            bool accumulate, T* out) const {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const auto [from, to] = part(first);
+  kernels.matmul({.rows = rows,
+                  .k = to - from,
+                  .columns = columns_,
+                  .panels = {0, kernels.panels(columns_)},
+                  .a = a + from - first,
+                  .a_stride = a_stride,
+                  .b = {format_, panels(first)},
+                  .bias = nullptr,
+                  .accumulate = accumulate,
+                  .out = out,
+                  .out_stride = columns_,
+                  .scratch = nullptr});
+}
+
+template <typename T>
+PackedRhs<T>::PackedRhs(const PackArgs& b, int64_t begin, int64_t end, void* packed)
+    : begin_(begin),
+      end_(end),
+      columns_(b.columns),
+      part_bytes_(bytes(std::min(b.k, kTerms), b.columns, b.format)),
+      format_(b.format),
+      packed_(static_cast<char*>(packed)) {
+  for (int64_t first = 0; first < b.k; first += kTerms) {
+    const auto [from, to] = part(first);
+    PackArgs rows = part_of<T>(b, from, to - from, 0, columns_);
+    rows.packed = panels(first);
+    pack_all<T>(rows);
+  }
+}
+
+template class PackedRhs<float>;
+template class PackedRhs<double>;
+
+namespace {
+
+// out = a [rows, K] @ B [K, columns].
+template <typename T>
+void multiply(const Rows<T>& a, const PackedRhs<T>& b, T* out) {
+  each_block(a.rows, kBlockRows, a.columns * b.columns(), [&](int64_t begin, int64_t end, int64_t) {
+    int64_t first = 0;
+    do {
+      b.multiply(first, end - begin, a.data + begin * a.columns + first, a.columns, first > 0,
+                 out + begin * b.columns());
+      first += kTerms;
+    } while (first < a.columns);
+  });
+}
+
+// A product of a transposed matrix with B, and where it goes.
+template <typename T>
+struct TransposedProduct {
+  PackedRhs<T> b;
+  T* out;
+};
+
+// out = or += a.T @ B for each product, all with as many rows as a; sums += the sums of a's
+// columns. a is transposed by blocks, each into a thread's own part of `blocks`
+// [available_threads(), kBlockElements].
+template <typename T>
+void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T>>& products, bool accumulate,
+                         T* blocks, T* sums) {
+  int64_t columns = 0;
+  for (const TransposedProduct<T>& product : products) columns += product.b.columns();
+  const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
+    for (int64_t first = 0; first < a.rows; first += kTerms) {
+      cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, a.rows - first),
+                                       .columns = end - begin,
+                                       .from = a.data + first * a.columns + begin,
+                                       .from_stride = a.columns,
+                                       .to = block,
+                                       .to_stride = kBlockStride,
+                                       .sums = sums + begin});
+      for (const auto& [b, out] : products)
+        b.multiply(first, end - begin, block, kBlockStride, accumulate || first > 0,
+                   out + begin * b.columns());
+    }
+  };
+  each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * a.rows * columns,
+             [&](int64_t begin, int64_t end, int64_t thread) {
+               block_of_rows(begin * kLine, std::min(end * kLine, a.columns),
+                             blocks + thread * kBlockElements);
+             });
+}
+
+}  // namespace
+
+template <typename T>
+void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* bias, T* panels,
+                   T* out) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const int64_t width = kernels.panel_units();
+  const auto panel = [&](int64_t column, T* packed) {
+    int64_t first = 0;
+    do {
+      PackArgs part = part_of<T>(b, first, std::min(terms, b.k - first), column,
+                                 std::min(width, b.columns - column));
+      part.panels = {0, 1};
+      part.packed = packed;
+      kernels.pack(part);
+      kernels.matmul({.rows = a.rows,
+                      .k = part.k,
+                      .columns = part.columns,
+                      .panels = part.panels,
+                      .a = a.data + first,
+                      .a_stride = b.k,
+                      .b = {part.format, packed},
+                      .bias = bias != nullptr && first == 0 ? bias + column : nullptr,
+                      .accumulate = first > 0,
+                      .out = out + column,
+                      .out_stride = b.columns,
+                      .scratch = nullptr});
+      first += terms;
+    } while (first < b.k);
+  };
+  each_block(kernels.panels(b.columns), 1, a.rows * b.k * width,
+             [&](int64_t begin, int64_t end, int64_t thread) {
+               for (int64_t index = begin; index < end; ++index)
+                 panel(index * width, panels + thread * terms * width);
+             });
+}
+template void multiply_once<float>(const Rows<float>&, const PackArgs&, int64_t, const float*,
+                                   float*, float*);
+template void multiply_once<double>(const Rows<double>&, const PackArgs&, int64_t, const double*,
+                                    double*, double*);
+
+template <typename T>
+WeightGradients<T>::WeightGradients(const PackedCell& cell, const Sequence& sequence,
+                                    const at::Tensor& w_ih, const T* x, const T* gates,
+                                    const T* saved, const Targets& targets)
+    : cell_(cell),
+      x_(x),
+      gates_(gates),
+      saved_(saved),
+      to_(targets),
+      once_(sequence.rows <= kBlockRows),
+      by_input_(to_.dx ? pack_args(w_ih, {.transposed = false}) : PackArgs()) {}
+
+template <typename T>
+void WeightGradients<T>::lay_out(Arena& arena, int64_t most_rows) {
+  const auto take = [&](bool needed, const auto&... of) {
+    return arena.take<char>(needed ? PackedRhs<T>::bytes(of...) : 0);
+  };
+  const bool weights = to_.dw_ih != nullptr, projected = to_.dw_hr != nullptr;
+  blocks_ = arena.take<T>(available_threads() * kBlockElements);
+  packed_input_ =
+      take(to_.dx && !once_, by_input_.k, by_input_.columns, by_input_.format);
+  packed_x_ = take(weights, most_rows, cell_.input);
+  packed_states_ = take(weights, most_rows, cell_.output);
+  packed_h_ = take(projected, most_rows, cell_.hidden);
+  sums_ = arena.take<T>(projected ? cell_.output : 0);  // of columns, which nobody asks for
+}
+
+template <typename T>
+void WeightGradients<T>::start() {
+  if (to_.dx && !once_) input_.emplace(by_input_, packed_input_);
+  std::fill_n(sums_, to_.dw_hr ? cell_.output : 0, T(0));
+}
+
+template <typename T>
+void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
+  const StepRange& steps = of.steps;
+  const Rows<T> dinputs{of.dinputs, steps.rows, cell_.gates()};
+  const Rows<T> dproducts{of.dproducts, steps.rows, cell_.gates()};
+  if (to_.dx) {
+    T* const out = to_.dx + steps.first_row * cell_.input;
+    if (once_)
+      multiply_once<T>(dinputs, by_input_, kTerms, nullptr, blocks_, out);
+    else
+      multiply<T>(dinputs, *input_, out);
+  }
+  if (!to_.dw_ih) return;
+  const Rows<T> x{x_ + steps.first_row * cell_.input, steps.rows, cell_.input};
+  const Rows<T> states{of.h_prev, steps.rows, cell_.output};
+  std::vector<TransposedProduct<T>> of_inputs{
+      {PackedRhs<T>(x.pack_args(), packed_x_), to_.dw_ih}};
+  const TransposedProduct<T> of_states{PackedRhs<T>::of_states(states, dproducts, packed_states_),
+                                       to_.dw_hh};
+  if (dinputs.data == dproducts.data) {
+    of_inputs.push_back(of_states);
+    multiply_transposed<T>(dinputs, of_inputs, accumulate, blocks_, to_.db_ih);
+  } else {
+    multiply_transposed<T>(dinputs, of_inputs, accumulate, blocks_, to_.db_ih);
+    multiply_transposed<T>(dproducts, {of_states}, accumulate, blocks_, to_.db_hh);
+  }
+  if (!to_.dw_hr) return;
+  // What the projection multiplied: o * tanh(c), of an LSTM, which alone may have one.
+  const int64_t hidden = cell_.hidden, stride = cell_.spec->saved_gates * hidden;
+  const auto of_steps = [&](const T* data, int64_t row_stride) {
+    return at::from_blob(const_cast<T*>(data) + steps.first_row * row_stride, {steps.rows, hidden},
+                         {row_stride, 1}, c10::CppTypeToScalarType<T>::value);
+  };
+  const at::Tensor h = of_steps(gates_ + 3 * hidden, stride) * of_steps(saved_, hidden).tanh();
+  const Rows<T> cell_outputs{h.const_data_ptr<T>(), steps.rows, hidden};
+  multiply_transposed<T>({of.outputs, steps.rows, cell_.output},
+                         {{PackedRhs<T>(cell_outputs.pack_args(), packed_h_), to_.dw_hr}}, accumulate, blocks_,
+                         sums_);
+}
+
+template class WeightGradients<float>;
+template class WeightGradients<double>;
+
+}  // namespace iss
