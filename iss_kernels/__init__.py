@@ -7,18 +7,23 @@ of Wen et al., Learning Intrinsic Sparse Structures within Long Short-Term Memor
 
 __version__ = "0.1.0"
 
+from iss_kernels.accelerate import accelerate
 from iss_kernels.backend import build_info, use_backend
 from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, Groups
-from iss_kernels.lstm import ISSLSTM, accelerate
+from iss_kernels.gru import ISSGRU
+from iss_kernels.lstm import ISSLSTM
 from iss_kernels.plan import explain_plan
 from iss_kernels.prepare import prepare
+from iss_kernels.rnn import ISSRNN
 from iss_kernels.shrink import ShrinkReport, shrink
 from iss_kernels.stream import Stream
 
 __all__ = [
+    "ISSGRU",
     "ISSLSTM",
+    "ISSRNN",
     "GroupError",
     "GroupLasso",
     "Groups",

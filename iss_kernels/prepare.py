@@ -17,8 +17,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from iss_kernels import backend
+from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
 from iss_kernels.copying import copied
-from iss_kernels.lstm import HOOK_TABLES, ISSLSTM, State, added, check_plain
+from iss_kernels.lstm import ISSLSTM
+from iss_kernels.recurrent import States
 
 _DTYPES = {
     "float32": torch.float32,
@@ -229,7 +231,7 @@ class PreparedLSTM(ISSLSTM):
         raise TypeError("to_torch: expected an ISSLSTM, got a PreparedLSTM, which only infers")
 
     @classmethod
-    def from_torch(cls, lstm: nn.LSTM) -> ISSLSTM:
+    def from_torch(cls, module: nn.RNNBase) -> Any:
         """Raise TypeError: `prepare` makes one."""
         raise TypeError("PreparedLSTM: expected to be made by prepare, got a call of from_torch")
 
@@ -240,15 +242,17 @@ class PreparedLSTM(ISSLSTM):
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: tuple[State, State] | None = None,
+        hx: States | None = None,
         lengths: Tensor | Sequence[int] | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[State, State]]:
+        resets: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor | PackedSequence, States]:
         """As ISSLSTM.forward."""
         native = self._native
         if (
             native is not None
             and hx is None
             and lengths is None
+            and resets is None
             and backend.backend() == "extension"
         ):
             plain = native.run_plain(input, self.batch_first, self._buffers)
@@ -263,9 +267,9 @@ class PreparedLSTM(ISSLSTM):
                 "infers; use torch.no_grad()), got one with requires_grad=True"
             )
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            y, state = super().forward(_to(input, torch.float32), hx, lengths)
+            y, state = super().forward(_to(input, torch.float32), hx, lengths, resets)
             return _to(y, tensor.dtype), _to(state, tensor.dtype)
-        return super().forward(input, hx, lengths)
+        return super().forward(input, hx, lengths, resets)
 
     def native(self) -> Any:
         """The compiled network of the weights; None where the ops or the reference run instead."""
@@ -326,8 +330,12 @@ class PreparedLSTM(ISSLSTM):
         return value
 
     def _run(
-        self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        self,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+        states: list[tuple[Tensor, ...]],
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         hs, cs = map(list, zip(*states, strict=True))
         _check_devices(x, "parameter", [self._buffer("weight_ih_l0")])
         _check_devices(x, "hidden", hs + cs)
@@ -337,11 +345,11 @@ class PreparedLSTM(ISSLSTM):
                     f"PreparedLSTM: expected hx of a floating dtype, got {_dtype_name(state)}"
                 )
         native = self.native()
-        if native is not None and type(x) in (Tensor, nn.Parameter):
+        if native is not None and resets is None and type(x) in (Tensor, nn.Parameter):
             done = native.run(x, batch_sizes, hs, cs)
             if done is not None:
                 return done  # type: ignore[no-any-return]
-        return self._run_by_ops(x, batch_sizes, states)
+        return self._run_by_ops(x, batch_sizes, resets, states)
 
     @property
     def held(self) -> torch.dtype:
@@ -349,16 +357,20 @@ class PreparedLSTM(ISSLSTM):
         return torch.float32 if self.weights == "int8" else _DTYPES[self.weights]
 
     def _run_by_ops(
-        self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        self,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+        states: list[tuple[Tensor, ...]],
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The CUDA kernels, in the dtype of the weights, or the reference, in float32."""
         _check_devices(x, "parameter", list(map(self._buffer, self._expected)))
         by_kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
         dtype = self.held if by_kernels else torch.float32
-        states = [(h.to(dtype), c.to(dtype)) for h, c in states]
+        states = [tuple(s.to(dtype) for s in state) for state in states]
         with torch.autocast(x.device.type, enabled=False):
-            y, final = super()._run(x.to(dtype), batch_sizes, states)
-        return y.float(), [(h.float(), c.float()) for h, c in final]
+            y, final = super()._run(x.to(dtype), batch_sizes, resets, states)
+        return y.float(), [tuple(s.float() for s in state) for state in final]
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """In the dtype that is computed in; converted once for the CUDA kernels."""

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iss_kernels.accelerate import take_over
 from iss_kernels.copying import copied
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups, LabelledWeight, plain_lstms
-from iss_kernels.lstm import ISSLSTM, take_over
+from iss_kernels.lstm import ISSLSTM
 
 
 @dataclass(frozen=True)

@@ -546,7 +546,7 @@ class _OnCuda:
             raise ValueError(f"Stream: expected {wanted}, got {got}")
         return value
 
-    def states(self) -> list[tuple[Tensor, Tensor]]:
+    def states(self) -> list[tuple[Tensor, ...]]:
         """Copies, by layer: h [B, P], c [B, H]."""
         with self._lock:
             return [(cell.h.clone(), cell.c.clone()) for cell in self._cells]
@@ -610,7 +610,7 @@ class _Reference:
         self._batch = batch
         self._sizes = sizes
         self._lock = threading.Lock()
-        self._states = [
+        self._states: list[tuple[Tensor, ...]] = [
             (self._zeros(p), self._zeros(h))
             for lstm in layers
             if isinstance(lstm, PreparedLSTM)
@@ -626,7 +626,7 @@ class _Reference:
         if out is not None:
             self._checked(out, "out", "O", self._sizes[1])
             _expect_writeable(out)
-        states: list[tuple[Tensor, Tensor]] = []
+        states: list[tuple[Tensor, ...]] = []
         with (
             self._lock,
             torch.inference_mode(False),
@@ -637,7 +637,7 @@ class _Reference:
             for layer in self._layers:
                 if isinstance(layer, PreparedLSTM):
                     before = self._states[len(states) : len(states) + layer.num_layers]
-                    y, final = layer._run(value.unsqueeze(0), None, before)
+                    y, final = layer._run(value.unsqueeze(0), None, None, before)
                     states += final
                     value = y.squeeze(0)
                 else:
@@ -674,10 +674,10 @@ class _Reference:
             raise ValueError(f"Stream: expected {wanted}, got {got}")
         return torch.from_numpy(np.array(value, order="C"))
 
-    def states(self) -> list[tuple[Tensor, Tensor]]:
+    def states(self) -> list[tuple[Tensor, ...]]:
         """Copies, by layer: h [B, P], c [B, H]."""
         with self._lock:
-            return [(h.clone(), c.clone()) for h, c in self._states]
+            return [tuple(s.clone() for s in state) for state in self._states]
 
     def set_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take over what `states` returned."""
@@ -687,4 +687,4 @@ class _Reference:
     def reset(self) -> None:
         """Zero the state."""
         with self._lock:
-            self._states = [(torch.zeros_like(h), torch.zeros_like(c)) for h, c in self._states]
+            self._states = [tuple(map(torch.zeros_like, state)) for state in self._states]

@@ -264,7 +264,7 @@ def test_what_cannot_come_along_is_refused_and_nothing_changes(kind):
         accelerate(net)
     text = str(got.value)
     assert text.startswith("accelerate: expected ") and message in text
-    assert "second" in text or "that holds an LSTM" in text
+    assert "second" in text or "that holds a recurrent module" in text
     assert contents(net) == before
     assert net.aliases == [net.first, net.second]
     net.first.load_state_dict(net.first.state_dict())
