@@ -361,7 +361,7 @@ class Recurrent(nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_input(data, 2)
         batch = int(batch_sizes[0])
-        states = self._initial(hx, batch, data, sorted_indices, batched=True)
+        states = self._initial(hx, batch, data, sorted_indices, batched=True, packed=True)
         cuts = None if resets is None else self._packed_resets(resets, input)
         y, states = self._run(data, batch_sizes, cuts, states)
         packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
@@ -428,9 +428,10 @@ class Recurrent(nn.RNNBase):
             if got is expected:
                 continue
             if got is None or expected is None or not torch.equal(got, expected):
+                lists = [None if t is None else t.tolist() for t in (expected, got)]
                 raise ValueError(
-                    f"{self._kind}: expected resets with the {name} of the input, "
-                    f"{expected and expected.tolist()}, got {got and got.tolist()}"
+                    f"{self._kind}: expected resets with the {name} of the input, {lists[0]}, "
+                    f"got {lists[1]}"
                 )
         return self._checked_resets(resets.data, input.data, "N")
 
@@ -536,6 +537,7 @@ class Recurrent(nn.RNNBase):
         x: Tensor,
         permutation: Tensor | None,
         batched: bool,
+        packed: bool = False,
     ) -> list[tuple[Tensor, ...]]:
         """hx, checked and taken apart: (h [B, P],) or (h, c [B, H]) by layer and direction."""
         sizes = sum(self.sizes, [])
@@ -549,58 +551,50 @@ class Recurrent(nn.RNNBase):
                 raise RuntimeError(f"{self.cell.name} expects two hidden states")
             given = hx
         elif self._uniform and not isinstance(hx, Tensor):
-            raise RuntimeError(
+            raise TypeError(
                 f"{self._kind}: expected hx to be a tensor h_0, got a {type(hx).__name__}"
             )
-        parts = [
-            self._taken_apart(state, [size[1 - which] for size in sizes], batch, which, batched, hx)
-            for which, state in enumerate(given)
-        ]
+        parts = []
+        for which, state in enumerate(given):
+            name = f"hidden[{which}]" if count > 1 else "hidden"
+            widths = [size[1 - which] for size in sizes]
+            if not self._uniform:
+                parts.append(self._taken_apart(state, name, widths, batch, batched))
+                continue
+            expected = (len(sizes), batch, widths[0])
+            if not isinstance(state, Tensor) or state.dim() != (3 if batched else 2):
+                if isinstance(state, Tensor) and packed:  # as torch, which expects no dimensions
+                    raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+                raise RuntimeError(_wrong_dimensions(given, batched))
+            state = state if batched else state.unsqueeze(1)
+            if state.shape != expected:
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+            parts.append(list(state.unbind(0)))
         if permutation is not None:
             parts = [[s.index_select(0, permutation) for s in part] for part in parts]
         return list(zip(*parts, strict=True))
 
     def _taken_apart(
-        self, state: State, sizes: list[int], batch: int, which: int, batched: bool, hx: Any
+        self, state: Any, name: str, sizes: list[int], batch: int, batched: bool
     ) -> list[Tensor]:
-        """h_0 (which = 0) or c_0 (which = 1) as a list of [B, size] by layer and direction."""
-        pair = len(self.cell.states) > 1
-        name = f"hidden[{which}]" if pair else "hidden"
-        if self._uniform:
-            if isinstance(state, Tensor) and state.dim() == (3 if batched else 2):
-                state = state if batched else state.unsqueeze(1)
-                expected = (len(sizes), batch, sizes[0])
-                if state.shape != expected:
-                    raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-                return list(state.unbind(0))
-            dims = ", ".join(
-                f"{s.dim()}-D" if isinstance(s, Tensor) else type(s).__name__
-                for s in (hx if pair else [hx])
-            )
-            form, dim = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
-            raise RuntimeError(
-                f"For {form} input, hx and cx should also be {dim}-D but got ({dims}) tensors"
-                if pair
-                else f"For {form} input, hx should also be {dim}-D but got {dims} tensor"
-            )
-        flat: list[Tensor] = []
-        if not isinstance(state, Tensor) and len(state) == self.num_layers:
+        """A state by layer, where sizes differ, as a list of [B, size] by layer and direction."""
+        flat: list[Any] = []
+        if isinstance(state, (tuple, list)) and len(state) == self.num_layers:
             for layer in state:
-                flat += layer.unbind(0) if isinstance(layer, Tensor) else layer
-        if not batched:
-            flat = [s.unsqueeze(0) for s in flat]
-        expected_shapes = [(batch, size) for size in sizes]
-        shapes = [tuple(s.shape) for s in flat]
-        if shapes != expected_shapes:
+                flat += layer if isinstance(layer, (tuple, list, Tensor)) else [layer]
+        expected = [(batch, size) if batched else (size,) for size in sizes]
+        shapes = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in flat]
+        if shapes != expected:
+            got = str(shapes)
             if isinstance(state, Tensor):
                 got = f"a tensor of size {list(state.shape)}"
-            else:
-                got = str(shapes) if shapes else f"{len(state)} entries"
+            elif not flat:
+                got = f"{len(state)} entries" if hasattr(state, "__len__") else f"{state}"
             raise RuntimeError(
                 f"Expected {name} to be a tuple of {self.num_layers} layers with "
-                f"{len(self.sizes[0])} states of sizes {expected_shapes}, got {got}"
+                f"{len(self.sizes[0])} states of sizes {expected}, got {got}"
             )
-        return flat
+        return flat if batched else [s.unsqueeze(0) for s in flat]
 
     def _final(
         self, states: list[tuple[Tensor, ...]], permutation: Tensor | None, batched: bool
@@ -629,6 +623,15 @@ class Recurrent(nn.RNNBase):
 def _stacked(states: list[Tensor]) -> Tensor:
     """torch.stack, which would copy a single one."""
     return torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)
+
+
+def _wrong_dimensions(states: Sequence[Any], batched: bool) -> str:
+    """torch's message for states that do not have the dimensions of the input."""
+    form, dim = ("batched 3-D", 3) if batched else ("unbatched 2-D", 2)
+    dims = [f"{s.dim()}-D" if isinstance(s, Tensor) else type(s).__name__ for s in states]
+    if len(dims) == 1:
+        return f"For {form} input, hx should also be {dim}-D but got {dims[0]} tensor"
+    return f"For {form} input, hx and cx should also be {dim}-D but got ({', '.join(dims)}) tensors"
 
 
 def _autocast_enabled(device_type: str) -> bool:
