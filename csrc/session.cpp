@@ -18,6 +18,7 @@
 #include "checks.h"
 #include "cpu/kernels/table.h"
 #include "cpu/network.h"
+#include "cpu/plan.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
 #ifdef ISS_WITH_CUDA
@@ -51,6 +52,35 @@ DeviceLimits make_limits(int major, int minor, int multiprocessors, int64_t shar
           .minor = minor,
           .multiprocessors = multiprocessors,
           .shared_bytes = shared_bytes};
+}
+
+// How threads divide a stack's work on the CPU (cpu/plan.h), by the kernels that run now. cells: (G,
+// I, H, P, whether it projects) by layer and direction. threads: all are free and spinning.
+py::dict plan_cpu(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, bool>>& cells,
+                  int64_t directions, int64_t steps, int64_t batch, at::ScalarType dtype,
+                  bool backward, int64_t threads) {
+  std::vector<CellSize> sizes;
+  for (const auto& [gates, input, hidden, output, projected] : cells)
+    sizes.push_back({gates, input, hidden, output, projected});
+  const CpuKernels& kernels = cpu_kernels();
+  const bool is_double = dtype == at::kDouble;
+  const PlanProblem problem{
+      .cells = sizes,
+      .directions = directions,
+      .steps = steps,
+      .batch = batch,
+      .rows = steps * batch,
+      .backward = backward,
+      .lanes = is_double ? kernels.f64.lanes : kernels.f32.lanes,
+      .tile_rows = is_double ? kernels.f64.tile_rows : kernels.f32.tile_rows};
+  const Plan plan = plan_threads(problem, threads_worth(problem.multiplies(), threads), threads);
+  const char* const kSplits[] = {"rows", "units", "directions", "layers"};
+  py::dict result;
+  result["split"] = kSplits[static_cast<int>(plan.split)];
+  result["threads"] = plan.threads;
+  result["isa"] = kernels.isa;
+  result["why"] = plan.why;
+  return result;
 }
 
 py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bool projected,
@@ -419,6 +449,14 @@ PYBIND11_MODULE(_C, module) {
   module.def("pretend_cores", &pretend_cores);
   py::class_<DeviceLimits>(module, "DeviceLimits").def(py::init(&make_limits));
   module.def("plan", &plan);
+  module.def("plan_cpu", &plan_cpu);
+  module.def("cells", [] {  // the registry, as iss_kernels/cells.py has it
+    py::list rows;
+    for (const CellSpec& cell : kCells)
+      rows.append(py::make_tuple(std::string(cell.name), cell.gates, cell.has_c, cell.saved_gates,
+                                 cell.saved_states, cell.projects, cell.deep, cell.bias_parts));
+    return rows;
+  });
 #ifdef ISS_WITH_CUDA
   module.def("device_limits", [](int index) {
     return device_limits(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));

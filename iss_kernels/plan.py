@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""explain_plan: how the CUDA kernels run an LSTM layer on some GPU, and why; no GPU needed."""
+"""explain_plan: how the kernels run a recurrent layer on some device, and why; no GPU needed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from iss_kernels import backend
+from iss_kernels.cells import CELLS
 
 # (major, minor), multiprocessors, bytes of shared memory that a block can ask for.
 _GPUS = {
@@ -53,6 +54,27 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class CpuPlan:
+    """How threads divide a call on the CPU.
+
+    split: what each of `threads` threads takes: "rows" of the batch through all layers and steps,
+    "units" of every cell, meeting the others after each step, "directions", or "layers", each
+    following the one below from chunk to chunk. isa: the instruction set of the kernels. why: one
+    sentence. Threads that have no core of their own are counted on for less while the call runs.
+    """
+
+    split: str
+    threads: int
+    isa: str
+    why: str
+
+    def __str__(self) -> str:
+        if self.threads == 1:
+            return f"one thread ({self.isa}): {self.why}"
+        return f"{self.threads} threads ({self.isa}) divide the {self.split}: {self.why}"
+
+
 def explain_plan(
     hidden_size: int,
     batch_size: int,
@@ -63,9 +85,17 @@ def explain_plan(
     steps: int | None = None,
     tf32: bool | None = None,
     device: str | torch.device | Sequence[int] | None = None,
-) -> Plan:
-    """The `Plan` of a layer; print it.
+    cell: str = "lstm",
+    input_size: int | None = None,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    threads: int | None = None,
+) -> Plan | CpuPlan:
+    """The `Plan` of a layer, or on the CPU the `CpuPlan` of a stack; print it.
 
+    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu". On device="cpu" also: input_size (hidden_size by
+    default), num_layers, bidirectional, and threads (torch.get_num_threads() by default, all of
+    them free); steps: None stands for 35.
     device: a CUDA device of this machine, the name of a GPU ("A100", "L40S", "RTX 4090", "H100",
     "H200", "B200", "RTX 5090"), or (major, minor, multiprocessors, shared memory bytes per block);
     by default the current CUDA device, or an H100 where there is none. How many clusters it holds
@@ -82,6 +112,9 @@ def explain_plan(
         ("batch_size", batch_size, 1),
         ("proj_size", proj_size, 0),
         ("steps", 1 if steps is None else steps, 1),
+        ("input_size", 1 if input_size is None else input_size, 1),
+        ("num_layers", num_layers, 1),
+        ("threads", 1 if threads is None else threads, 1),
     ):
         if type(value) is not int or value < least:
             raise ValueError(
@@ -92,6 +125,24 @@ def explain_plan(
             "explain_plan: expected dtype float32, float64, bfloat16 or float16, "
             f"got {str(dtype).removeprefix('torch.')}"
         )
+    if cell not in CELLS:
+        raise ValueError(
+            f"explain_plan: expected cell to be one of {', '.join(CELLS)}, got {cell!r}"
+        )
+    if str(device) == "cpu":
+        outputs = proj_size or hidden_size
+        directions = 2 if bidirectional else 1
+        inputs = [input_size or hidden_size] + [outputs * directions] * (num_layers - 1)
+        sizes = [
+            (CELLS[cell].gates, i, hidden_size, outputs, proj_size > 0)
+            for i in inputs
+            for _ in range(directions)
+        ]
+        found = native.plan_cpu(
+            sizes, directions, steps or 35, batch_size, dtype, backward,
+            threads or torch.get_num_threads(),
+        )  # fmt: skip
+        return CpuPlan(**found)
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     limits = _limits(native, device)

@@ -82,3 +82,27 @@ def test_it_needs_the_extension(monkeypatch):
     monkeypatch.setattr(backend, "_C", None)
     with pytest.raises(RuntimeError, match="explain_plan: expected the compiled extension"):
         iss.explain_plan(8, 2)
+
+
+def test_the_cpu_plan_is_from_numbers_and_says_why():
+    one = iss.explain_plan(64, 4, device="cpu", threads=1)
+    assert (one.split, one.threads) == ("rows", 1) and str(one).startswith("one thread (")
+    for arguments, split in (
+        (dict(hidden_size=64, batch_size=64), "rows"),
+        (dict(hidden_size=1024, batch_size=10), "units"),
+        (dict(hidden_size=1024, batch_size=2, bidirectional=True), "directions"),
+        (dict(hidden_size=48, batch_size=1, num_layers=2, steps=100), "layers"),
+    ):
+        for cell in ("lstm", "gru", "rnn_tanh"):
+            plan = iss.explain_plan(**arguments, cell=cell, device="cpu", threads=2)
+            assert (plan.split, plan.threads) == (split, 2), (arguments, cell, plan)
+            assert str(plan) == f"2 threads ({plan.isa}) divide the {split}: {plan.why}"
+
+
+def test_the_cpu_plan_refuses_other_arguments():
+    for bad in (dict(threads=0), dict(num_layers=0), dict(input_size=0)):
+        ((name, value),) = bad.items()
+        with pytest.raises(ValueError, match=f"expected {name} to be an int from 1, got {value}"):
+            iss.explain_plan(8, 1, device="cpu", **bad)
+    with pytest.raises(ValueError, match="expected cell to be one of lstm, .* got 'mgu'"):
+        iss.explain_plan(8, 1, device="cpu", cell="mgu")

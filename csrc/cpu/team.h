@@ -100,7 +100,12 @@ void together(int64_t threads, const Body& body) {
     note_on_time(now - begin);
 }
 
-// The threads that so many multiplies are worth.
+// The threads that so many multiplies are worth, of `threads` that spin.
+inline int64_t threads_worth(int64_t multiplies, int64_t threads) {
+  return std::clamp<int64_t>(multiplies / kWorthAThread, 1, threads);
+}
+
+// The threads that so many multiplies are worth now.
 inline int64_t threads_for(int64_t multiplies) {
   if (multiplies < 2 * kWorthAThread || available_threads() == 1) return 1;
   const Clock::time_point now = Clock::now();
