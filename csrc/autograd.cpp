@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The derivative of recurrent_forward, on every device. It is not registered from Python, as the rest
-// are in iss_kernels/ops.py, because that took longer than all kernels of a small network.
+// The derivative of recurrent_forward, on every device. It is not registered from Python, as the
+// rest are in iss_kernels/ops.py, because that took longer than all kernels of a small network.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -41,18 +41,19 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
                                const OptionalTensor& batch_sizes, const OptionalTensor& resets,
                                const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
                                const Tensor& w_hh, const OptionalTensor& b_ih,
-                               const OptionalTensor& b_hh, const OptionalTensor& w_hr, bool reverse,
-                               bool save) {
+                               const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                               const OptionalTensor& masks, bool reverse, bool save) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [y, h_n, c_n, gates, cells] = forward_op().call(
-        cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, save);
+        cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks, reverse, save);
     const auto given = [](const OptionalTensor& t) { return t.value_or(Tensor()); };
     variable_list constant = {gates, cells};
     if (!c0) constant.push_back(c_n);
     context->mark_non_differentiable(constant);
     context->set_materialize_grads(false);
     context->save_for_backward({x, given(batch_sizes), given(resets), h0, given(c0), w_ih, w_hh,
-                                given(b_ih), given(b_hh), given(w_hr), y, gates, cells});
+                                given(b_ih), given(b_hh), given(w_hr), given(masks), y, gates,
+                                cells});
     context->saved_data["cell"] = std::string(cell);
     context->saved_data["reverse"] = reverse;
     context->saved_data["save"] = save;
@@ -61,13 +62,13 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const variable_list saved = context->get_saved_variables();
-    const auto &x = saved[0], &h0 = saved[3], &w_ih = saved[5], &w_hh = saved[6], &y = saved[10];
+    const auto &x = saved[0], &h0 = saved[3], &w_ih = saved[5], &w_hh = saved[6], &y = saved[11];
     const auto given = [&](size_t i) {
       return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
     };
     const OptionalTensor batch_sizes = given(1), resets = given(2), c0 = given(4), b_ih = given(7),
-                         b_hh = given(8), w_hr = given(9);
-    Tensor gates = saved[11], cells = saved[12];
+                         b_hh = given(8), w_hr = given(9), masks = given(10);
+    Tensor gates = saved[12], cells = saved[13];
     const std::string& cell = context->saved_data["cell"].toStringRef();
     const bool reverse = context->saved_data["reverse"].toBool();
     // recurrent_backward has a derivative of its own, for which nothing is recorded unless asked
@@ -76,7 +77,7 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
     if (!at::GradMode::is_enabled()) below.emplace();
     if (!context->saved_data["save"].toBool())
       std::tie(std::ignore, std::ignore, std::ignore, gates, cells) = forward_op().call(
-          cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse, true);
+          cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks, reverse, true);
     const auto or_zeros = [&](size_t i, const Tensor& like) {
       return gradients[i].defined() ? gradients[i] : at::zeros_like(like);
     };
@@ -94,7 +95,7 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
     const bool need_dw = context->needs_input_grad({{weights, end}});
     const auto [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] = backward_op().call(
         or_zeros(0, y), dh_n, dc_n, cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh,
-        w_hr, y, gates, cells, reverse, need_dx, need_dh0, need_dw);
+        w_hr, masks, y, gates, cells, reverse, need_dx, need_dh0, need_dw);
     const auto if_needed = [](bool needed, const Tensor& t) { return needed ? t : Tensor(); };
     return {{},
             if_needed(need_dx, dx),
@@ -108,17 +109,20 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
             if_needed(need_dw && b_hh, find_cell(cell)->bias_parts ? db_hh : db_ih),
             if_needed(need_dw && w_hr, dw_hr),
             {},
+            {},
             {}};
   }
 };
 
-ForwardResult recurrent_forward_autograd(
-    std::string_view cell, const Tensor& x, const OptionalTensor& batch_sizes,
-    const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
-    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, bool reverse, bool save) {
+ForwardResult recurrent_forward_autograd(std::string_view cell, const Tensor& x,
+                                         const OptionalTensor& batch_sizes,
+                                         const OptionalTensor& resets, const Tensor& h0,
+                                         const OptionalTensor& c0, const Tensor& w_ih,
+                                         const Tensor& w_hh, const OptionalTensor& b_ih,
+                                         const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                         const OptionalTensor& masks, bool reverse, bool save) {
   const variable_list outputs = Recurrent::apply(cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh,
-                                                 b_ih, b_hh, w_hr, reverse, save);
+                                                 b_ih, b_hh, w_hr, masks, reverse, save);
   return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
 }
 

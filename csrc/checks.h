@@ -107,6 +107,18 @@ inline void check_resets(const char* op, const Tensor& resets, const Tensor& x) 
               x.sizes().slice(0, x.dim() - 1));
 }
 
+// D, the micro-steps of a step: a deep cell has a w_hh of [D G H, H].
+inline int64_t depth_of(const CellSpec& cell, const Tensor& w_hh, int64_t hidden) {
+  if (!cell.deep || w_hh.dim() != 2 || hidden == 0) return 1;
+  return std::max<int64_t>(1, w_hh.size(0) / (cell.gates * hidden));
+}
+
+// What multiplies the states before each product of a deep cell, and its candidates.
+inline void check_masks(const char* op, const Tensor& masks, const Tensor& x, const Tensor& h0) {
+  check_like(op, "masks", masks, x);
+  check_shape(op, "masks", masks, "[2, B, H]", {2, h0.size(0), h0.size(1)});
+}
+
 inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& in) {
   const Tensor& x = in.x;
   check_floating(op, "x", x);
@@ -116,12 +128,12 @@ inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& 
               ", got ", in.c0 ? "one" : "none");
   if (cell.has_c) {
     TORCH_CHECK(in.h0.dim() == 2 && in.c0->dim() == 2, op,
-                ": expected h0 [B, P] and c0 [B, H], got ", in.h0.sizes(), " and ",
-                in.c0->sizes());
+                ": expected h0 [B, P] and c0 [B, H], got ", in.h0.sizes(), " and ", in.c0->sizes());
   } else {
     TORCH_CHECK(in.h0.dim() == 2, op, ": expected h0 [B, H], got ", in.h0.sizes());
   }
   TORCH_CHECK(cell.projects || !in.w_hr, op, ": expected no w_hr, got one");
+  TORCH_CHECK(cell.deep || !in.masks, op, ": expected no masks, got some");
   const int64_t input = x.size(-1), output = in.h0.size(1);
   const int64_t hidden = cell.has_c ? in.c0->size(1) : output;
   const int64_t batch = in.batch_sizes ? in.h0.size(0) : x.size(1);
@@ -138,17 +150,19 @@ inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& 
     check_shape(op, name, t, letters.c_str(), shape);
   };
   const std::string rows = gate_rows(cell), width = cell.projects ? "P" : "H";
-  const int64_t gates = cell.gates * hidden;
+  const std::string deep_rows = (cell.deep ? "D * " : "") + rows;
+  const int64_t gates = cell.gates * hidden, deep_gates = depth_of(cell, in.w_hh, hidden) * gates;
   check("h0", in.h0, "[B, " + width + "]", {batch, output});
   if (in.c0) check("c0", *in.c0, "[B, H]", {batch, hidden});
   check("w_ih", in.w_ih, "[" + rows + ", I]", {gates, input});
-  check("w_hh", in.w_hh, "[" + rows + ", " + width + "]", {gates, output});
+  check("w_hh", in.w_hh, "[" + deep_rows + ", " + width + "]", {deep_gates, output});
   if (in.b_ih) check("b_ih", *in.b_ih, "[" + rows + "]", {gates});
-  if (in.b_hh) check("b_hh", *in.b_hh, "[" + rows + "]", {gates});
+  if (in.b_hh) check("b_hh", *in.b_hh, "[" + deep_rows + "]", {deep_gates});
   if (in.w_hr) check("w_hr", *in.w_hr, "[P, H]", {output, hidden});
+  if (in.masks) check_masks(op, *in.masks, x, in.h0);
   if (cell.projects)
-    TORCH_CHECK(in.w_hr || output == hidden, op, ": expected h0 of shape [B, H] = ",
-                in.c0->sizes(), " where there is no w_hr, got ", in.h0.sizes());
+    TORCH_CHECK(in.w_hr || output == hidden, op, ": expected h0 of shape [B, H] = ", in.c0->sizes(),
+                " where there is no w_hr, got ", in.h0.sizes());
 }
 
 // What kernels compute in: 16 bits are widened.
@@ -163,7 +177,8 @@ inline void check_recurrent_backward(const char* op, const CellSpec& cell, const
                                      const OptionalTensor& dc_n) {
   const Tensor& x = in.x;
   const int64_t rows = x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1);
-  const int64_t hidden = in.w_ih.size(0) / cell.gates;
+  const int64_t hidden = in.w_ih.size(0) / cell.gates, depth = depth_of(cell, in.w_hh, hidden);
+  const int64_t kept_gates = cell.gates_kept(depth), kept_states = cell.states_kept(depth);
   std::vector<int64_t> y_shape = x.sizes().vec();
   y_shape.back() = in.h0.size(1);
   const auto check = [&](const char* name, const Tensor& t, at::ScalarType type,
@@ -181,10 +196,8 @@ inline void check_recurrent_backward(const char* op, const CellSpec& cell, const
   check("dh_n", dh_n, type, "[B, " + width, in.h0.sizes());
   if (dc_n) check("dc_n", *dc_n, type, "[B, H]", in.c0->sizes());
   check("y", y, type, y_letters, y_shape);
-  check("gates", gates, wide_type(type), "[N, " + times(cell.saved_gates),
-        {rows, cell.saved_gates * hidden});
-  check("cells", cells, wide_type(type), "[N, " + times(cell.saved_states),
-        {rows, cell.saved_states * hidden});
+  check("gates", gates, wide_type(type), "[N, " + times(kept_gates), {rows, kept_gates * hidden});
+  check("cells", cells, wide_type(type), "[N, " + times(kept_states), {rows, kept_states * hidden});
 }
 
 // One step of a stream. wide: the dtype of c.

@@ -42,21 +42,25 @@ TORCH_LIBRARY(ISS_NAMESPACE, library) {
   };
   // cell: a name of cells/spec.h. x [T, B, I], or [N, I] with batch_sizes [T]; resets, bool [T, B]
   // or [N]: where the state is zero before a step; h0 [B, P], c0 [B, H] where the cell has a c;
-  // w_ih [G H, I], w_hh [G H, P], b_ih and b_hh [G H], w_hr [P, H]; gates in torch's order.
+  // w_ih [G H, I], w_hh [G H, P], b_ih and b_hh [G H], w_hr [P, H]; gates in torch's order. Of a
+  // deep cell w_hh [D G H, H], b_hh [D G H], and masks [2, B, H] multiply each state before a
+  // product, and each candidate.
   // -> y [T, B, P] or [N, P], h_n [B, P], c_n [B, H] (empty without c); with `save`, what
   // recurrent_backward needs beside them: gates [N, saved_gates * H], cells [N, saved_states * H];
   // without, those two have no rows.
   def("recurrent_forward(str cell, Tensor x, Tensor? batch_sizes, Tensor? resets, Tensor h0, "
-      "Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, bool "
-      "reverse, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+      "Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? "
+      "masks, bool reverse, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor "
+      "cells)");
   // The gradient d of each output -> the gradient of x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr. What
   // there is no such input for is empty, and so is that of b_hh where it equals that of b_ih.
   // Without need_dx that of x is empty, without need_dh0 that of h0; without need_dw those of all
   // weights and biases are.
   def("recurrent_backward(Tensor dy, Tensor dh_n, Tensor? dc_n, str cell, Tensor x, Tensor? "
       "batch_sizes, Tensor? resets, Tensor h0, Tensor? c0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
-      "Tensor? b_hh, Tensor? w_hr, Tensor y, Tensor gates, Tensor cells, bool reverse, bool "
-      "need_dx, bool need_dh0, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, "
+      "Tensor? b_hh, Tensor? w_hr, Tensor? masks, Tensor y, Tensor gates, Tensor cells, bool "
+      "reverse, bool need_dx, bool need_dh0, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, "
+      "Tensor dw_ih, "
       "Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)");
 
   // One step of inference, on CUDA alone, in one launch: x [B, I], h [B, P], bias [4H] -> out [B,

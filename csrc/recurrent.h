@@ -17,11 +17,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 // y, h_n, c_n, gates, cells.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using RecurrentForward = ForwardResult(
-    std::string_view cell, const Tensor& x, const OptionalTensor& batch_sizes,
-    const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
-    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, bool reverse, bool save);
+using RecurrentForward = ForwardResult(std::string_view cell, const Tensor& x,
+                                       const OptionalTensor& batch_sizes,
+                                       const OptionalTensor& resets, const Tensor& h0,
+                                       const OptionalTensor& c0, const Tensor& w_ih,
+                                       const Tensor& w_hh, const OptionalTensor& b_ih,
+                                       const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                       const OptionalTensor& masks, bool reverse, bool save);
 
 // dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr.
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -30,8 +32,8 @@ using RecurrentBackward = BackwardResult(
     const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
     const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
     const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-    const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, bool need_dx,
-    bool need_dh0, bool need_dw);
+    const OptionalTensor& masks, const Tensor& y, const Tensor& gates, const Tensor& cells,
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw);
 
 // The arguments that describe the layer; it holds no tensor.
 struct Inputs {
@@ -41,7 +43,7 @@ struct Inputs {
   const Tensor& h0;
   const OptionalTensor& c0;
   const Tensor &w_ih, &w_hh;
-  const OptionalTensor &b_ih, &b_hh, &w_hr;
+  const OptionalTensor &b_ih, &b_hh, &w_hr, &masks;
 };
 
 }  // namespace iss

@@ -2,9 +2,9 @@
 // The types that kernels of all devices share, and the letters for shapes.
 //
 // T steps, B batch, I input size, H hidden size (of an LSTM: its cells), P output size (H, or
-// proj_size), G gates of a unit, N rows of a packed sequence (T * B of a padded one), n rows of one
-// kernel call, R and C rows and columns of a labelled weight. Row-major; sizes and strides count
-// elements.
+// proj_size), G gates of a unit, D micro-steps of a step of a deep cell, N rows of a packed
+// sequence (T * B of a padded one), n rows of one kernel call, R and C rows and columns of a
+// labelled weight. Row-major; sizes and strides count elements.
 #pragma once
 
 #include <cstdint>

@@ -16,9 +16,9 @@ class Cell:
     """What the rest of the package knows of a cell.
 
     name: what the ops take. gates: G, rows of w_ih and of each w_hh for one unit. states: names of
-    what goes from step to step, h first. saved_gates, saved_states: how many times [N, H] the
-    forward keeps for the gradient in its outputs `gates` and `cells`. projects: whether it may have
-    a w_hr. deep: whether w_hh and b_hh hold the micro-steps of a step one below the other.
+    what goes from step to step, h first. saved_gates, saved_states: what the forward keeps for the
+    gradient, see `saved`. projects: whether it may have a w_hr. deep: whether w_hh and b_hh hold
+    the micro-steps of a step one below the other.
     bias_parts: whether b_ih and b_hh have gradients of their own.
     """
 
@@ -30,6 +30,14 @@ class Cell:
     projects: bool = False
     deep: bool = False
     bias_parts: bool = False
+
+    def saved(self, depth: int = 1) -> tuple[int, int]:
+        """How many times [N, H] the outputs `gates` and `cells` of a forward hold.
+
+        depth: D, the micro-steps of a deep cell, which keeps the gates of each and the states
+        between them.
+        """
+        return self.saved_gates * depth, self.saved_states * (depth - 1 if self.deep else 1)
 
     def letters(self, rows: str = "H") -> str:
         """The rows of a weight, as error messages write them: "4H"."""
@@ -43,6 +51,8 @@ CELLS: dict[str, Cell] = {
         Cell("gru", 3, saved_gates=3, saved_states=1, bias_parts=True),
         Cell("rnn_tanh", 1),
         Cell("rnn_relu", 1),
+        Cell("rhn", 2, saved_gates=2, saved_states=1, deep=True, bias_parts=True),
+        Cell("rhn_carry", 3, saved_gates=3, saved_states=1, deep=True, bias_parts=True),
     )
 }
 

@@ -2,8 +2,8 @@
 """The operations: a typed wrapper each, with shape inference and derivatives where compiled.
 
 The only file that names torch.ops. Each block has the same order: wrapper, fake, setup_context,
-backward, registration (recurrent_forward's derivative is csrc/autograd.cpp). First derivatives are ops
-of their own; second derivatives differentiate the reference, slowly but right.
+backward, registration (recurrent_forward's derivative is csrc/autograd.cpp). First derivatives are
+ops of their own; second derivatives differentiate the reference, slowly but right.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def recurrent(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    masks: Tensor | None,
     reverse: bool,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -96,14 +97,18 @@ def recurrent(
     Raises RuntimeError for a wrong shape, dtype or device, naming the argument.
     """
     arguments = (
-        cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, reverse,
+        cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks, reverse,
     )  # fmt: skip
+    if masks is not None and not CELLS[cell].deep:
+        raise RuntimeError(f"{cell}: expected no masks, got some")
+    if masks is not None and masks.requires_grad:
+        raise RuntimeError(f"{cell}: expected masks without a gradient, got one that requires it")
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if _by_reference():
         _check_devices(
             cell, x, batch_sizes=batch_sizes, resets=resets, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh,
-            b_ih=b_ih, b_hh=b_hh, w_hr=w_hr,
+            b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, masks=masks,
         )  # fmt: skip
         sizes = [] if batch_sizes is None else batch_sizes.tolist()
         if sizes and (sizes[0] != len(h0) or sizes != sorted(sizes, reverse=True)):
@@ -138,22 +143,24 @@ def _recurrent_forward_fake(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    masks: Tensor | None,
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, ...]:
     _check_devices(
         f"{cell}_forward", x, batch_sizes=batch_sizes, resets=resets, h0=h0, c0=c0, w_ih=w_ih,
-        w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr,
+        w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, masks=masks,
     )  # fmt: skip
     rows = math.prod(x.shape[:-1]) if save else 0  # Size.numel() would fix symbolic sizes
     wide = torch.promote_types(x.dtype, torch.float32)  # what the kernels compute in
-    of, hidden = CELLS[cell], w_hh.shape[0] // CELLS[cell].gates
+    of, hidden = CELLS[cell], w_ih.shape[0] // CELLS[cell].gates
+    saved_gates, saved_states = of.saved(w_hh.shape[0] // w_ih.shape[0] if of.deep else 1)
     return (
         x.new_empty((*x.shape[:-1], h0.shape[1])),
         torch.empty_like(h0, memory_format=torch.contiguous_format),
         x.new_empty(0 if c0 is None else c0.shape),
-        x.new_empty((rows, of.saved_gates * hidden), dtype=wide),
-        x.new_empty((rows, of.saved_states * hidden), dtype=wide),
+        x.new_empty((rows, saved_gates * hidden), dtype=wide),
+        x.new_empty((rows, saved_states * hidden), dtype=wide),
     )
 
 
@@ -172,6 +179,7 @@ def _recurrent_backward_fake(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    masks: Tensor | None,
     y: Tensor,
     gates: Tensor,
     cells: Tensor,
@@ -182,8 +190,8 @@ def _recurrent_backward_fake(
 ) -> tuple[Tensor, ...]:
     _check_devices(
         f"{cell}_backward", x, batch_sizes=batch_sizes, resets=resets, h0=h0, c0=c0, w_ih=w_ih,
-        w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, dy=dy, dh_n=dh_n, dc_n=dc_n, y=y, gates=gates,
-        cells=cells,
+        w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, masks=masks, dy=dy, dh_n=dh_n, dc_n=dc_n, y=y,
+        gates=gates, cells=cells,
     )  # fmt: skip
     none = torch.Size([0])
     shapes = [x.shape if need_dx else none, h0.shape if need_dh0 else none]
@@ -204,13 +212,12 @@ def _recurrent_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output:
 
 
 def _recurrent_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    *inputs, b_ih, b_hh, w_hr = ctx.saved_tensors
+    *inputs, b_ih, b_hh, w_hr, masks = ctx.saved_tensors
     dy, dh_n, dc_n, x, batch_sizes, resets, h0, c0, w_ih, w_hh = inputs
     # The gradient of both biases is one output where the cell adds them up. A bias that is not
     # given is zero, so that each output of the first derivative has an input here.
     parts = CELLS[ctx.cell].bias_parts
-    zeros = w_hh.new_zeros(w_hh.shape[0])
-    biases = [zeros if b is None else b for b in (b_ih, b_hh)]
+    biases = [w.new_zeros(w.shape[0]) if b is None else b for b, w in ((b_ih, w_ih), (b_hh, w_hh))]
     if not parts:
         biases = [biases[0] + biases[1], None]
 
@@ -219,8 +226,9 @@ def _recurrent_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[An
     ) -> tuple[Tensor | None, ...]:
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr = primals
         outputs = reference.recurrent(
-            ctx.cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, ctx.reverse  # type: ignore[arg-type]
-        )
+            ctx.cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks,  # type: ignore[arg-type]
+            ctx.reverse,
+        )  # fmt: skip
         given = [t for t in primals if t is not None]
         grads = iter(
             torch.autograd.grad(
@@ -242,7 +250,7 @@ def _recurrent_double_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[An
     db_ih, db_hh = (None if b is None else db for b, db in ((b_ih, db_ih), (b_hh, db_hh)))
     return (
         ddy, ddh_n, ddc_n, None, dx, None, None, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr,
-        *[None] * 7,
+        *[None] * 8,
     )  # fmt: skip
 
 

@@ -484,7 +484,7 @@ class Recurrent(nn.RNNBase):
                 h0, c0 = states[index] if len(states[index]) == 2 else (states[index][0], None)
                 w_ih, w_hh, b_ih, b_hh, w_hr = self._parameters_of(index, x.dtype)
                 y, h, c = ops.recurrent(
-                    cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+                    cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, None,
                     direction == 1, self.recompute,
                 )  # fmt: skip
                 outputs.append(y)

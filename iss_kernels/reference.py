@@ -3,13 +3,14 @@
 
 Written to be read, and differentiated by autograd as often as asked. The kernels under csrc/ are
 held to these functions by tests, and these to torch's modules in float64. Letters: T steps, B
-batch, I input size, H hidden (cell) size, P output size (H, or proj_size), G gates of a unit, N
-rows of a packed sequence.
+batch, I input size, H hidden (cell) size, P output size (H, or proj_size), G gates of a unit, D
+micro-steps of a step of a deep cell, N rows of a packed sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def recurrent(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    masks: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer of a cell in one direction, over all time steps.
@@ -37,7 +39,8 @@ def recurrent(
     resets: bool [T, B] or [N]; where True the state is zero before step t, whichever way the layer
     walks: in a reverse direction that falls between steps t and t - 1.
     h0: [B, P], c0: [B, H] for a cell with a state c. w_ih: [G H, I], w_hh: [G H, P], b_ih and b_hh:
-    [G H], w_hr: [P, H], gates in torch's order.
+    [G H], w_hr: [P, H], gates in torch's order. Of a deep cell w_hh: [D G H, H], b_hh: [D G H].
+    masks: [2, B, H], for a deep cell alone, the same at all steps: see `rhn_step`.
     Returns y: [T, B, P] or [N, P], h_n: [B, P], c_n: [B, H] or None.
     """
     steps = x.unbind(0) if batch_sizes is None else torch.split(x, batch_sizes.tolist())
@@ -54,7 +57,9 @@ def recurrent(
         if cut is not None:
             among = torch.nn.functional.pad(cut, (0, n - len(cut)))[:, None]
             running = [state.masked_fill(among, 0) for state in running]
-        now = STEPS[cell](linear(steps[t], w_ih, b_ih), *running, w_hh=w_hh, b_hh=b_hh, w_hr=w_hr)
+        gates_x = linear(steps[t], w_ih, b_ih)
+        masked = {} if masks is None else {"masks": masks[:, :n]}
+        now = STEPS[cell](gates_x, *running, w_hh=w_hh, b_hh=b_hh, w_hr=w_hr, **masked)
         outputs[t] = now[0]
         h = torch.cat([now[0], h[n:]])
         c = None if c is None else torch.cat([now[1], c[n:]])
@@ -107,11 +112,47 @@ def rnn_relu_step(
     return ((gates_x + linear(h, w_hh, b_hh)).relu(),)
 
 
+def rhn_step(
+    gates_x: Tensor,
+    h: Tensor,
+    *,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    w_hr: None = None,
+    masks: Tensor | None = None,
+    separate_carry: bool = False,
+) -> tuple[Tensor]:
+    """A step of a recurrent highway network: Zilly et al. 2017, equations 7 to 9.
+
+    D micro-steps, each with matrices of its own, w_hh: [D G H, H]; the input enters the first.
+    Gates in the order candidate, transform, carry; without a carry gate it is 1 - transform.
+    masks: [2, B, H], as variational dropout scales them: of the state before each product (Gal and
+    Ghahramani 2016), and of each candidate (Semeniuta et al. 2016: what a state keeps is not
+    dropped).
+    """
+    depth = len(w_hh) // gates_x.shape[1]
+    biases = [None] * depth if b_hh is None else b_hh.chunk(depth)
+    for d, (weight, bias) in enumerate(zip(w_hh.chunk(depth), biases, strict=True)):
+        products = linear(h if masks is None else masks[0] * h, weight, bias)
+        gates = gates_x + products if d == 0 else products
+        candidate, transform, *carry = gates.chunk(3 if separate_carry else 2, dim=1)
+        candidate, transform = candidate.tanh(), transform.sigmoid()
+        if masks is not None:
+            candidate = masks[1] * candidate
+        if separate_carry:
+            h = transform * candidate + carry[0].sigmoid() * h
+        else:
+            h = h + transform * (candidate - h)
+    return (h,)
+
+
 STEPS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "lstm": lstm_step,
     "gru": gru_step,
     "rnn_tanh": rnn_tanh_step,
     "rnn_relu": rnn_relu_step,
+    "rhn": rhn_step,
+    "rhn_carry": partial(rhn_step, separate_carry=True),
 }
 
 

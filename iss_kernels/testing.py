@@ -68,6 +68,7 @@ def make_inputs(
     packed = case.batch_sizes is not None
     rows = (sum(case.batch_sizes),) if case.batch_sizes is not None else (case.T, case.B)
     gates = of.gates * case.H
+    depth = 3 if of.deep else 1
     return {
         "cell": cell,
         "x": normal(*rows, case.I),
@@ -76,10 +77,11 @@ def make_inputs(
         "h0": normal(case.B, out),
         "c0": normal(case.B, case.H) if "c" in of.states else None,
         "w_ih": normal(gates, case.I, scale=scale),
-        "w_hh": normal(gates, out, scale=scale),
+        "w_hh": normal(depth * gates, out, scale=scale),
         "b_ih": normal(gates, scale=scale),
-        "b_hh": normal(gates, scale=scale),
+        "b_hh": normal(depth * gates, scale=scale),
         "w_hr": normal(out, case.H, scale=scale) if case.P else None,
+        "masks": None,
         "reverse": reverse,
     }
 

@@ -43,11 +43,12 @@ ForwardResult recurrent_forward_cpu(
     std::string_view name, const Tensor& x, const OptionalTensor& batch_sizes,
     const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, bool reverse, bool save) {
+    const OptionalTensor& w_hr, const OptionalTensor& masks, bool reverse, bool save) {
   const NoAutocast no_autocast;
   const auto [spec, op] = check_cell(name, "forward");
   check_recurrent(op.c_str(), spec,
-                  {name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr});
+                  {name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks});
+  TORCH_CHECK(!spec.deep, op, ": expected a cell of one micro-step");
   const int64_t input = x.size(-1), output = h0.size(1), hidden = w_ih.size(0) / spec.gates;
   Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
   const Tensor reset_rows = resets ? resets->contiguous() : Tensor();
@@ -119,13 +120,14 @@ BackwardResult recurrent_backward_cpu(
     const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
     const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
     const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-    const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, bool need_dx,
-    bool need_dh0, bool need_dw) {
+    const OptionalTensor& masks, const Tensor& y, const Tensor& gates, const Tensor& cells,
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
   const auto [spec, op] = check_cell(name, "backward");
-  const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr};
+  const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
   check_recurrent(op.c_str(), spec, inputs);
   check_recurrent_backward(op.c_str(), spec, inputs, y, gates, cells, dy, dh_n, dc_n);
+  TORCH_CHECK(!spec.deep, op, ": expected a cell of one micro-step");
   const int64_t input = x.size(-1), output = h0.size(1), hidden = w_ih.size(0) / spec.gates;
   Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
   const Tensor reset_rows = resets ? resets->contiguous() : Tensor();

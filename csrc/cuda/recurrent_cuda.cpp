@@ -269,11 +269,11 @@ ForwardResult recurrent_forward_cuda(
     std::string_view name, const Tensor& x, const OptionalTensor& batch_sizes,
     const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih,
     const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, bool reverse, bool save) {
+    const OptionalTensor& w_hr, const OptionalTensor& masks, bool reverse, bool save) {
   const NoAutocast no_autocast;
   const auto [cell, op] = check_cell(name, "forward");
   check_recurrent(op.c_str(), cell,
-                  {name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr});
+                  {name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, masks});
   TORCH_CHECK(cell.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
   const Tensor c0 = *c_0;
   const DeviceGuard guard(x.device());
@@ -342,11 +342,11 @@ BackwardResult recurrent_backward_cuda(
     const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
     const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih, const Tensor& w_hh,
     const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-    const Tensor& y, const Tensor& gates, const Tensor& cells, bool reverse, bool need_dx,
-    bool need_dh0, bool need_dw) {
+    const OptionalTensor& masks, const Tensor& y, const Tensor& gates, const Tensor& cells,
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
   const auto [cell_spec, op] = check_cell(name, "backward");
-  const Inputs inputs{name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr};
+  const Inputs inputs{name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
   check_recurrent(op.c_str(), cell_spec, inputs);
   check_recurrent_backward(op.c_str(), cell_spec, inputs, y, gates, cells, dy, dh_n, dc_last);
   TORCH_CHECK(cell_spec.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
