@@ -473,6 +473,7 @@ class Recurrent(nn.RNNBase):
                 states = [tuple(s.to(dtype) for s in state) for state in states]
                 y, states = self._run(x.to(dtype), batch_sizes, resets, states)
             return y.to(cast_to), [tuple(s.to(cast_to) for s in state) for state in states]
+        x, masks = self._dropped(x, batch_sizes, len(states[0][0]))
         cell, directions = self.cell.name, len(self.sizes[0])
         final: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
@@ -484,13 +485,19 @@ class Recurrent(nn.RNNBase):
                 h0, c0 = states[index] if len(states[index]) == 2 else (states[index][0], None)
                 w_ih, w_hh, b_ih, b_hh, w_hr = self._parameters_of(index, x.dtype)
                 y, h, c = ops.recurrent(
-                    cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, None,
+                    cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks,
                     direction == 1, self.recompute,
                 )  # fmt: skip
                 outputs.append(y)
                 final.append((h,) if c is None else (h, c))
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         return x, final
+
+    def _dropped(
+        self, x: Tensor, batch_sizes: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """x, of which a cell may drop a part, and the `masks` that it gives to ops.recurrent."""
+        return x, None
 
     def _parameters_of(
         self, index: int, dtype: torch.dtype
@@ -499,7 +506,7 @@ class Recurrent(nn.RNNBase):
         names = self._all_weights[index]
         w = [self._weight(name, dtype) for name in names]
         w_hr = w.pop() if names[-1].startswith("weight_hr") else None
-        b_ih, b_hh = w[2:] if self.bias else (None, None)
+        b_ih, b_hh = (None, None, *w[2:])[-2:]  # a deep cell has b_hh alone
         return w[0], w[1], b_ih, b_hh, w_hr
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
