@@ -79,6 +79,11 @@ def tensors_in(result):
     return []
 
 
+def as_state(*tensors):
+    """hx of what `tensors_in` takes a state apart into: nothing, h, or h and c."""
+    return tensors if len(tensors) > 1 else tensors[0] if tensors else None
+
+
 def with_gradients(module, args, dtype=None, parameters=None):
     """Outputs of module(*args), then the gradients of the floats in args and of the parameters."""
     leaves = [t.detach().clone() for t in tensors_in(args) if t.is_floating_point()]
