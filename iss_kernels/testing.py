@@ -14,9 +14,9 @@ from iss_kernels.cells import CELLS
 
 @dataclass(frozen=True)
 class Case:
-    """One LSTM problem: T steps, B batch, I inputs, H cells, P projected outputs (0: none).
+    """One problem: T steps, B batch, I inputs, H units, P projected outputs (0: none; LSTM alone).
 
-    lengths: rows still running at each step, for a packed batch; None for a padded one.
+    batch_sizes: rows still running at each step, for a packed batch; None for a padded one.
     """
 
     name: str
@@ -52,10 +52,40 @@ CASES = [
 ]
 
 
+# Masks that `make_resets` makes: nowhere, at 3 % of all places, at the first step, at one in the
+# middle, at every step.
+RESETS = ("none", "few", "first", "middle", "all")
+
+
+def make_resets(case: Case, kind: str) -> Tensor:
+    """A mask of one of the kinds in RESETS for `case`: bool, [T, B] or, packed, [N]."""
+    steps = len(case.batch_sizes or range(case.T))
+    t = torch.arange(steps)[:, None].expand(steps, case.B)
+    few = torch.rand(t.shape, generator=torch.Generator().manual_seed(1)) < 0.03
+    few[1:2, :1] = True  # also where 3 % of all places are none
+    mask = {
+        "none": t < 0,
+        "few": few,
+        "first": t == 0,
+        "middle": t == steps // 2,
+        "all": t >= 0,
+    }[kind]
+    if case.batch_sizes is None:
+        return mask
+    return torch.cat([row[:n] for row, n in zip(mask, case.batch_sizes, strict=True)])
+
+
 def make_inputs(
-    case: Case, dtype: torch.dtype, reverse: bool = False, cell: str = "lstm"
+    case: Case,
+    dtype: torch.dtype,
+    reverse: bool = False,
+    cell: str = "lstm",
+    resets: str | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `ops.recurrent`: unit-scale inputs, weights as torch's modules draw them."""
+    """Arguments of `ops.recurrent`: unit-scale inputs, weights as torch's modules draw them.
+
+    resets: one of RESETS, or None for no mask.
+    """
     of = CELLS[cell]
     generator = torch.Generator().manual_seed(0)
 
@@ -73,7 +103,7 @@ def make_inputs(
         "cell": cell,
         "x": normal(*rows, case.I),
         "batch_sizes": torch.tensor(case.batch_sizes) if packed else None,
-        "resets": None,
+        "resets": make_resets(case, resets) if resets else None,
         "h0": normal(case.B, out),
         "c0": normal(case.B, case.H) if "c" in of.states else None,
         "w_ih": normal(gates, case.I, scale=scale),

@@ -11,7 +11,10 @@ from iss_kernels.backend import supported_isas
 
 ROOT = Path(__file__).parents[1]
 SIMDE = Path(__file__).parent / "simde_avx512.h"
-SOURCES = [*sorted((ROOT / "csrc/cpu/kernels").glob("isa_*.cpp")), ROOT / "csrc/cpu/kernels/dispatch.cpp"]
+SOURCES = [
+    *sorted((ROOT / "csrc/cpu/kernels").glob("isa_*.cpp")),
+    ROOT / "csrc/cpu/kernels/dispatch.cpp",
+]
 # -O1: the tiles are the same as at -O3, and it compiles in a few seconds.
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-I", str(ROOT / "csrc")]
 
@@ -83,7 +86,10 @@ def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, kernel):
     assert text.count(right) == 1
     path.write_text(text.replace(right, wrong))
     program = tmp_path / "kernels_test"
-    sources = [tmp_path / "csrc/cpu/kernels/isa_scalar.cpp", tmp_path / "csrc/cpu/kernels/dispatch.cpp"]
+    sources = [
+        tmp_path / "csrc/cpu/kernels/isa_scalar.cpp",
+        tmp_path / "csrc/cpu/kernels/dispatch.cpp",
+    ]
     # Only the scalar table is built in: the others are declared, and defined away.
     (tmp_path / "csrc/cpu/kernels/dispatch.cpp").write_text(
         (tmp_path / "csrc/cpu/kernels/dispatch.cpp").read_text().replace("__x86_64__", "NOT_HERE")
