@@ -16,7 +16,6 @@ from iss_kernels.testing import CASES, RESETS, Case, make_inputs
 # torch's own notice that projections take its slower path.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
 
-
 MODULES = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
@@ -119,10 +118,10 @@ def by_reference(inputs):
 @pytest.mark.parametrize(
     ("cell", "case"),
     [
-        pytest.param(name, case, id=f"{name}-{case}")
-        for name, cell in CELLS.items()
+        pytest.param(cell, case, id=f"{cell}-{case}")
+        for cell in MODULES
         for case in CASES
-        if not case.slow and case.T > 0 and (cell.projects or not case.P)
+        if not case.slow and case.T > 0 and (CELLS[cell].projects or not case.P)
     ],
 )
 def test_reference_is_torchs_module_with_its_gradients(cell, case, reverse):
@@ -133,7 +132,7 @@ def test_reference_is_torchs_module_with_its_gradients(cell, case, reverse):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", RESETS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", MODULES)
 def test_resets_are_a_loop_over_segments(cell, kind, packed, reverse):
     sizes = (6, 6, 5, 5, 3, 2, 2, 1) if packed else None
     case = Case("resets", 8, 6, 3, 5, P=2 if CELLS[cell].projects else 0, batch_sizes=sizes)
@@ -154,7 +153,7 @@ def test_rows_may_be_reset_at_the_same_step_as_they_end():
 
 
 def test_no_gradient_flows_across_a_reset():
-    for cell in CELLS:
+    for cell in MODULES:
         inputs = make_inputs(Case("cut", 6, 2, 3, 4), torch.float64, cell=cell)
         inputs["resets"] = torch.arange(6)[:, None].eq(3).expand(6, 2)
         x = inputs["x"].requires_grad_()
