@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, machine, rest, write_csv
-from peers import Build, Call, as_iss, ort, prepared, torch_lstm
+from peers import Build, Call, as_iss, ort, prepared, torch_layers
 from report import digits, replace_block, wrapped
 from torch import nn
 
@@ -71,7 +71,7 @@ def engines(hidden: int, batch: int, steps: int, threads: int) -> dict[str, Call
     truth = as_iss(layers).double()(x.double())[0]
     builds: dict[str, Build] = {
         "prepared": functools.partial(prepared, weights="float32"),
-        "nn.LSTM": torch_lstm,
+        "nn.LSTM": torch_layers,
         "ONNX Runtime": ort,
     }
     calls = {name: builds[name](layers, x, threads) for name in ENGINES}

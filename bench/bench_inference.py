@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference against nn.LSTM, ONNX Runtime and OpenVINO; check, then time.
+"""Inference against torch's modules, ONNX Runtime and OpenVINO; check, then time.
 
-python -m iss_kernels bench [--quick] [--only SERIES ...] [--threads N ...] [--output CSV] ...
+python -m iss_kernels bench [--cell lstm|gru|rnn] [--quick] [--only SERIES ...] [--threads N ...]
 
-Every engine of peers.py runs the same stack on the same input, first checked against nn.LSTM in
-float64 (one that fails is reported and not timed), then timed in turn. Series:
+Every engine of peers.py runs the same stack on the same input. It is first checked against torch's
+module in float64 (an engine that fails is reported and not timed), then all are timed in turn.
+Series:
 
     stream    one step per call with the state kept, I = H, B = 1
     cliff     ours alone at neighbouring hidden sizes
     issue     shapes of the paper's shrunken language models
-    headline  that model shrunken and run by us against the full one run by nn.LSTM
+    headline  that model shrunken and run by us against the full one run by nn.LSTM (LSTM only)
     layer     one layer, I = H, over a grid of hidden sizes, batches and steps
 
-Left out, and so absent from the CSV: above 2e10 flops per call the slow engines (nn.LSTM without
-oneDNN, torch.compile, torch int8); and torch.compile, which takes seconds to compile each shape and
-then calls the same kernel as nn.LSTM, at hidden sizes other than 64, 256 and 1024.
-A row is written as soon as it is measured; --resume goes on from there. bench/report.py reads it.
+Some engines are left out of some points, and so of the CSV: above 2e10 flops per call the slow
+engines (nn.LSTM without oneDNN, torch.compile, torch int8); and at hidden sizes other than 64, 256
+and 1024 torch.compile, which takes seconds to compile each shape and then calls the same kernel as
+nn.LSTM. A row is written as soon as it is measured, and --resume goes on from there.
+bench/report.py reads the CSV.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles
-from peers import ENGINES, STREAMS, Call, Engine, Unavailable
+from harness import interleaved_ms, machine, percentiles, record
+from peers import GATES, MODULES, Call, Engine, Layer, Unavailable, engines, streams
 from roofline import flops, roofline
-from torch import Tensor, nn
+from torch import Tensor
 
 from iss_kernels.testing import max_error
 
@@ -65,15 +67,16 @@ class Point:
     T: int
     B: int
     threads: int
+    cell: str = "lstm"
 
     @property
     def flops(self) -> int:
         """Of one call."""
-        return flops(self.layers, self.T, self.B)
+        return flops(self.layers, self.T, self.B, GATES[self.cell])
 
     @property
     def key(self) -> tuple[str, ...]:
-        """As in the CSV."""
+        """As in the CSV, which is that of one cell."""
         return (self.series, dashed(self.layers), str(self.T), str(self.B), str(self.threads))
 
     def __str__(self) -> str:
@@ -81,17 +84,17 @@ class Point:
 
     def contenders(self) -> dict[tuple[str, tuple[int, ...]], Engine]:
         """What is timed in turn here: engines by name and layers, which may differ."""
-        ours = ENGINES["prepared float32"]
+        ours = engines(self.cell)["prepared float32"]
         if self.series == "headline":
             return {
-                ("nn.LSTM", FULL): ENGINES["nn.LSTM"],
+                ("nn.LSTM", FULL): engines("lstm")["nn.LSTM"],
                 ("prepared float32", SHRUNKEN): ours,
             }
         if self.series == "cliff":
             return {("prepared float32", (h, h)): ours for h in CLIFF}
         return {
             (name, self.layers): engine
-            for name, engine in (STREAMS if self.series == "stream" else ENGINES).items()
+            for name, engine in (streams if self.series == "stream" else engines)(self.cell).items()
             if engine.installed
             and not (engine.slow and self.flops > LARGE)
             and not (name == "torch.compile" and self.layers[-1] not in COMPILED)
@@ -114,10 +117,10 @@ def points(options: argparse.Namespace) -> list[Point]:
         shapes += [("stream", (h, h), 1, 1) for h in options.hidden or STREAM_HIDDEN]
         shapes += [("cliff", (CLIFF[0], CLIFF[0]), 30, b) for b in (1, 10)]
         shapes += [("issue", layers, t, b) for layers in ISSUE for t, b in ((1, 1), (30, 10))]
-        shapes += [("headline", FULL, 30, 10)]
+        shapes += [("headline", FULL, 30, 10)] if options.cell == "lstm" else []
         shapes += [("layer", (h, h), t, b) for h, t, b in itertools.product(hidden, steps, batch)]
     threads = dict.fromkeys(options.threads)
-    result = [Point(*shape, n) for shape in shapes for n in threads]
+    result = [Point(*shape, n, options.cell) for shape in shapes for n in threads]
     result.sort(key=lambda p: (SERIES.index(p.series), p.flops))
     return [p for p in result if not options.only or p.series in options.only]
 
@@ -127,16 +130,17 @@ def points(options: argparse.Namespace) -> list[Point]:
 
 @functools.lru_cache(len(CLIFF))  # a point's own, for every number of threads
 def problem(
-    layers: tuple[int, ...], steps: int, batch: int, calls: int
-) -> tuple[list[nn.LSTM], Tensor, Tensor]:
+    cell: str, layers: tuple[int, ...], steps: int, batch: int, calls: int
+) -> tuple[list[Layer], Tensor, Tensor]:
     """Layers, x [T, B, I], and by float64 the y [T, B, H] of the last of so many calls."""
     torch.manual_seed(0)
     torch.set_num_threads(ALL)
-    stack = [nn.LSTM(i, h).eval() for i, h in itertools.pairwise(layers)]
+    module = MODULES[cell]
+    stack = [module(i, h).eval() for i, h in itertools.pairwise(layers)]
     x = torch.randn(steps, batch, layers[0])
     truth = x.double().repeat(calls, 1, 1)
     for layer in stack:
-        double = nn.LSTM(layer.input_size, layer.hidden_size).double()
+        double = module(layer.input_size, layer.hidden_size).double()
         double.load_state_dict(layer.state_dict())
         with torch.no_grad():
             truth = double(truth)[0]
@@ -147,7 +151,7 @@ def checked(point: Point) -> Iterator[tuple[tuple[str, tuple[int, ...]], Call]]:
     """The contenders that compute the right thing; what keeps the others out is printed."""
     calls = 5 if point.series == "stream" else 1  # so that the state counts
     for (name, layers), engine in point.contenders().items():
-        stack, x, truth = problem(layers, point.T, point.B, calls)
+        stack, x, truth = problem(point.cell, layers, point.T, point.B, calls)
         torch.set_num_threads(point.threads)
         try:
             call = engine.build(stack, x, point.threads)
@@ -176,8 +180,9 @@ def measure(point: Point, seconds: float) -> list[dict[str, object]]:
     for (name, layers), values in times.items():
         weights = contenders[name, layers].weights
         p20, p50, p80 = percentiles(values)
-        gflops = flops(layers, point.T, point.B) / p50 / 1e6
-        fraction = roof.ms(layers, point.T, point.B, weights) / p50
+        gates = GATES[point.cell]
+        gflops = flops(layers, point.T, point.B, gates) / p50 / 1e6
+        fraction = roof.ms(layers, point.T, point.B, weights, gates) / p50
         rows.append(
             {
                 "series": point.series, "engine": name, "weights": weights,
@@ -205,7 +210,7 @@ def summary(point: Point, rows: Sequence[Mapping[str, object]]) -> str:
     for row in rows:
         if row["weights"] == "float32":
             name = str(row["engine"])
-            ours = {**ENGINES, **STREAMS}[name].ours
+            ours = {**engines(point.cell), **streams(point.cell)}[name].ours
             where = "" if row["layers"] == dashed(point.layers) else f" {row['layers']}"
             ms[ours][name + where] = float(str(row["ms_p50"]))
     text = f"{point!s:<36}"
@@ -238,6 +243,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--cell", choices=tuple(MODULES), default="lstm")
     add("--quick", action="store_true", help="three points, a few seconds")
     add("--only", nargs="+", metavar="SERIES", choices=SERIES, help=", ".join(SERIES))
     add("--threads", type=int, nargs="+", metavar="N", default=[1, ALL])
@@ -245,12 +251,13 @@ def main() -> None:
     add("--batch", type=int, nargs="+", metavar="B", help="batches of layer")
     add("--steps", type=int, nargs="+", metavar="T", help="steps of layer")
     add("--seconds", type=float, default=0.1, metavar="S", help="per engine and point, at least")
-    add("--output", type=Path, default=RESULTS / "inference.csv", metavar="CSV")
+    add("--output", type=Path, metavar="CSV", help="bench/results/inference[_CELL].csv")
     add("--resume", action="store_true", help="skip the points that the CSV has already")
     options = parser.parse_args()
+    options.output = options.output or record("inference", options.cell)
 
     print(*(f"{key}: {value}" for key, value in {**machine(), **peers()}.items()), sep="\n")
-    for name, engine in {**ENGINES, **STREAMS}.items():
+    for name, engine in {**engines(options.cell), **streams(options.cell)}.items():
         if not engine.installed:
             print(f"{name} left out: needs {', '.join(engine.packages)}")
     resumed = options.resume and options.output.exists()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of one LSTM layer, forward and backward, against torch.nn.LSTM; check, then time.
+"""A training step of one layer, forward and backward, against torch's module; check, then time.
 
-python bench/bench_training.py [--quick] [--threads N ...] [--output CSV]
+python bench/bench_training.py [--cell lstm|gru|rnn] [--quick] [--threads N ...] [--output CSV]
 
-I = H, T = 35 steps, gradients of the weights and of the input, which are given up before the next
-step as torch's optimisers do by default; the same over an input that needs no gradient, as features
-of a first layer; then packed sequences of lengths 1 to 64. A row gives the fraction of the roof
-that roofline.py derives (nothing for packed ones).
+Three kinds of problems. Padded: I = H, T = 35 steps, gradients of the weights and of the input,
+which are set to None before each step, as torch's optimisers do. Features: the same, where the
+input needs no gradient, as the features of a first layer. Packed: sequences of lengths 1 to 64. A
+row gives the fraction of the roof that roofline.py derives (nothing for packed problems).
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
-from peers import without_onednn
+from harness import interleaved_ms, machine, percentiles, record, write_csv
+from peers import GATES, MODULES, without_onednn
 from roofline import roofline, training_flops
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from iss_kernels import ISSLSTM
+import iss_kernels
 from iss_kernels.testing import assert_no_worse_than_torch
 
 HIDDEN = (64, 128, 256, 315, 650)
@@ -51,11 +52,10 @@ class Problem:
     packed: bool = False
     features: bool = False
 
-    @property
-    def flops(self) -> int:
+    def flops(self, gates: int) -> int:
         """Of a forward and a backward pass."""
         rows = int(LENGTHS.sum()) if self.packed else self.T * self.B
-        return training_flops((self.H, self.H), rows, 1, not self.features)
+        return training_flops((self.H, self.H), rows, 1, not self.features, gates)
 
     @property
     def kind(self) -> str:
@@ -63,7 +63,7 @@ class Problem:
         return "packed" if self.packed else "features" if self.features else "padded"
 
     def input(self) -> tuple[Tensor, Callable[[Tensor], Input]]:
-        """x, and what makes the modules' input of it."""
+        """x, and the function that packs it, or returns it, for the modules."""
         torch.manual_seed(0)
         x = torch.randn(self.T, self.B, self.H)
         if not self.packed:
@@ -94,13 +94,13 @@ def outputs(module: Callable[[Input], Input], given: Input) -> Tensor:
 
 
 def training_step(
-    lstm: nn.Module,
+    layer: nn.Module,
     problem: Problem,
     dtype: torch.dtype = torch.float32,
     wrap: Callable[[Callable[[Input], Input]], Callable[[Input], Input]] = lambda run: run,
 ) -> Callable[[], list[Tensor]]:
     """Forward and backward; returns y and the gradients of x, where it has one, and of w_hh."""
-    module = wrap(lambda x: lstm(x)[0])
+    module = wrap(lambda x: layer(x)[0])
     x, prepared = problem.input()
     x = x.to(dtype).requires_grad_(not problem.features)
     y = outputs(module, prepared(x))
@@ -108,34 +108,39 @@ def training_step(
 
     def step() -> list[Tensor]:
         x.grad = None
-        lstm.zero_grad()
+        layer.zero_grad()
         y = outputs(module, prepared(x))
         torch.autograd.backward(y, dy)
-        gradients = (x.grad, lstm.get_parameter("weight_hh_l0").grad)
+        gradients = (x.grad, layer.get_parameter("weight_hh_l0").grad)
         return [y.detach(), *(g for g in gradients if g is not None)]
 
     return step
 
 
-def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, object]]:
-    """Rows for all providers of one problem."""
+def measure(problem: Problem, cell: str, threads: int, seconds: float) -> list[dict[str, object]]:
+    """Rows for all providers of one problem: torch's first, then ours, then ours with recompute."""
     torch.manual_seed(0)
-    torchs, double = nn.LSTM(problem.H, problem.H), nn.LSTM(problem.H, problem.H).double()
+    module, ours_name = MODULES[cell], f"ISS{MODULES[cell].__name__}"
+    torchs, double = module(problem.H, problem.H), module(problem.H, problem.H).double()
     double.load_state_dict(torchs.state_dict())
-    ours, again = ISSLSTM.from_torch(torchs), ISSLSTM.from_torch(torchs)
+    ours_of: Any = getattr(iss_kernels, ours_name)
+    ours, again = ours_of.from_torch(torchs), ours_of.from_torch(torchs)
     again.recompute = True
-    steps = {
-        "nn.LSTM": training_step(torchs, problem),
-        "nn.LSTM without oneDNN": training_step(torchs, problem, wrap=without_onednn),
-        "ISSLSTM": training_step(ours, problem),
-        "ISSLSTM recompute": training_step(again, problem),
+    torchs_name = f"nn.{module.__name__}"
+    steps = {torchs_name: training_step(torchs, problem)}
+    if cell == "lstm":
+        steps["nn.LSTM without oneDNN"] = training_step(torchs, problem, wrap=without_onednn)
+    own = {
+        ours_name: training_step(ours, problem),
+        f"{ours_name} recompute": training_step(again, problem),
     }
     truth = training_step(double, problem, torch.float64)()
-    for name in ("ISSLSTM", "ISSLSTM recompute"):
-        for got, torchs_own, true in zip(steps[name](), steps["nn.LSTM"](), truth, strict=True):
+    for step in own.values():
+        for got, torchs_own, true in zip(step(), steps[torchs_name](), truth, strict=True):
             assert_no_worse_than_torch(got, torchs_own, true)
+    steps |= own
     roof = roofline(threads).training_ms(
-        (problem.H, problem.H), problem.T, problem.B, not problem.features
+        (problem.H, problem.H), problem.T, problem.B, not problem.features, GATES[cell]
     )
     rows: list[dict[str, object]] = []
     for name, values in interleaved_ms(steps, seconds).items():
@@ -146,7 +151,7 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
                 "packed": int(problem.packed), "features": int(problem.features),
                 "dtype": "float32", "threads": threads,
                 "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}",
-                "gflops": f"{problem.flops / p50 / 1e6:.1f}",
+                "gflops": f"{problem.flops(GATES[cell]) / p50 / 1e6:.1f}",
                 "roofline": "" if problem.packed else f"{roof / p50:.4f}", **machine(),
             }
         )  # fmt: skip
@@ -158,32 +163,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cell", choices=tuple(MODULES), default="lstm")
     parser.add_argument("--quick", action="store_true", help="three problems, a few seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--output", type=Path, default=RESULTS / "training.csv")
+    parser.add_argument("--output", type=Path, help="bench/results/training[_CELL].csv")
     options = parser.parse_args()
+    output = options.output or record("training", options.cell)
+    ours = f"ISS{MODULES[options.cell].__name__}"
     rows: list[dict[str, object]] = []
     print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    print(f"{'ms, p50':<26}{'nn.LSTM':>10}{'no oneDNN':>11}{'ISSLSTM':>9}{'recompute':>11}", end="")
-    print("  best nn.LSTM / ISSLSTM")
+    print(f"{'ms, p50':<26}{'torch, best':>12}{ours:>9}{'recompute':>11}  torch / {ours}")
     with contextlib.suppress(KeyboardInterrupt):
         for threads in dict.fromkeys(options.threads):
             torch.set_num_threads(threads)
             ratios: dict[str, list[float]] = {}
             for problem in QUICK if options.quick else PROBLEMS:
-                new = measure(problem, threads, seconds=0.3 if options.quick else 2)
+                new = measure(problem, options.cell, threads, 0.3 if options.quick else 2)
                 rows += new
-                ms = [float(str(row["ms_p50"])) for row in new]
-                ratio = min(ms[:2]) / ms[2]
+                *torchs, own, again = (float(str(row["ms_p50"])) for row in new)
+                ratio = min(torchs) / own
                 ratios.setdefault(problem.kind, []).append(ratio)
-                print(f"{f'{problem} x{threads}':<26}{ms[0]:10.3f}{ms[1]:11.3f}", end="")
-                print(f"{ms[2]:9.3f}{ms[3]:11.3f}{ratio:8.2f}", flush=True)
+                print(f"{f'{problem} x{threads}':<26}{min(torchs):12.3f}{own:9.3f}", end="")
+                print(f"{again:11.3f}{ratio:8.2f}", flush=True)
             for kind, values in ratios.items():
                 mean, least = statistics.geometric_mean(values), min(values)
                 print(f"{kind} x{threads}: geometric mean {mean:.2f}, least {least:.2f}")
     if rows:
-        write_csv(options.output, rows)
-        print(f"wrote {options.output}")
+        write_csv(output, rows)
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

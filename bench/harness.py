@@ -22,11 +22,16 @@ Name = TypeVar("Name")
 RESULTS = Path(__file__).parent / "results"
 
 
+def record(benchmark: str, cell: str) -> Path:
+    """The CSV of record: that of the LSTM has the benchmark's own name."""
+    return RESULTS / f"{benchmark}{'' if cell == 'lstm' else f'_{cell}'}.csv"
+
+
 def rest() -> None:
     """Wait until this process is idle.
 
-    A pool's threads spin after a call, in case another one follows: OpenMP's for 10 ms, ONNX
-    Runtime's for 60. They would take the cores from the next engine.
+    After a call the threads of a pool spin for a while, in case another call follows: OpenMP's for
+    10 ms, ONNX Runtime's for 60 ms. They would take the cores from the next engine.
     """
     for _ in range(40):
         start = time.process_time()
@@ -40,9 +45,9 @@ def interleaved_ms(
 ) -> dict[Name, list[float]]:
     """Milliseconds per call by function: `rounds` medians each, taken in turn.
 
-    In turn, so that what else the machine does hits all alike; a round of each lasts about
-    seconds / rounds / len(functions), or one call where that is longer. Warm: the first call of a
-    round does not count, unless it is the only one.
+    The functions take turns so that whatever else the machine does hits all of them alike. A round
+    of one function lasts about seconds / rounds / len(functions), or one call where that is longer.
+    The first call of a round warms the caches and does not count, unless it is the only one.
     """
     share = seconds / rounds / len(functions)
     result: dict[Name, list[float]] = {name: [] for name in functions}
@@ -63,9 +68,9 @@ def percentiles(values: list[float]) -> list[float]:
     return torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
 
 
-@functools.cache  # one process measures one machine: asked for every row
+@functools.cache  # called for every row, and the machine does not change
 def machine() -> dict[str, str]:
-    """What a row has to say to be comparable: device, ISA, versions, date."""
+    """What a row says of the machine: device, ISA, versions, date."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,

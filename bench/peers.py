@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines that are compared: each builds a call that runs a stack of nn.LSTM, in its fastest
-form.
+"""The engines that are compared: each runs a stack of nn.LSTM, nn.GRU or nn.RNN as fast as it can.
 
-An engine's `build` takes the layers, an input x [T, B, I] and the number of threads, and returns a
-function without arguments whose result is y [T, B, H]; `build` of a streaming engine returns one
-that takes a single step [B, I], keeps its state and returns y [B, H]. What cannot be built says why
-with Unavailable.
+An engine's `build` takes the layers, an input x [T, B, I] and the number of threads. It returns a
+function without arguments whose result is y [T, B, H]. `build` of a streaming engine returns a
+function that runs a single step [B, I], keeps its state and returns y [B, H]. An engine that cannot
+run the layers raises Unavailable with the reason.
 """
 
 from __future__ import annotations
@@ -23,9 +22,13 @@ from torch import Tensor, nn
 
 import iss_kernels
 
-Layers: TypeAlias = Sequence[nn.LSTM]
+Layer: TypeAlias = nn.LSTM | nn.GRU | nn.RNN
+Layers: TypeAlias = Sequence[Layer]
 Call: TypeAlias = Callable[[], Any]
 Build: TypeAlias = Callable[[Layers, Tensor, int], Call]
+
+MODULES: dict[str, type[Layer]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}  # rows of a weight for each unit
 
 
 class Unavailable(Exception):
@@ -66,8 +69,8 @@ class Stack(nn.Module):
         return x
 
 
-def torch_lstm(layers: Layers, x: Tensor, _: int) -> Call:
-    """nn.LSTM as it comes, which is oneDNN where torch was built with it."""
+def torch_layers(layers: Layers, x: Tensor, _: int) -> Call:
+    """torch's modules as they come. nn.LSTM is oneDNN's where torch was built with it."""
 
     def run() -> Tensor:
         y = x
@@ -79,7 +82,7 @@ def torch_lstm(layers: Layers, x: Tensor, _: int) -> Call:
 
 
 def without_onednn(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same call over torch's own LSTM.
+    """The same call over torch's own LSTM. (nn.GRU and nn.RNN never use oneDNN.)
 
     The public torch.backends.mkldnn.flags does this too, but takes as long as a small LSTM.
     """
@@ -97,15 +100,16 @@ def without_onednn(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def torch_plain(layers: Layers, x: Tensor, threads: int) -> Call:
     """nn.LSTM without oneDNN, which is the faster one for few rows."""
-    return without_onednn(torch_lstm(layers, x, threads))
+    return without_onednn(torch_layers(layers, x, threads))
 
 
 def torch_compiled(layers: Layers, x: Tensor, _: int) -> Call:
-    """torch.compile, static shapes.
+    """torch.compile of nn.LSTM, static shapes.
 
-    Without allow_rnn dynamo leaves an nn.LSTM as it is. With it, and oneDNN, the layer becomes one
-    call of oneDNN's in the graph: same kernel, other overhead. (Without oneDNN the steps are
-    unrolled: T = 30 takes 40 s to compile and is no faster.)
+    Without allow_rnn dynamo leaves an nn.LSTM as it is. With allow_rnn and oneDNN, the layer
+    becomes one call of oneDNN in the graph: the same kernel with another overhead. Without oneDNN,
+    and for nn.GRU and nn.RNN, the steps are unrolled: 30 steps take longer to compile than is
+    allowed here, and then run no faster.
     """
     import torch._dynamo
 
@@ -123,16 +127,16 @@ def torch_compiled(layers: Layers, x: Tensor, _: int) -> Call:
 
 
 def torch_int8(layers: Layers, x: Tensor, threads: int) -> Call:
-    """Dynamic quantisation: int8 weights, 8-bit activations."""
+    """Dynamic quantisation of nn.LSTM and nn.GRU: int8 weights, 8-bit activations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated in favour of torchao, which has no LSTM
         quantize: Any = torch.ao.quantization.quantize_dynamic
-        quantized = quantize(Stack(layers), {nn.LSTM}, torch.qint8)
-    return torch_lstm(list(quantized.layers), x, threads)
+        quantized = quantize(Stack(layers), {type(layers[0])}, torch.qint8)
+    return torch_layers(list(quantized.layers), x, threads)
 
 
 def torch_step(layers: Layers, x: Tensor, _: int) -> Call:
-    """nn.LSTM with T = 1, the state fed back."""
+    """torch's module with T = 1, the state fed back."""
     (layer,) = layers
     state: Any = None
 
@@ -152,10 +156,22 @@ def torch_step_plain(layers: Layers, x: Tensor, threads: int) -> Call:
 # -- ONNX: the graph by hand, which is exact and takes milliseconds
 
 
-def onnx_order(layer: nn.LSTM, name: str) -> Tensor:
-    """A parameter with its gates in ONNX's order i, o, f, c; torch's is i, f, g, o."""
-    i, f, g, o = layer.get_parameter(f"{name}_l0").detach().chunk(4)
-    return torch.cat([i, o, f, g])
+ONNX_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
+ONNX_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "GRU": {"linear_before_reset": 1},  # r scales W_hn h + b_hn, as in nn.GRU
+    "RNN_TANH": {"activations": ["Tanh"]},
+    "RNN_RELU": {"activations": ["Relu"]},
+}
+
+
+def onnx_order(layer: Layer, name: str) -> Tensor:
+    """A parameter with its gates in ONNX's order.
+
+    LSTM: i, o, f, c where torch has i, f, g, o. GRU: z, r, h where torch has r, z, n.
+    """
+    order = ONNX_ORDER[layer.mode]
+    gates = layer.get_parameter(f"{name}_l0").detach().chunk(len(order))
+    return torch.cat([gates[n] for n in order])
 
 
 def onnx_quantized(w: Tensor) -> tuple[Any, Any, Any]:
@@ -169,10 +185,15 @@ def onnx_quantized(w: Tensor) -> tuple[Any, Any, Any]:
 
 
 def onnx_model(layers: Layers, x: Tensor, int8: bool = False, stateful: bool = False) -> bytes:
-    """A model x -> y [T, B, H]; stateful (one layer): also h, c -> h_n, c_n, each [1, B, H]."""
+    """A model x -> y [T, B, H]; stateful (one layer): also the states, each [1, B, H], to the next.
+
+    Their names are h and c (LSTM only), and h_n and c_n. int8 (LSTM only): quantised weights.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     constants: dict[str, Any] = {} if stateful else {"one": torch.tensor([1]).numpy()}
+    mode = layers[0].mode
+    states = ["h", "c"] if mode == "LSTM" else ["h"]
     nodes = []
     steps, batch, _ = x.shape
     for n, layer in enumerate(layers):
@@ -180,7 +201,14 @@ def onnx_model(layers: Layers, x: Tensor, int8: bool = False, stateful: bool = F
         biases = [onnx_order(layer, "bias_ih"), onnx_order(layer, "bias_hh")]
         constants[f"b{n}"] = torch.cat(biases)[None].numpy()
         source = f"y{n - 1}" if n else "x"
-        inputs = [source, f"w{n}", f"r{n}", f"b{n}", "", *(["h", "c"] if stateful else ["", ""])]
+        inputs = [
+            source,
+            f"w{n}",
+            f"r{n}",
+            f"b{n}",
+            "",
+            *(states if stateful else [""] * len(states)),
+        ]
         if int8:
             inputs += ["", f"w_scale{n}", f"w_zero{n}", f"r_scale{n}", f"r_zero{n}"]
             for name, w in weights.items():
@@ -188,11 +216,12 @@ def onnx_model(layers: Layers, x: Tensor, int8: bool = False, stateful: bool = F
                 constants |= zip(names, onnx_quantized(w), strict=True)
         else:
             constants |= {f"{name}{n}": w[None].numpy() for name, w in weights.items()}
-        outputs = ["", "h_n", "c_n"] if stateful else [f"directions{n}"]
+        outputs = ["", *(f"{name}_n" for name in states)] if stateful else [f"directions{n}"]
         nodes.append(
             helper.make_node(
-                "DynamicQuantizeLSTM" if int8 else "LSTM", inputs, outputs,
+                "DynamicQuantizeLSTM" if int8 else mode.partition("_")[0], inputs, outputs,
                 domain="com.microsoft" if int8 else "", hidden_size=layer.hidden_size,
+                **ONNX_ATTRIBUTES.get(mode, {}),
             )
         )  # fmt: skip
         if not stateful:
@@ -205,9 +234,9 @@ def onnx_model(layers: Layers, x: Tensor, int8: bool = False, stateful: bool = F
     state = (1, batch, width)
     graph = helper.make_graph(
         nodes,
-        "lstm",
-        [value("x", *x.shape), *([value("h", *state), value("c", *state)] if stateful else [])],
-        [value("h_n", *state), value("c_n", *state)]
+        "layers",
+        [value("x", *x.shape), *(value(name, *state) for name in states if stateful)],
+        [value(f"{name}_n", *state) for name in states]
         if stateful
         else [value(f"y{len(layers) - 1}", steps, batch, width)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
@@ -251,19 +280,20 @@ def ort_step(layers: Layers, x: Tensor, threads: int, int8: bool = False) -> Cal
     import onnxruntime
 
     session = ort_session(onnx_model(layers, x, int8, stateful=True), threads)
-    state = torch.zeros(1, x.size(1), layers[0].hidden_size).numpy()
+    zeros = torch.zeros(1, x.size(1), layers[0].hidden_size).numpy()
+    names = [given.name for given in session.get_inputs() if given.name != "x"]  # h, and c
     states = [
-        [onnxruntime.OrtValue.ortvalue_from_numpy(state.copy()) for _ in range(2)] for _ in range(2)
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(zeros.copy()) for name in names}
+        for _ in range(2)
     ]
     bindings = []
-    for (h, c), (h_n, c_n) in (states, states[::-1]):
+    for before, after in (states, states[::-1]):
         binding = session.io_binding()
         binding.bind_cpu_input("x", x.numpy())
-        for name, tensor in (("h", h), ("c", c)):
-            binding.bind_ortvalue_input(name, tensor)
-        for name, tensor in (("h_n", h_n), ("c_n", c_n)):
-            binding.bind_ortvalue_output(name, tensor)
-        bindings.append((binding, h_n))
+        for name in names:
+            binding.bind_ortvalue_input(name, before[name])
+            binding.bind_ortvalue_output(f"{name}_n", after[name])
+        bindings.append((binding, after["h"]))
 
     def step() -> Any:
         binding, h_n = bindings[0]
@@ -306,9 +336,10 @@ def openvino(layers: Layers, x: Tensor, threads: int) -> Call:
 # -- ours
 
 
-def as_iss(layers: Layers) -> iss_kernels.ISSLSTM:
-    """The stack as one module."""
-    module = iss_kernels.ISSLSTM(
+def as_iss(layers: Layers) -> nn.RNNBase:
+    """The stack as one ISSLSTM, ISSGRU or ISSRNN."""
+    ours: Any = getattr(iss_kernels, f"ISS{type(layers[0]).__name__}")
+    module: nn.RNNBase = ours(
         layers[0].input_size, [layer.hidden_size for layer in layers], len(layers)
     )
     state = {
@@ -321,7 +352,7 @@ def as_iss(layers: Layers) -> iss_kernels.ISSLSTM:
 
 
 def iss(layers: Layers, x: Tensor, _: int) -> Call:
-    """ISSLSTM, as a model in training has it."""
+    """Our module, as a model in training has it."""
     module = as_iss(layers)
     return lambda: module(x)[0]
 
@@ -353,22 +384,34 @@ def _ours(name: str, build: Callable[..., Call]) -> dict[str, Engine]:
 
 ORT = ("onnxruntime", "onnx")
 
-ENGINES = {
-    "nn.LSTM": Engine(torch_lstm),
-    "nn.LSTM no oneDNN": Engine(torch_plain, slow=True),
-    "torch.compile": Engine(torch_compiled, slow=True),
-    "torch int8": Engine(torch_int8, "int8", 0.1, slow=True),
-    "ONNX Runtime": Engine(ort, packages=ORT),
-    "ONNX Runtime int8": Engine(functools.partial(ort, int8=True), "int8", 0.1, ORT),
-    "OpenVINO": Engine(openvino, packages=("openvino", "onnx")),
-    "ISSLSTM": Engine(iss, ours=True),
-    **_ours("prepared", prepared),
-}
 
-STREAMS = {
-    "nn.LSTM": Engine(torch_step),
-    "nn.LSTM no oneDNN": Engine(torch_step_plain),
-    "ONNX Runtime": Engine(ort_step, packages=ORT),
-    "ONNX Runtime int8": Engine(functools.partial(ort_step, int8=True), "int8", 0.1, ORT),
-    **_ours("Stream", stream),
-}
+@functools.cache
+def engines(cell: str) -> dict[str, Engine]:
+    """Every engine for calls of a whole sequence: "lstm", "gru" or "rnn"."""
+    module = MODULES[cell].__name__
+    result = {f"nn.{module}": Engine(torch_layers)}
+    if cell == "lstm":
+        result |= {
+            "nn.LSTM no oneDNN": Engine(torch_plain, slow=True),
+            "torch.compile": Engine(torch_compiled, slow=True),
+        }
+    if cell != "rnn":  # torch quantises no nn.RNN
+        result["torch int8"] = Engine(torch_int8, "int8", 0.1, slow=True)
+    result["ONNX Runtime"] = Engine(ort, packages=ORT)
+    if cell == "lstm":  # ONNX Runtime quantises no GRU and no RNN
+        result["ONNX Runtime int8"] = Engine(functools.partial(ort, int8=True), "int8", 0.1, ORT)
+    result["OpenVINO"] = Engine(openvino, packages=("openvino", "onnx"))
+    return {**result, f"ISS{module}": Engine(iss, ours=True), **_ours("prepared", prepared)}
+
+
+@functools.cache
+def streams(cell: str) -> dict[str, Engine]:
+    """Every engine for calls of a single step."""
+    result = {f"nn.{MODULES[cell].__name__}": Engine(torch_step)}
+    if cell == "lstm":
+        result["nn.LSTM no oneDNN"] = Engine(torch_step_plain)
+    result["ONNX Runtime"] = Engine(ort_step, packages=ORT)
+    if cell == "lstm":
+        step = functools.partial(ort_step, int8=True)
+        result["ONNX Runtime int8"] = Engine(step, "int8", 0.1, ORT)
+    return {**result, **_ours("Stream", stream)}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least time an LSTM can take on this machine, from its measured peak and read bandwidth.
+"""The least time a recurrent network can take on this machine, from peak and read bandwidth.
 
-For a stack whose layer has I inputs and H hidden units, T steps and B rows:
+For a stack of LSTMs whose layer has I inputs and H hidden units, T steps and B rows (a GRU has 3
+rows of weights for each unit where the LSTM has 4, an RNN 1):
 
     flops   = 2 T B 4H (I + H), summed over layers
     compute = flops / peak
@@ -20,10 +21,10 @@ Where the input needs no gradient, the first layer has two products with w_ih, w
 
 Every step counts, also a first one from zeros, whose product with w_hh may be left out.
 
-bandwidth(n) is that of reading n bytes over and over, so it
-is the bandwidth of the cache that holds them: benchmarks call a function again and again. peak is
-that of float32 FMA, also for weights in 16 bits, which are widened; int8 has instructions of its
-own and is held against `read` alone. Activations are left out: the roof is a bound from below.
+bandwidth(n) is that of reading n bytes over and over: benchmarks call a function again and again,
+so it is the bandwidth of the cache that holds them. peak is the rate of float32 FMA, also for
+weights in 16 bits, which are widened. int8 has instructions of its own, so its roof is `read`
+alone. Activations are left out: the roof is a bound from below.
 """
 
 from __future__ import annotations
@@ -58,49 +59,58 @@ class Roofline:
             below = above
         return below[1]
 
-    def ms(self, layers: Sequence[int], steps: int, batch: int, weights: str) -> float:
+    def ms(
+        self, layers: Sequence[int], steps: int, batch: int, weights: str, gates: int = 4
+    ) -> float:
         """The roof of a stack: layers = (inputs, hidden units of each layer ...)."""
         item = ITEMSIZE[weights]
         sizes = list(zip(layers, layers[1:], strict=False))
-        total = sum(4 * h * (i + h) for i, h in sizes) * item
+        total = sum(gates * h * (i + h) for i, h in sizes) * item
         if steps == 1:
             read = total / self.gbytes_per_s(total)
         else:
-            w_ih = sum(4 * h * i for i, h in sizes) * item
+            w_ih = sum(gates * h * i for i, h in sizes) * item
             read = w_ih / self.gbytes_per_s(total)
             for _, h in sizes:
-                w_hh = 4 * h * h * item
+                w_hh = gates * h * h * item
                 read += steps * w_hh / self.gbytes_per_s(w_hh)
-        compute = 0.0 if weights == "int8" else flops(layers, steps, batch) / self.gflops
+        compute = 0.0 if weights == "int8" else flops(layers, steps, batch, gates) / self.gflops
         return max(compute, read) / 1e6
 
     def training_ms(
-        self, layers: Sequence[int], steps: int, batch: int, input_gradient: bool = True
+        self,
+        layers: Sequence[int],
+        steps: int,
+        batch: int,
+        input_gradient: bool = True,
+        gates: int = 4,
     ) -> float:
         """The roof of a forward and a backward pass in float32."""
         sizes = list(zip(layers, layers[1:], strict=False))
-        total = sum(4 * h * (i + h) for i, h in sizes) * 4
-        w_ih = 3 * sum(4 * h * i for i, h in sizes) * 4
+        total = sum(gates * h * (i + h) for i, h in sizes) * 4
+        w_ih = 3 * sum(gates * h * i for i, h in sizes) * 4
         if not input_gradient:
-            w_ih -= 4 * layers[1] * layers[0] * 4
+            w_ih -= gates * layers[1] * layers[0] * 4
         read = w_ih / self.gbytes_per_s(total)
         for _, h in sizes:
-            w_hh = 4 * h * h * 4
+            w_hh = gates * h * h * 4
             read += (2 * steps + 1) * w_hh / self.gbytes_per_s(w_hh)
-        arithmetic = training_flops(layers, steps, batch, input_gradient) / self.gflops
+        arithmetic = training_flops(layers, steps, batch, input_gradient, gates) / self.gflops
         return max(arithmetic, read) / 1e6
 
 
-def flops(layers: Sequence[int], steps: int, batch: int) -> int:
+def flops(layers: Sequence[int], steps: int, batch: int, gates: int = 4) -> int:
     """A multiply and an add for each weight, step and row."""
-    weights = sum(4 * h * (i + h) for i, h in zip(layers, layers[1:], strict=False))
+    weights = sum(gates * h * (i + h) for i, h in zip(layers, layers[1:], strict=False))
     return 2 * steps * batch * weights
 
 
-def training_flops(layers: Sequence[int], steps: int, batch: int, input_gradient: bool) -> int:
+def training_flops(
+    layers: Sequence[int], steps: int, batch: int, input_gradient: bool, gates: int = 4
+) -> int:
     """Of a forward and a backward pass: three products with each weight, step and row."""
-    of_input = 0 if input_gradient else 2 * steps * batch * 4 * layers[1] * layers[0]
-    return 3 * flops(layers, steps, batch) - of_input
+    of_input = 0 if input_gradient else 2 * steps * batch * gates * layers[1] * layers[0]
+    return 3 * flops(layers, steps, batch, gates) - of_input
 
 
 @functools.cache
