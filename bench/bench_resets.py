@@ -65,8 +65,8 @@ def split(module: nn.Module, x: Tensor, resets: Tensor) -> Tensor:
     begins[:, 0] = True
     at = begins.flatten().nonzero().flatten()
     lengths = torch.diff(at, append=torch.tensor([batch * steps]))
-    segments = pad_sequence(x.transpose(0, 1).flatten(0, 1).split(lengths.tolist()))
-    packed = pack_padded_sequence(segments, lengths, enforce_sorted=False)
+    segments = torch.split(x.transpose(0, 1).flatten(0, 1), lengths.tolist())
+    packed = pack_padded_sequence(pad_sequence(list(segments)), lengths, enforce_sorted=False)
     padded = pad_packed_sequence(module(packed)[0], batch_first=True)[0]
     inside = torch.arange(padded.size(1)) < lengths[:, None]
     return padded[inside].view(batch, steps, -1).transpose(0, 1)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What bench_inference.py measured: a summary, a plot, and the tables of docs/benchmarks.md.
 
-python bench/report.py [CSV] [--plot SVG] [--docs PATH]
+python bench/report.py [CSV ...] [--plots DIRECTORY] [--docs PATH]
 
-Speed-ups are times the others take over times we take: above 1 we are faster. "Best" is the fastest
-float32 engine that is not ours, at each point anew.
+Without a CSV it takes the CSV of record of every cell that has one. A speed-up is the time of
+another engine over ours: above 1 we are faster. "Best" is the fastest float32 engine that is not
+ours, chosen at each point anew.
 """
 
 from __future__ import annotations
@@ -20,28 +21,18 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any, TypeAlias
 
-RESULTS = Path(__file__).parent / "results"
-PEERS = ("nn.LSTM", "nn.LSTM no oneDNN", "torch.compile", "ONNX Runtime", "OpenVINO")
+from harness import RESULTS, record
+
+MODULES = {"lstm": "nn.LSTM", "gru": "nn.GRU", "rnn": "nn.RNN"}
+PEERS = (*MODULES.values(), "nn.LSTM no oneDNN", "torch.compile", "ONNX Runtime", "OpenVINO")
 OURS = "prepared float32"
 BELOW = 0.97  # points under this speed-up are listed
 
 TABLE_HIDDEN = (64, 128, 256, 512, 1024)
 TABLE_CALLS = ((1, 1), (1, 30), (10, 30), (64, 30))  # B, T
-TABLES = (  # engine -> its column; the speed-up is that of ours over the fastest in float32
-    {
-        "nn.LSTM": "nn.LSTM",
-        "ONNX Runtime": "ONNX Runtime",
-        "OpenVINO": "OpenVINO",
-        "prepared float32": "ours",
-    },
-    {
-        "prepared float32": "float32",
-        "prepared float16": "float16",
-        "prepared bfloat16": "bfloat16",
-        "prepared int8": "int8",
-        "ONNX Runtime int8": "ONNX Runtime int8",
-    },
-)
+COLUMNS = {"ONNX Runtime": "ONNX Runtime", "OpenVINO": "OpenVINO", OURS: "ours"}
+FORMATS = {f"prepared {w}": w for w in ("float32", "float16", "bfloat16", "int8")}
+INT8 = {"lstm": "ONNX Runtime int8", "gru": "torch int8"}  # the best int8 of others; none for RNN
 
 
 @dataclass(frozen=True)
@@ -90,6 +81,12 @@ def load(path: Path) -> tuple[Results, dict[str, str]]:
     return results, raw
 
 
+def cell_of(results: Results) -> str:
+    """The cell that a CSV is about."""
+    names = {name for rows in results.values() for name in rows}
+    return next(cell for cell, module in MODULES.items() if module in names)
+
+
 def select(results: Results, series: str, **where: int) -> Results:
     """The points of a series with these T, B or threads."""
     wanted = {"series": series, **where}.items()
@@ -130,19 +127,26 @@ def mean(values: Iterable[float]) -> str:
 
 def summary(results: Results) -> Iterable[str]:
     """Lines to steer by."""
+    cell = cell_of(results)
     threads = sorted({point.threads for point in results})
     steps = sorted({point.T for point in select(results, "layer")})
     yield f"{OURS}, one layer: geometric mean of the speed-up"
     for n in threads:
-        yield from speed_up_lines(select(results, "layer", threads=n), n)
+        yield from speed_up_lines(select(results, "layer", threads=n), MODULES[cell], n)
     yield from slow_lines(select(results, "layer") | select(results, "issue"))
     for n, t in itertools.product(threads, steps):
-        yield from format_lines(select(results, "layer", threads=n, T=t, B=1), f"T {t:<3} x{n}")
+        points = select(results, "layer", threads=n, T=t, B=1)
+        yield from format_lines(points, INT8.get(cell), f"T {t:<3} x{n}")
+    for n in threads:
+        large = {p: r for p, r in select(results, "layer", threads=n).items() if p.H >= 256}
+        int8 = ratios(large, OURS, "prepared int8")
+        least = min(int8.values(), default=0)
+        yield f"int8 over our float32, H >= 256, x{n}: {mean(int8.values())}, least {least:.2f}"
     yield f"fraction of the roof, {OURS}: least, median, most"
     for n, t, b in itertools.product(threads, steps, (1, 64)):
         points = select(results, "layer", threads=n, T=t, B=b)
         yield from roof_lines(points, f"T {t:<3} B {b:<2} x{n}", all_sizes=b > 1)
-    yield from stream_lines(select(results, "stream"))
+    yield from stream_lines(select(results, "stream"), MODULES[cell])
     yield from cliff_lines(select(results, "cliff"))
     for point, rows in (select(results, "issue") | select(results, "headline")).items():
         best = best_peer(rows)
@@ -151,12 +155,12 @@ def summary(results: Results) -> Iterable[str]:
             yield f"{point.series}: {point}  {over:.2f}x over {best}, {rows[OURS].ms:.3f} ms"
 
 
-def speed_up_lines(points: Results, threads: int) -> Iterable[str]:
-    """Over the best and over nn.LSTM; and what the best leave to be gained: the roof over them."""
-    over_best, over_torch = ratios(points, None, OURS), ratios(points, "nn.LSTM", OURS)
+def speed_up_lines(points: Results, torchs: str, threads: int) -> Iterable[str]:
+    """Over the best and over torch's module, and what is left to gain: the roof over the best."""
+    over_best, over_torch = ratios(points, None, OURS), ratios(points, torchs, OURS)
     if over_best:
         at = min(over_best, key=lambda point: over_best[point])
-        yield f"  x{threads}  over nn.LSTM  {mean(over_torch.values())}"
+        yield f"  x{threads}  over {torchs}  {mean(over_torch.values())}"
         yield (
             f"  x{threads}  over the best {mean(over_best.values())}, least {over_best[at]:.2f} "
             f"at {at}"
@@ -184,16 +188,16 @@ def slow_lines(points: Results) -> Iterable[str]:
         )
 
 
-def format_lines(points: Results, where: str) -> Iterable[str]:
+def format_lines(points: Results, their_int8: str | None, where: str) -> Iterable[str]:
     """int8 over theirs, 16 bits over our own float32."""
-    int8 = ratios(points, "ONNX Runtime int8", "prepared int8")
+    int8 = ratios(points, their_int8, "prepared int8") if their_int8 else {}
     large = {point: rows for point, rows in points.items() if point.H >= 256}
     half = ratios(large, OURS, "prepared float16")
     brain = ratios(large, OURS, "prepared bfloat16")
     if points:
         yield (
-            f"B 1, {where}: int8 over ONNX Runtime int8 {mean(int8.values())}; float16 over our "
-            f"float32, H >= 256 {mean(half.values())}; bfloat16 {mean(brain.values())}"
+            f"B 1, {where}: int8 over {their_int8 or 'others'} {mean(int8.values())}; float16 over "
+            f"our float32, H >= 256 {mean(half.values())}; bfloat16 {mean(brain.values())}"
         )
 
 
@@ -211,16 +215,16 @@ def roof_lines(points: Results, where: str, all_sizes: bool) -> Iterable[str]:
         )
 
 
-def stream_lines(points: Results) -> Iterable[str]:
+def stream_lines(points: Results, torchs: str) -> Iterable[str]:
     """Per size: how much faster, how near the roof, and what a step costs beyond it."""
     if points:
-        yield "Stream float32: over nn.LSTM, over ONNX Runtime; int8 over theirs; us, of the roof"
+        yield f"Stream float32: over {torchs}, over ONNX Runtime; int8 over theirs; us, of the roof"
     for point, rows in points.items():
         ours = rows.get("Stream float32")
         if ours is None:
             continue
         values = [
-            ratio(rows, "nn.LSTM", "Stream float32"),
+            ratio(rows, torchs, "Stream float32"),
             ratio(rows, "ONNX Runtime", "Stream float32"),
             ratio(rows, "ONNX Runtime int8", "Stream int8"),
         ]
@@ -267,7 +271,12 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterable[str]
 
 def markdown(results: Results, machine: Mapping[str, str]) -> str:
     """Times of the engines, times by format, speed-ups by batch, and the headline."""
-    engines, formats = TABLES
+    cell = cell_of(results)
+    module = MODULES[cell]
+    engines, formats = {module: module, **COLUMNS}, dict(FORMATS)
+    if cell in INT8:
+        formats[INT8[cell]] = INT8[cell]
+    also = ", nn.LSTM without oneDNN and torch.compile included" if cell == "lstm" else ""
     about = (
         f"{machine['device']}, {machine['isa']}, 1 thread; torch {machine['torch']}, ONNX Runtime "
         f"{machine['onnxruntime'] or '-'}, OpenVINO {machine['openvino'] or '-'}"
@@ -277,7 +286,7 @@ def markdown(results: Results, machine: Mapping[str, str]) -> str:
         "",
         wrapped(
             f"Milliseconds per call in float32, I = H ({about}). Speed-up: ours over the fastest "
-            "other engine, nn.LSTM without oneDNN and torch.compile included."
+            f"other engine{also}."
         ),
         "",
         *table(["H", "B", "T", *formats.values()], time_rows(results, formats, False)),
@@ -398,22 +407,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("csv", type=Path, nargs="?", default=RESULTS / "inference.csv")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "inference.svg", metavar="SVG")
+    parser.add_argument("csv", type=Path, nargs="*")
+    parser.add_argument("--plots", type=Path, default=RESULTS, metavar="DIRECTORY")
     parser.add_argument("--docs", type=Path, metavar="PATH", help="between its bench markers")
     options = parser.parse_args()
-    results, machine = load(options.csv)
-    if not results:
-        print(f"report: no rows in {options.csv}", file=sys.stderr)
-        return 1
-    print("\n".join(summary(results)))
-    plot(results, options.plot)
-    if options.docs:
-        try:
-            replace_block(options.docs, "bench", markdown(results, machine))
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
+    every = (record("inference", cell) for cell in MODULES)
+    for path in options.csv or [path for path in every if path.exists()]:
+        results, machine = load(path)
+        if not results:
+            print(f"report: no rows in {path}", file=sys.stderr)
+            return 1
+        print("\n".join(summary(results)))
+        plot(results, options.plots / f"{path.stem}.svg")
+        if options.docs:
+            cell = cell_of(results)
+            try:
+                block = "bench" if cell == "lstm" else f"bench_{cell}"
+                replace_block(options.docs, block, markdown(results, machine))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
     return 0
 
 

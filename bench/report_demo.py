@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, replace_block, wrapped
+from harness import RESULTS
+from report import replace_block, wrapped
 
 OLD, NEW, INK = "#c2610c", "#1f6fd6", "#333333"
 Result = dict[str, Any]

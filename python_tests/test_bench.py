@@ -60,16 +60,53 @@ def test_bench_writes_a_row_for_every_engine(quick):
     assert out.count("layer ") == 2 and out.count("stream ") == 1
 
 
-def test_the_training_benchmark_writes_a_row_for_every_provider(tmp_path):
-    path = tmp_path / "new" / "training.csv"
-    done = run(BENCH / "bench_training.py", "--quick", "--threads", "1", "--output", path)
+def test_bench_writes_a_row_for_every_engine_of_the_gru(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "inference_gru.csv"
+    args = ["-m", "iss_kernels", "bench", "--cell", "gru", "--quick", "--threads", "1"]
+    done = run(*args, "--seconds", "0.02", "--output", path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    providers = {"nn.LSTM", "nn.LSTM without oneDNN", "ISSLSTM", "ISSLSTM recompute"}
-    assert len(rows) == 12 and {row["provider"] for row in rows} == providers
+    theirs = {"nn.GRU"} | ({"ONNX Runtime"} if installed("onnxruntime", "onnx") else set())
+    stream = theirs | {f"Stream {weights}" for weights in FORMATS}
+    layer = theirs | {f"prepared {weights}" for weights in FORMATS} | {"torch int8", "ISSGRU"}
+    if installed("openvino", "onnx"):
+        layer |= {"OpenVINO"}
+    assert {row["engine"] for row in rows if row["series"] == "stream"} == stream
+    assert {row["engine"] for row in rows if row["series"] == "layer"} == layer
+    page = tmp_path / "benchmarks.md"
+    page.write_text("<!-- bench_gru:begin -->\n<!-- bench_gru:end -->\n")
+    done = run(BENCH / "report.py", path, "--plots", tmp_path, "--docs", page)
+    assert done.returncode == 0, done.stderr
+    assert "| nn.GRU | ONNX Runtime | OpenVINO | ours | speed-up |" in page.read_text()
+
+
+@pytest.mark.parametrize("cell, module", [("lstm", "LSTM"), ("gru", "GRU"), ("rnn", "RNN")])
+def test_the_training_benchmark_writes_a_row_for_every_provider(tmp_path, cell, module):
+    path = tmp_path / "new" / "training.csv"
+    args = ["--cell", cell, "--quick", "--threads", "1", "--output", path]
+    done = run(BENCH / "bench_training.py", *args)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    providers = {f"nn.{module}", f"ISS{module}", f"ISS{module} recompute"}
+    if cell == "lstm":
+        providers |= {"nn.LSTM without oneDNN"}
+    assert len(rows) == 3 * len(providers) and {row["provider"] for row in rows} == providers
     assert all(float(row["ms_p50"]) > 0 for row in rows)
     assert {row["packed"]: row["roofline"] != "" for row in rows} == {"0": True, "1": False}
     assert "packed x1: geometric mean" in done.stdout
+
+
+def test_the_benchmark_of_resets_compares_with_split_segments(tmp_path):
+    path = tmp_path / "new" / "resets.csv"
+    args = ["--cell", "gru", "--quick", "--threads", "1", "--output", path]
+    done = run(BENCH / "bench_resets.py", *args)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {(row["provider"], row["resets"]) for row in rows} == {
+        (provider, resets) for provider in ("nn.GRU", "ISSGRU") for resets in ("0", "0.03")
+    }
+    assert len(rows) == 8 and all(float(row["ms_p50"]) > 0 for row in rows)
 
 
 def test_the_lasso_benchmark_writes_a_row_for_every_kernel(tmp_path):
@@ -145,9 +182,9 @@ def test_bench_resumes_after_what_it_has(quick):
 def test_report_fills_the_block_of_a_page(quick, tmp_path):
     pytest.importorskip("matplotlib")
     path, _ = quick
-    page, plot = tmp_path / "benchmarks.md", tmp_path / "plot.svg"
+    page, plot = tmp_path / "benchmarks.md", tmp_path / "inference.svg"
     page.write_text("a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n")
-    report = [BENCH / "report.py", path, "--plot", plot, "--docs", page]
+    report = [BENCH / "report.py", path, "--plots", tmp_path, "--docs", page]
     done = run(*report)
     assert done.returncode == 0, done.stderr
     assert "points below" in done.stdout and "Stream float32" in done.stdout
@@ -176,8 +213,8 @@ def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path, script, page
     copy = tmp_path / "page.md"
     copy.write_text(re.sub(r"(begin -->\n).*?(<!-- \w+:end)", r"\1\2", committed, flags=re.S))
     assert copy.read_text() != committed
-    plot = ["--plot", tmp_path / "plot.svg"] if script == "report.py" else []
-    done = run(BENCH / script, "--docs", copy, *plot)
+    plots = ["--plots", tmp_path] if script == "report.py" else []
+    done = run(BENCH / script, "--docs", copy, *plots)
     assert done.returncode == 0, done.stderr
     assert copy.read_text() == committed
 
