@@ -105,7 +105,7 @@ def resets(rows: Rows) -> Iterable[str]:
     yield wrapped(
         "Milliseconds of a forward and a backward pass where 3 % of the mask is True, 1 thread "
         f"({about(rows[-1])}). Split: torch's module over the segments between resets, padded and "
-        f"packed. Over {len(costs)} points, with one thread and two, forward alone included, "
+        f"packed. Over all {len(costs)} points, forward alone and more threads included, "
         f"resets cost {geometric_mean(costs) - 1:.1%} (geometric mean)."
     )
     yield ""
