@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a group-lasso kernel is told: a weight is a matrix whose rows and columns each carry the id
-// of the unit they belong to, or -1. Everything the regulariser does is one walk over such a
-// matrix, stored as W and computed in Compute<W>.
+// The arguments of the group-lasso kernels on the CPU, and what both devices do to each element.
+//
+// A labelled weight is a matrix whose rows and columns each carry the id of the unit they belong
+// to, or -1. Every op of the regulariser is one walk over such matrices. W is the type that a
+// weight is stored in, Compute<W> the type of sums, norms and factors.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +13,7 @@
 
 namespace iss {
 
-// bfloat16 is widened as it is loaded, and rounded once as it is stored.
+// A bfloat16 weight is widened as it is loaded and rounded once as it is stored.
 template <typename W>
 using Compute = std::conditional_t<std::is_same_v<W, Bfloat16>, float, W>;
 
@@ -25,8 +27,8 @@ struct LabelledRows {
   bool paper_overlap;           // count an element whose row and column share a unit twice
 };
 
-// Adds up squares: row_sums[r] = sum_c w^2, column_sums[c] = sum_r w^2 without what row_sums
-// counts.
+// row_sums[r] = sum of w^2 over row r; column_sums[c] = sum of w^2 over column c, without the
+// elements whose row belongs to the same unit as the column: row_sums counts those.
 template <typename W>
 struct SquaresArgs {
   LabelledRows rows;
@@ -35,11 +37,11 @@ struct SquaresArgs {
   Compute<W>* column_sums;  // [C]  overwritten
 };
 
-// What happens to each element, given what its row's and its column's unit have for it: a factor,
-// or a limit. Where the two are one unit, it counts once (but for paper_overlap).
+// The op on each element. The unit of its row and the unit of its column each give a factor or a
+// limit; where both are the same unit, it counts once (twice with paper_overlap).
 enum class ByUnits {
-  kAddScaled,  // output += weight * (factor of the row + factor of the column); 0 of no unit
-  kScale,      // output = weight * factor of the row * factor of the column; 1 of no unit
+  kAddScaled,  // output += weight * (factor of the row + factor of the column); no unit gives 0
+  kScale,      // output = weight * factor of the row * factor of the column; no unit gives 1
   kThreshold,  // output = weight, or 0 where |weight| < the limit of the row or of the column
 };
 
@@ -47,10 +49,10 @@ template <typename W>
 struct ByUnitsArgs {
   LabelledRows rows;
   const W* weight;            // [R, C]
-  W* output;                  // [R, C]; weight, but for kAddScaled
+  W* output;                  // [R, C]; is `weight` except for kAddScaled
   const Compute<W>* factors;  // [units]; nullptr for kThreshold
-  Compute<W> threshold;       // the limit of every unit; kThreshold alone
-  Compute<W>* of_columns;     // [C] factors or limits; changed during the call, restored after
+  Compute<W> threshold;       // the limit of every unit; for kThreshold only
+  Compute<W>* of_columns;     // [C] factors or limits; the kernel changes and restores them
 };
 
 }  // namespace iss

@@ -8,7 +8,7 @@ namespace iss {
 namespace {
 
 constinit std::mutex mutex;
-constinit std::atomic<int> generation = 1;  // one more in each child
+constinit std::atomic<int> generation = 1;  // a child's is one more than its parent's
 
 [[maybe_unused]] const int registered = pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); },
                                                        [] {

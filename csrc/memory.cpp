@@ -23,8 +23,8 @@
 namespace iss {
 namespace {
 
-// Asks for pages of 2 MB for memory that is not touched yet: what is larger than the L3 cache, or
-// is read in long strides, is read faster. Only a wish, so nobody minds a refusal.
+// Asks the kernel for pages of 2 MB, before the memory is first touched. Arrays larger than the L3
+// cache, and those read in long strides, are then read faster. A refusal does no harm.
 void prefer_huge_pages(void* memory, int64_t bytes) {
 #ifdef __linux__
   constexpr int64_t kPage = 4096, kWorthIt = 1 << 22;
@@ -34,14 +34,16 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// A tensor of fewer bytes comes from malloc, which keeps such blocks itself.
+// Smaller tensors, in bytes, come from malloc, which recycles such blocks itself.
 constexpr size_t kLarge = 1 << 16;
 
-// torch's storages call it; each block is a header that holds its size, then what it was asked for.
+// The allocator of torch's storages. A block is a header of kAligned bytes that holds its size,
+// then the memory of the storage.
 class Recycler final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t count) override {
-    // In steps of an eighth at most, so that a length that varies finds what others have left.
+    // Sizes are rounded up by at most an eighth, so that sequences of varying length find blocks
+    // that fit.
     const size_t step = std::max(kAligned, std::bit_floor(count) / 8);
     void* const block = take((count + step - 1) / step * step);
     void* const data = static_cast<char*>(block) + kAligned;
@@ -53,7 +55,7 @@ class Recycler final : public c10::Allocator {
     default_copy_data(to, from, count);
   }
 
-  // Frees all that is kept.
+  // Frees the list.
   void release() {
     for (;;) {
       std::unique_lock lock(process_mutex());
@@ -74,7 +76,7 @@ class Recycler final : public c10::Allocator {
 
   void* take(size_t bytes);
 
-  // Keeps the block; those that have not been asked for the longest go.
+  // Adds the block to the list and frees the oldest blocks beyond kKeep.
   void keep(void* block) {
     if (size_of(block) > kKeep) return c10::free_cpu(block);
     for (;;) {
@@ -116,7 +118,7 @@ void* Recycler::take(size_t bytes) {
     for (auto block = free_.begin(); block != free_.end(); ++block)
       if (size_of(*block) >= bytes && size_of(*block) <= 2 * bytes &&
           (best == free_.end() || size_of(*block) <= size_of(*best)))
-        best = block;  // of equals the last used, which caches may still hold
+        best = block;  // of equal blocks the last used: caches may still hold it
     if (best != free_.end()) {
       void* const block = *best;
       erase(best);
@@ -147,7 +149,7 @@ void* allocate(size_t bytes) {
 
 at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
   uint64_t count;
-  const bool overflows = c10::safe_multiplies_u64(sizes, &count);  // for at::empty to refuse
+  const bool overflows = c10::safe_multiplies_u64(sizes, &count);  // at::empty raises the error
   if (overflows || count * c10::elementSize(dtype) < kLarge) return at::empty(sizes, dtype);
   return at::detail::empty_generic(sizes, &recycler(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                    dtype, std::nullopt);
@@ -162,9 +164,9 @@ void* scratch(int64_t bytes) {
     int64_t bytes = 0;
   };
   thread_local Block block;
-  constexpr int64_t kKeep = 1 << 26;  // more than this is not held on to for a smaller call
+  constexpr int64_t kKeep = 1 << 26;  // a larger block is freed when a smaller one is enough
   if (bytes > block.bytes || (block.bytes > kKeep && bytes <= kKeep)) {
-    block = {};  // also where the next line raises
+    block = {};  // before the next line, which may raise
     block.memory.reset(allocate(bytes));
     block.bytes = bytes;
     prefer_huge_pages(block.memory.get(), bytes);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that is used again, since to be given fresh pages takes up to half as long as a small
-// training step: tensors from one call to the next, and what one call needs beside them. Where
-// there is no memory, all of it raises torch's own error.
+// Memory that is used again: tensors that go back to a list when they die, and one scratch block
+// for each thread. Fresh pages would cost up to half the time of a small training step. Where
+// memory runs out, all functions here raise torch's own error.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,19 +13,20 @@
 
 namespace iss {
 
-// at::empty, but what is large comes from tensors that were made here and are gone, of which some
-// 128 MB are kept; in pages of 2 MB from 4 MB on, where that can be had.
+// at::empty from recycled memory. Large tensors made here return their memory to a list of up to
+// 128 MB when they die, and later ones take it from there. Blocks of 4 MB and more ask for pages of
+// 2 MB.
 at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// New memory at a multiple of 64 bytes, for c10::free_cpu to free. Where there is none, what
-// recycled() keeps goes first.
+// New memory, aligned to 64 bytes; c10::free_cpu frees it. Where there is none, the list of
+// recycled() is freed first, then the allocation is tried again.
 void* allocate(size_t bytes);
 
-// The calling thread's memory for intermediate results: grows, and is used again by the next call.
-// At a multiple of 64 bytes; nullptr for 0 bytes.
+// The calling thread's block for intermediate results, aligned to 64 bytes. It grows as needed, and
+// the next call of scratch() gets the same memory. nullptr for 0 bytes.
 void* scratch(int64_t bytes);
 
-// For containers as large as an input, whose std::bad_alloc would not be torch's error.
+// The allocator of containers as large as an input: std::bad_alloc would not be torch's error.
 template <typename T>
 struct CpuAllocator {
   using value_type = T;
@@ -42,7 +43,8 @@ struct CpuAllocator {
 template <typename T>
 using Vector = std::vector<T, CpuAllocator<T>>;
 
-// Hands out pieces of one block of memory; first run without a block to learn its size.
+// Divides one block of memory into arrays, each aligned to 64 bytes. A caller lays out twice: first
+// with base = nullptr, to learn the size of the block (`used`), then with the block.
 struct Arena {
   char* base;
   int64_t used = 0;

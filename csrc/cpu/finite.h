@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether a product with zeros is zero, and may be left out: 0 * inf and 0 * NaN are NaN.
+// Whether the product of a matrix with zeros is zero and may be left out: 0 * inf and 0 * NaN are
+// NaN.
 #pragma once
 
 #include <bit>
@@ -10,7 +11,7 @@
 
 namespace iss {
 
-// Whether no value is inf or NaN, which have an exponent of ones.
+// Whether no value is inf or NaN. Both have an exponent of ones.
 template <typename T>
 bool all_finite(const T* values, int64_t count) {
   using Bits = std::conditional_t<sizeof(T) == 8, uint64_t,

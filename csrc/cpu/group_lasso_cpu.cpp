@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The group-lasso ops on the CPU: all matrices of a model in one parallel loop over strips of rows.
-// Strips have a fixed size and their column sums are added in order, in double, so that a result
-// does not depend on the number of threads.
+// The group-lasso ops on the CPU. Each op is one parallel loop over strips of rows of all matrices
+// of a model. A strip has a fixed number of rows, and the column sums of the strips are added in
+// order, in double, so a result does not depend on the number of threads.
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -25,11 +25,11 @@
 namespace iss {
 namespace {
 
-// What a thread takes at a time. A column sum adds up so many squares, several at once, in
-// Compute<W>, which bounds its rounding; these sums are then added in double.
+// Rows of a strip, which is what a thread takes at a time. A column sum adds at most this many
+// squares in Compute<W>, which bounds its rounding error; the sums of strips are added in double.
 constexpr int64_t kStripRows = 256;
 
-// What the kernels call the dtype of a tensor.
+// The kernels' type for torch's scalar type.
 template <typename scalar_t>
 using Stored = std::conditional_t<std::is_same_v<scalar_t, at::BFloat16>, Bfloat16, scalar_t>;
 
@@ -46,7 +46,7 @@ struct Labelled {
         row_units(row_units.const_data_ptr<int32_t>()),
         column_units(column_units.const_data_ptr<int32_t>()) {
     const auto check = [&](const char* name, const int32_t* ids, int64_t count) {
-      int32_t least = -1, most = -1;  // the compiler vectorises this, but no loop that may throw
+      int32_t least = -1, most = -1;  // a loop that threw here would not be vectorised
       for (int64_t i = 0; i < count; ++i) {
         least = std::min(least, ids[i]);
         most = std::max(most, ids[i]);
@@ -78,7 +78,7 @@ struct Labelled {
             .paper_overlap = paper_overlap};
   }
 
-  // of_unit(unit of column c) for each column, `none` where it has none: [C].
+  // [C]: of_unit(unit of the column), or `none` for a column of no unit.
   template <typename T, typename OfUnit>
   Vector<T> by_column(T none, const OfUnit& of_unit) const {
     Vector<T> result(columns);
@@ -109,7 +109,7 @@ void each_strip(const std::vector<Labelled>& matrices, const Visit& visit) {
     elements += matrices[m].rows * matrices[m].columns;
   }
   const int64_t count = static_cast<int64_t>(strips.size());
-  // An element counts as a multiply: to read it takes no less.
+  // The work of an element is counted as one multiply; reading it takes at least as long.
   each_block(count, 1, elements / std::max<int64_t>(1, count),
              [&](int64_t begin, int64_t end, int64_t) {
                for (int64_t i = begin; i < end; ++i) visit(strips[i].first, strips[i].second);
@@ -161,8 +161,8 @@ Tensor group_norms_forward_cpu(const std::vector<Tensor>& weights,
   return norms;
 }
 
-// What the ops that go from element to element have in common, once their arguments are checked but
-// for the labels. outputs, and weights where they are the outputs, are contiguous.
+// Runs `what` over all matrices. The caller has checked everything but the ids of the labels.
+// `outputs` are contiguous, and so are `weights` where they are the outputs.
 void run_by_units(const char* op, ByUnits what, const std::vector<Tensor>& outputs,
                   const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
                   const std::vector<Tensor>& column_units, int64_t units, const Tensor& factors,

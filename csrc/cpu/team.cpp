@@ -34,12 +34,12 @@ int64_t cores_by_affinity() {
 // -- Calls from several threads
 
 std::atomic<int64_t> calls_under_way = 0;
-// The calls of other threads are not in a forked child.
+// A forked child has no calls of other threads.
 [[maybe_unused]] const int registered =
     pthread_atfork(nullptr, nullptr, [] { calls_under_way.store(0, std::memory_order_relaxed); });
 
-// The most calls at once, in this window of time and in the one before: [window, before, now] in
-// one word.
+// The most concurrent calls in this window of time and in the one before. One word holds [window,
+// count of the window before, count of this window].
 constexpr int kCountBits = 12, kMostCalls = (1 << kCountBits) - 1;
 constexpr int64_t kWindow = 8 * kMillisecond;
 std::atomic<int64_t> most_calls = 0;
@@ -61,12 +61,12 @@ int64_t concurrent_calls(int64_t now) {
 
 // -- Threads that came late
 
-// After a thread came late, half of the threads are left alone for eight times as long. If one is
-// late again before they were of use for that long, something else takes their cores: then for four
-// times longer than before.
+// After a thread was late, half of the threads are not used for eight times as long as it was late.
+// If a thread is late again before the threads have been of use for that long, another process has
+// their cores: the next hold is then four times longer than the one before.
 constexpr int64_t kLongestHold = 1024 * kMillisecond;
 std::atomic<int64_t> thread_limit = kAll, hold = 0, hold_ends = 0;
-std::atomic<int64_t> of_use = kAll / 2;  // nanoseconds in regions where nobody was late, since then
+std::atomic<int64_t> of_use = kAll / 2;  // nanoseconds in regions without a late thread since then
 
 int64_t limit_now(int64_t now, int64_t available) {
   const int64_t limit = thread_limit.load(std::memory_order_relaxed);
@@ -86,7 +86,7 @@ void pretend_cores(int64_t cores) { pretended.store(cores, std::memory_order_rel
 
 int64_t cores(Clock::time_point time) {
   if (const int64_t given = pretended.load(std::memory_order_relaxed); given > 0) return given;
-  // taskset may change it while the process runs.
+  // taskset may change the affinity while the process runs.
   constexpr int64_t kRefresh = 100 * kMillisecond;
   static std::atomic<int64_t> known = cores_by_affinity(), checked = 0;
   const int64_t now = nanoseconds(time);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads that work on one sequence together: one parallel region for all its steps, with a barrier
-// that spins between them. A fork and join per step would cost more than a small step itself.
+// A team: the threads that work on one sequence together. They run in one parallel region for all
+// steps and meet at a spinning barrier; a fork and join for each step would take longer than a
+// small step itself.
 //
-// A thread without a core of its own makes all others wait, for some milliseconds where a busy
-// process has that core. So threads are counted on only while they come in time (free_threads), and
-// a team whose member comes late goes on without it.
+// A thread without a core of its own makes the others wait, for some milliseconds where a busy
+// process has that core. So a team goes on without a member that is late (Team), and for a while
+// later calls use fewer threads (free_threads).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -20,35 +21,37 @@ namespace iss {
 
 using Clock = std::chrono::steady_clock;
 
-// Multiplies that take 2 to 4 us, and 30 to 80: what it costs to have a thread take part that still
-// spins from the last time, as OpenMP's do for some milliseconds, and one that has to be woken.
+// The least work, in multiplies, that is worth another thread. OpenMP's threads spin for some
+// milliseconds after a parallel region: a thread that still spins costs 2 to 4 us, one that sleeps
+// and has to be woken 30 to 80 us.
 constexpr int64_t kWorthAThread = 1 << 17, kWorthWaking = 1 << 21;
-// A thread that took part, or was counted on, no longer ago than this is taken to spin.
+// Threads are taken to spin for this long after they last took part, or might have taken part.
 constexpr std::chrono::milliseconds kSpinning{2};
-// A wait that is longer than this, and than what the waiting thread had to do itself, is for a
-// thread that has no core: longer than waking one takes, or a moment's disturbance; shorter than
-// the time slice of another process.
+// A wait is for a thread without a core if it is longer than this and longer than the waiting
+// thread's own work. Waking a thread and short disturbances take less; the time slice of another
+// process takes longer.
 constexpr std::chrono::milliseconds kLate{2};
 
-// The threads that torch has: the most that take part, whose buffers a call lays out. One inside
-// another parallel region.
+// torch's number of threads: the most that can take part, so a call lays out buffers for as many.
+// 1 inside another parallel region.
 inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Those of them that may be expected to have a core: no more than the process has cores for its
-// concurrent calls, and fewer for a while after one came late. Varies from call to call.
+// How many of these threads can be expected to have a core. At most the process's cores divided by
+// its concurrent calls, and fewer for a while after a thread was late. Varies from call to call.
 int64_t free_threads(Clock::time_point now);
 
-// Tells free_threads that one of so many threads came late, by so much; that none did in a region.
+// Tell free_threads that one of `threads` threads was late by so much, or that in a region that
+// took so long none was.
 void note_late(int64_t threads, Clock::duration by);
 void note_on_time(Clock::duration region);
 
-// The cores that the process may use: by its affinity, and no more than limit_cores last said (the
-// quota of a cgroup). What a test pretends goes before both; 0: nothing.
+// The cores that the process may use: those of its affinity, but at most what limit_cores was last
+// given (the quota of a cgroup). A test replaces both by pretend_cores; 0 ends that.
 int64_t cores(Clock::time_point now);
 void limit_cores(int64_t most);
 void pretend_cores(int64_t cores);
 
-// Lives as long as a call, so that calls from several threads share the cores.
+// Counts a call while it runs, so that calls from several threads share the cores.
 class Call {
  public:
   Call();
@@ -57,14 +60,14 @@ class Call {
   Call& operator=(const Call&) = delete;
 };
 
-// When the calling thread last counted on others, or had them take part.
+// When the calling thread last ran a team, or last considered it.
 inline Clock::time_point& last_together() {
   thread_local Clock::time_point last;
   return last;
 }
 
-// A fork or join of OpenMP, which ThreadSanitizer does not see: what `release` has seen before,
-// `acquire` sees after.
+// ThreadSanitizer does not see OpenMP's fork and join. These two tell it: what happens before
+// `release` is visible after `acquire`.
 #ifdef __SANITIZE_THREAD__
 extern "C" void __tsan_acquire(void*);
 extern "C" void __tsan_release(void*);
@@ -75,8 +78,8 @@ inline void acquire(void*) {}
 inline void release(void*) {}
 #endif
 
-// at::parallel_for over [0, threads) with a thread for each, after which the threads spin for a
-// while. body(begin, end); end > begin + 1 where there are fewer threads than that.
+// Calls body(begin, end) on up to `threads` threads, which divide the indices [0, threads) among
+// them: one index each where all threads take part. Reports late threads to free_threads.
 template <typename Body>
 void together(int64_t threads, const Body& body) {
   const Clock::time_point begin = Clock::now();
@@ -116,8 +119,8 @@ inline int64_t threads_for(int64_t multiplies) {
   return std::clamp<int64_t>(multiplies / each, 1, threads);
 }
 
-// Calls body(begin, end) for parts of `count` things that take so many multiplies each, on as many
-// threads as that is worth.
+// Divides `count` items, each of `multiplies` multiplies, into one part for each thread that the
+// work is worth, and calls body(begin, end) for each part.
 template <typename Body>
 void each_part(int64_t count, int64_t multiplies, const Body& body) {
   const int64_t parts = std::min(count, threads_for(count * multiplies));
@@ -126,9 +129,9 @@ void each_part(int64_t count, int64_t multiplies, const Body& body) {
            [&](int64_t begin, int64_t end) { body(count * begin / parts, count * end / parts); });
 }
 
-// Calls body(begin, end, thread) for blocks of `count` things, up to `most` in each, that take so
-// many multiplies each. A thread that is done with one takes the next: a core is not always a
-// thread's own. thread < available_threads().
+// Divides `count` items, each of `multiplies` multiplies, into blocks of at most `most`, and calls
+// body(begin, end, thread) for each block, thread < available_threads(). A thread that has finished
+// a block takes the next one, so a thread that loses its core delays one block only.
 template <typename Body>
 void each_block(int64_t count, int64_t most, int64_t multiplies, const Body& body) {
   const int64_t threads = std::min(count, threads_for(count * multiplies));
@@ -151,11 +154,12 @@ inline void pause() {
 #endif
 }
 
-// Returns when ready() is true. When the wait gets long, calls late(since, now) now and then; once
-// that is true, gives the core away between looks.
+// Returns when ready() is true. In a long wait it calls late(since, now) from time to time; after
+// that has returned true, it sleeps between its checks of ready().
 template <typename Ready, typename Late>
 void spin_until(const Ready& ready, const Late& late) {
-  // Some us: longer than a step that is worth a team. No clock is read before that.
+  // The first checks take some microseconds, longer than a step that is worth a team, and read no
+  // clock.
   constexpr int64_t kLooks = 1 << 12, kPauses = 1 << 6;
   for (int64_t looks = 0; looks < kLooks; ++looks)
     if (ready()) return;
@@ -165,20 +169,22 @@ void spin_until(const Ready& ready, const Late& late) {
       if (ready()) return;
       pause();
     }
-  // Not yield(), after which a busy process may run for a whole slice.
+  // Not yield(): a busy process could then run for a whole time slice.
   while (!ready()) std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 
-// Threads that take steps together and meet after each. Where one comes late by far, half of them
-// leave at that meeting, the calling thread never; so it waits no more than once for each half.
+// Threads that take steps together and meet after each step. Where a member is late, half of the
+// members leave at that meeting. Member 0, the calling thread, never leaves, so it waits for late
+// members at most once for each halving.
 class Team {
  public:
-  // Those of the `all` threads at first that are still members: [0, members(all)).
+  // The members that are left of the `all` threads at the start: [0, members(all)).
   int64_t members(int64_t all) const {
     return std::max<int64_t>(1, all >> halvings_.load(std::memory_order_relaxed));
   }
 
-  // Blocks until all members have called; only members call. Without `shrinks` nobody leaves.
+  // A barrier: returns when all members have called it. Only members call. Without `shrinks` no
+  // member leaves.
   void meet(int64_t all, bool shrinks = true) {
     const int64_t parties = members(all);
     if (parties == 1) return;
@@ -211,12 +217,13 @@ class Team {
   std::atomic<Clock::time_point> late_since_ = {};
 };
 
-// Calls body(member, members) on up to `wanted` threads at once. There is one member inside another
-// parallel region, and where torch has one thread.
+// Calls body(member, members) on up to `wanted` threads at once. Inside another parallel region,
+// and where torch has one thread, there is one member.
 template <typename Body>
 void run_team(int64_t wanted, const Body& body) {
   together(wanted, [&](int64_t begin, int64_t end) {
-    // parallel_for gives each thread `share` of the indices; fewer threads than asked for get more.
+    // parallel_for gives each thread `share` indices: more than one where it has fewer threads than
+    // wanted.
     const int64_t share = begin == 0 ? end : begin / at::get_thread_num();
     body(begin / share, (wanted + share - 1) / share);
   });

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The walks over a labelled matrix: each weight is read once. Elements whose row and column belong
-// to the same unit (one a row, as a rule) are taken care of beside the vector loop: the loop runs
-// over whole rows, and what it would do wrong in those columns is prevented or undone.
+// The walks over a labelled matrix. Each weight is read once.
+//
+// An element whose row and column belong to the same unit counts once; most rows have one such
+// element. The vector loop runs over whole rows and does not look for them. by_units() sets the
+// factors of those columns to "none" for that row before the loop; squares() subtracts what the
+// loop has counted twice.
 
-// Calls visit(column) for the columns that belong to row's own unit.
+// Calls visit(column) for the columns that belong to the unit of the row.
 template <typename Visit>
 inline void each_shared_column(const LabelledRows& rows, int64_t row, const Visit& visit) {
   const int32_t unit = rows.row_units[row];
@@ -12,7 +15,7 @@ inline void each_shared_column(const LabelledRows& rows, int64_t row, const Visi
     visit(rows.unit_columns[k]);
 }
 
-// Calls visit(column) for each vector of a row, and visit(column, lanes) for a last one in part.
+// Calls visit(column) for each whole vector of a row, and visit(column, lanes) for the rest.
 template <typename T, typename Visit>
 inline void each_vector(int64_t columns, const Visit& visit) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
@@ -21,9 +24,8 @@ inline void each_vector(int64_t columns, const Visit& visit) {
   if (c < columns) visit(c, columns - c);
 }
 
-// Asks for what a walk that has come to p reads later to come into L2: the hardware's prefetcher
-// starts anew with each page of 4 KB. 4 to 32 KB ahead measured alike, into L1 slower than not at
-// all.
+// Prefetches into L2 what a walk at p reads 16 KB later: the hardware prefetcher starts again with
+// each page of 4 KB. Prefetching into L1 is slower than none.
 template <typename W>
 inline void prefetch_after(const W* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + (1 << 14), 0, 2);
@@ -37,8 +39,8 @@ inline Compute<W> widened(W w) {
     return w;
 }
 
-// Rows that far apart in one pass: the hardware's prefetcher follows each of them, and the column
-// sums are loaded and stored once for all.
+// Adds the squares of `Rows` rows in one pass; the rows lie `apart` rows from each other. The
+// hardware prefetcher follows each row, and column sums are loaded and stored once for all of them.
 template <int Rows, typename W>
 inline void add_squares(const SquaresArgs<W>& args, int64_t row, int64_t apart) {
   using T = Compute<W>;
@@ -58,14 +60,14 @@ inline void add_squares(const SquaresArgs<W>& args, int64_t row, int64_t apart) 
     }
     (V::load(column_sums + c, lanes...) + of_rows).store(column_sums + c, lanes...);
   });
-  // Unrolled, or row_sums would stand in memory: a quarter of the time where weights are in L3.
+  // Unrolled, so that row_sums stay in registers.
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) args.row_sums[row + r * apart] = row_sums[r].sum();
 }
 
 template <typename W>
 void squares(const SquaresArgs<W>& args) {
-  constexpr int kRows = 4;  // 2 and 8 measured slower from memory
+  constexpr int kRows = 4;  // fastest from memory; 2 and 8 are slower
   std::fill_n(args.column_sums, args.rows.columns, Compute<W>(0));
   const int64_t apart = (args.rows.row_end - args.rows.row_begin) / kRows;
   int64_t row = args.rows.row_begin;
@@ -82,7 +84,7 @@ template <typename W, ByUnits kWhat>
 void by_units(const ByUnitsArgs<W>& args) {
   using T = Compute<W>;
   using V = Vec<T>;
-  constexpr T kNone = kWhat == ByUnits::kScale ? 1 : 0;  // of no unit
+  constexpr T kNone = kWhat == ByUnits::kScale ? 1 : 0;  // the factor of no unit
   const int64_t columns = args.rows.columns;
   for (int64_t row = args.rows.row_begin; row < args.rows.row_end; ++row) {
     const W* const weight = args.weight + row * columns;
@@ -90,7 +92,8 @@ void by_units(const ByUnitsArgs<W>& args) {
     const int32_t unit = args.rows.row_units[row];
     T own = kNone;
     if (unit >= 0) own = kWhat == ByUnits::kThreshold ? args.threshold : args.factors[unit];
-    // The row's own unit has these once, through the row. Of two equal limits one is enough anyway.
+    // An element of the row's own unit gets its factor through the row alone. kThreshold needs no
+    // such care: the larger of two equal limits is that limit.
     const auto set_shared = [&](T value) {
       if constexpr (kWhat != ByUnits::kThreshold)
         each_shared_column(args.rows, row, [&](int64_t c) { args.of_columns[c] = value; });

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// sigmoid and tanh over Vec<T>, from one reduction of exp, so that tanh keeps its relative accuracy
-// at 0. Largest error against mpmath over all floats tried (python_tests/test_lstm_ops.py): see
-// there.
+// sigmoid and tanh over Vec<T>. Both come from exp(x) - 1 and exp(x) + 1 of one range reduction, so
+// tanh keeps its relative accuracy near 0.
 
 template <typename T>
 struct ExpConstants;
 
-// kShift: adding 1.5 * 2^(mantissa bits) leaves round(x) in the low bits. kLn2Hi has few enough
-// bits that n * kLn2Hi is exact; kLn2Lo is the rest of ln 2. kSeries: (exp(r) - 1 - r) / r^2,
-// lowest power first.
+// kLimit: larger arguments are clamped. kShift: x + 1.5 * 2^(mantissa bits) has round(x) in its low
+// bits. kLn2Hi has so few bits that n * kLn2Hi is exact; kLn2Lo is the rest of ln 2. kSeries: the
+// coefficients of (exp(r) - 1 - r) / r^2, lowest power first.
 template <>
 struct ExpConstants<float> {
   static constexpr float kLimit = 87.0f, kShift = 0x1.8p23f;
   static constexpr float kLn2Hi = 0x1.63p-1f, kLn2Lo = -0x1.bd0106p-13f;
-  // Minimax over |r| <= ln(2)/2: off by at most 1.7e-8 of exp(r) - 1, a quarter of an ulp.
+  // Minimax over |r| <= ln(2) / 2: the error of exp(r) - 1 is at most 1.7e-8, a quarter of an ulp.
   static constexpr float kSeries[] = {0x1.fffffep-2f, 0x1.5554b0p-3f, 0x1.555674p-5f,
                                       0x1.122776p-7f, 0x1.6bec06p-10f};
 };
@@ -28,8 +27,8 @@ struct ExpConstants<double> {
       1. / 479001600, 1. / 6227020800, 1. / 87178291200};
 };
 
-// exp(x) = scale * (1 + fraction) for |x| <= kLimit; beyond, the value at the limit. NaN passes.
-// Of N vectors in step: that leaves the CPU independent work next to each other.
+// exp(x) = scale * (1 + fraction) for |x| <= kLimit; a larger x gives the value at the limit, and
+// NaN passes. N vectors are computed side by side, so that the CPU finds independent instructions.
 template <typename T, int N>
 struct Exp {
   Vec<T> scale[N], fraction[N];
@@ -57,7 +56,7 @@ struct Exp {
     each([&](int i) { scale[i] = exp2_of(shifted[i]); });
   }
 
-  // exp(x) - 1 and exp(x) + 1 of the i-th.
+  // exp(x) - 1 and exp(x) + 1 of vector i.
   Vec<T> minus_one(int i) const { return fma(scale[i], fraction[i], scale[i] - Vec<T>::set(1)); }
   Vec<T> plus_one(int i) const { return fma(scale[i], fraction[i], scale[i] + Vec<T>::set(1)); }
 };
@@ -74,7 +73,7 @@ inline Vec<T> relu(Vec<T> x) {
   return max(Vec<T>::set(0), x);  // NaN passes
 }
 
-// What the cells (cells/*-inl.h) ask for beside arithmetic.
+// The functions that a cell (cells/*-inl.h) needs beside arithmetic.
 #define ISS_CELL __attribute__((always_inline)) inline
 
 template <typename V>
@@ -82,7 +81,7 @@ ISS_CELL V constant(float value) {
   return V::set(value);
 }
 
-// Applies sigmoid to each vector, or tanh where kTanh is true, all of them in step.
+// Applies sigmoid, or tanh where kTanh is true, to each vector; all are computed side by side.
 template <bool... kTanh, typename T>
 ISS_CELL void activate(Vec<T>* gates) {
   constexpr int kGates = sizeof...(kTanh);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiles what stands between the two macros for one instruction set (csrc/README.md, "Why target
-// regions"). Headers go before the region, so that what they emit stays baseline code.
+// The code between these two macros is compiled for one instruction set (csrc/README.md, "Why
+// target regions"). Headers are included before the region: their inline functions have to stay
+// baseline code.
 #pragma once
 
 #define ISS_PRAGMA(text) _Pragma(#text)

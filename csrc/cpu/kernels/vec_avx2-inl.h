@@ -4,7 +4,7 @@
 template <typename T>
 struct Vec;
 
-// Lanes below n: a sliding window over n ones followed by zeros.
+// A mask of the first n lanes: a window that slides over ones followed by zeros.
 alignas(64) constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 inline __m256i first_lanes(int64_t bytes4) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - bytes4));
@@ -148,8 +148,8 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   return {_mm256_castsi256_pd(_mm256_add_epi64(n, _mm256_set1_epi64x(1023ll << 52)))};
 }
 
-// As in vec_scalar-inl.h. Two neighbouring products are added up in 16 bits, which 63 * 2 levels of
-// activations and 127 * 2 of weights do not overflow.
+// See vec_scalar-inl.h. maddubs adds two neighbouring products in 16 bits. Activations of 7 bits
+// (1 to 127 with kZero added) times weights of 8 bits do not overflow: 2 * 127 * 127 < 2^15.
 struct Dot {
   static constexpr int kDepth = 4;
   static constexpr int32_t kZero = 64, kLevels = 63;

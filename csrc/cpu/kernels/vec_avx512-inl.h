@@ -2,8 +2,8 @@
 // Vec<float> of 16 lanes and Vec<double> of 8, for AVX-512 F, DQ and VNNI. The only AVX-512
 // intrinsics.
 
-// 16 floats in two registers: what a Zen 4 widens float16 to faster, and that is what a single row
-// waits for.
+// 16 floats in two registers of 256 bits. A Zen 4 widens float16 to this form faster, and a single
+// row spends its time on widening.
 struct Halves {
   __m256 low, high;
 
@@ -31,7 +31,7 @@ struct Vec<float> {
   static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static Vec set(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  // Zen 4 is the only one of that family with AVX-512.
+  // Family 19h is Zen 3 and Zen 4; only Zen 4 has AVX-512.
   static bool halves() { return __builtin_cpu_is("amdfam19h"); }
   template <bool kHalves>
   static auto load(const Float16* p) {
@@ -152,12 +152,12 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   return {_mm512_castsi512_pd(_mm512_add_epi64(n, _mm512_set1_epi64(1023ll << 52)))};
 }
 
-// As in vec_scalar-inl.h. VNNI multiplies unsigned by signed, hence the 128.
+// See vec_scalar-inl.h. VNNI multiplies unsigned by signed bytes, so kZero is 128.
 struct Dot {
   static constexpr int kDepth = 4;
   static constexpr int32_t kZero = 128, kLevels = 127;
   using Activation = uint8_t;
-  // Not __m512i: that may alias anything, so GCC would store an array of sums at every step.
+  // Not __m512i, which may alias anything: GCC would then store an array of sums in every step.
   using Lanes = int32_t __attribute__((vector_size(64)));
   Lanes v;
 

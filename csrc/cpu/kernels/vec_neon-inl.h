@@ -90,7 +90,7 @@ inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return {vdivq_f32(a.v,
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return {vfmaq_f32(c.v, a.v, b.v)};
 }
-// Not vminq and vmaxq: those give NaN where either is NaN, here b is asked for.
+// vminq and vmaxq return NaN where either is NaN; the interface wants b there.
 inline Vec<float> min(Vec<float> a, Vec<float> b) {
   return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)};
 }
@@ -136,7 +136,7 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   return {vreinterpretq_f64_s64(vaddq_s64(n, vdupq_n_s64(1023ll << 52)))};
 }
 
-// As in vec_scalar-inl.h.
+// See vec_scalar-inl.h.
 struct Dot {
   static constexpr int kDepth = 2;
   static constexpr int32_t kZero = 0, kLevels = 127;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vec<T> with one lane: the fallback that runs everywhere, and the plainest reading of the
-// interface that every vec_*-inl.h gives.
+// Vec<T> with one lane: the fallback that runs everywhere. Its comments define the interface that
+// every vec_*-inl.h implements.
 
-// 2^112 moves the exponent from a bias of 15 to one of 127, subnormals included.
+// The factor 2^112 moves the exponent from a bias of 15 to a bias of 127, also for subnormals.
 inline float to_float(Float16 half) {
   const uint32_t rest = (half.bits & 0x7fffu) << 13, sign = (half.bits & 0x8000u) << 16;
   if (rest >= 0x7c00u << 13) return std::bit_cast<float>(rest | 0x7f800000u | sign);
@@ -10,8 +10,8 @@ inline float to_float(Float16 half) {
                               sign);
 }
 
-// To the nearest, of two equally near to the even one. NaN is made quiet instead: the carry could
-// turn it into infinity.
+// Rounds to nearest, ties to even. A NaN is made quiet instead: the carry of rounding could turn it
+// into infinity.
 inline Bfloat16 to_bfloat16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
@@ -22,30 +22,31 @@ template <typename T>
 struct Vec {
   static constexpr int64_t kLanes = 1;
   static constexpr int kTileRows = 2;   // 2 rows x 4 accumulators of 16 registers
-  static constexpr int kRowPanels = 2;  // that a single row takes at a time
+  static constexpr int kRowPanels = 2;  // panels that a tile of one row covers
   T v;
 
   static Vec set(T x) { return {x}; }
   static Vec load(const T* p) { return {*p}; }
-  // Whether this CPU adds up a single row of float16 faster in another type than Vec, which
-  // load<true> then returns; to the same bits.
+  // Whether this CPU is faster with another type than Vec for the sums of a single row of float16.
+  // load<true> then returns that type; the bits of the results are the same.
   static constexpr bool halves() { return false; }
   template <bool kHalves>
   static Vec load(const Float16* p) {
     return {to_float(*p)};
   }
-  // p[0], p[2], ... and p[1], p[3], ... of 2 * kLanes: cheaper to widen than neighbours.
+  // Of 2 * kLanes elements: p[0], p[2], ... and p[1], p[3], .... They are cheaper to widen than
+  // neighbours.
   static Vec load_even(const Bfloat16* p) {
     return {std::bit_cast<float>(static_cast<uint32_t>(p[0].bits) << 16)};
   }
-  template <int Rows>  // of the tile that it is for
+  template <int Rows>  // rows of the tile
   static Vec load_odd(const Bfloat16* p) {
     return load_even(p + 1);
   }
   static Vec load(const Bfloat16* p) { return load_even(p); }
-  static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes, rest 0
+  static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes; others are 0
   static Vec load(const Bfloat16* p, int64_t) { return load(p); }
-  // to[k] = rows[0][at + k], rows[1][at + k], ... of kLanes rows, for k < 4.
+  // Transposes kLanes rows of 4 columns: lane r of to[k] = rows[r][at + k], k < 4.
   static void load_columns(const T* const* rows, int64_t at, Vec* to) {
     for (int k = 0; k < 4; ++k) to[k] = {rows[0][at + k]};
   }
@@ -77,7 +78,7 @@ template <typename T>
 Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.v * b.v + c.v};
 }
-// b where either is NaN, as in SSE; so a NaN that comes second passes.
+// min and max return b where either is NaN, as SSE does; so a NaN passes as the second argument.
 template <typename T>
 Vec<T> min(Vec<T> a, Vec<T> b) {
   return {a.v < b.v ? a.v : b.v};
@@ -104,8 +105,8 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   return {std::bit_cast<double>((std::bit_cast<uint64_t>(shifted.v) << 52) + (1023ull << 52))};
 }
 
-// Products of 8-bit integers, added up kDepth at a time: sum[lane] += a[0] * w[lane][0] + ...
-// An activation is stored in kLevels steps up to the largest of its row, with kZero added.
+// Sums of products of 8-bit integers, kDepth at a time: sum[lane] += a[0] * w[lane][0] + .... An
+// activation is quantised to -kLevels ... kLevels, and kZero is added to what is stored.
 struct Dot {
   static constexpr int kDepth = 1;
   static constexpr int32_t kZero = 0, kLevels = 127;
