@@ -62,9 +62,11 @@ def test_torchs_own_module_inputs(implementation, dtype, training, kind, index):
         assert_same(*results)
         return
     truth = with_gradients(copy.deepcopy(torchs).double(), args, torch.float64)
+    largest = max(1.0, *(t.abs().max().item() for t in tensors_in(args)))
     for a, b, t in zip(*results, truth, strict=True):
         assert a.dtype == b.dtype
-        assert_no_worse_than_torch(a, b, t)
+        # The inputs go up to 7, by which a gradient multiplies an error of a saturated gate.
+        assert_no_worse_than_torch(a, b, t, floor_eps=8 * largest)
 
 
 FORMS = [
