@@ -23,6 +23,7 @@ from iss_kernels import Groups
 from iss_kernels.demo.timing import ENGINES
 
 OLD, NEW, TUNED, FAINT = "#e0861a", "#2f7fe6", "#1fa37a", "#8b93a1"
+_GATES = "ifgo"  # of the LSTM, from its first rows on
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -51,7 +52,7 @@ class WeightPicture:
 
     name: str
     shape: tuple[int, int]
-    gates: bool  # whether its rows are the four gates of an LSTM
+    gates: bool  # whether its rows are the gates of an LSTM
     density: numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
 
@@ -110,10 +111,11 @@ def weights(pictures: list[WeightPicture]) -> str:
             axis.set_xticks([])
             axis.spines[["top", "right"]].set_visible(True)
             if picture.gates:
-                axis.set_yticks([rows * (g + 0.5) / 4 for g in range(4)], list("ifgo"))
+                height = rows / len(_GATES)
+                axis.set_yticks([height * (i + 0.5) for i in range(len(_GATES))], list(_GATES))
                 axis.tick_params(length=0)
-                for gate in (1, 2, 3):
-                    axis.axhline(rows * gate / 4, color=_INK, linewidth=0.5)
+                for i in range(1, len(_GATES)):
+                    axis.axhline(height * i, color=_INK, linewidth=0.5)
             else:
                 axis.set_yticks([])
 
