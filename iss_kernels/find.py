@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds which weights leave together with each LSTM unit, by running the model.
+"""Finds which weights leave together with each recurrent unit, by running the model.
 
-Every LSTM output carries labels: an int32 tensor of its shape that names each element's unit, -1
-for none. While a copy of the model runs, a torch function that receives a labelled tensor either
-has a rule that says how its result is labelled, or is an error: nothing passes unseen. Labels that
-arrive at a linear layer or an LSTM become the labels of that weight's columns. What was found is
-verified by removing units from copies (verify.py).
+Every output of a recurrent module carries labels: an int32 tensor of its shape that names each
+element's unit, -1 for none. While a copy of the model runs, a torch function that receives a
+labelled tensor either has a rule that says how its result is labelled, or is an error: nothing
+passes unseen. Labels that arrive at a linear layer or a recurrent module become the labels of that
+weight's columns. What was found is verified by removing units from copies (verify.py).
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
+from iss_kernels.cells import Cell
 from iss_kernels.copying import copied
 from iss_kernels.groups import (
     Family,
     GroupError,
     Groups,
-    LabelledBias,
+    LabelledVector,
     LabelledWeight,
-    plain_lstms,
+    cell_of,
+    kinds,
+    plain_recurrent,
 )
-from iss_kernels.lstm import ISSLSTM
 from iss_kernels.shrink import names_of_parameters
 from iss_kernels.verify import Experiment, Path, call, replaced, tensors
 
@@ -70,7 +72,9 @@ _COPIES = _words("clone contiguous data detach")
 
 
 def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
-    """Find every nn.LSTM and ISSLSTM in a model and every weight that reads their units.
+    """Find every recurrent module in a model and every weight that reads their units.
+
+    Recurrent modules are nn.LSTM, nn.GRU, nn.RNN and this package's own, ISSLSTM and the like.
 
     example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
     keyword arguments; any values that take the model's usual path. A copy of the model runs on
@@ -79,21 +83,22 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     its first two dimensions if the model takes that. The model stays as it is.
 
     Families keep one common size (`Groups.tied`) where the answers change otherwise, as with
-    y.chunk(2, -1) of both directions. Left out are LSTMs that the example does not run, and
-    families whose outputs reach the model's own output. (h_n and c_n may: they get as small as the
+    y.chunk(2, -1) of both directions. Left out are modules that the example does not run, and
+    families whose outputs reach the model's own output. (Final states may: they get as small as the
     units.)
 
     That takes some 15 forward passes, more where code rearranges units: a short example will do.
 
     Raises GroupError where a unit cannot be followed to all that reads it, where the answers change
     with a removal, as with sizes written into the model's own code, or where no unit can leave; and
-    for LSTMs whose weights are computed (pruning, weight_norm) or whose forward was replaced.
+    for recurrent modules whose weights are computed (pruning, weight_norm) or whose forward was
+    replaced.
     """
-    lstms = plain_lstms("find_groups", model)
-    if not lstms:
-        others = [n for n, m in model.named_modules() if isinstance(m, (nn.LSTM, ISSLSTM))]
+    recurrent = plain_recurrent("find_groups", model)
+    if not recurrent:
+        others = [n for n, m in model.named_modules() if isinstance(m, nn.RNNBase)]
         raise GroupError(
-            "find_groups: expected a model with an nn.LSTM or ISSLSTM, found none"
+            f"find_groups: expected a model with an {kinds()}, found none"
             + f" but {', '.join(others)}, of a subclass with its own forward" * bool(others)
         )
     for name, module in model.named_modules():
@@ -108,10 +113,10 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
             f"find_groups: expected parameters that have a shape, got {lazy[0]} without one: "
             "call the model once"
         )
-    tracer = _Tracer(copied(model), list(lstms), example_inputs)
+    tracer = _Tracer(copied(model), list(recurrent), example_inputs)
     tracer.run()
     groups = tracer.groups(model)
-    experiment = Experiment(model, example_inputs, tracer.returned, tracer.rows(), tracer.eps)
+    experiment = Experiment(model, example_inputs, tracer.returned, tracer.rows, tracer.eps)
     failure = experiment.failure(groups)
     for tied in tracer.ties(groups) if failure else ():
         candidate = replace(groups, tied=tied)
@@ -124,9 +129,14 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
 
 
 class _Layout(NamedTuple):
-    """Ids of one layer and direction: cells [H], outputs [P]; the same where nothing projects."""
+    """One layer and direction: the names of its parameters, and the ids of its units.
 
-    suffix: str
+    Ids of cells [H] and of outputs [P], the same where nothing projects. families: the name of the
+    family of each state, h first.
+    """
+
+    parameters: list[str]
+    families: tuple[str, ...]
     cells: Tensor
     outputs: Tensor
 
@@ -143,25 +153,25 @@ class _Call(NamedTuple):
 
 
 class _Tracer(TorchFunctionMode):
-    """Runs a model and keeps the labels of every tensor that comes from an LSTM."""
+    """Runs a model and keeps the labels of every tensor that comes from a recurrent module."""
 
-    def __init__(self, model: nn.Module, lstms: list[str], inputs: Any) -> None:
+    def __init__(self, model: nn.Module, recurrent: list[str], inputs: Any) -> None:
         super().__init__()
         self.model = model
         self.inputs = replaced(inputs, torch.clone)  # the model may write into them
         self.given = {id(tensor) for tensor in tensors(self.inputs)}
         self.families: list[Family] = []
-        self.layouts = {name: self._number_units(name) for name in lstms}
+        self.layouts = {name: self._number_units(name) for name in recurrent}
         named = reversed(list(model.named_parameters(remove_duplicate=False)))
         self.names = {id(parameter): name for name, parameter in named}
         self.weights: dict[str, list[Tensor]] = {}  # name -> units of rows (and columns)
         self.other_uses: dict[str, str] = {}  # parameter name -> a function that has no rule for it
         # id -> (tensor, labels); holding the tensor keeps its id from being given to another.
         self.labels: dict[int, tuple[Tensor, Tensor]] = {}
-        self.states: dict[int, str] = {}  # id of a final state -> its LSTM
-        self.looked_into: set[str] = set()  # LSTMs whose final states some function reads
-        self.stacked: dict[str, bool] = {}  # LSTMs that ran -> whether h_n is one tensor
-        self.inside_lstm = False
+        self.states: dict[int, str] = {}  # id of a final state -> its module
+        self.looked_into: set[str] = set()  # modules whose final states some function reads
+        self.stacked: dict[str, bool] = {}  # modules that ran -> whether h_n is one tensor
+        self.inside = False
         self.answer: set[int] = set()  # units that reach the model's own output
         self.returned: list[Path] = []  # where the model returns final states
         self.by_position: list[tuple[str, Tensor]] = []  # functions that rearranged these units
@@ -170,25 +180,27 @@ class _Tracer(TorchFunctionMode):
         self.eps = 0.0  # of the least precise floating dtype that was seen
 
     def _number_units(self, name: str) -> list[list[_Layout]]:
-        """Give ids to the units of an LSTM: a layout for each [layer][direction]."""
-        lstm: Any = self.model.get_submodule(name)
-        layouts: list[list[_Layout]] = []
-        for layer in range(lstm.num_layers):
-            layouts.append([])
-            for direction in ("", "_reverse")[: 1 + lstm.bidirectional]:
-                suffix = f"l{layer}{direction}"
-                rows, width = getattr(lstm, f"weight_hh_{suffix}").shape
-                projected = hasattr(lstm, f"weight_hr_{suffix}")
-                family = f"{name}.{suffix}".removeprefix(".")
-                outputs = cells = self._add_family(family + ".cell" * projected, name, rows // 4)
-                if projected:
-                    outputs = self._add_family(f"{family}.output", name, width)
-                layouts[-1].append(_Layout(suffix, cells, outputs))
+        """Give ids to the units of a module: a layout for each [layer][direction]."""
+        module: Any = self.model.get_submodule(name)
+        cell, directions = cell_of(module), 1 + module.bidirectional
+        layouts: list[list[_Layout]] = [[] for _ in range(module.num_layers)]
+        for index, parameters in enumerate(module._all_weights):
+            layer, direction = divmod(index, directions)
+            shapes = [getattr(module, parameter).shape for parameter in parameters]
+            projects = sum(len(shape) == 2 for shape in shapes) > 2  # w_ih, w_hh and w_hr
+            family = f"{name}.l{layer}{'_reverse' * direction}".removeprefix(".")
+            (rows, _), (_, width), *_ = shapes
+            names = [family + ".cell" * projects, family + ".output" * projects]
+            outputs = cells = self._add_family(names[0], name, rows // cell.gates)
+            if projects:
+                outputs = self._add_family(names[1], name, width)
+            families = (names[1], *[names[0]] * (len(cell.states) - 1))
+            layouts[layer].append(_Layout(parameters, families, cells, outputs))
         return layouts
 
-    def _add_family(self, name: str, lstm: str, size: int) -> Tensor:
+    def _add_family(self, name: str, module: str, size: int) -> Tensor:
         start = self.families[-1].units.stop if self.families else 0
-        self.families.append(Family(name, lstm, start, size))
+        self.families.append(Family(name, module, start, size))
         return _ids(self.families[-1])
 
     def run(self) -> None:
@@ -196,8 +208,8 @@ class _Tracer(TorchFunctionMode):
         for name in self.layouts:
             # Within the user's own hooks, so that these are followed like the rest of the model;
             # in the place of forward, which a wrapper may call without hooks.
-            lstm: Any = self.model.get_submodule(name)
-            lstm.forward = partial(self._run_lstm, name, lstm, lstm.forward)
+            module: Any = self.model.get_submodule(name)
+            module.forward = partial(self._run_recurrent, name, module, module.forward)
         for module in self.model.modules():
             module.register_forward_pre_hook(lambda module, _: self.called.add(module))
         with self:
@@ -218,16 +230,16 @@ class _Tracer(TorchFunctionMode):
         fixed = {f.name for f in self.families if self.answer & set(f.units)}
         tied = []
         for names in self._read_as_one():
-            lstm = next(f.lstm for f in self.families if f.name == names[0])
+            owner = next(f.module for f in self.families if f.name == names[0])
             # States that are apart since sizes differ would become one tensor if these got equal.
-            if fixed & set(names) or not self.stacked[lstm]:
+            if fixed & set(names) or not self.stacked[owner]:
                 fixed |= set(names)
             else:
                 tied.append(names)
         families: list[Family] = []
         renumber = _none(self.families[-1].units.stop + 1)
         for family in self.families:
-            if family.lstm in self.stacked and family.name not in fixed:
+            if family.module in self.stacked and family.name not in fixed:
                 start = families[-1].units.stop if families else 0
                 families.append(replace(family, start=start))
                 renumber[family.start : family.units.stop] = _ids(families[-1])
@@ -237,7 +249,7 @@ class _Tracer(TorchFunctionMode):
                 + ", ".join(family.name for family in self.families)
                 + " are the model's own or not computed"
             )
-        weights, biases = [], []
+        weights, vectors = [], []
         shared = names_of_parameters(model)
         for name in [name for name, _ in model.named_parameters() if name in self.weights]:
             # The last place of renumber is -1, and so are units that cannot leave.
@@ -248,8 +260,8 @@ class _Tracer(TorchFunctionMode):
             if len(units) == 2:
                 weights.append(LabelledWeight(name, *units))
             else:
-                biases.append(LabelledBias(name, *units))
-        return Groups(model, families, weights, tied, biases)
+                vectors.append(LabelledVector(name, *units))
+        return Groups(model, families, weights, tied, vectors)
 
     def _check_sharing(self, name: str, names: list[str]) -> None:
         """All modules that share a weight which leaves in part must have run, to be followed."""
@@ -260,24 +272,23 @@ class _Tracer(TorchFunctionMode):
                     f"it is also {other}, in a module that the example does not run",
                 )  # fmt: skip
 
-    def rows(self) -> dict[str, list[tuple[str, str]]]:
-        """Names of the families of h and c, by layer and direction, for every LSTM."""
-        rows: dict[str, list[tuple[str, str]]] = {}
-        for lstm in self.layouts:
-            own = [family.name for family in self.families if family.lstm == lstm]
-            kinds = len(own) // sum(map(len, self.layouts[lstm]))  # 2: a cell, then its output
-            rows[lstm] = list(zip(own[kinds - 1 :: kinds], own[::kinds], strict=True))
-        return rows
+    @property
+    def rows(self) -> dict[str, list[tuple[str, ...]]]:
+        """Of every module, by layer and direction: the name of the family of each state."""
+        return {
+            name: [layout.families for layer in layers for layout in layer]
+            for name, layers in self.layouts.items()
+        }
 
     def ties(self, groups: Groups) -> Iterator[list[list[str]]]:
         """Ties that code may need which takes sizes to be alike: ever more of them.
 
         At first of the parts of a tensor, as chunk makes them; then of all layers and directions,
-        as code does that reads lstm.hidden_size.
+        as code does that reads rnn.hidden_size.
         """
         sets = [set(self._names_of(labels)) for _, labels in self.by_position]
         yield _tied(groups, sets)
-        for rows in self.rows().values():
+        for rows in self.rows.values():
             sets += [set(names) for names in zip(*rows, strict=True)]
         yield _tied(groups, sets)
 
@@ -302,11 +313,10 @@ class _Tracer(TorchFunctionMode):
 
     def _read_as_one(self) -> Iterator[list[str]]:
         """Names of families whose states are rows of one tensor that the model's code reads."""
-        rows = self.rows()
-        for lstm in sorted(self.looked_into):
-            outputs, cells = zip(*rows[lstm], strict=True)
-            for names in dict.fromkeys((cells, outputs)) if len(cells) > 1 else ():
-                yield list(names)
+        for module in sorted(self.looked_into):
+            rows = self.rows[module]
+            by_state = zip(*rows, strict=True) if len(rows) > 1 else ()
+            yield from map(list, sorted(set(by_state)))  # "l0.cell", then "l0.output"
 
     def _names_of(self, labels: Tensor) -> list[str]:
         units = set(labels.flatten().tolist())
@@ -342,7 +352,7 @@ class _Tracer(TorchFunctionMode):
         return columns
 
     def _label_weight(self, weight: Tensor, operation: str, *units: Tensor) -> None:
-        """Label the rows of a bias, or the rows and the columns of a weight."""
+        """Label the rows of a vector, or the rows and the columns of a weight."""
         labels, name = torch.cat(units), self.names.get(id(weight))
         if name is None:
             if (labels >= 0).any():
@@ -353,25 +363,27 @@ class _Tracer(TorchFunctionMode):
             labels = torch.cat([labels, before])
             raise self._error(labels, operation, f"{name} is used twice and reads other units")
 
-    # -- LSTM modules
+    # -- Recurrent modules
 
-    def _run_lstm(self, name: str, lstm: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The LSTM's forward, between labels for its weights and labels for what it returns."""
-        if self.inside_lstm:  # ISSLSTM calls itself for `lengths`
+    def _run_recurrent(
+        self, name: str, module: Any, forward: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The module's forward, between labels for its weights and labels for what it returns."""
+        if self.inside:  # a module may call itself, as for `lengths`
             return forward(*args, **kwargs)
-        self.inside_lstm = True
+        self.inside = True
         try:
-            self._enter_lstm(name, lstm, *args, **kwargs)
+            self._enter(name, module, *args, **kwargs)
             result = forward(*args, **kwargs)
-            self._leave_lstm(name, result)
+            self._leave(name, cell_of(module), result)
         finally:
-            self.inside_lstm = False
+            self.inside = False
         return result
 
-    def _enter_lstm(
-        self, name: str, lstm: Any, input: Any, hx: Any = None, *_: Any, **__: Any
+    def _enter(
+        self, name: str, module: Any, input: Any, hx: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        operation = name or "the LSTM"
+        operation = name or f"the {type(module).__name__}"
         for state in tensors(hx):
             if id(state) in self.labels and self.states.get(id(state)) != name:
                 units = self.labels[id(state)][1]
@@ -381,28 +393,34 @@ class _Tracer(TorchFunctionMode):
                     f"find_groups: expected the initial state of {operation} from the model's "
                     "inputs or none (zeros), got one made inside, whose size cannot follow"
                 )
+        for option in tensors((args, kwargs)):  # lengths and resets
+            if id(option) in self.labels:
+                units = self.labels[id(option)][1].flatten()
+                raise self._error(units, operation, "it says there which steps are taken")
         columns = self._columns(input[0] if isinstance(input, PackedSequence) else input, operation)
         for layer in self.layouts[name]:
-            for suffix, cells, outputs in layer:
-                gates = cells.repeat(4)
-                self._label_weight(getattr(lstm, f"weight_ih_{suffix}"), operation, gates, columns)
-                self._label_weight(getattr(lstm, f"weight_hh_{suffix}"), operation, gates, outputs)
-                if outputs is not cells:
-                    weight_hr = getattr(lstm, f"weight_hr_{suffix}")
-                    self._label_weight(weight_hr, operation, outputs, cells)
-                for kind in ("ih", "hh") if lstm.bias else ():
-                    self._label_weight(getattr(lstm, f"bias_{kind}_{suffix}"), operation, gates)
+            for names, _, cells, outputs in layer:
+                w_ih, w_hh, *others = [getattr(module, parameter) for parameter in names]
+                self._label_weight(w_ih, operation, _repeated(cells, len(w_ih)), columns)
+                self._label_weight(w_hh, operation, _repeated(cells, len(w_hh)), outputs)
+                for other in others:  # biases, and a projection
+                    if other.dim() == 1:
+                        self._label_weight(other, operation, _repeated(cells, len(other)))
+                    else:
+                        self._label_weight(other, operation, outputs, cells)
             columns = torch.cat([layout.outputs for layout in layer])
-        self.called.add(lstm)
+        self.called.add(module)
 
-    def _leave_lstm(self, name: str, result: Any) -> None:
-        y, (h_n, c_n) = result
+    def _leave(self, name: str, cell: Cell, result: Any) -> None:
+        y, final = result
         y = y[0] if isinstance(y, PackedSequence) else y
         layers = self.layouts[name]
         self._set(y, torch.cat([layout.outputs for layout in layers[-1]]).expand(y.shape))
+        h_n, *others = final if len(cell.states) > 1 else (final,)
         self._set_state(h_n, [[layout.outputs for layout in layer] for layer in layers])
-        self._set_state(c_n, [[layout.cells for layout in layer] for layer in layers])
-        self.states |= {id(state): name for state in tensors((h_n, c_n))}
+        for state in others:
+            self._set_state(state, [[layout.cells for layout in layer] for layer in layers])
+        self.states |= {id(state): name for state in tensors(final)}
         self.stacked[name] = isinstance(h_n, Tensor)
 
     def _set_state(self, state: Any, units: Any) -> None:
@@ -429,7 +447,7 @@ class _Tracer(TorchFunctionMode):
         if name not in _METADATA:
             dtypes = {tensor.dtype for tensor in tensors(result) if tensor.is_floating_point()}
             self.eps = max([self.eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
-        if self.inside_lstm:
+        if self.inside:
             return result
         given = list(tensors((args, kwargs)))
         self.looked_into.update(self.states[id(t)] for t in given if id(t) in self.states)
@@ -541,6 +559,11 @@ def _tied(groups: Groups, sets: list[set[str]]) -> list[list[str]]:
             joined = names.union(*(others for others in tied if others & names))
             tied = [*(others for others in tied if not others & names), joined]
     return [[name for name in sizes if name in names] for names in tied if len(names) > 1]
+
+
+def _repeated(units: Tensor, rows: int) -> Tensor:
+    """The units of rows that come in blocks: of gates, and of the micro-steps of a deep cell."""
+    return units.repeat(rows // len(units))
 
 
 def _none(size: int) -> Tensor:

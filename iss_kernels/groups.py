@@ -15,23 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from iss_kernels.lstm import ISSLSTM
+from iss_kernels.accelerate import _name
+from iss_kernels.cells import CELLS, Cell
+from iss_kernels.recurrent import MODULES
 
 
 class GroupError(ValueError):
-    """The model cannot be followed; the message names the LSTM layer and the operation."""
+    """The model cannot be followed; the message names the recurrent layer and the operation."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Units that can leave one by one: those of one layer and direction of one LSTM.
+    """Units that can leave one by one: those of one layer and direction of a recurrent module.
 
-    name: "rnn.l0" or "rnn.l0_reverse" where `lstm` is "rnn", the LSTM's name in the model; with a
-    projection there are two families, "rnn.l0.cell" and "rnn.l0.output".
+    name: "rnn.l0" or "rnn.l0_reverse" where `module` is "rnn", the module's name in the model; with
+    a projection there are two families, "rnn.l0.cell" and "rnn.l0.output".
     """
 
     name: str
-    lstm: str
+    module: str
     start: int
     size: int
 
@@ -54,8 +56,8 @@ class LabelledWeight:
 
 
 @dataclass(frozen=True)
-class LabelledBias:
-    """A bias [R] by its parameter name, with row_units [R] as a weight has them.
+class LabelledVector:
+    """A parameter [R] by its name, such as a bias, with row_units [R] as a weight has them.
 
     Its elements are cut with their units, and not penalised.
     """
@@ -78,7 +80,7 @@ class Groups:
     families: list[Family]
     weights: list[LabelledWeight]
     tied: list[list[str]] = field(default_factory=list)
-    biases: list[LabelledBias] = field(default_factory=list)
+    vectors: list[LabelledVector] = field(default_factory=list)
     verified: str = ""
 
     @property
@@ -87,9 +89,9 @@ class Groups:
         return self.families[-1].units.stop
 
     @property
-    def labelled(self) -> list[LabelledWeight | LabelledBias]:
+    def labelled(self) -> list[LabelledWeight | LabelledVector]:
         """All that is cut when a unit leaves."""
-        return [*self.weights, *self.biases]
+        return [*self.weights, *self.vectors]
 
     def parameters(self) -> list[nn.Parameter]:
         """The labelled weights themselves, in the order of `weights`."""
@@ -151,28 +153,39 @@ class Groups:
         return "\n".join([*lines, f"verified: {self.verified}"] if self.verified else lines)
 
 
-def plain_lstms(function: str, model: nn.Module) -> dict[str, Any]:
-    """{name: module} of every nn.LSTM and ISSLSTM, but of no subclass with a forward of its own.
+def kinds() -> str:
+    """The classes whose units can leave, as error messages list them."""
+    *most, last = sorted(map(_name, {*MODULES, *MODULES.values()}), reverse=True)  # nn. first
+    return f"{', '.join(most)} or {last}"
+
+
+def cell_of(module: nn.RNNBase) -> Cell:
+    """The registry's row of a recurrent module, torch's or ours."""
+    return CELLS[module.mode.lower()]
+
+
+def plain_recurrent(function: str, model: nn.Module) -> dict[str, Any]:
+    """{name: module} of the recurrent modules, but of no subclass with a forward of its own.
 
     Raises GroupError, in the name of `function`, for one that `shrink` could not rebuild: its
     weights are computed from other parameters, or its forward is not that of its class.
     """
-    lstms = {}
+    found = {}
     for name, module in model.named_modules():
-        if type_before_parametrizations(module) not in (nn.LSTM, ISSLSTM):
+        if type_before_parametrizations(module) not in {*MODULES, *MODULES.values()}:
             continue
-        lstm: Any = module
-        computed = [w for w in sum(lstm._all_weights, []) if w not in lstm._parameters]
+        recurrent: Any = module
+        computed = [w for w in sum(recurrent._all_weights, []) if w not in recurrent._parameters]
         if computed:
             raise GroupError(
-                f"{function}: expected LSTMs whose weights are parameters, got {name or 'one'} "
-                f"whose {computed[0]} is computed (pruning, weight_norm or another "
-                "parametrisation): remove that first"
+                f"{function}: expected recurrent modules whose weights are parameters, "
+                f"got {name or 'one'} whose {computed[0]} is computed (pruning, weight_norm or "
+                "another parametrisation): remove that first"
             )
-        if "forward" in vars(lstm):
+        if "forward" in vars(recurrent):
             raise GroupError(
-                f"{function}: expected LSTMs with the forward of their class, "
+                f"{function}: expected recurrent modules with the forward of their class, "
                 f"got {name or 'one'} with another, which shrink could not keep"
             )
-        lstms[name] = lstm
-    return lstms
+        found[name] = recurrent
+    return found

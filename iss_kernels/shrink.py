@@ -2,7 +2,8 @@
 """Takes units out of a model for good: a new, smaller model that gives the same answers.
 
 Which units stay is decided per family; then every labelled weight loses the rows and columns of the
-others, and every labelled bias their elements. LSTMs become ISSLSTMs, which hold unequal sizes.
+others, and every labelled vector their elements. Modules of torch.nn become this package's own
+(nn.LSTM an ISSLSTM), which hold unequal sizes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from iss_kernels.accelerate import take_over
 from iss_kernels.copying import copied
 from iss_kernels.group_lasso import GroupLasso
-from iss_kernels.groups import Groups, LabelledWeight, plain_lstms
-from iss_kernels.lstm import ISSLSTM
+from iss_kernels.groups import Groups, LabelledWeight, cell_of, plain_recurrent
+from iss_kernels.recurrent import class_of
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,20 @@ class ShrinkReport:
     """What `shrink` did; str() is a table.
 
     kept: {family name: indices of the units that stayed, ascending}; sizes: {family name: (before,
-    after)}; parameters and lstm_parameters: (before, after), of the model and of its LSTMs.
+    after)}; parameters and recurrent_parameters: (before, after), of the model and of its recurrent
+    modules.
     """
 
     kept: dict[str, Tensor]
     sizes: dict[str, tuple[int, int]]
     parameters: tuple[int, int]
-    lstm_parameters: tuple[int, int]
+    recurrent_parameters: tuple[int, int]
 
     def __str__(self) -> str:
-        totals = {"LSTM parameters": self.lstm_parameters, "all parameters": self.parameters}
+        totals = {
+            "recurrent parameters": self.recurrent_parameters,
+            "all parameters": self.parameters,
+        }
         table = [("", "before", "after", "left")]
         for name, (before, after) in (self.sizes | totals).items():
             table.append((name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"))
@@ -64,37 +69,39 @@ def shrink(
     up to multiples of round_to, no further than the old size; a family keeps at least one unit, and
     those in `groups.tied` keep one common size. The units taken back are those of largest norm.
 
-    Every LSTM that changes becomes an ISSLSTM; h_n and c_n shrink, and come apart into tuples where
-    sizes differ (see ISSLSTM). Raises ValueError for arguments that do not fit together or do not
-    fit the groups.
+    Every nn.LSTM that changes becomes an ISSLSTM, and so on for each kind; final states shrink, and
+    come apart into tuples where sizes differ (see ISSLSTM). Raises ValueError for arguments that do
+    not fit together or do not fit the groups.
     """
     _check(model, groups, keep, ratio, round_to)
     kept = _kept(replace(groups, model=model), keep, ratio, round_to)
     small = removed(model, groups, kept)
     indices = {name: mask.nonzero().flatten() for name, mask in kept.items()}
     labelled = {model.get_parameter(weight.name) for weight in groups.weights}
-    lstms = [n for n, m in plain_lstms("shrink", model).items() if labelled & set(m.parameters())]
-    lstm_parameters = (sum(_count(m.get_submodule(n)) for n in lstms) for m in (model, small))
+    cut = [n for n, m in plain_recurrent("shrink", model).items() if labelled & set(m.parameters())]
+    recurrent = [sum(_count(m.get_submodule(name)) for name in cut) for m in (model, small)]
     return small, ShrinkReport(
         kept=indices,
         sizes={f.name: (f.size, len(indices[f.name])) for f in groups.families},
         parameters=(_count(model), _count(small)),
-        lstm_parameters=tuple(lstm_parameters),  # type: ignore[arg-type]
+        recurrent_parameters=(recurrent[0], recurrent[1]),
     )
 
 
 def removed(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model without the units that are not kept: {family name: bool [size]}.
 
-    Every LSTM with a labelled weight is an ISSLSTM there. What the model shares, the copy shares.
+    Every nn.LSTM with a labelled weight is an ISSLSTM there, and so on for each kind. What the
+    model shares, the copy shares.
     """
     cut = _cut_parameters(model, groups, torch.cat([kept[f.name] for f in groups.families]))
     new = set(cut.values())
     small = copied(model, {id(parameter): smaller for parameter, smaller in cut.items()})
-    for lstm in plain_lstms("shrink", small).values():
-        if new & set(lstm.parameters()):
-            # In place, so that whatever refers to the LSTM goes on to refer to it.
-            lstm.__dict__, lstm.__class__ = _rebuilt(lstm).__dict__, ISSLSTM
+    for module in plain_recurrent("shrink", small).values():
+        if new & set(module.parameters()):
+            # In place, so that whatever refers to the module goes on to refer to it.
+            rebuilt = _rebuilt(module)
+            module.__dict__, module.__class__ = rebuilt.__dict__, type(rebuilt)
     for linear in small.modules():
         if isinstance(linear, nn.Linear) and linear.weight in new:
             linear.in_features = linear.weight.shape[1]
@@ -111,7 +118,7 @@ def _check(model: nn.Module, groups: Groups, keep: Any, ratio: float | None, rou
         raise ValueError(f"shrink: expected round_to to be an int, got {round_to!r}")
     if round_to < 1:
         raise ValueError(f"shrink: expected round_to >= 1, got {round_to}")
-    plain_lstms("shrink", model)
+    plain_recurrent("shrink", model)
     names, expected_names = names_of_parameters(model), names_of_parameters(groups.model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for labelled in groups.labelled:
@@ -208,24 +215,23 @@ def _cut_parameters(
     return cut
 
 
-def _rebuilt(lstm: Any) -> nn.Module:
-    """An ISSLSTM like `lstm`, with its parameters and of the sizes that these have."""
-    names = [
-        [f"_l{layer}", f"_l{layer}_reverse"][: 1 + lstm.bidirectional]
-        for layer in range(lstm.num_layers)
+def _rebuilt(module: Any) -> nn.Module:
+    """This package's module like `module`, with its parameters and of the sizes that these have."""
+    cell, directions = cell_of(module), 1 + module.bidirectional
+    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    matrices = [  # w_ih, w_hh and w_hr
+        [parameters[name] for name in names if parameters[name].dim() == 2]
+        for names in module._all_weights
     ]
-    parameters = dict(lstm.named_parameters(recurse=False, remove_duplicate=False))
-    rebuilt = ISSLSTM(
-        parameters["weight_ih_l0"].shape[1],
-        [[len(parameters["weight_hh" + name]) // 4 for name in layer] for layer in names],
-        lstm.num_layers,
-        lstm.bias,
-        lstm.batch_first,
-        bidirectional=lstm.bidirectional,
-        proj_size=[[len(parameters.get("weight_hr" + n, ())) for n in layer] for layer in names],
-        device="meta",  # no storage, no random numbers: the parameters follow
-    )
-    return take_over(rebuilt, lstm, parameters)
+    sizes = {"hidden_size": [len(w_ih) // cell.gates for w_ih, *_ in matrices]}
+    if cell.projects:
+        sizes["proj_size"] = [sum(map(len, w_hr)) for _, _, *w_hr in matrices]
+    kind: Any = class_of(module)
+    options = kind.options_of(module) | {"input_size": matrices[0][0].shape[1]}
+    for name, flat in sizes.items():
+        options[name] = [flat[i : i + directions] for i in range(0, len(flat), directions)]
+    # On meta: no storage and no random numbers, since the parameters follow.
+    return take_over(kind(**options, device="meta"), module, parameters)
 
 
 def _count(module: nn.Module) -> int:

@@ -119,8 +119,8 @@ class _Measure:
     """What is left of a model as its units go one by one, as a share of what it has at first.
 
     A weight costs its rows times its columns, as `shrink` leaves them: a family keeps at least one
-    unit, and tied families as many as the largest of them. A bias has one column, which is of no
-    unit. Units are counted as the rows of a bias that has them all.
+    unit, and tied families as many as the largest of them. A vector has one column, which is of no
+    unit. Units are counted as the rows of a vector that has them all.
     """
 
     def __init__(self, groups: Groups, of: str) -> None:
@@ -141,8 +141,8 @@ class _Measure:
             rows = [self._per_unit(weight.row_units) for weight in groups.weights]
             columns = [self._per_unit(weight.column_units) for weight in groups.weights]
         if of == "parameters":
-            rows += [self._per_unit(bias.row_units) for bias in groups.biases]
-            columns += [one_column] * len(groups.biases)
+            rows += [self._per_unit(vector.row_units) for vector in groups.vectors]
+            columns += [one_column] * len(groups.vectors)
         self._rows, self._columns = torch.stack(rows), torch.stack(columns)  # [weights, families+1]
         self._whole = 1.0
         self._whole = float(self(torch.empty(0, dtype=torch.int64, device="cpu"))[0])

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from iss_kernels.copying import copied
 from iss_kernels.groups import GroupError, Groups
-from iss_kernels.lstm import ISSLSTM
+from iss_kernels.recurrent import Recurrent
 from iss_kernels.shrink import all_of, removed
 
 Path: TypeAlias = tuple[Any, ...]  # keys, indices and attribute names down to a value
@@ -84,7 +84,7 @@ class Experiment:
     """Compares copies of a model that have lost units with the whole model.
 
     states: paths of the final states in what the model returns, which get as small as the units.
-    families: of every LSTM, the names of the families of (h, c) for each layer and direction.
+    families: of every recurrent module, by layer and direction: the name of each state's family.
     eps: machine epsilon of the least precise dtype that the model computes in.
 
     All copies are in eval mode and without dropout. Their labelled weights, and the parameters
@@ -96,14 +96,14 @@ class Experiment:
         model: nn.Module,
         inputs: Any,
         states: list[Path],
-        families: Mapping[str, list[tuple[str, str]]],
+        families: Mapping[str, list[tuple[str, ...]]],
         eps: float,
     ) -> None:
         self.model, self.states, self.families = model, states, families
         if torch.get_float32_matmul_precision() != "highest":
             eps = max(eps, 2**-8)  # bfloat16
         elif any(parameter.is_cuda for parameter in model.parameters()):
-            eps = max(eps, 2**-10)  # TF32, which nn.LSTM takes by default
+            eps = max(eps, 2**-10)  # TF32, which cuDNN takes by default
         # Rounding errors grow on their way to the answers, yet stay far below what a unit that is
         # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
         self.tolerance = eps**0.6
@@ -192,33 +192,38 @@ class Experiment:
         return any(path[: len(s)] == s or s[: len(path)] == path for s in self.states)
 
     def _cut_given_states(self, small: nn.Module, kept: Mapping[str, Tensor]) -> None:
-        """Cut initial states that come with the example as its LSTM is cut."""
+        """Cut initial states that come with the example as their module is cut."""
         for name, families in self.families.items():
-            lstm = small.get_submodule(name)
-            if isinstance(lstm, ISSLSTM):
-                lstm.forward = partial(self._forward, lstm, lstm.forward, [  # type: ignore[method-assign]
-                    [kept.get(family) for family in which] for which in zip(*families, strict=True)
-                ])  # fmt: skip
+            module = small.get_submodule(name)
+            if isinstance(module, Recurrent):
+                masks = [[kept.get(family) for family in which] for which in families]
+                module.forward = partial(self._forward, module, module.forward, masks)  # type: ignore[method-assign]
 
     def _forward(
-        self, lstm: ISSLSTM, forward: Any, masks: Any, input: Any, hx: Any = None, *args: Any,
+        self, module: Recurrent, forward: Any, masks: Any, input: Any, hx: Any = None, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         if hx is not None and all(id(state) in self.given for state in tensors(hx)):
-            hx = tuple(_cut_state(lstm, *pair) for pair in zip(hx, masks, strict=True))
+            hx = _cut_states(module, hx, masks)
         return forward(input, hx, *args, **kwargs)
 
 
-def _cut_state(lstm: ISSLSTM, state: Any, masks: list[Tensor | None]) -> Any:
-    """h_0 or c_0 in the form that an LSTM takes that has only the units of these masks."""
-    rows: list[Tensor] = []
-    for part in [state] if isinstance(state, Tensor) else state:
-        rows += part
+def _cut_states(module: Recurrent, hx: Any, masks: list[list[Tensor | None]]) -> Any:
+    """hx in the form that a module takes that has only the units of these masks."""
+    states = hx if len(module.cell.states) > 1 else (hx,)
+    # A state is one tensor [L * D, B, H], or by layer [D, B, H], or by direction too [B, H].
     rows = [
-        row if mask is None else row[..., mask.to(row.device)]
-        for row, mask in zip(rows, masks, strict=True)
+        [row for part in ([state] if isinstance(state, Tensor) else state) for row in part]
+        for state in states
     ]
-    return lstm._final([(row, row) for row in rows], None, batched=True)[0]
+    cut = [
+        tuple(
+            row if mask is None else row[..., mask.to(row.device)]
+            for row, mask in zip(pair, its_masks, strict=True)
+        )
+        for pair, its_masks in zip(zip(*rows, strict=True), masks, strict=True)
+    ]
+    return module._final(cut, None, batched=True)
 
 
 def _blocks(groups: Groups) -> list[list[str]]:

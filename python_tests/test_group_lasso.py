@@ -18,9 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 
 
 class Tagger(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, kind: Any = nn.LSTM, **options: Any) -> None:
         super().__init__()
-        self.rnn = nn.LSTM(5, 6, **options)
+        self.rnn = kind(5, 6, **options)
         with torch.no_grad():
             self.head = nn.Linear(self.rnn(torch.randn(2, 5))[0].shape[-1], 3)
 
@@ -33,6 +33,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "two layers": {"num_layers": 2},
     "bidirectional": {"num_layers": 2, "bidirectional": True},
     "projected": {"num_layers": 2, "proj_size": 4},
+    "of a GRU": {"kind": nn.GRU, "num_layers": 2, "bidirectional": True},
+    "of an RNN": {"kind": nn.RNN, "num_layers": 2},
 }
 STRENGTH = 0.3
 
@@ -160,8 +162,9 @@ def test_proximal_scales_each_element_by_the_factors_of_its_units(name: str) -> 
     assert dead[norms <= norms.median()].all() and 0 < dead.sum() < len(dead)
 
 
-def test_training_with_the_proximal_step_kills_units() -> None:
-    groups = built("one layer", torch.float32)
+@pytest.mark.parametrize("name", ["one layer", "of a GRU", "of an RNN"])
+def test_training_with_the_proximal_step_kills_units(name: str) -> None:
+    groups = built(name, torch.float32)
     lasso = GroupLasso(groups, strength=1.0)
     optimizer = torch.optim.SGD(groups.model.parameters(), lr=0.05)
     x = torch.randn(5, 4, 5)

@@ -2,6 +2,7 @@
 """The shrunken model gives the answers of the model it came from."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, Groups
+from iss_kernels.gru import ISSGRU
 from iss_kernels.lstm import ISSLSTM
+from iss_kernels.rnn import ISSRNN
 from iss_kernels.shrink import shrink
 
 # nn.LSTM says this itself, once.
@@ -51,10 +54,15 @@ def tag_packed(m: Any, x: Tensor) -> Any:
     return m.head(pad_packed_sequence(y)[0]), states
 
 
-def tagger(**options: Any) -> Net:
-    rnn = nn.LSTM(5, 8, **options)
+def tagger(kind: Any = nn.LSTM, **options: Any) -> Net:
+    rnn = kind(5, 8, **options)
     outputs = (options.get("proj_size") or 8) * (2 if options.get("bidirectional") else 1)
     return Net(tag, rnn=rnn, head=nn.Linear(outputs, 3))
+
+
+def h_n(states: Any) -> Tensor:
+    """The final h, of which an LSTM's final states are a pair."""
+    return states if isinstance(states, Tensor) else states[0]
 
 
 def in_chunks(m: Any, x: Tensor) -> Tensor:
@@ -72,97 +80,154 @@ def halves(m: Any, x: Tensor) -> Tensor:
     return m.head(torch.cat([forward[-1], backward[0]], -1))
 
 
-def one_bias() -> Net:
-    model = tagger(num_layers=2)
+def one_bias(kind: Any = nn.LSTM) -> Net:
+    model = tagger(kind, num_layers=2)
     for layer in range(2):
         setattr(model.rnn, f"bias_hh_l{layer}", getattr(model.rnn, f"bias_ih_l{layer}"))
     return model
 
 
-def in_a_list() -> Net:
-    """The LSTM is found through a plain list too, which is no module, and called without hooks."""
-    model = Net(lambda m, x: m.head(m.layers[0].forward(x)[0]), rnn=nn.LSTM(5, 8))
+def in_a_list(kind: Any = nn.LSTM) -> Net:
+    """The RNN is found through a plain list too, which is no module, and called without hooks."""
+    model = Net(lambda m, x: m.head(m.layers[0].forward(x)[0]), rnn=kind(5, 8))
     model.layers, model.head = [model.rnn], nn.Linear(8, 3)
     return model
 
 
-LSTMS: dict[str, Callable[[], nn.Module]] = {
-    "one layer": lambda: tagger(),
-    "two layers": lambda: tagger(num_layers=2),
-    "bidirectional": lambda: tagger(num_layers=2, bidirectional=True),
-    "projected": lambda: tagger(num_layers=2, proj_size=5),
-    "projected bidirectional": lambda: tagger(num_layers=2, proj_size=5, bidirectional=True),
-    "no bias": lambda: tagger(num_layers=2, bias=False),
-    "batch first": lambda: tagger(num_layers=2, batch_first=True, bidirectional=True),
-    "packed": lambda: Net(
-        tag_packed, rnn=nn.LSTM(5, 8, 2, bidirectional=True), head=nn.Linear(16, 3)
+# All models are functions of a torch module's class and of our own.
+TAGGERS: dict[str, Callable[[Any, Any], nn.Module]] = {
+    "one layer": lambda kind, _: tagger(kind),
+    "two layers": lambda kind, _: tagger(kind, num_layers=2),
+    "bidirectional": lambda kind, _: tagger(kind, num_layers=2, bidirectional=True),
+    "no bias": lambda kind, _: tagger(kind, num_layers=2, bias=False),
+    "batch first": lambda kind, _: tagger(kind, num_layers=2, batch_first=True, bidirectional=True),
+    "packed": lambda kind, _: Net(
+        tag_packed, rnn=kind(5, 8, 2, bidirectional=True), head=nn.Linear(16, 3)
     ),
-    "unequal": lambda: Net(
-        tag, rnn=ISSLSTM(5, [(6, 9), (7, 8)], 2, bidirectional=True), head=nn.Linear(15, 3)
+    "unequal": lambda _, own: Net(
+        tag, rnn=own(5, [(6, 9), (7, 8)], 2, bidirectional=True), head=nn.Linear(15, 3)
     ),
 }
-MODELS: dict[str, Callable[[], nn.Module]] = LSTMS | {
-    "language model": lambda: Net(
+OF_LSTMS: dict[str, Callable[[Any, Any], nn.Module]] = {
+    "projected": lambda kind, _: tagger(kind, num_layers=2, proj_size=5),
+    "projected bidirectional": lambda kind, _: tagger(
+        kind, num_layers=2, proj_size=5, bidirectional=True
+    ),
+}
+OTHERS: dict[str, Callable[[Any, Any], nn.Module]] = {
+    "language model": lambda kind, _: Net(
         lambda m, x: m.head(m.drop(m.rnn(m.embed(x[..., 0].abs().long()))[0])),
         embed=nn.Embedding(9, 4),
-        rnn=nn.LSTM(4, 8, 2, dropout=0.5),
+        rnn=kind(4, 8, 2, dropout=0.5),
         drop=nn.Dropout(0.5),
         head=nn.Linear(8, 9),
     ),
-    "two consumers": lambda: Net(
+    "two consumers": lambda kind, _: Net(
         lambda m, x: [
             (y := m.rnn(x)[0], m.a(y), m.b(torch.cat([x, y.tanh()], -1)))[i] for i in (1, 2)
         ],
-        rnn=nn.LSTM(5, 8),
+        rnn=kind(5, 8),
         a=nn.Linear(8, 3),
         b=nn.Linear(13, 2),
     ),
-    "classifier": lambda: Net(
-        lambda m, x: m.head(m.rnn(x)[1][0][-1]), rnn=nn.LSTM(5, 8), head=nn.Linear(8, 3)
+    "classifier": lambda kind, _: Net(
+        lambda m, x: m.head(h_n(m.rnn(x)[1])[-1]), rnn=kind(5, 8), head=nn.Linear(8, 3)
     ),
-    "deep bidirectional classifier": lambda: Net(
-        lambda m, x: m.head(torch.cat([m.rnn(x)[1][0][-2], m.rnn(x)[1][0][-1]], 1)),
-        rnn=nn.LSTM(5, 8, 2, bidirectional=True),
+    "deep bidirectional classifier": lambda kind, _: Net(
+        lambda m, x: m.head(torch.cat([h_n(m.rnn(x)[1])[-2], h_n(m.rnn(x)[1])[-1]], 1)),
+        rnn=kind(5, 8, 2, bidirectional=True),
         head=nn.Linear(16, 3),
     ),
-    "mean over time": lambda: Net(
-        lambda m, x: m.head(m.rnn(x)[0].mean(0)), rnn=nn.LSTM(5, 8), head=nn.Linear(8, 3)
+    "mean over time": lambda kind, _: Net(
+        lambda m, x: m.head(m.rnn(x)[0].mean(0)), rnn=kind(5, 8), head=nn.Linear(8, 3)
     ),
-    "flattened": lambda: Net(
+    "flattened": lambda kind, _: Net(
         lambda m, x: m.head(m.rnn(x)[0].transpose(0, 1).flatten(1)),
-        rnn=nn.LSTM(5, 8),
+        rnn=kind(5, 8),
         head=nn.Linear(56, 3),
     ),
-    "between two LSTMs": lambda: Net(
+    "between two": lambda kind, _: Net(
         lambda m, x: m.head(m.top(m.middle(m.rnn(x)[0]))[0]),
-        rnn=nn.LSTM(5, 8),
+        rnn=kind(5, 8),
         middle=nn.Linear(8, 4),
-        top=nn.LSTM(4, 6),
+        top=kind(4, 6),
         head=nn.Linear(6, 3),
     ),
-    "LSTM on LSTM": lambda: Net(
+    "one on another": lambda kind, _: Net(
         lambda m, x: m.head(m.top(m.rnn(x)[0].flip(0))[0]),
-        rnn=nn.LSTM(5, 8, bidirectional=True),
-        top=nn.LSTM(16, 6),
+        rnn=kind(5, 8, bidirectional=True),
+        top=kind(16, 6),
         head=nn.Linear(6, 3),
     ),
-    "shared linear": lambda: Net(
+    "shared linear": lambda kind, _: Net(
         lambda m, x: m.head((y := m.rnn(x)[0])[0]) + m.head(y[-1]),
-        rnn=nn.LSTM(5, 8),
+        rnn=kind(5, 8),
         head=nn.Linear(8, 3),
     ),
-    "control flow": lambda: Net(in_chunks, rnn=nn.LSTM(5, 8, 2), head=nn.Linear(8, 3)),
-    "halves": lambda: Net(halves, rnn=nn.LSTM(5, 8, bidirectional=True), head=nn.Linear(16, 3)),
-    "one bias": one_bias,
-    "in a list": in_a_list,
-    "contiguous": lambda: Net(
+    "control flow": lambda kind, _: Net(in_chunks, rnn=kind(5, 8, 2), head=nn.Linear(8, 3)),
+    "halves": lambda kind, _: Net(
+        halves, rnn=kind(5, 8, bidirectional=True), head=nn.Linear(16, 3)
+    ),
+    "one bias": lambda kind, _: one_bias(kind),
+    "in a list": lambda kind, _: in_a_list(kind),
+    "contiguous": lambda kind, _: Net(
         lambda m, x: m.head((y := m.rnn(x)[0].transpose(0, 1).contiguous()).view(-1, y.size(-1))),
-        rnn=nn.LSTM(5, 8, bidirectional=True),
+        rnn=kind(5, 8, bidirectional=True),
         head=nn.Linear(16, 3),
     ),
-    "itself an LSTM": lambda: nn.LSTM(5, 8, 3),
-    "itself a projected LSTM": lambda: nn.LSTM(5, 8, proj_size=4),
+    "lengths and resets": lambda _, own: Net(
+        lambda m, x: m.head(m.rnn(x, lengths=[5, 7, 2], resets=x[..., 0] > 1)[0]),
+        rnn=own(5, 8, 2, bidirectional=True),
+        head=nn.Linear(16, 3),
+    ),
+    "the model itself": lambda kind, _: kind(5, 8, 3),
 }
+RELU, OWN_RELU = (partial(kind, nonlinearity="relu") for kind in (nn.RNN, ISSRNN))
+
+
+STATES = {  # models where the form of the final state counts
+    name: OTHERS[name]
+    for name in ("classifier", "deep bidirectional classifier", "control flow", "the model itself",
+                 "one on another", "lengths and resets", "one bias")
+}  # fmt: skip
+
+
+def named(
+    models: dict[str, Callable[[Any, Any], nn.Module]], suffix: str, *kinds: Any
+) -> dict[str, Callable[[], nn.Module]]:
+    return {f"{name}{suffix}": partial(build, *kinds) for name, build in models.items()}
+
+
+KINDS = ["", " of a GRU", " of an RNN"]  # how names of models end
+# Those whose answers are a pair of labels for every step and final states.
+TAGGING = (
+    named(TAGGERS | OF_LSTMS, "", nn.LSTM, ISSLSTM)
+    | named(TAGGERS, KINDS[1], nn.GRU, ISSGRU)
+    | named(TAGGERS, KINDS[2], nn.RNN, ISSRNN)
+)
+MODELS: dict[str, Callable[[], nn.Module]] = (
+    TAGGING
+    | named(OTHERS, "", nn.LSTM, ISSLSTM)
+    | named(STATES, KINDS[1], nn.GRU, ISSGRU)
+    | named({"bidirectional": TAGGERS["bidirectional"]}, " with relu", RELU, OWN_RELU)
+    | {
+        "a projected LSTM itself": lambda: nn.LSTM(5, 8, proj_size=4),
+        "LSTM, GRU and RNN": lambda: Net(
+            lambda m, x: m.head(m.third(m.second(m.rnn(x)[0])[0])[0]),
+            rnn=nn.LSTM(5, 8, proj_size=6),
+            second=nn.GRU(6, 7, 2, bidirectional=True),
+            third=nn.RNN(14, 6),
+            head=nn.Linear(6, 3),
+        ),
+        "RNN, GRU and LSTM": lambda: Net(
+            lambda m, x: m.head(torch.cat([m.third(m.second(m.rnn(x)[0])[0])[0], m.rnn(x)[0]], -1)),
+            rnn=ISSRNN(5, [(3, 4)], bidirectional=True),
+            second=ISSGRU(7, [5, 6], 2),
+            third=ISSLSTM(6, 7),
+            head=nn.Linear(14, 3),
+        ),
+    }
+)
 
 
 def built(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Groups]:
@@ -179,10 +244,8 @@ def kill(groups: Groups, dead: Tensor, whole: bool = False) -> None:
         parameter[:, padded[weight.column_units.long()]] = 0
         if whole:
             parameter[padded[weight.row_units.long()]] = 0
-            for kind in ("bias_ih", "bias_hh"):
-                name = weight.name.replace("weight_hh", kind)
-                if name != weight.name and name in dict(groups.model.named_parameters()):
-                    groups.model.get_parameter(name)[padded[weight.row_units.long()]] = 0
+    for vector in groups.vectors if whole else ():
+        groups.model.get_parameter(vector.name)[padded[vector.row_units.long()]] = 0
 
 
 def some(groups: Groups) -> Tensor:
@@ -221,7 +284,7 @@ def test_removing_dead_units_changes_no_answer(name: str, dtype: torch.dtype) ->
             assert report.kept[family].tolist() == mask.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("name", LSTMS)
+@pytest.mark.parametrize("name", TAGGING)
 def test_final_states_are_those_of_the_kept_units(name: str) -> None:
     model, x, groups = built(name)
     kill(groups, some(groups))
@@ -230,7 +293,10 @@ def test_final_states_are_those_of_the_kept_units(name: str) -> None:
     names = list(report.kept)
     cells = [n for n in names if not n.endswith(".output")]
     outputs = [n for n in names if not n.endswith(".cell")]
-    for big, little, of in zip(big_states, small_states, (outputs, cells), strict=True):
+    pairs = model.rnn._get_name().endswith("LSTM")
+    big_states, small_states = ((s if pairs else (s,)) for s in (big_states, small_states))
+    which = (outputs, cells) if pairs else (outputs,)
+    for big, little, of in zip(big_states, small_states, which, strict=True):
         big, little = (
             [s for t in tensors(state) for s in (t if t.dim() == 3 else [t])]
             for state in (big, little)
@@ -267,7 +333,9 @@ def test_nothing_dead_gives_an_equal_model(name: str) -> None:
     same(answers(small(x)), answers(model(x)), torch.float64)
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "projected", "classifier", "itself an LSTM"])
+@pytest.mark.parametrize(
+    "name", ["projected", "classifier", "the model itself", *(f"bidirectional{k}" for k in KINDS)]
+)
 def test_a_family_with_everything_dead_keeps_the_unit_of_largest_norm(name: str) -> None:
     model, x, groups = built(name)
     kill(groups, torch.ones(groups.units, dtype=torch.bool))
@@ -292,8 +360,9 @@ def test_shrinking_leaves_the_model_alone_and_shares_no_storage(name: str) -> No
     assert not old & new
 
 
-def test_keep_takes_indices_or_masks_and_leaves_other_families_whole() -> None:
-    model, x, groups = built("two layers")
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_takes_indices_or_masks_and_leaves_other_families_whole(kind: str) -> None:
+    model, x, groups = built(f"two layers{kind}")
     by_index, report = shrink(model, groups, keep={"rnn.l0": [4, 1]})
     by_mask, _ = shrink(model, groups, keep={"rnn.l0": [u in (1, 4) for u in range(8)]})
     assert report.kept["rnn.l0"].tolist() == [1, 4]
@@ -303,9 +372,10 @@ def test_keep_takes_indices_or_masks_and_leaves_other_families_whole() -> None:
     same(answers(by_index(x)), answers(model(x)), torch.float64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_ratio_removes_the_units_of_smallest_norm() -> None:
-    model, _, groups = built("one layer")
+def test_ratio_removes_the_units_of_smallest_norm(kind: str) -> None:
+    model, _, groups = built(f"one layer{kind}")
     for weight, parameter in zip(groups.weights, groups.parameters(), strict=True):
         for unit in (0, 3, 6):
             parameter[weight.row_units == unit] *= 0.01
@@ -318,8 +388,9 @@ def test_ratio_removes_the_units_of_smallest_norm() -> None:
 @pytest.mark.parametrize(
     ("round_to", "size"), [(1, 3), (2, 4), (4, 4), (6, 6), (8, 8), (5, 5), (32, 8)]
 )
-def test_round_to_takes_units_back_up_to_the_old_size(round_to: int, size: int) -> None:
-    model, x, groups = built("one layer")
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_to_takes_units_back_up_to_the_old_size(kind: str, round_to: int, size: int) -> None:
+    model, x, groups = built(f"one layer{kind}")
     kill(groups, torch.tensor([0, 1, 1, 0, 1, 0, 1, 1], dtype=torch.bool))
     small, report = shrink(model, groups, round_to=round_to)
     assert len(report.kept["rnn.l0"]) == size
@@ -327,8 +398,9 @@ def test_round_to_takes_units_back_up_to_the_old_size(round_to: int, size: int) 
     same(answers(small(x)), answers(model(x)), torch.float64)
 
 
-def test_families_whose_states_are_read_as_one_tensor_keep_one_size() -> None:
-    model, x, groups = built("deep bidirectional classifier")
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_families_whose_states_are_read_as_one_tensor_keep_one_size(kind: str) -> None:
+    model, x, groups = built(f"deep bidirectional classifier{kind}")
     names = ["rnn.l0", "rnn.l0_reverse", "rnn.l1", "rnn.l1_reverse"]
     assert groups.tied == [names]
     small, report = shrink(model, groups, keep={name: range(2 + i) for i, name in enumerate(names)})
@@ -411,7 +483,9 @@ def test_a_model_that_shares_other_parameters_than_that_of_the_groups_is_refused
 def test_an_lstm_that_was_changed_since_is_refused() -> None:
     model, _, groups = built("one layer", torch.float32)
     prune.l1_unstructured(model.rnn, "weight_hh_l0", 0.4)
-    with pytest.raises(GroupError, match="shrink: expected LSTMs whose weights are parameters"):
+    with pytest.raises(
+        GroupError, match="shrink: expected recurrent modules whose weights are parameters"
+    ):
         shrink(model, groups)
 
 
@@ -451,11 +525,11 @@ def test_the_report_is_a_table() -> None:
     model, _, groups = built("two layers")
     _, report = shrink(model, groups, keep={"rnn.l0": [0, 1]})
     assert str(report).splitlines() == [
-        "                 before  after    left",
-        "rnn.l0                8      2   25.0%",
-        "rnn.l1                8      8  100.0%",
-        "LSTM parameters   1,056    456   43.2%",
-        "all parameters    1,083    483   44.6%",
+        "                      before  after    left",
+        "rnn.l0                     8      2   25.0%",
+        "rnn.l1                     8      8  100.0%",
+        "recurrent parameters   1,056    456   43.2%",
+        "all parameters         1,083    483   44.6%",
     ]
 
 
