@@ -81,7 +81,7 @@ def test_bench_writes_a_row_for_every_engine_of_the_gru(tmp_path):
     assert "| nn.GRU | ONNX Runtime | OpenVINO | ours | speed-up |" in page.read_text()
 
 
-@pytest.mark.parametrize("cell, module", [("lstm", "LSTM"), ("gru", "GRU"), ("rnn", "RNN")])
+@pytest.mark.parametrize("cell, module", [("lstm", "LSTM"), ("gru", "GRU")])
 def test_the_training_benchmark_writes_a_row_for_every_provider(tmp_path, cell, module):
     path = tmp_path / "new" / "training.csv"
     args = ["--cell", cell, "--quick", "--threads", "1", "--output", path]
