@@ -139,9 +139,9 @@ def summary(results: Results) -> Iterable[str]:
         yield from format_lines(points, INT8.get(cell), f"T {t:<3} x{n}")
     for n in threads:
         large = {p: r for p, r in select(results, "layer", threads=n).items() if p.H >= 256}
-        int8 = ratios(large, OURS, "prepared int8")
-        least = min(int8.values(), default=0)
-        yield f"int8 over our float32, H >= 256, x{n}: {mean(int8.values())}, least {least:.2f}"
+        int8 = ratios(large, OURS, "prepared int8").values()
+        if int8:
+            yield f"int8 over our float32, H >= 256, x{n}: {mean(int8)}, least {min(int8):.2f}"
     yield f"fraction of the roof, {OURS}: least, median, most"
     for n, t, b in itertools.product(threads, steps, (1, 64)):
         points = select(results, "layer", threads=n, T=t, B=b)
