@@ -588,7 +588,8 @@ class Recurrent(nn.RNNBase):
         flat: list[Any] = []
         if isinstance(state, (tuple, list)) and len(state) == self.num_layers:
             for layer in state:
-                flat += layer if isinstance(layer, (tuple, list, Tensor)) else [layer]
+                layer = layer.unbind(0) if isinstance(layer, Tensor) else layer
+                flat += layer if isinstance(layer, (tuple, list)) else [layer]
         expected = [(batch, size) if batched else (size,) for size in sizes]
         shapes = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in flat]
         if shapes != expected:

@@ -6,11 +6,8 @@ import itertools
 import pytest
 import torch
 from gpu import names_of_ops
-from torch import nn
-from torch.export import Dim, export
 from torch.library import opcheck
 
-from iss_kernels import ISSLSTM
 from iss_kernels.testing import CASES, Case, make_inputs
 
 lib = torch.ops.iss_kernels
@@ -98,125 +95,6 @@ def registered():
 def test_opcheck(name):
     """One check_<op> above for every op that the dispatcher knows: none can be forgotten."""
     globals()[f"check_{name}"]()
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, {"bidirectional": True, "batch_first": True}, {"proj_size": 3, "bias": False}]
-)
-def test_a_module_compiles_as_one_graph(options, training):
-    module = ISSLSTM(4, 7, num_layers=2, **options).train(training)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for shape in ((5, 3, 4), (6, 2, 4), (6, 4)):
-        results = []
-        for function in (module, compiled):
-            x = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).requires_grad_()
-            y, (h, c) = function(x)
-            module.zero_grad()
-            (y.sum() + h.square().sum() + c.sum()).backward()
-            results.append([y, h, c, x.grad, *(p.grad for p in module.parameters())])
-        torch.testing.assert_close(*results)
-    torch._dynamo.reset()
-
-
-def test_unequal_sizes_compile_as_one_graph():
-    module = ISSLSTM(4, [(3, 5), 2], num_layers=2, bidirectional=True)
-    x = torch.randn(3, 2, 4)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), module(x))
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("hidden_size", [7, [(3, 5), 2]], ids=["equal sizes", "unequal sizes"])
-def test_two_graphs_serve_every_length(hidden_size, with_state, training):
-    """As for any module: one graph for the first shape, one for all others."""
-    torch.compiler.reset()
-    module, graphs = ISSLSTM(4, hidden_size, num_layers=2, bidirectional=True), []
-
-    def counted(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(module, fullgraph=True, backend=counted)
-    with torch.set_grad_enabled(training):
-        for steps, batch in ((2, 3), (3, 4), (5, 3), (8, 2), (13, 6), (21, 5)):
-            x = torch.randn(steps, batch, 4)
-            with torch.no_grad():  # dynamo warns of states with a history
-                hx = module(x)[1] if with_state else None
-            torch.testing.assert_close(compiled(x, hx), module(x, hx))
-    assert len(graphs) == 2
-    torch.compiler.reset()
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # nn.LSTM's checks cause it too
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "batch_first": True}])
-def test_a_traced_module_is_the_module(options, training):
-    module = ISSLSTM(4, 7, num_layers=2, **options)
-    with torch.set_grad_enabled(training):
-        traced = torch.jit.trace(module, torch.randn(5, 2, 4))
-    x = torch.randn(9, 3, 4, requires_grad=True)
-    results = []
-    for function in (module, traced):
-        y, (h, c) = function(x)
-        gradients = torch.autograd.grad(y.sum() + c.sum(), [x, *module.parameters()])
-        results.append([y, h, c, *gradients])
-    torch.testing.assert_close(*results)
-
-
-def batch_dims(state, batch):
-    """dynamic_shapes for hx, in its own form: [..., B, size]."""
-    if torch.is_tensor(state):
-        return {state.dim() - 2: batch}
-    return tuple(batch_dims(part, batch) for part in state)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("hidden_size", [7, [(3, 5), 2]], ids=["equal sizes", "unequal sizes"])
-def test_an_exported_module_keeps_t_and_b_open(hidden_size, training):
-    module = ISSLSTM(4, hidden_size, num_layers=2, bidirectional=True)
-    steps, batch = Dim("T", min=2, max=50), Dim("B", min=2, max=50)
-    for with_state in (False, True):
-
-        @torch.no_grad()
-        def arguments(*shape, with_state=with_state):
-            x = torch.randn(*shape, 4)
-            return (x, module(x)[1]) if with_state else (x,)
-
-        given = arguments(5, 2)
-        dims = ({0: steps, 1: batch}, *(batch_dims(hx, batch) for hx in given[1:]))
-        with torch.set_grad_enabled(training):
-            exported = export(module, given, dynamic_shapes=dims).module()
-        for shape in ((5, 2), (9, 3), (2, 7)):
-            args = arguments(*shape)
-            torch.testing.assert_close(exported(*args), module(*args))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
-@pytest.mark.parametrize("training", [True, False])
-def test_packed_batches_and_lengths_are_right_around_a_compiled_module(training):
-    """Their sizes are data, which no graph holds; what is compiled must not fix them."""
-    torch.compiler.reset()
-    module = ISSLSTM(4, 7, bidirectional=True)
-    compiled = torch.compile(module, backend="aot_eager")
-    with torch.set_grad_enabled(training):
-        for lengths in ([5, 3], [4, 4, 1], [2, 7, 3, 1]):
-            x = torch.randn(max(lengths), len(lengths), 4)
-            torch.testing.assert_close(compiled(x, None, lengths), module(x, None, lengths))
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-            torch.testing.assert_close(compiled(packed)[0].data, module(packed)[0].data)
-    torch.compiler.reset()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
-def test_inductor_compiles_a_module():
-    module = ISSLSTM(4, 7).eval()
-    x = torch.randn(5, 3, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x))
-    torch._dynamo.reset()
 
 
 def test_a_gradient_without_saved_gates_computes_them_again():
