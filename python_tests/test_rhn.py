@@ -184,7 +184,7 @@ def results(inputs):
     y, h_n, _ = ops.recurrent(**inputs)
     torch.manual_seed(7)
     loss = sum((v * torch.randn(v.shape).to(v.dtype)).sum() for v in (y, h_n))
-    return [y, h_n, *torch.autograd.grad(loss, leaves)]
+    return [y, h_n, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -193,6 +193,7 @@ def results(inputs):
 def test_kernels_are_no_worse_than_torch(isa, case, cell, dtype, two_threads):
     for reverse, masked in ((False, False), (True, True)):
         inputs = make_inputs(case, dtype, reverse, cell=cell)
+        inputs["w_hh"] *= 0.5  # else errors double from step to step
         if masked:
             kept = torch.rand(2, case.B, case.H) > 0.4
             inputs["masks"] = (kept * 2.0).to(dtype)
@@ -203,7 +204,10 @@ def test_kernels_are_no_worse_than_torch(isa, case, cell, dtype, two_threads):
         ours = results(inputs)
         with use_backend("reference"):
             for a, b, truth in zip(ours, results(inputs), results(double), strict=True):
-                assert_no_worse_than_torch(a, b, truth)
+                if dtype == torch.float64:  # torch's own error is not known
+                    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+                else:
+                    assert_no_worse_than_torch(a, b, truth)
 
 
 def test_parameters_begin_as_in_the_papers_code():

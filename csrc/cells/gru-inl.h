@@ -4,7 +4,7 @@
 struct Gru {
   static constexpr int kGates = 3, kSavedGates = 3;
   static constexpr bool kHasC = false, kSavedState = true, kProductBias = true, kSplit = true,
-                        kCarries = true;
+                        kCarries = true, kMasked = false;
 
   template <typename V>
   static ISS_CELL void forward(V (&gates)[3], const V (&input)[3], V before, V bias, V& saved,

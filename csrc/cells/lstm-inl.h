@@ -6,13 +6,15 @@
 //   NaN, else 0, and
 //   activate<kTanh...>(V*), which applies sigmoid, or tanh where kTanh is true, to each gate.
 //
-// What a cell has (rnn-inl.h, gru-inl.h: the same):
+// What a cell has (rnn-inl.h, gru-inl.h, rhn-inl.h: the same):
 //   kGates        G, products of a unit in a step
 //   kHasC         whether a state c goes from step to step beside h; `before` is c then, else h
 //   kSavedGates   how many of `gates`, and kSavedState whether `saved`, backward needs
 //   kProductBias  whether a bias joins the last product before the input does
 //   kSplit        whether the gradients of inputs and of products differ
 //   kCarries      whether a gradient goes to the step before besides that of the products
+//   kMasked       whether it takes a mask, 1 where there is none: in the place of `bias`, and in
+//                 backward of `saved`
 //
 // forward: gates holds the products h @ w_hh.T and is left with what backward needs; input holds
 // x @ w_ih.T plus the biases; saved is what backward needs beside the gates: of an LSTM c.
@@ -24,7 +26,7 @@
 struct Lstm {
   static constexpr int kGates = 4, kSavedGates = 4;
   static constexpr bool kHasC = true, kSavedState = true, kProductBias = false, kSplit = false,
-                        kCarries = true;
+                        kCarries = true, kMasked = false;
 
   template <typename V>
   static ISS_CELL void forward(V (&gates)[4], const V (&input)[4], V before, V, V& saved, V& h) {

@@ -5,7 +5,7 @@ template <bool kTanh>
 struct Rnn {
   static constexpr int kGates = 1, kSavedGates = 0;
   static constexpr bool kHasC = false, kSavedState = false, kProductBias = false, kSplit = false,
-                        kCarries = false;
+                        kCarries = false, kMasked = false;
 
   template <typename V>
   static ISS_CELL void forward(V (&gates)[1], const V (&input)[1], V, V, V&, V& h) {

@@ -18,11 +18,10 @@ struct CellSpec {
   bool has_c;       // a state c [B, H] beside h
   int saved_gates;  // what the forward keeps for the gradient: see gates_kept, states_kept
   int saved_states;
-  bool projects;  // may have a w_hr [P, H]
-  bool deep;      // w_hh and b_hh hold the micro-steps of a step, one below the other
-  bool
-      bias_parts;  // inputs and recurrent products, and so b_ih and b_hh, differ in their gradients
-  bool carries_h;  // a part of the gradient of h goes to the step before without a product
+  bool projects;    // may have a w_hr [P, H]
+  bool deep;        // w_hh and b_hh hold the micro-steps of a step, one below the other
+  bool bias_parts;  // b_ih and b_hh have gradients of their own
+  bool carries_h;   // a part of the gradient of h goes to the step before without a product
 
   // For the gradient the forward keeps [N, gates_kept * H] and [N, states_kept * H]; of a deep cell
   // the gates of each of D micro-steps, and the states between them.

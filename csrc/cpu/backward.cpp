@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
+#include <utility>
 
 #include "cpu/recurrence.h"
 #include "cpu/share.h"
@@ -10,9 +12,9 @@
 namespace iss {
 namespace {
 
-// Steps [first, last) of a share, last first. A step's dy is complete when the product with the
-// gradients of the step that follows has been added to it; then the cell's own gradient follows
-// from it.
+// Steps [first, last) of a share, last first, and of each the micro-steps. A step's dy is complete
+// when the product with the gradients of the step that follows has been added to it; then the
+// cell's own gradient follows from it.
 template <typename T>
 void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, int64_t last,
                const CellGradient<T>& gradient, const T* dproducts_after,
@@ -21,16 +23,19 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
   const auto step_backward = kernels.of(cell.spec->kind).step_backward;
   const int64_t hidden = cell.hidden, output = cell.output, gates = cell.gates();
   const bool projected = cell.w_hr.panels.defined(), has_c = cell.spec->has_c;
-  const int64_t first_row = result.steps.first_row;
+  const int64_t first_row = result.steps.first_row, depth = cell.depth, stride = result.stride;
+  const int64_t gates_kept = cell.spec->gates_kept(depth) * hidden;
+  const int64_t states_kept = cell.spec->states_kept(depth) * hidden;
+  const T* const masks = gradient.masks;
 
-  // to [rows, P] = or += dproducts of `rows` rows @ w_hh.
+  // to [rows, P] = or += dproducts of `rows` rows, of a first micro-step, @ w_hh.
   const auto through_w_hh = [&](const T* dproducts, int64_t rows, bool accumulate, T* to) {
     kernels.matmul({.rows = rows,
                     .k = gates,
                     .columns = output,
                     .panels = share.of(kernels.panels(output)),
                     .a = dproducts,
-                    .a_stride = gates,
+                    .a_stride = stride,
                     .b = cell.w_hh.view(),
                     .bias = nullptr,
                     .accumulate = accumulate,
@@ -38,16 +43,32 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
                     .out_stride = output,
                     .scratch = nullptr});
   };
+  const auto own_columns = [&] {
+    const PanelRange panels = share.of(kernels.panels(output));
+    return std::pair{panels.begin * kernels.panel_units(),
+                     std::min(panels.end * kernels.panel_units(), output)};
+  };
   // What a reset stops: the share's columns of `rows` rows of P where `resets` says so.
   const auto clear = [&](const bool* resets, int64_t rows, T* to) {
-    const PanelRange panels = share.of(kernels.panels(output));
-    const int64_t begin = panels.begin * kernels.panel_units();
-    const int64_t end = std::min(panels.end * kernels.panel_units(), output);
+    const auto [begin, end] = own_columns();
     for (int64_t r = 0; resets != nullptr && r < rows; ++r)
       if (resets[r]) std::fill(to + r * output + begin, to + r * output + end, T(0));
   };
-  const auto dproducts_of = [&](int64_t row) {
-    return result.dproducts + (row - first_row) * gates;
+  // to += through * mask, in the share's columns.
+  const auto add_masked = [&](const T* mask, const T* through, int64_t rows, T* to) {
+    const auto [begin, end] = own_columns();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t e = r * output + begin; e < r * output + end; ++e) to[e] += through[e] * mask[e];
+  };
+  const auto dproducts_of = [&](int64_t row, int64_t d = 0) {
+    return result.dproducts + (row - first_row) * stride + d * gates;
+  };
+  // The state that micro-step d of row b of the batch starts from, `row` of all rows, and its
+  // stride; previous: the row of the step before, -1 if there is none.
+  const auto state_before = [&](int64_t d, int64_t b, int64_t row, int64_t previous) {
+    if (d > 0) return std::pair{gradient.saved + row * states_kept + (d - 1) * hidden, states_kept};
+    return std::pair{previous < 0 ? gradient.h0 + b * output : gradient.y + previous * output,
+                     output};
   };
   for (int64_t k = last - 1; k >= first; --k) {
     // The rows of the batch that go on to the step after this one, and their gradients there.
@@ -67,7 +88,7 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
       const int64_t rows = std::min(end, going_on) - share.begin;
       T* const to = of_outputs + share.begin * output;
       if (rows > 0) {
-        through_w_hh(of_next + share.begin * gates, rows, false, to);
+        through_w_hh(of_next + share.begin * stride, rows, false, to);
         clear(sequence.resets_after(k, cell.reverse, share.begin), rows, to);
       }
       for (int64_t b = share.begin; b < end; ++b) {
@@ -79,50 +100,60 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
       }
       if (!share.meet()) return;
     }
-    sequence.each_piece(
-        k, cell.reverse, share.begin, share.end,
-        [&](int64_t begin, int64_t count, int64_t row_of_begin, int64_t previous) {
-          const auto step = [&](int64_t b, int64_t rows, bool goes_on) {
-            const int64_t row = row_of_begin + b - begin;
-            const int64_t before = previous < 0 ? -1 : previous + b - begin;
-            const bool product = projected || goes_on;
-            const T* const state = before < 0 ? (has_c ? gradient.c0 : gradient.h0) + b * hidden
-                                              : (has_c ? gradient.saved : gradient.y) +
-                                                    before * hidden;
-            step_backward({.rows = rows,
-                           .hidden = hidden,
-                           .k = projected ? output
-                                : goes_on ? gates
-                                          : 0,
-                           .panels = share.of(kernels.panels(hidden), k % 2 == 1),
-                           .a = projected ? of_outputs + b * output
-                                : goes_on ? of_next + b * gates
-                                          : dproducts_of(row),
-                           .a_stride = projected ? output : gates,
-                           .b = product ? (projected ? cell.w_hr : cell.w_hh).view() : Packed{},
-                           .resets = sequence.resets_before(row, before, cell.reverse),
-                           .resets_after = goes_on && !projected
-                                               ? sequence.resets_after(k, cell.reverse, b)
-                                               : nullptr,
-                           .dy = projected ? nullptr : gradient.dy + row * output,
-                           .dh_n = product || cell.spec->carries_h
-                                       ? nullptr
-                                       : gradient.dh_n + b * output,
-                           .gates = gradient.gates + row * cell.spec->saved_gates * hidden,
-                           .saved = gradient.saved + row * cell.spec->saved_states * hidden,
-                           .before = state,
-                           .before_stride = hidden,
-                           .y = gradient.y + row * output,
-                           .y_stride = output,
-                           .carried = gradient.carried ? gradient.carried + b * hidden : nullptr,
-                           .dinputs = result.dinputs + (row - first_row) * gates,
-                           .dproducts = dproducts_of(row)});
-          };
-          const int64_t middle = std::clamp(going_on, begin, begin + count);
-          if (begin < middle) step(begin, middle - begin, true);
-          if (middle < begin + count) step(middle, begin + count - middle, false);
-        });
-    if (!share.meet()) return;
+    for (int64_t d = depth - 1; d >= 0; --d) {
+      const bool top = d == depth - 1;
+      sequence.each_piece(
+          k, cell.reverse, share.begin, share.end,
+          [&](int64_t begin, int64_t count, int64_t row_of_begin, int64_t previous) {
+            const auto step = [&](int64_t b, int64_t rows, bool goes_on) {
+              const int64_t row = row_of_begin + b - begin;
+              const int64_t before = previous < 0 ? -1 : previous + b - begin;
+              const bool product = projected || !top || goes_on;
+              auto [state, state_stride] = state_before(d, b, row, before);
+              if (has_c) {
+                state = before < 0 ? gradient.c0 + b * hidden : gradient.saved + before * hidden;
+                state_stride = hidden;
+              }
+              step_backward(
+                  {.rows = rows,
+                   .hidden = hidden,
+                   .k = projected ? output
+                        : product ? gates
+                                  : 0,
+                   .panels = share.of(kernels.panels(hidden), (k * depth + d) % 2 == 1),
+                   .a = projected ? of_outputs + b * output
+                        : !top    ? dproducts_of(row, d + 1)
+                        : goes_on ? of_next + b * stride
+                                  : dproducts_of(row),
+                   .a_stride = projected ? output : stride,
+                   .b = !product    ? Packed{}
+                        : projected ? cell.w_hr.view()
+                                    : cell.w_hh.view(top ? 0 : d + 1),
+                   .resets = d > 0 ? nullptr : sequence.resets_before(row, before, cell.reverse),
+                   .resets_after = top && goes_on && !projected
+                                       ? sequence.resets_after(k, cell.reverse, b)
+                                       : nullptr,
+                   .dy = projected || !top ? nullptr : gradient.dy + row * output,
+                   .dh_n = product || cell.spec->carries_h ? nullptr : gradient.dh_n + b * output,
+                   .mask = masks ? masks + (sequence.batch + b) * hidden : nullptr,
+                   .state_mask = masks ? masks + b * hidden : nullptr,
+                   .gates = gradient.gates + row * gates_kept + d * gates,
+                   .gates_stride = stride,
+                   .saved = gradient.saved + row * hidden,
+                   .before = state,
+                   .before_stride = state_stride,
+                   .y = gradient.y + row * output,
+                   .y_stride = output,
+                   .carried = gradient.carried ? gradient.carried + b * hidden : nullptr,
+                   .dinputs = result.dinputs + (row - first_row) * stride + d * gates,
+                   .dproducts = dproducts_of(row, d)});
+            };
+            const int64_t middle = std::clamp(going_on, begin, begin + count);
+            if (begin < middle) step(begin, middle - begin, true);
+            if (middle < begin + count) step(middle, begin + count - middle, false);
+          });
+      if (!share.meet()) return;
+    }
   }
   for (int64_t k = first; k < last; ++k)
     sequence.each_piece(
@@ -131,16 +162,31 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
           const bool* const resets = sequence.resets_before(row, previous, cell.reverse);
           if (previous < 0 && gradient.dh0 != nullptr) {
             T* const to = gradient.dh0 + b * output;
-            through_w_hh(dproducts_of(row), rows, cell.spec->carries_h, to);
+            if (masks) {
+              T* const through = result.masked + b * output;
+              through_w_hh(dproducts_of(row), rows, false, through);
+              add_masked(masks + b * output, through, rows, to);
+            } else {
+              through_w_hh(dproducts_of(row), rows, cell.spec->carries_h, to);
+            }
             clear(resets, rows, to);
           }
           if (result.h_prev == nullptr || k % share.members() != share.member) return;
-          T* const to = result.h_prev + (row - first_row) * output;
-          std::memcpy(to,
-                      previous < 0 ? gradient.h0 + b * output : gradient.y + previous * output,
-                      rows * output * sizeof(T));
-          for (int64_t r = 0; resets != nullptr && r < rows; ++r)
-            if (resets[r]) std::fill_n(to + r * output, output, T(0));
+          for (int64_t d = 0; d < depth; ++d) {
+            const auto [from, from_stride] = state_before(d, b, row, previous);
+            T* const to = result.h_prev + (d * result.steps.rows + row - first_row) * output;
+            for (int64_t r = 0; r < rows; ++r) {
+              const T* const state = from + r * from_stride;
+              T* const at = to + r * output;
+              if (d == 0 && resets != nullptr && resets[r])
+                std::fill_n(at, output, T(0));
+              else if (masks)
+                std::transform(state, state + output, masks + (b + r) * output, at,
+                               std::multiplies<T>());
+              else
+                std::memcpy(at, state, output * sizeof(T));
+            }
+          }
         });
 }
 
@@ -165,14 +211,16 @@ Backward<T>::Backward(const PackedCell& cell, const Sequence& sequence, bool nee
 
 template <typename T>
 void Backward<T>::lay_out(Arena& arena) {
-  const int64_t gates = most_rows_ * cell_.gates(), outputs = most_rows_ * cell_.output;
+  const int64_t gates = most_rows_ * cell_.depth * cell_.gates();
+  const int64_t outputs = most_rows_ * cell_.output;
+  const bool split = cell_.spec->bias_parts && !cell_.spec->deep;
   for (const int i : {0, 1}) {
     dinputs_[i] = arena.take<T>(i == 0 || chunks_.size() > 1 ? gates : 0);
-    dproducts_[i] = cell_.spec->bias_parts ? arena.take<T>(i == 0 || chunks_.size() > 1 ? gates : 0)
-                                           : dinputs_[i];
+    dproducts_[i] = split ? arena.take<T>(i == 0 || chunks_.size() > 1 ? gates : 0) : dinputs_[i];
   }
   outputs_ = arena.take<T>(cell_.w_hr.panels.defined() ? outputs : 0);
-  h_prev_ = need_h_prev_ ? arena.take<T>(outputs) : nullptr;
+  h_prev_ = need_h_prev_ ? arena.take<T>(cell_.depth * outputs) : nullptr;
+  masked_ = arena.take<T>(cell_.spec->deep ? sequence_.batch * cell_.hidden : 0);
 }
 
 template <typename T>
@@ -186,8 +234,10 @@ void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
     const StepGradients<T> result{.steps = sequence_.steps_taken(first, last, cell_.reverse),
                                   .dinputs = dinputs_[i % 2],
                                   .dproducts = dproducts_[i % 2],
+                                  .stride = cell_.depth * cell_.gates(),
                                   .outputs = outputs_,
-                                  .h_prev = h_prev_};
+                                  .h_prev = h_prev_,
+                                  .masked = masked_};
     const auto walk = [&, first, last](const Share& share) {
       walk_back(cell_, sequence_, first, last, gradient, dproducts_after, result, share);
     };
@@ -206,7 +256,7 @@ void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
     }
     use(result, i > 0);
     const int64_t row = sequence_.offsets[sequence_.step(first, cell_.reverse)];
-    dproducts_after = result.dproducts + (row - result.steps.first_row) * cell_.gates();
+    dproducts_after = result.dproducts + (row - result.steps.first_row) * result.stride;
   }
 }
 

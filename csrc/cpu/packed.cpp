@@ -59,14 +59,20 @@ Format format_of(at::ScalarType type) {
   }
 }
 
+// part: the first of `parts`, which are `bytes` apart and have `rows` rows of the weight each.
 template <typename T>
-Matrix pack_as(PackArgs weight) {
-  const int64_t bytes =
-      cpu_kernels().of<T>().packed_bytes(weight.k, weight.columns, weight.gates, weight.format);
-  const at::Tensor panels = recycled({bytes}, at::kByte);
-  weight.packed = panels.mutable_data_ptr();
-  pack_all<T>(weight);
-  return {panels, weight.format};
+Matrix pack_as(const PackArgs& part, int64_t parts, int64_t bytes, int64_t rows) {
+  const int64_t packed_bytes =
+      cpu_kernels().of<T>().packed_bytes(part.k, part.columns, part.gates, part.format);
+  const at::Tensor panels = recycled({parts * packed_bytes}, at::kByte);
+  for (int64_t p = 0; p < parts; ++p) {
+    PackArgs args = part;
+    args.b = static_cast<const char*>(part.b) + p * bytes;
+    if (part.scales != nullptr) args.scales = part.scales + p * rows;
+    args.packed = static_cast<char*>(panels.mutable_data_ptr()) + p * packed_bytes;
+    pack_all<T>(args);
+  }
+  return {.panels = panels, .format = part.format, .part_bytes = packed_bytes};
 }
 
 // Whether `weight`, contiguous, has no inf and no NaN; of int8 that is up to its scales.
@@ -116,8 +122,9 @@ struct KeptPanels final : c10::BackendMeta {
 
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
   const int64_t width = weight.size(1);
-  return {.k = weight.size(layout.transposed ? 1 : 0),
-          .columns = weight.size(layout.transposed ? 0 : 1),
+  const int64_t height = weight.size(0) / layout.parts;
+  return {.k = layout.transposed ? width : height,
+          .columns = layout.transposed ? height : width,
           .gates = layout.gates,
           .format = format_of(weight.scalar_type()),
           .b = weight.const_data_ptr(),
@@ -127,9 +134,11 @@ PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& sc
 }
 
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales, bool look) {
-  const PackArgs args = pack_args(weight, layout, scales);
-  Matrix result =
-      weight.scalar_type() == at::kDouble ? pack_as<double>(args) : pack_as<float>(args);
+  const PackArgs part = pack_args(weight, layout, scales);
+  const int64_t parts = layout.parts, rows = weight.size(0) / parts;
+  const int64_t bytes = static_cast<int64_t>(weight.nbytes()) / parts;
+  Matrix result = weight.scalar_type() == at::kDouble ? pack_as<double>(part, parts, bytes, rows)
+                                                      : pack_as<float>(part, parts, bytes, rows);
   result.finite = look && is_finite(weight, scales);
   return result;
 }

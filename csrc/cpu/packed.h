@@ -9,10 +9,12 @@
 namespace iss {
 
 // How a weight is read: as B = weight [K, columns], or as B = weight.T for a weight [columns, K];
-// gates: as in PackArgs.
+// gates: as in PackArgs. parts: the weight consists of so many matrices, one below the other, each
+// packed by itself.
 struct Layout {
   bool transposed;
   int gates = 1;
+  int64_t parts = 1;
   bool operator==(const Layout&) const = default;
 };
 
@@ -21,13 +23,16 @@ struct Matrix {
   at::Tensor panels;
   Format format = Format::kSame;
   bool finite = false;  // no value is inf or NaN; looked at where it is asked for
+  int64_t part_bytes = 0;
 
-  Packed view() const { return {format, panels.const_data_ptr()}; }
+  Packed view(int64_t part = 0) const {
+    return {format, static_cast<const char*>(panels.const_data_ptr()) + part * part_bytes};
+  }
 };
 
-// What a kernel is told to pack a contiguous weight, but for which panels and where to: float64,
-// float32, float16, bfloat16, or int8 with scales [rows of the weight]. The format follows from its
-// dtype.
+// What a kernel is told to pack a contiguous weight, or the first of its parts, but for which
+// panels and where to: float64, float32, float16, bfloat16, or int8 with scales [rows of the
+// weight]. The format follows from its dtype.
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
 // Packs all of it, for this call or to be kept. Matrix::finite is left false without `look`.

@@ -40,7 +40,7 @@ Plan plan_threads(const PlanProblem& problem, int64_t by_work, int64_t threads) 
   for (const CellSize& cell : problem.cells) {
     per_row += cell.all_multiplies();
     narrowest = std::min(narrowest, cell.multiplies());
-    widest = std::max(widest, cell.gates * cell.hidden * cell.output);
+    widest = std::max(widest, cell.weights());
     panels = std::min(panels, problem.panels(cell));
   }
   const int64_t cells = static_cast<int64_t>(problem.cells.size());

@@ -24,12 +24,12 @@ struct Plan {
 struct CellSize {
   int64_t gates, input, hidden, output;  // G, I, H, P
   bool projected;
+  int64_t depth = 1;  // D, micro-steps of a step
 
-  // Per row and step: without the projected inputs, and with them.
-  int64_t multiplies() const {
-    return gates * hidden * output + (projected ? hidden * output : 0);
-  }
-  int64_t all_multiplies() const { return gates * hidden * input + multiplies(); }
+  // Per row and micro-step: without the projected inputs. Per row and step: with them.
+  int64_t multiplies() const { return gates * hidden * output + (projected ? hidden * output : 0); }
+  int64_t all_multiplies() const { return gates * hidden * input + depth * multiplies(); }
+  int64_t weights() const { return depth * gates * hidden * output; }  // of w_hh
 };
 
 struct PlanProblem {

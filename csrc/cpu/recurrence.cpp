@@ -6,9 +6,13 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <tuple>
+#include <utility>
 
 #include "cpu/kernels/table.h"
 #include "cpu/plan.h"
@@ -41,7 +45,11 @@ struct Job {
   int64_t chunk;   // steps whose inputs are projected together
   T* inputs;       // [rows of a chunk, G H]; unused where CellState has them
   T* unprojected;  // [B, H] with a projection
-  const T* zeros;  // [P], what resets make of h; needed where w_hh is not finite
+  T* states;       // [2, B, H] of a deep cell that does not keep them: what every second micro-step
+                   // leaves, which the next one reads while it writes its own
+  T* masked;       // [3, B, H] with masks: the same, masked, and h_0
+  const T* zeros;  // what resets make of h [P], where w_hh is not finite; the inputs [G H] of
+                   // micro-steps that have no bias
 };
 
 // inputs = x @ w_ih.T + bias for `rows` rows from `row`: [rows, I] -> [rows, G H].
@@ -67,20 +75,42 @@ void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T*
          .scratch = scratch});
 }
 
-// The product of a step and the cell that finishes it, for rows of the batch that come from the
-// same step (Sequence::each_piece).
+// The state that micro-step d leaves of row b of the batch, `row` of all rows, and its stride.
 template <typename T>
-void take_step(const Job<T>& job, StepArgs<T> args, int64_t b, int64_t row, int64_t previous) {
+std::pair<T*, int64_t> state_after(const Job<T>& job, int64_t d, int64_t b, int64_t row) {
+  const int64_t hidden = job.cell.hidden, kept = (job.cell.depth - 1) * hidden;
+  if (d == job.cell.depth - 1) return {job.y + row * job.y_stride, job.y_stride};
+  if (job.state.saved) return {job.state.saved + row * kept + d * hidden, kept};
+  return {job.states + (d % 2 * job.sequence.batch + b) * hidden, hidden};
+}
+
+// The product of micro-step d of the k-th step, and the cell that finishes it, for rows of the
+// batch that come from the same step (Sequence::each_piece).
+template <typename T>
+void take_step(const Job<T>& job, StepArgs<T> args, int64_t k, int64_t d, int64_t b, int64_t row,
+               int64_t previous) {
   const auto& step = cpu_kernels().of<T>().of(job.cell.spec->kind).step;
-  const int64_t output = job.cell.output;
-  const bool is_first = previous < 0;
-  args.h_prev = is_first ? job.state.h0 + b * output : job.y + previous * job.y_stride;
-  args.h_prev_stride = is_first ? output : job.y_stride;
+  const int64_t output = job.cell.output, depth = job.cell.depth;
+  const bool is_first = d == 0 && previous < 0;
+  if (d > 0) {
+    std::tie(args.h_prev, args.h_prev_stride) = state_after(job, d - 1, b, row);
+  } else {
+    args.h_prev = is_first ? job.state.h0 + b * output : job.y + previous * job.y_stride;
+    args.h_prev_stride = is_first ? output : job.y_stride;
+    args.resets = job.sequence.resets_before(row, previous, job.cell.reverse);
+  }
   if (!job.cell.spec->has_c) args.before = args.h_prev, args.before_stride = args.h_prev_stride;
-  args.resets = job.sequence.resets_before(row, previous, job.cell.reverse);
   const bool product = !is_first || !job.cell.w_hh.finite ||
                        !all_zero(job.state.h0 + b * output, args.rows * output);
-  if (product) args.k = output, args.w_hh = job.cell.w_hh.view();
+  if (product) args.k = output, args.w_hh = job.cell.w_hh.view(d);
+  if (job.state.masks) {
+    const int64_t all = job.sequence.batch * output, now = (k * depth + d) % 2;
+    args.state_mask = job.state.masks + b * output;
+    args.mask = args.state_mask + all;
+    args.h_prev = job.masked + (is_first ? 2 : 1 - now) * all + b * output;
+    args.h_prev_stride = output;
+    args.masked = job.masked + now * all + b * output;
+  }
   if (args.resets == nullptr || job.cell.w_hh.finite) return step(args);
   // The product of zeros with what is not finite is no zero: each run of rows goes by itself.
   for (int64_t end = 0, rows = args.rows; end < rows;) {
@@ -100,6 +130,10 @@ void take_step(const Job<T>& job, StepArgs<T> args, int64_t b, int64_t row, int6
     run.h += begin * args.h_stride;
     if (run.gates) run.gates += begin * args.gates_stride;
     if (run.saved) run.saved += begin * args.hidden;
+    if (run.mask) {
+      for (const T** mask : {&run.mask, &run.state_mask}) *mask += begin * args.hidden;
+      run.masked += begin * args.hidden;
+    }
     step(run);
   }
 }
@@ -109,10 +143,11 @@ void take_step(const Job<T>& job, StepArgs<T> args, int64_t b, int64_t row, int6
 template <typename T>
 bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t last, void* scratch) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const auto& [cell, state, sequence, x, y, y_stride, chunk, inputs_of_chunk, unprojected, zeros] =
-      job;
+  const auto& [cell, state, sequence, x, y, y_stride, chunk, inputs_of_chunk, unprojected, states,
+               masked, zeros] = job;
   const CellSpec& spec = *cell.spec;
   const int64_t hidden = cell.hidden, output = cell.output, gates = cell.gates();
+  const int64_t depth = cell.depth, gates_kept = spec.gates_kept(depth) * hidden;
   const bool reverse = cell.reverse, projected = cell.w_hr.panels.defined();
   const T* const product_bias =
       cell.product_bias.defined() ? cell.product_bias.template const_data_ptr<T>() : nullptr;
@@ -122,9 +157,9 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
   // that share the batch, which may be in different chunks, each keep their own rows.
   const auto inputs_at = [&](int64_t t, int64_t b) {
     if (state.inputs) return state.inputs + (sequence.offsets[t] + b) * gates;
-    const int64_t row =
-        whole ? sequence.offsets[t] + b - steps.first_row
-              : chunk * share.begin + (t - steps.begin) * (share.end - share.begin) + b - share.begin;
+    const int64_t row = whole ? sequence.offsets[t] + b - steps.first_row
+                              : chunk * share.begin +
+                                    (t - steps.begin) * (share.end - share.begin) + b - share.begin;
     return inputs_of_chunk + row * gates;
   };
 
@@ -141,35 +176,43 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
 
   for (int64_t k = first; k < last; ++k) {
     const int64_t t = sequence.step(k, reverse);
-    const PanelRange panels = share.of(kernels.panels(hidden, spec.gates), k % 2 == 1);
-    sequence.each_piece(
-        k, reverse, share.begin, share.end,
-        [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
-          take_step<T>(job,
-                       {.rows = rows,
-                        .hidden = hidden,
-                        .k = 0,
-                        .panels = panels,
-                        .h_prev = nullptr,
-                        .h_prev_stride = 0,
-                        .before = state.c ? state.c + b * hidden : nullptr,
-                        .before_stride = hidden,
-                        .resets = nullptr,
-                        .w_hh = {},
-                        .inputs = inputs_at(t, b),
-                        .inputs_stride = gates,
-                        .product_bias = product_bias,
-                        .c = state.c ? state.c + b * hidden : nullptr,
-                        .h = projected ? unprojected + b * hidden : y + row * y_stride,
-                        .h_stride = projected ? hidden : y_stride,
-                        .gates = state.gates ? state.gates + row * spec.saved_gates * hidden
-                                             : nullptr,
-                        .gates_stride = spec.saved_gates * hidden,
-                        .saved = state.saved ? state.saved + row * hidden : nullptr,
-                        .scratch = scratch},
-                       b, row, previous);
-        });
-    if (!share.meet()) return false;
+    for (int64_t d = 0; d < depth; ++d) {
+      const PanelRange panels =
+          share.of(kernels.panels(hidden, spec.gates), (k * depth + d) % 2 == 1);
+      const T* const no_input = d == 0         ? nullptr
+                                : product_bias ? product_bias + (d - 1) * gates
+                                               : zeros;
+      sequence.each_piece(
+          k, reverse, share.begin, share.end,
+          [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
+            const auto [h, h_stride] = projected ? std::pair{unprojected + b * hidden, hidden}
+                                                 : state_after(job, d, b, row);
+            take_step<T>(
+                job,
+                {.rows = rows,
+                 .hidden = hidden,
+                 .k = 0,
+                 .panels = panels,
+                 .h_prev = nullptr,
+                 .h_prev_stride = 0,
+                 .before = state.c ? state.c + b * hidden : nullptr,
+                 .before_stride = hidden,
+                 .resets = nullptr,
+                 .w_hh = {},
+                 .inputs = d == 0 ? inputs_at(t, b) : no_input,
+                 .inputs_stride = d == 0 ? gates : 0,
+                 .product_bias = product_bias,
+                 .c = state.c ? state.c + b * hidden : nullptr,
+                 .h = h,
+                 .h_stride = h_stride,
+                 .gates = state.gates ? state.gates + row * gates_kept + d * gates : nullptr,
+                 .gates_stride = gates_kept,
+                 .saved = state.saved ? state.saved + row * hidden : nullptr,
+                 .scratch = scratch},
+                k, d, b, row, previous);
+          });
+      if (!share.meet()) return false;
+    }
     if (!projected) continue;
     sequence.each_piece(k, reverse, share.begin, share.end,
                         [&](int64_t b, int64_t rows, int64_t row, int64_t) {
@@ -260,10 +303,16 @@ void run_layers(const std::vector<Job<T>>& jobs, int64_t chunk, int64_t threads,
 }  // namespace
 
 std::pair<at::Tensor, at::Tensor> merged_biases(const CellSpec& spec, const at::Tensor& b_ih,
-                                                const at::Tensor& b_hh) {
+                                                const at::Tensor& b_hh, int64_t depth) {
   if (!spec.bias_parts)
     return {b_ih.defined() && b_hh.defined() ? b_ih + b_hh : b_ih.defined() ? b_ih : b_hh, {}};
   if (!b_hh.defined()) return {b_ih, {}};
+  if (spec.deep) {  // that of the first micro-step is the input's
+    const int64_t first = b_hh.size(0) / depth;
+    const at::Tensor of_inputs = b_hh.narrow(0, 0, first);
+    return {b_ih.defined() ? b_ih + of_inputs : of_inputs,
+            b_hh.narrow(0, first, b_hh.size(0) - first)};
+  }
   // All products but the last are added to their inputs before anything else happens.
   const int64_t merged = b_hh.size(0) / spec.gates * (spec.gates - 1);
   const at::Tensor of_inputs = at::zeros_like(b_hh);
@@ -285,12 +334,15 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const int64_t directions = static_cast<int64_t>(stack[0].size());
   const int64_t layers = static_cast<int64_t>(stack.size());
 
-  int64_t widest = 1, longest_row = 0;  // of the projected inputs; of h
+  // Of the projected inputs; of h; of the inputs of micro-steps that have none.
+  int64_t widest = 1, longest_row = 0, idle = 0;
   for (const Layer& layer : stack)
     for (const PackedCell& cell : layer) {
       widest = std::max(widest, cell.gates());
       longest_row = std::max({longest_row, cell.output, cell.hidden});
+      if (cell.depth > 1 && !cell.product_bias.defined()) idle = std::max(idle, cell.gates());
     }
+  const int64_t all_zeros = std::max(sequence.resets ? longest_row : 0, idle);
   // Layers that follow each other do so chunk by chunk, so there should be some chunks.
   const int64_t fewest = split == Split::kLayers ? 8 : 1;
   const int64_t step_rows = std::max<int64_t>(1, sequence.batch);
@@ -304,7 +356,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   T* zeros = nullptr;
   const auto lay_out = [&](Arena arena) {
     jobs.clear();
-    zeros = arena.take<T>(sequence.resets ? longest_row : 0);
+    zeros = arena.take<T>(all_zeros);
     const T* input = x;
     for (int64_t l = 0; l < layers; ++l) {
       int64_t width = 0;
@@ -313,16 +365,18 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
       int64_t column = 0;
       for (const PackedCell& cell : stack[l]) {
         const CellState<T>& state = states[jobs.size()];
-        T* const inputs =
-            arena.take<T>(state.inputs ? 0 : chunk * sequence.batch * cell.gates());
+        T* const inputs = arena.take<T>(state.inputs ? 0 : chunk * sequence.batch * cell.gates());
         T* const unprojected =
             arena.take<T>(cell.w_hr.panels.defined() ? sequence.batch * cell.hidden : 0);
+        const int64_t all = sequence.batch * cell.hidden;
+        T* const between = arena.take<T>(cell.depth > 1 && !state.saved ? 2 * all : 0);
+        T* const masked = arena.take<T>(state.masks ? 3 * all : 0);
         if (cell.w_hh.format == Format::kInt8)
           quantising = std::max(
               {quantising, kernels.scratch_bytes(std::min(kBlockRows, sequence.rows), cell.input),
                kernels.scratch_bytes(sequence.batch, std::max(cell.hidden, cell.output))});
         jobs.push_back({cell, state, sequence, input, output + column, width, chunk, inputs,
-                        unprojected, zeros});
+                        unprojected, between, masked, zeros});
         column += cell.output;
       }
       input = output;
@@ -333,7 +387,12 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   };
   const int64_t bytes = lay_out({nullptr}).used;
   const Arena arena = lay_out({static_cast<char*>(scratch(bytes))});
-  std::fill_n(zeros, sequence.resets ? longest_row : 0, T(0));
+  std::fill_n(zeros, all_zeros, T(0));
+  for (const Job<T>& job : jobs)
+    if (const T* const masks = job.state.masks) {
+      const int64_t all = sequence.batch * job.cell.hidden;
+      std::transform(masks, masks + all, job.state.h0, job.masked + 2 * all, std::multiplies<T>());
+    }
   char* const own = arena.base + arena.used - quantising * threads;
   if (split == Split::kRows) {
     each_share_of_rows(sequence, sequence.steps_taken(0, sequence.steps, false), threads,

@@ -24,23 +24,27 @@ struct PackedCell {
   bool reverse;
   // w_ih is undefined where CellState::inputs are given, w_hr where there is no projection.
   Matrix w_ih, w_hh, w_hr;
-  at::Tensor bias;          // [G H] of the inputs; undefined without
-  at::Tensor product_bias;  // [H] what joins the last product alone (GRU); undefined without
+  at::Tensor bias;  // [G H] of the inputs; undefined without
+  // What is not added to the inputs, undefined without: [H] of the last product alone (GRU), or
+  // [(D - 1) G H] of the micro-steps that have no input.
+  at::Tensor product_bias;
+  int64_t depth = 1;  // D, parts of w_hh: micro-steps of a step
 
   int64_t gates() const { return spec->gates * hidden; }  // G H
 };
 
 inline CellSize size_of(const PackedCell& cell) {
-  return {cell.spec->gates, cell.input, cell.hidden, cell.output, cell.w_hr.panels.defined()};
+  return {cell.spec->gates,           cell.input, cell.hidden, cell.output,
+          cell.w_hr.panels.defined(), cell.depth};
 }
 
 using Layer = std::vector<PackedCell>;  // the one or two directions
 using Stack = std::vector<Layer>;
 
-// The two biases of a cell as its kernels take them: what is added to the inputs [G H], and what
-// joins the last product [H], which is nothing for most cells. Either tensor may be undefined.
+// The two biases of a cell as its kernels take them, PackedCell::bias and product_bias, which is
+// nothing for most cells. Any of these tensors may be undefined.
 std::pair<at::Tensor, at::Tensor> merged_biases(const CellSpec& spec, const at::Tensor& b_ih,
-                                                const at::Tensor& b_hh);
+                                                const at::Tensor& b_hh, int64_t depth = 1);
 
 // The memory of one cell during a call.
 template <typename T>
@@ -49,8 +53,9 @@ struct CellState {
   T* c;         // [B, H]  in: c_0; out: c_n; nullptr for a cell without c
   T* h_n;       // [B, P]  may be h0
   T* inputs;    // [N, G H] where the projected inputs go or, without w_ih, are; nullptr: nowhere
-  T* gates;     // [N, saved gates * H] may be `inputs`; nullptr when not training
-  T* saved;     // [N, saved states * H]; nullptr when not training
+  T* gates;     // [N, gates kept * H] may be `inputs`; nullptr when not training
+  T* saved;     // [N, states kept * H]; nullptr when not training
+  const T* masks = nullptr;  // [2, B, H] of a deep cell: of states, of candidates; nullptr: none
 };
 
 // x [N, I] -> y [N, sum of the last layer's P]. states by layer and direction.
@@ -68,6 +73,7 @@ struct CellGradient {
   T* dh0;                  // [B, P]  nullptr where it is not needed
   T* carried;  // [B, H]  of c: the gradient of c_n in, of c_0 out. Of a cell that carries one of h:
                // that of h_n in, of h_0 out, and then dh0 is this. nullptr for other cells.
+  const T* masks = nullptr;  // as in CellState
 };
 
 // Whether a state is that of a sequence's beginning: its product with finite factors adds nothing,
@@ -81,15 +87,18 @@ bool all_zero(const T* state, int64_t count) {
 template <typename T>
 struct StepGradients {
   StepRange steps;
-  T* dinputs;    // [n, G H] gradient of the inputs
-  T* dproducts;  // [n, G H] gradient of the recurrent products; most cells: dinputs itself
-  T* outputs;    // [n, P]  gradient of a step's output, as it left the cell; a projection's alone
-  T* h_prev;     // [n, P]  the output that each step started from; nullptr where it is not needed
+  T* dinputs;      // [n, G H] gradient of the inputs
+  T* dproducts;    // [n, D G H] gradient of the recurrent products; dinputs itself for most cells,
+                   // and of a deep one its first G H columns are
+  int64_t stride;  // of both, from row to row
+  T* outputs;      // [n, P]  gradient of a step's output, as it left the cell; a projection's alone
+  T* h_prev;       // [D, n, P]  what each product multiplied; nullptr where it is not needed
+  T* masked;       // [B, H]  of a deep cell, for its own use
 };
 
 // The backward pass of a cell, last step first, in chunks of some hundred rows: what a chunk leaves
 // is used while it is in the cache, and takes no more memory for a longer sequence.
-// cell: w_hh packed as [G H, P], w_hr as [P, H]; its w_ih and biases are not used.
+// cell: w_hh packed as [G H, P] (D of them), w_hr as [P, H]; its w_ih and biases are not used.
 template <typename T>
 class Backward {
  public:
@@ -108,7 +117,8 @@ class Backward {
   bool need_h_prev_;
   Vector<std::pair<int64_t, int64_t>> chunks_;  // [first, last) of the steps taken
   int64_t most_rows_ = 0;
-  T *dinputs_[2] = {}, *dproducts_[2] = {}, *outputs_ = nullptr, *h_prev_ = nullptr;
+  T *dinputs_[2] = {}, *dproducts_[2] = {}, *outputs_ = nullptr, *h_prev_ = nullptr,
+    *masked_ = nullptr;
 };
 
 }  // namespace iss

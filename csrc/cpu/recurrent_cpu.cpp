@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// recurrent_forward and recurrent_backward on the CPU. bfloat16 computes in float32: activations are widened
-// at the door, weights as they are loaded.
+// recurrent_forward and recurrent_backward on the CPU. bfloat16 computes in float32: activations
+// are widened at the door, weights as they are loaded.
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -39,17 +39,18 @@ Tensor copied(const Tensor& t) {
   return copy;
 }
 
-ForwardResult recurrent_forward_cpu(
-    std::string_view name, const Tensor& x, const OptionalTensor& batch_sizes,
-    const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
-    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, const OptionalTensor& masks, bool reverse, bool save) {
+ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
+                                    const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+                                    const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih,
+                                    const Tensor& w_hh, const OptionalTensor& b_ih,
+                                    const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                    const OptionalTensor& masks, bool reverse, bool save) {
   const NoAutocast no_autocast;
   const auto [spec, op] = check_cell(name, "forward");
   check_recurrent(op.c_str(), spec,
                   {name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks});
-  TORCH_CHECK(!spec.deep, op, ": expected a cell of one micro-step");
   const int64_t input = x.size(-1), output = h0.size(1), hidden = w_ih.size(0) / spec.gates;
+  const int64_t depth = depth_of(spec, w_hh, hidden);
   Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
   const Tensor reset_rows = resets ? resets->contiguous() : Tensor();
   if (resets) sequence.resets = data<bool>(reset_rows);
@@ -62,33 +63,35 @@ ForwardResult recurrent_forward_cpu(
   const Tensor h_n = recycled({h0.size(0), output}, wide);
   const Tensor c_n = c0 ? copied(*c0) : at::empty({0}, x.options());
   const int64_t saved_rows = save ? sequence.rows : 0;
-  const Tensor gates = recycled({saved_rows, spec.saved_gates * hidden}, wide);
-  const Tensor cells = recycled({saved_rows, spec.saved_states * hidden}, wide);
+  const Tensor gates = recycled({saved_rows, spec.gates_kept(depth) * hidden}, wide);
+  const Tensor cells = recycled({saved_rows, spec.states_kept(depth) * hidden}, wide);
   const Tensor rows = widened(x), h_first = widened(h0);
+  const Tensor wide_masks = masks ? widened(*masks) : Tensor();
 
   // When training, weights change before they are used again; w_ih may serve one product alone.
   const bool once = save && sequence.rows <= kBlockRows;
   // To look whether w_hh is finite takes as long as to multiply a few states of zeros by it.
   const bool look = h0.size(0) > 4 || resets;
-  const auto packed = [&](const Tensor& weight, int gates, bool look) {
-    const Layout layout{.transposed = true, .gates = gates};
+  const auto packed = [&](const Tensor& weight, int gates, int64_t parts, bool look) {
+    const Layout layout{.transposed = true, .gates = gates, .parts = parts};
     return save ? pack(weight.contiguous(), layout, {}, look)
                 : pack_once(weight.contiguous(), layout, look);
   };
   const auto [bias, product_bias] = merged_biases(spec, b_ih ? widened(*b_ih) : Tensor(),
-                                                  b_hh ? widened(*b_hh) : Tensor());
+                                                  b_hh ? widened(*b_hh) : Tensor(), depth);
   const Stack stack{{{.spec = &spec,
                       .input = input,
                       .hidden = hidden,
                       .output = output,
                       .reverse = reverse,
-                      .w_ih = once ? Matrix() : packed(w_ih, 1, false),
-                      .w_hh = packed(w_hh, spec.gates, save ? look : true),
-                      .w_hr = w_hr ? packed(*w_hr, 1, false) : Matrix(),
+                      .w_ih = once ? Matrix() : packed(w_ih, 1, 1, false),
+                      .w_hh = packed(w_hh, spec.gates, depth, save ? look : true),
+                      .w_hr = w_hr ? packed(*w_hr, 1, 1, false) : Matrix(),
                       .bias = bias,
-                      .product_bias = product_bias}}};
+                      .product_bias = product_bias,
+                      .depth = depth}}};
   // Activated gates replace the projected inputs in place.
-  const Tensor inputs = spec.saved_gates == spec.gates && save ? gates
+  const Tensor inputs = spec.saved_gates == spec.gates && save && depth == 1 ? gates
                         : once ? recycled({sequence.rows, spec.gates * hidden}, wide)
                                : Tensor();
   AT_DISPATCH_FLOATING_TYPES(wide, "recurrent_forward", [&] {
@@ -109,7 +112,8 @@ ForwardResult recurrent_forward_cpu(
                    .h_n = data<T>(h_n),
                    .inputs = inputs.defined() ? data<T>(inputs) : nullptr,
                    .gates = if_saved(gates),
-                   .saved = if_saved(cells)}},
+                   .saved = if_saved(cells),
+                   .masks = masks ? data<T>(wide_masks) : nullptr}},
                  data<T>(y));
   });
   return {y.to(dtype), h_n.to(dtype), c_n.to(dtype), gates, cells};
@@ -127,8 +131,8 @@ BackwardResult recurrent_backward_cpu(
   const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
   check_recurrent(op.c_str(), spec, inputs);
   check_recurrent_backward(op.c_str(), spec, inputs, y, gates, cells, dy, dh_n, dc_n);
-  TORCH_CHECK(!spec.deep, op, ": expected a cell of one micro-step");
   const int64_t input = x.size(-1), output = h0.size(1), hidden = w_ih.size(0) / spec.gates;
+  const int64_t depth = depth_of(spec, w_hh, hidden);
   Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
   const Tensor reset_rows = resets ? resets->contiguous() : Tensor();
   if (resets) sequence.resets = data<bool>(reset_rows);
@@ -138,10 +142,11 @@ BackwardResult recurrent_backward_cpu(
   const Tensor h_first = widened(h0), dh_last = widened(dh_n);
   const Tensor c_first = c0 ? widened(*c0) : Tensor();
   const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
+  const Tensor wide_masks = masks ? widened(*masks) : Tensor();
   Tensor dh0 = need_dh0 || spec.carries_h ? copied(dh_n) : Tensor();
   const Tensor dc = spec.has_c ? copied(*dc_n) : Tensor();
-  const auto packed = [](const Tensor& weight) {
-    return pack(weight.contiguous(), {.transposed = false});
+  const auto packed = [](const Tensor& weight, int64_t parts) {
+    return pack(weight.contiguous(), {.transposed = false, .parts = parts});
   };
   const PackedCell cell{.spec = &spec,
                         .input = input,
@@ -149,19 +154,20 @@ BackwardResult recurrent_backward_cpu(
                         .output = output,
                         .reverse = reverse,
                         .w_ih = Matrix(),
-                        .w_hh = packed(w_hh),
-                        .w_hr = w_hr ? packed(*w_hr) : Matrix(),
+                        .w_hh = packed(w_hh, depth),
+                        .w_hr = w_hr ? packed(*w_hr, 1) : Matrix(),
                         .bias = Tensor(),
-                        .product_bias = Tensor()};
+                        .product_bias = Tensor(),
+                        .depth = depth};
   const Tensor weight = need_dx ? w_ih.contiguous() : Tensor();
   const int64_t gate_rows = spec.gates * hidden;
   Tensor dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr;
   if (need_dx) dx = recycled(x.sizes(), wide);
   if (need_dw) {
     dw_ih = recycled({gate_rows, input}, wide);
-    dw_hh = recycled({gate_rows, output}, wide);
+    dw_hh = recycled({depth * gate_rows, output}, wide);
     db_ih = at::zeros({gate_rows}, wide);
-    if (spec.bias_parts) db_hh = at::zeros({gate_rows}, wide);
+    if (spec.bias_parts) db_hh = at::zeros({depth * gate_rows}, wide);
     if (w_hr) dw_hr = recycled({output, hidden}, wide);
     if (sequence.rows == 0)
       for (const Tensor& dw : {dw_ih, dw_hh, dw_hr})
@@ -194,9 +200,13 @@ BackwardResult recurrent_backward_cpu(
                   .dy = data<T>(douts),
                   .dh_n = data<T>(dh_last),
                   .dh0 = need_dh0 ? data<T>(dh0) : nullptr,
-                  .carried = spec.has_c ? data<T>(dc) : spec.carries_h ? data<T>(dh0) : nullptr},
+                  .carried = spec.has_c       ? data<T>(dc)
+                             : spec.carries_h ? data<T>(dh0)
+                                              : nullptr,
+                  .masks = if_given(wide_masks)},
                  [&](const StepGradients<T>& of, bool accumulate) { weights.add(of, accumulate); });
   });
+  if (spec.deep && need_dw) db_ih.copy_(db_hh.narrow(0, 0, gate_rows));
   const auto or_empty = [&](const Tensor& t) {
     return t.defined() ? t.to(dtype) : at::empty({0}, x.options());
   };

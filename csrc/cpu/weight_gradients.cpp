@@ -45,8 +45,8 @@ int64_t PackedRhs<T>::bytes(int64_t k, int64_t columns, Format format) {
 template <typename T>
 PackedRhs<T> PackedRhs<T>::of_states(const Rows<T>& b, const Rows<T>& a, void* packed) {
   const auto zero = [&](int64_t row) {
-    return all_zero(b.data + row * b.columns, b.columns) &&
-           all_finite(a.data + row * a.columns, a.columns);
+    return all_zero(b.data + row * b.stride, b.columns) &&
+           all_finite(a.data + row * a.stride, a.columns);
   };
   int64_t begin = 0, end = b.rows;
   while (begin < end && zero(begin)) ++begin;
@@ -100,7 +100,7 @@ void multiply(const Rows<T>& a, const PackedRhs<T>& b, T* out) {
   each_block(a.rows, kBlockRows, a.columns * b.columns(), [&](int64_t begin, int64_t end, int64_t) {
     int64_t first = 0;
     do {
-      b.multiply(first, end - begin, a.data + begin * a.columns + first, a.columns, first > 0,
+      b.multiply(first, end - begin, a.data + begin * a.stride + first, a.stride, first > 0,
                  out + begin * b.columns());
       first += kTerms;
     } while (first < a.columns);
@@ -118,16 +118,16 @@ struct TransposedProduct {
 // columns. a is transposed by blocks, each into a thread's own part of `blocks`
 // [available_threads(), kBlockElements].
 template <typename T>
-void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T>>& products, bool accumulate,
-                         T* blocks, T* sums) {
+void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T>>& products,
+                         bool accumulate, T* blocks, T* sums) {
   int64_t columns = 0;
   for (const TransposedProduct<T>& product : products) columns += product.b.columns();
   const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
     for (int64_t first = 0; first < a.rows; first += kTerms) {
       cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, a.rows - first),
                                        .columns = end - begin,
-                                       .from = a.data + first * a.columns + begin,
-                                       .from_stride = a.columns,
+                                       .from = a.data + first * a.stride + begin,
+                                       .from_stride = a.stride,
                                        .to = block,
                                        .to_stride = kBlockStride,
                                        .sums = sums + begin});
@@ -163,7 +163,7 @@ void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* 
                       .columns = part.columns,
                       .panels = part.panels,
                       .a = a.data + first,
-                      .a_stride = b.k,
+                      .a_stride = a.stride,
                       .b = {part.format, packed},
                       .bias = bias != nullptr && first == 0 ? bias + column : nullptr,
                       .accumulate = first > 0,
@@ -203,8 +203,7 @@ void WeightGradients<T>::lay_out(Arena& arena, int64_t most_rows) {
   };
   const bool weights = to_.dw_ih != nullptr, projected = to_.dw_hr != nullptr;
   blocks_ = arena.take<T>(available_threads() * kBlockElements);
-  packed_input_ =
-      take(to_.dx && !once_, by_input_.k, by_input_.columns, by_input_.format);
+  packed_input_ = take(to_.dx && !once_, by_input_.k, by_input_.columns, by_input_.format);
   packed_x_ = take(weights, most_rows, cell_.input);
   packed_states_ = take(weights, most_rows, cell_.output);
   packed_h_ = take(projected, most_rows, cell_.hidden);
@@ -220,8 +219,8 @@ void WeightGradients<T>::start() {
 template <typename T>
 void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
   const StepRange& steps = of.steps;
-  const Rows<T> dinputs{of.dinputs, steps.rows, cell_.gates()};
-  const Rows<T> dproducts{of.dproducts, steps.rows, cell_.gates()};
+  const int64_t gates = cell_.gates();
+  const Rows<T> dinputs{of.dinputs, steps.rows, gates, of.stride};
   if (to_.dx) {
     T* const out = to_.dx + steps.first_row * cell_.input;
     if (once_)
@@ -231,17 +230,19 @@ void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
   }
   if (!to_.dw_ih) return;
   const Rows<T> x{x_ + steps.first_row * cell_.input, steps.rows, cell_.input};
-  const Rows<T> states{of.h_prev, steps.rows, cell_.output};
-  std::vector<TransposedProduct<T>> of_inputs{
-      {PackedRhs<T>(x.pack_args(), packed_x_), to_.dw_ih}};
-  const TransposedProduct<T> of_states{PackedRhs<T>::of_states(states, dproducts, packed_states_),
-                                       to_.dw_hh};
-  if (dinputs.data == dproducts.data) {
-    of_inputs.push_back(of_states);
-    multiply_transposed<T>(dinputs, of_inputs, accumulate, blocks_, to_.db_ih);
-  } else {
-    multiply_transposed<T>(dinputs, of_inputs, accumulate, blocks_, to_.db_ih);
-    multiply_transposed<T>(dproducts, {of_states}, accumulate, blocks_, to_.db_hh);
+  for (int64_t d = 0; d < cell_.depth; ++d) {
+    const Rows<T> dproducts{of.dproducts + d * gates, steps.rows, gates, of.stride};
+    const Rows<T> states{of.h_prev + d * steps.rows * cell_.output, steps.rows, cell_.output};
+    std::vector<TransposedProduct<T>> products;
+    if (d == 0) products.push_back({PackedRhs<T>(x.pack_args(), packed_x_), to_.dw_ih});
+    if (d == 0 && dinputs.data != dproducts.data) {
+      multiply_transposed<T>(dinputs, products, accumulate, blocks_, to_.db_ih);
+      products.clear();
+    }
+    products.push_back({PackedRhs<T>::of_states(states, dproducts, packed_states_),
+                        to_.dw_hh + d * gates * cell_.output});
+    multiply_transposed<T>(dproducts, products, accumulate, blocks_,
+                           to_.db_hh ? to_.db_hh + d * gates : to_.db_ih);
   }
   if (!to_.dw_hr) return;
   // What the projection multiplied: o * tanh(c), of an LSTM, which alone may have one.
@@ -253,8 +254,8 @@ void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
   const at::Tensor h = of_steps(gates_ + 3 * hidden, stride) * of_steps(saved_, hidden).tanh();
   const Rows<T> cell_outputs{h.const_data_ptr<T>(), steps.rows, hidden};
   multiply_transposed<T>({of.outputs, steps.rows, cell_.output},
-                         {{PackedRhs<T>(cell_outputs.pack_args(), packed_h_), to_.dw_hr}}, accumulate, blocks_,
-                         sums_);
+                         {{PackedRhs<T>(cell_outputs.pack_args(), packed_h_), to_.dw_hr}},
+                         accumulate, blocks_, sums_);
 }
 
 template class WeightGradients<float>;

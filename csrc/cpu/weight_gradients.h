@@ -13,15 +13,16 @@
 
 namespace iss {
 
-// A matrix, row after row. (Tensors that share memory take a microsecond each to make.)
+// A matrix, `stride` elements from row to row. (Tensors that share memory take a microsecond each
+// to make.)
 template <typename T>
 struct Rows {
   const T* data;
-  int64_t rows, columns;
+  int64_t rows, columns, stride = columns;
 
   // As B of a product.
   PackArgs pack_args() const {
-    return {.k = rows, .columns = columns, .b = data, .stride_k = columns, .stride_column = 1};
+    return {.k = rows, .columns = columns, .b = data, .stride_k = stride, .stride_column = 1};
   }
 };
 
@@ -75,8 +76,9 @@ template <typename T>
 class WeightGradients {
  public:
   struct Targets {
-    T *dx, *dw_ih, *dw_hh, *dw_hr;  // [N, I], [G H, I], [G H, P], [P, H]
-    T *db_ih, *db_hh;               // [G H]; db_hh: only where it differs (bias_parts)
+    T *dx, *dw_ih, *dw_hh, *dw_hr;  // [N, I], [G H, I], [D G H, P], [P, H]
+    T *db_ih, *db_hh;               // [G H], [D G H]; db_hh: only where it differs (bias_parts); of
+                                    // a deep cell it begins with the other, which is left out
   };
 
   // w_ih, contiguous, as B of dinputs @ w_ih; x [N, I]. gates, saved: as the forward kept them.

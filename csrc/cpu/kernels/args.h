@@ -77,8 +77,9 @@ struct TransposeArgs {
   T* sums;  // [columns]
 };
 
-// One time step of a cell (cells/*-inl.h) for the units of `panels`: the product h_prev @ w_hh.T,
-// and the cell's mathematics where it ends. gates may be inputs itself, c may be `before`.
+// One time step of a cell (cells/*-inl.h), or a micro-step of one that is deep, for the units of
+// `panels`: the product h_prev @ w_hh.T, and the cell's mathematics where it ends. gates may be
+// inputs itself, c may be `before`.
 template <typename T>
 struct StepArgs {
   int64_t rows, hidden, k;  // n, H, P
@@ -95,9 +96,13 @@ struct StepArgs {
   T* c;                   // [n, H] kHasC
   T* h;                   // [n, H] the output, or what w_hr projects
   int64_t h_stride;
-  T* gates;      // [n, kSavedGates * H], gates_stride; nullptr when not training
+  // kMasked, all [n, H]: the masks of the candidates and of the states before products, and h times
+  // the latter. nullptr: none.
+  const T *mask = nullptr, *state_mask = nullptr;
+  T* masked = nullptr;
+  T* gates;  // [n, kSavedGates * H], gates_stride; nullptr when not training
   int64_t gates_stride;
-  T* saved;      // [n, H] kSavedState; nullptr when not training
+  T* saved;       // [n, H] kSavedState; nullptr when not training
   void* scratch;  // as in MatmulArgs
 };
 
@@ -115,16 +120,19 @@ struct StepBackwardArgs {
   const bool* resets;        // [n] rows whose state was zero before this step; nullptr: none
   const bool* resets_after;  // [n] the same of the step that follows: a @ B is zero there
   const T *dy, *dh_n;        // [n, H], or nullptr
-  const T* gates;            // [n, kSavedGates * H] as saved by the forward step
-  const T* saved;            // [n, H]
-  const T* before;           // [n, H], before_stride
+  // kMasked, [n, H]: as in StepArgs; state_mask multiplies a @ B.
+  const T *mask = nullptr, *state_mask = nullptr;
+  const T* gates;        // [n, kSavedGates * H] as saved by the forward step, gates_stride
+  int64_t gates_stride;  // also of dinputs and dproducts
+  const T* saved;        // [n, H]
+  const T* before;       // [n, H], before_stride
   int64_t before_stride;
   const T* y;  // [n, H], y_stride: the output of this step
   int64_t y_stride;
-  T* carried;     // [n, H] kCarries; in: gradient of c_t (kHasC), or what joins dh; out: the same
-                  // for the step before
-  T* dinputs;     // [n, G H] gradient of the inputs
-  T* dproducts;   // [n, G H] gradient of the products; dinputs itself but for kSplit
+  T* carried;    // [n, H] kCarries; in: gradient of c_t (kHasC), or what joins dh; out: the same
+                 // for the step before
+  T* dinputs;    // [n, G H] gradient of the inputs
+  T* dproducts;  // [n, G H] gradient of the products; dinputs itself but for kSplit
 };
 
 }  // namespace iss

@@ -14,6 +14,7 @@ namespace {
 #include "cells/lstm-inl.h"
 #include "cells/gru-inl.h"
 #include "cells/rnn-inl.h"
+#include "cells/rhn-inl.h"
 #include "cpu/kernels/step-inl.h"
 #include "cpu/kernels/group_lasso-inl.h"
 #include "cpu/kernels/table-inl.h"

@@ -55,12 +55,17 @@ void step(const StepArgs<T>& args) {
             before = V::set(0);
             for (V& gate : gates) gate = V::set(0);
           }
-          V bias = V::set(0), saved, h;
+          V bias = V::set(Cell::kMasked ? 1 : 0), saved, h;
           if (Cell::kProductBias && args.product_bias != nullptr)
             bias = lanes.load(args.product_bias + unit);
+          if (Cell::kMasked && args.mask != nullptr)
+            bias = lanes.load(args.mask + row * hidden + unit);
           Cell::forward(gates, input, before, bias, saved, h);
           if constexpr (Cell::kHasC) lanes.store(saved, args.c + row * hidden + unit);
           lanes.store(h, args.h + row * args.h_stride + unit);
+          if (Cell::kMasked && args.state_mask != nullptr)
+            lanes.store(h * lanes.load(args.state_mask + row * hidden + unit),
+                        args.masked + row * hidden + unit);
           if constexpr (Cell::kSavedGates > 0) {
             if (args.gates == nullptr) return;
             T* const to = args.gates + row * args.gates_stride + unit;
@@ -93,11 +98,11 @@ void step_backward(const StepBackwardArgs<T>& args) {
         const int64_t at_unit = row * hidden + unit;
         if constexpr (Cell::kSavedGates > 0)
           for (int64_t k = 0; k < kGates; ++k)
-            __builtin_prefetch(args.gates + (row * kGates + k) * hidden + unit, 0, 2);
+            __builtin_prefetch(args.gates + row * args.gates_stride + k * hidden + unit, 0, 2);
         for (int64_t k = 0; k < kGates; ++k) {
-          __builtin_prefetch(args.dinputs + (row * kGates + k) * hidden + unit, 1, 2);
-          if constexpr (Cell::kSplit)
-            __builtin_prefetch(args.dproducts + (row * kGates + k) * hidden + unit, 1, 2);
+          const int64_t at_gate = row * args.gates_stride + k * hidden + unit;
+          __builtin_prefetch(args.dinputs + at_gate, 1, 2);
+          if constexpr (Cell::kSplit) __builtin_prefetch(args.dproducts + at_gate, 1, 2);
         }
         if constexpr (Cell::kSavedState) __builtin_prefetch(args.saved + at_unit, 0, 2);
         if constexpr (Cell::kCarries) {
@@ -124,22 +129,23 @@ void step_backward(const StepBackwardArgs<T>& args) {
         const auto store = [&](V value, T* to) {
           left >= kLanes ? value.store(to) : value.store(to, left);
         };
-        const int64_t at_unit = row * hidden + unit, at_gate = row * kGates * hidden + unit;
+        const int64_t at_unit = row * hidden + unit, at_gate = row * args.gates_stride + unit;
         const V zero = V::set(0);
         V gates[kGates], saved = zero, before = zero, carried = zero, y = zero;
         if constexpr (Cell::kSavedGates > 0)
 #pragma GCC unroll 4
           for (int64_t k = 0; k < kGates; ++k) gates[k] = load(args.gates + at_gate + k * hidden);
         if constexpr (Cell::kSavedState) saved = load(args.saved + at_unit);
+        if constexpr (Cell::kMasked)
+          saved = args.mask == nullptr ? V::set(1) : load(args.mask + at_unit);
         if constexpr (Cell::kCarries) {
           if (!reset) before = load(args.before + row * args.before_stride + unit);
           carried = load(args.carried + at_unit);
         } else {
           y = load(args.y + row * args.y_stride + unit);
         }
-        V dh = reset_after
-                   ? zero
-                   : V::load(sums + sum_at<T, kVectors>(r, (unit - begin) / kLanes));
+        V dh = reset_after ? zero : V::load(sums + sum_at<T, kVectors>(r, (unit - begin) / kLanes));
+        if (Cell::kMasked && args.state_mask != nullptr) dh = dh * load(args.state_mask + at_unit);
         if (args.dy != nullptr) dh = dh + load(args.dy + at_unit);
         if (args.dh_n != nullptr) dh = dh + load(args.dh_n + at_unit);
         if constexpr (Cell::kCarries && !Cell::kHasC) dh = dh + carried;

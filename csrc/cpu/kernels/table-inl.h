@@ -13,7 +13,9 @@ constexpr Kernels<T> table() {
       .cells = {{&step<Lstm, T>, &step_backward<Lstm, T>},
                 {&step<Gru, T>, &step_backward<Gru, T>},
                 {&step<RnnTanh, T>, &step_backward<RnnTanh, T>},
-                {&step<RnnRelu, T>, &step_backward<RnnRelu, T>}},
+                {&step<RnnRelu, T>, &step_backward<RnnRelu, T>},
+                {&step<Rhn, T>, &step_backward<Rhn, T>},
+                {&step<RhnCarry, T>, &step_backward<RhnCarry, T>}},
   };
 }
 
