@@ -201,35 +201,48 @@ inline void check_recurrent_backward(const char* op, const CellSpec& cell, const
 }
 
 // One step of a stream. wide: the dtype of c.
-inline void check_lstm_step(const char* op, const Tensor& x, const Tensor& h, const Tensor& c,
-                            const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& bias,
-                            const Tensor& out, at::ScalarType wide) {
+inline void check_recurrent_step(const char* op, const CellSpec& cell, const Tensor& x,
+                                 const Tensor& h, const OptionalTensor& c, const Tensor& w_ih,
+                                 const Tensor& w_hh, const OptionalTensor& b_ih,
+                                 const OptionalTensor& b_hh, const Tensor& out,
+                                 at::ScalarType wide) {
   check_floating(op, "x", x);
-  TORCH_CHECK(x.dim() == 2 && h.dim() == 2 && c.dim() == 2, op,
-              ": expected x [B, I], h [B, P] and c [B, H], got ", x.sizes(), ", ", h.sizes(),
-              " and ", c.sizes());
-  const int64_t batch = x.size(0), input = x.size(1), hidden = c.size(1), output = h.size(1);
+  TORCH_CHECK(cell.has_c == c.has_value(), op, ": expected ", cell.has_c ? "a c" : "no c", ", got ",
+              c ? "one" : "none");
+  if (c) {
+    TORCH_CHECK(x.dim() == 2 && h.dim() == 2 && c->dim() == 2, op,
+                ": expected x [B, I], h [B, P] and c [B, H], got ", x.sizes(), ", ", h.sizes(),
+                " and ", c->sizes());
+    TORCH_CHECK(c->scalar_type() == wide && c->is_contiguous(), op,
+                ": expected c to be contiguous and of dtype ", c10::getDtypeNames(wide).first,
+                ", got ", dtype(*c), " with strides ", c->strides());
+  } else {
+    TORCH_CHECK(x.dim() == 2 && h.dim() == 2, op, ": expected x [B, I] and h [B, H], got ",
+                x.sizes(), " and ", h.sizes());
+  }
+  const int64_t batch = x.size(0), input = x.size(1), output = h.size(1);
+  const int64_t hidden = c ? c->size(1) : output, gates = cell.gates * hidden;
   check_sizes(op, {{"B", batch}, {"I", input}, {"H", hidden}, {"P", output}});
   const auto type = w_ih.scalar_type();
   TORCH_CHECK(type == x.scalar_type() ||
                   (x.scalar_type() == at::kFloat && (type == at::kHalf || type == at::kBFloat16)),
               op, ": expected w_ih of dtype ", dtype(x),
               x.scalar_type() == at::kFloat ? ", bfloat16 or float16" : "", ", got ", dtype(w_ih));
-  TORCH_CHECK(c.scalar_type() == wide && c.is_contiguous(), op,
-              ": expected c to be contiguous and ", "of dtype ", c10::getDtypeNames(wide).first,
-              ", got ", dtype(c), " with strides ", c.strides());
   check_like(op, "h", h, x);
   check_like(op, "out", out, x);
   check_like(op, "w_hh", w_hh, w_ih);
-  for (const Tensor* t : {&c, &w_ih})
-    TORCH_CHECK(t->device() == x.device(), op, ": expected ", t == &c ? "c" : "w_ih", " on ",
-                x.device(), ", got ", t->device());
-  if (bias) check_like(op, "bias", *bias, x);
-  check_shape(op, "h", h, "[B, P]", {batch, output});
-  check_shape(op, "c", c, "[B, H]", {batch, hidden});
-  check_shape(op, "w_ih", w_ih, "[4H, I]", {4 * hidden, input});
-  check_shape(op, "w_hh", w_hh, "[4H, P]", {4 * hidden, output});
-  if (bias) check_shape(op, "bias", *bias, "[4H]", {4 * hidden});
+  if (c) check_like(op, "c", *c, wide, x.device());
+  check_like(op, "w_ih", w_ih, type, x.device());
+  const std::string rows = gate_rows(cell), width = cell.projects ? "P]" : "H]";
+  check_shape(op, "h", h, ("[B, " + width).c_str(), {batch, output});
+  if (c) check_shape(op, "c", *c, "[B, H]", {batch, hidden});
+  check_shape(op, "w_ih", w_ih, ("[" + rows + ", I]").c_str(), {gates, input});
+  check_shape(op, "w_hh", w_hh, ("[" + rows + ", " + width).c_str(), {gates, output});
+  for (const auto& [name, bias] : {std::pair{"b_ih", &b_ih}, std::pair{"b_hh", &b_hh}}) {
+    if (!*bias) continue;
+    check_like(op, name, **bias, x);
+    check_shape(op, name, **bias, ("[" + rows + "]").c_str(), {gates});
+  }
   check_shape(op, "out", out, "[B, H]", {batch, hidden});
   const auto check_rows = [&](const char* name, const Tensor& t) {
     TORCH_CHECK(t.stride(1) == 1 || t.size(1) <= 1, op, ": expected ", name,

@@ -63,11 +63,11 @@ TORCH_LIBRARY(ISS_NAMESPACE, library) {
       "Tensor dw_ih, "
       "Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)");
 
-  // One step of inference, on CUDA alone, in one launch: x [B, I], h [B, P], bias [4H] -> out [B,
-  // H] (o * tanh(c): the next h, or what a w_hr projects), which is not h; c [B, H] moves on in
-  // place and is float32 where x has 16 bits.
-  def("lstm_step_(Tensor x, Tensor h, Tensor(a!) c, Tensor w_ih, Tensor w_hh, Tensor? bias, "
-      "Tensor(b!) out) -> ()");
+  // One step of inference, on CUDA alone, in one launch: x [B, I], h [B, P], b_ih and b_hh [G H] ->
+  // out [B, H] (the next h, or what a w_hr projects), which is not h; c [B, H], where the cell has
+  // one, moves on in place and is float32 where x has 16 bits.
+  def("recurrent_step_(str cell, Tensor x, Tensor h, Tensor(a!)? c, Tensor w_ih, Tensor w_hh, "
+      "Tensor? b_ih, Tensor? b_hh, Tensor(b!) out) -> ()");
 
   // weights[i] [R, C] with row_units[i] [R] and column_units[i] [C] (int32; -1: no unit). Norms and
   // factors have the weights' dtype; for bfloat16 weights they are float32, as are all sums.

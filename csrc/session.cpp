@@ -54,8 +54,8 @@ DeviceLimits make_limits(int major, int minor, int multiprocessors, int64_t shar
           .shared_bytes = shared_bytes};
 }
 
-// How threads divide a stack's work on the CPU (cpu/plan.h), by the kernels that run now. cells: (G,
-// I, H, P, whether it projects) by layer and direction. threads: all are free and spinning.
+// How threads divide a stack's work on the CPU (cpu/plan.h), by the kernels that run now. cells:
+// (G, I, H, P, whether it projects) by layer and direction. threads: all are free and spinning.
 py::dict plan_cpu(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, bool>>& cells,
                   int64_t directions, int64_t steps, int64_t batch, at::ScalarType dtype,
                   bool backward, int64_t threads) {
@@ -64,15 +64,14 @@ py::dict plan_cpu(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_
     sizes.push_back({gates, input, hidden, output, projected});
   const CpuKernels& kernels = cpu_kernels();
   const bool is_double = dtype == at::kDouble;
-  const PlanProblem problem{
-      .cells = sizes,
-      .directions = directions,
-      .steps = steps,
-      .batch = batch,
-      .rows = steps * batch,
-      .backward = backward,
-      .lanes = is_double ? kernels.f64.lanes : kernels.f32.lanes,
-      .tile_rows = is_double ? kernels.f64.tile_rows : kernels.f32.tile_rows};
+  const PlanProblem problem{.cells = sizes,
+                            .directions = directions,
+                            .steps = steps,
+                            .batch = batch,
+                            .rows = steps * batch,
+                            .backward = backward,
+                            .lanes = is_double ? kernels.f64.lanes : kernels.f32.lanes,
+                            .tile_rows = is_double ? kernels.f64.tile_rows : kernels.f32.tile_rows};
   const Plan plan = plan_threads(problem, threads_worth(problem.multiplies(), threads), threads);
   const char* const kSplits[] = {"rows", "units", "directions", "layers"};
   py::dict result;
@@ -83,20 +82,23 @@ py::dict plan_cpu(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_
   return result;
 }
 
-py::dict plan(int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32, bool projected,
-              bool backward, std::optional<int64_t> steps, const DeviceLimits& limits) {
+// gates: of the cell.
+py::dict plan(int gates, int64_t hidden, int64_t batch, at::ScalarType dtype, bool tf32,
+              bool projected, bool backward, std::optional<int64_t> steps,
+              const DeviceLimits& limits) {
   const Math math = dtype == at::kDouble     ? Math::kFloat64
                     : dtype == at::kBFloat16 ? Math::kBfloat16
                     : dtype == at::kHalf     ? Math::kFloat16
                     : tf32                   ? Math::kTf32
                                              : Math::kFloat32;
-  const LstmPlan plan = plan_lstm({.hidden = hidden,
-                                   .batch = batch,
-                                   .projected = projected,
-                                   .math = math,
-                                   .backward = backward,
-                                   .steps = steps.value_or(kManySteps)},
-                                  limits);
+  const LayerPlan plan = plan_layer({.gates = gates,
+                                     .hidden = hidden,
+                                     .batch = batch,
+                                     .projected = projected,
+                                     .math = math,
+                                     .backward = backward,
+                                     .steps = steps.value_or(kManySteps)},
+                                    limits);
   constexpr const char* kTiers[] = {"block", "cluster", "grid", "steps", "one step"};
   py::dict result;
   result["tier"] = kTiers[static_cast<int>(plan.tier)];

@@ -458,20 +458,24 @@ def threshold_(
     _in_place("threshold_", lists, (threshold,), reference.thresholded)
 
 
-def lstm_step_(
+def recurrent_step_(
+    cell: str,
     x: Tensor,
     h: Tensor,
-    c: Tensor,
+    c: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
-    bias: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
     out: Tensor,
 ) -> None:
-    """One step on a CUDA device, in one launch: out is o * tanh(c), c moves on in place.
+    """One step of a cell on a CUDA device, in one launch: out is the next h, c moves on in place.
 
-    x: [B, I], h: [B, P], c: [B, H] (float32 where x has 16 bits), w_ih: [4H, I], w_hh: [4H, P],
-    bias: [4H], the sum of both; out: [B, H], not h. Weights have the dtype of x, or 16 bits beside
-    float32. Rows may be further apart than they are long; where each begins at a multiple of 16
-    bytes they are read faster.
+    x: [B, I], h: [B, P], c: [B, H] where the cell has one (float32 where x has 16 bits), w_ih:
+    [G H, I], w_hh: [G H, P], b_ih and b_hh: [G H]; out: [B, H], not h: the next h, or what a w_hr
+    is to project. Weights have the dtype of x, or 16 bits beside float32. Rows may be further apart
+    than they are long; where each begins at a multiple of 16 bytes they are read faster.
     """
-    torch.ops.iss_kernels.lstm_step_.default(x, h, c, w_ih, w_hh, bias, out)
+    torch.ops.iss_kernels.recurrent_step_.default(
+        cell, x, h, c, w_ih, w_hh, b_ih, b_hh, out
+    )

@@ -26,13 +26,13 @@ _GPUS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How the steps of one LSTM layer run.
+    """How the steps of one recurrent layer run on a GPU.
 
     A group of `blocks` thread blocks runs `rows` rows of the batch at a time, for all steps; each
     block owns `units` units and keeps their recurrent weights in `shared_bytes` of shared memory.
     `groups` of them are resident at once. tier: what the blocks of a group exchange h through,
     "block" (one block: its own shared memory), "cluster" (distributed shared memory), "grid" (L2).
-    Or nothing is resident: "steps", a GEMM and a fused cell per step, and "one step", a single
+    Or nothing is resident: "steps", a GEMM and a pointwise kernel per step, and "one step", a single
     launch for a sequence of one step. why: one sentence.
     """
 
@@ -129,12 +129,15 @@ def explain_plan(
         raise ValueError(
             f"explain_plan: expected cell to be one of {', '.join(CELLS)}, got {cell!r}"
         )
+    of = CELLS[cell]
+    if proj_size > 0 and not of.projects:
+        raise ValueError(f"explain_plan: expected proj_size 0 for {cell}, got {proj_size}")
     if str(device) == "cpu":
         outputs = proj_size or hidden_size
         directions = 2 if bidirectional else 1
         inputs = [input_size or hidden_size] + [outputs * directions] * (num_layers - 1)
         sizes = [
-            (CELLS[cell].gates, i, hidden_size, outputs, proj_size > 0)
+            (of.gates, i, hidden_size, outputs, proj_size > 0)
             for i in inputs
             for _ in range(directions)
         ]
@@ -143,11 +146,18 @@ def explain_plan(
             threads or torch.get_num_threads(),
         )  # fmt: skip
         return CpuPlan(**found)
+    if of.deep:
+        raise ValueError(
+            f"explain_plan: expected device to be cpu for {cell}, which has no CUDA "
+            f"kernels, got {device!r}"
+        )
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     limits = _limits(native, device)
     return Plan(
-        **native.plan(hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, steps, limits)
+        **native.plan(
+            of.gates, hidden_size, batch_size, dtype, tf32, proj_size > 0, backward, steps, limits
+        )
     )
 
 

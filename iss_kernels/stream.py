@@ -584,7 +584,9 @@ class _Cell:
 
     def step(self, x: Tensor) -> Tensor:
         """Put the next h into y."""
-        ops.lstm_step_(x, self.h, self.c, self._w_ih, self._w_hh, self._bias, self._cell)
+        ops.recurrent_step_(
+            "lstm", x, self.h, self.c, self._w_ih, self._w_hh, self._bias, None, self._cell
+        )
         if self._w_hr is not None:
             torch.mm(self._cell, self._w_hr, out=self.y)
         return self.y

@@ -9,9 +9,9 @@
 #include "cuda/plan.h"
 
 // How many plans there are in all where none can be launched; 0 where that does not end.
-int refusals(const iss::LstmProblem& problem, iss::DeviceLimits limits) {
+int refusals(const iss::LayerProblem& problem, iss::DeviceLimits limits) {
   for (int count = 0; count < 100; ++count) {
-    const iss::LstmPlan plan = plan_lstm(problem, limits);
+    const iss::LayerPlan plan = plan_layer(problem, limits);
     if (plan.tier == iss::Tier::kSteps) return count;
     limits = less_than(plan, limits);
   }
@@ -34,9 +34,9 @@ int main() {
       for (const bool backward : {false, true})
         for (const int batch : {1, 16, 128})
           for (int hidden = 1; hidden < 1600; hidden += hidden < 64 ? 3 : 29) {
-            const iss::LstmProblem problem = {hidden, batch, false, static_cast<iss::Math>(math),
+            const iss::LayerProblem problem = {hidden, batch, false, static_cast<iss::Math>(math),
                                               backward};
-            const iss::LstmPlan plan = plan_lstm(problem, gpu.limits);
+            const iss::LayerPlan plan = plan_layer(problem, gpu.limits);
             if (plan.tier == iss::Tier::kSteps) continue;
             const int refused = refusals(problem, gpu.limits);
             if (refused == 0) {

@@ -30,19 +30,19 @@ namespace iss {
 
 // What the kernels call a dtype of torch.
 template <typename scalar_t>
-struct StoredType {
+struct KernelTypeOf {
   using type = scalar_t;
 };
 template <>
-struct StoredType<at::BFloat16> {
+struct KernelTypeOf<at::BFloat16> {
   using type = Bfloat16;
 };
 template <>
-struct StoredType<at::Half> {
+struct KernelTypeOf<at::Half> {
   using type = Float16;
 };
 template <typename scalar_t>
-using Stored = typename StoredType<scalar_t>::type;
+using KernelType = typename KernelTypeOf<scalar_t>::type;
 
 // With scalar_t for each dtype that there are kernels for.
 #define ISS_DISPATCH(TYPE, NAME, ...) \

@@ -151,9 +151,9 @@ __device__ __forceinline__ void add_squares(const Tile<W>& tile, bool paper_over
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const T value = w[r][i];
-        row_sums[r] = fused(value, value, row_sums[r]);
+        row_sums[r] = fma(value, value, row_sums[r]);
         // Columns of no unit may be left out too: nobody asks for their sums.
-        if (units[i] != own) column_sums[i] = fused(value, value, column_sums[i]);
+        if (units[i] != own) column_sums[i] = fma(value, value, column_sums[i]);
       }
     }
     const T row_sum = sum_lanes(row_sums);
@@ -357,8 +357,8 @@ __device__ __forceinline__ void walk(const ModelByUnitsArgs<W>& args, const Tile
         const T w = weights[r][i];
         const bool once = unit >= 0 && unit == units[i];
         if constexpr (kAdds)
-          results[r].set(i, fused(w, of_row + (once && !args.paper_overlap ? T(0) : of_column[i]),
-                                  results[r][i]));
+          results[r].set(i, fma(w, of_row + (once && !args.paper_overlap ? T(0) : of_column[i]),
+                                results[r][i]));
         else if constexpr (kWhat == ByUnits::kScale)
           results[r].set(i, w * (of_row * (once ? T(1) : of_column[i])));
         else

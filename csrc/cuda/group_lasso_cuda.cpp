@@ -118,7 +118,7 @@ Tensor group_norms_forward_cuda(const std::vector<Tensor>& weights,
   const auto options = weights[0].options().dtype(factor_type(weights[0]));
   const Tensor norms = at::empty({units}, options);
   ISS_DISPATCH(weights[0].scalar_type(), op, [&] {
-    using W = Stored<scalar_t>;
+    using W = KernelType<scalar_t>;
     constexpr size_t kMatrices = LabelledModel<W>::kMatrices;
     const bool several = weights.size() > kMatrices;
     const Tensor squares = several ? at::empty({units}, options.dtype(at::kDouble)) : Tensor();
@@ -163,7 +163,7 @@ void run_by_units(const char* op, ByUnits what, const std::vector<Tensor>& outpu
                   const std::vector<Tensor>& column_units, int64_t units, const Tensor& factors,
                   bool paper_overlap, bool overwrite, double threshold) {
   ISS_DISPATCH(weights[0].scalar_type(), "by_units", [&] {
-    using W = Stored<scalar_t>;
+    using W = KernelType<scalar_t>;
     for (size_t first = 0; first < weights.size(); first += LabelledModel<W>::kMatrices) {
       const ModelByUnitsArgs<W> args{
           .model = model_of<W>(first, weights, outputs, row_units, column_units, units),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Numbers in kernels: widening, narrowing, 16 bytes at a time, and the LSTM's two activations. What
-// nvcc has an instruction for uses it; the rest is the same text on the device and in the emulator.
+// Numbers in kernels: widening, narrowing, 16 bytes at a time, and the functions that the equations
+// of cells (cells/*-inl.h) are written in. What nvcc has an instruction for uses it; the rest is
+// the same text on the device and in the emulator.
 #pragma once
 
 #include <cstdint>
@@ -108,8 +109,8 @@ __device__ __forceinline__ T sum_lanes(T (&values)[N]) {
   return values[0];
 }
 
-__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
+__device__ __forceinline__ float fma(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double fma(double a, double b, double c) { return ::fma(a, b, c); }
 
 // Sigmoid and tanh. In float they are short chains of dependent instructions, which is what a step
 // of a small layer waits for: the special function unit's 2^x and 1/x have 2 and 1 ulp, overflow to
@@ -167,6 +168,26 @@ __device__ __forceinline__ double tanh(double x) {
   const Exp e(x + x);
   const double expm1 = fma(e.scale, e.fraction, e.scale - 1);
   return expm1 / (expm1 + 2);
+}
+
+template <typename V>
+__device__ __forceinline__ V constant(double value) {
+  return static_cast<V>(value);
+}
+// NaN passes through both.
+template <typename V>
+__device__ __forceinline__ V relu(V x) {
+  return x < 0 ? V(0) : x;
+}
+template <typename V>
+__device__ __forceinline__ V if_positive(V y, V dh) {
+  return y <= 0 ? V(0) : dh;
+}
+// Sigmoid of each gate, or tanh where kTanh says so.
+template <bool... kTanh, typename V>
+__device__ __forceinline__ void activate(V* gates) {
+  int g = 0;
+  ((gates[g] = kTanh ? tanh(gates[g]) : sigmoid(gates[g]), ++g), ...);
 }
 
 }  // namespace iss

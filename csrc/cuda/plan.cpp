@@ -4,8 +4,11 @@
 // memory, arithmetic and instructions, and adds what an exchange takes. Each step also bears its
 // share of what filling shared memory takes, which decides short sequences.
 //
+// The speeds were measured with an LSTM. Other cells are taken to be like one, but for their
+// weights and operands: a pointwise function more or less is little beside the barriers of a step.
+//
 // On an H100 (132 multiprocessors) it says, and the fastest plan took, us per step forward of 16
-// rows:
+// rows of an LSTM:
 //   H               64          128         256         512
 //   float32     1.1  0.95    1.5  1.4    2.1  2.0    3.6  3.1
 //   bfloat16    0.8  0.7     1.2  1.1    1.4  1.3    1.9  2.1
@@ -31,7 +34,7 @@ struct Speeds {
   double split = 0, split_result = 0;  // of a sum over K in parts; of each part and result
   double cluster_byte, grid_byte;      // to and from the other blocks of a group, for each block
   double l2_byte;                      // for all blocks together
-  double steps, steps_rate;            // a GEMM and a cell, and the part of its peak a GEMM has
+  double steps, steps_rate;  // a GEMM and a pointwise kernel, and the part of its peak a GEMM has
 };
 constexpr Speeds kForwardFma = {.block = 490,
                                 .cluster = 1580,
@@ -96,9 +99,9 @@ constexpr double kClocksPerUs = 1980;
 // Waiting for other blocks is worth its risks from here on.
 constexpr double kWorth = 0.95;
 
-// A single step is one launch (lstm_step.cu) up to so many multiply-adds for each multiprocessor,
-// and always for so few rows. On an H100 that takes 3.4 us and 1 us for every 6.5 million, 24 us at
-// the limit of 138 million; two GEMMs and a cell take 15 us and more.
+// A single step is one launch (single_step-inl.h) up to so many multiply-adds for each
+// multiprocessor, and always for so few rows. On an H100 that takes 3.4 us and 1 us for every 6.5
+// million, 24 us at the limit of 138 million; two GEMMs and a pointwise kernel take 15 us and more.
 constexpr double kOneStepProducts = 1 << 20;
 constexpr int64_t kOneStepRows = 4;
 
@@ -117,7 +120,7 @@ double multiply_adds_per_clock(Math math, const DeviceLimits& device) {
 }
 
 struct Choice {
-  LstmPlan plan;
+  LayerPlan plan;
   double clocks = -1;  // of a step of the whole batch and its share of the fill; < 0: none
 
   void keep_better(const Choice& other) {
@@ -126,7 +129,7 @@ struct Choice {
 };
 
 struct Planner {
-  const LstmProblem& problem;
+  const LayerProblem& problem;
   const DeviceLimits& device;
   int64_t least_shared = -1;  // of the ways that did not fit in the tier under way
 
@@ -135,17 +138,23 @@ struct Planner {
     return problem.backward ? (tensor ? kBackwardTensor : kBackwardFma)
                             : (tensor ? kForwardTensor : kForwardFma);
   }
-  int64_t k(const LstmPlan& plan) const {
-    return problem.backward ? 4 * plan.units : problem.hidden;
+  int64_t k(const LayerPlan& plan) const {
+    return problem.backward ? problem.gates * plan.units : problem.hidden;
   }
   // Products of a warp that make up one of a block.
-  int64_t products(const LstmPlan& plan) const {
-    return ceil_div(plan.rows, pass_rows(problem.math)) *
-           (problem.backward ? ceil_div(problem.hidden, kWeightRows) : plan.units / kUnits);
+  int64_t products(const LayerPlan& plan) const {
+    return ceil_div(plan.rows, pass_rows(problem.math)) * weight_tiles(plan);
+  }
+  int64_t weight_tiles(const LayerPlan& plan) const {
+    return problem.backward ? ceil_div(problem.hidden, kWeightRows)
+                            : plan.units / units_of_tile(problem.gates);
+  }
+  int eights_of_tile() const {
+    return problem.backward ? kWeightRows / kUnits : problem.gates * units_of_lane(problem.gates);
   }
 
   // With so many warps to each sum over K; whether there is room for them, and work.
-  bool choose_threads(LstmPlan& plan, int splits) const {
+  bool choose_threads(LayerPlan& plan, int splits) const {
     const int64_t warps = max_threads(problem.math) / 32;
     int64_t per_split = products(plan);
     if (problem.backward) {
@@ -158,16 +167,17 @@ struct Planner {
     return per_split * splits <= warps && splits <= chunks_of(problem.math, k(plan)) / 4;
   }
 
-  double product_clocks(const LstmPlan& plan) const {
+  double product_clocks(const LayerPlan& plan) const {
     const Math math = problem.math;
     const bool tensor = uses_tensor_cores(math);
     const int columns = plan.rows * column_step(math, plan.rows);
+    // Rows of weights; tensor cores load and multiply eights of them in pairs.
     const int64_t m =
-        problem.backward ? ceil_div(problem.hidden, kWeightRows) * kWeightRows : 4 * plan.units;
+        weight_tiles(plan) * kUnits * (tensor ? (eights_of_tile() + 1) / 2 * 2 : eights_of_tile());
     const double row_bytes = 16.0 * chunks_of(math, k(plan));
     const double weights = m * row_bytes * ceil_div(plan.rows, pass_rows(math));
     // What 8 lanes share is read twice with FMA: a request of 512 bytes takes at least 2 clocks.
-    const double vectors = columns * row_bytes * (m / kWeightRows) * (tensor ? 1 : 4);
+    const double vectors = columns * row_bytes * weight_tiles(plan) * (tensor ? 1 : 4);
     const double reads = (weights + vectors) / kSharedBytes;
     const int64_t warps = plan.threads / 32;
     const double idle = 4.0 * ceil_div(warps, 4) / warps;  // of four schedulers
@@ -176,13 +186,14 @@ struct Planner {
     const double rounds =
         static_cast<double>(ceil_div(chunks_of(math, k(plan)) / 4, plan.splits) *
                             ceil_div(products(plan) * plan.splits * 32, plan.threads));
-    // The FMAs of a round are one lane's, 16 for each row.
-    const double round = speeds().round + (tensor ? 0 : 16 * std::min(plan.rows, pass_rows(math)));
+    // The FMAs of a round are one lane's, 4 for each eight and row.
+    const double round =
+        speeds().round + (tensor ? 0 : 4 * eights_of_tile() * std::min(plan.rows, pass_rows(math)));
     const double few = 1 + 2.0 / warps;  // do not keep the multiprocessor busy all the time
     return std::max(speeds().work * few * std::max(reads, arithmetic), round * rounds);
   }
 
-  double step_clocks(const LstmPlan& plan) const {
+  double step_clocks(const LayerPlan& plan) const {
     const Speeds& speed = speeds();
     const double elements = static_cast<double>(plan.rows) * plan.units;
     double clocks = product_clocks(plan);
@@ -216,7 +227,7 @@ struct Planner {
   }
 
   // Of a call, before its first step.
-  double fill_clocks(const LstmPlan& plan) const {
+  double fill_clocks(const LayerPlan& plan) const {
     return (kFill + plan.shared_bytes / kFillBytes) * (problem.backward ? 2 : 1);
   }
 
@@ -233,18 +244,19 @@ struct Planner {
       bool fits = false;
       for (const int splits : {1, 2, 4, 8}) {
         Choice choice;
-        LstmPlan& plan = choice.plan;
+        LayerPlan& plan = choice.plan;
         plan = {.tier = tier,
                 .math = problem.math,
                 .backward = problem.backward,
+                .gates = problem.gates,
                 .units = units,
                 .blocks = blocks,
                 .rows = rows,
                 .groups = static_cast<int>(std::min<int64_t>(tiles, resident))};
         if (!choose_threads(plan, splits)) break;
-        const LstmTiles shape = tiles_of(plan);
-        plan.shared_bytes = 16 * shared_layout(problem.math, tier, problem.backward, problem.hidden,
-                                               shape, plan.threads)
+        const LayerTiles shape = tiles_of(plan);
+        plan.shared_bytes = 16 * shared_layout(problem.math, tier, problem.backward, problem.gates,
+                                               problem.hidden, shape, plan.threads)
                                      .end;
         if (plan.shared_bytes > device.shared_bytes) {
           if (least_shared < 0 || plan.shared_bytes < least_shared)
@@ -268,24 +280,27 @@ struct Planner {
   Choice best_of(Tier tier) {
     Choice best;
     least_shared = -1;
-    const int all = static_cast<int>(ceil_div(problem.hidden, kUnits) * kUnits);
+    // What a block's units are a multiple of.
+    const int least = problem.backward ? kUnits : units_of_tile(problem.gates);
+    const int all = static_cast<int>(ceil_div(problem.hidden, least) * least);
     if (tier == Tier::kBlock) return best_rows(tier, all);
     if (tier == Tier::kCluster) {
-      for (int64_t blocks = 2; blocks <= std::min<int64_t>(kLargestCluster, all / kUnits);
+      for (int64_t blocks = 2; blocks <= std::min<int64_t>(kLargestCluster, all / least);
            ++blocks) {
-        const int units = static_cast<int>(ceil_div(all / kUnits, blocks)) * kUnits;
+        const int units = static_cast<int>(ceil_div(all / least, blocks)) * least;
         if (ceil_div(all, units) == blocks) best.keep_better(best_rows(tier, units));
       }
       return best;
     }
     for (const int units : {8, 16, 24, 32, 48, 64, 96, 128})
-      if (units < all && ceil_div(problem.hidden, units) <= device.multiprocessors)
+      if (units % least == 0 && units < all &&
+          ceil_div(problem.hidden, units) <= device.multiprocessors)
         best.keep_better(best_rows(tier, units));
     return best;
   }
 
   double steps_clocks() const {
-    const double weights = 4.0 * problem.hidden * problem.hidden;
+    const double weights = 1.0 * problem.gates * problem.hidden * problem.hidden;
     const double rate = multiply_adds_per_clock(problem.math, device) * speeds().steps_rate;
     // A GEMM of few rows takes as long as one of some more, but for a single row.
     const int64_t least_rows = problem.batch == 1 ? 1 : uses_tensor_cores(problem.math) ? 128 : 48;
@@ -304,8 +319,9 @@ std::string number(double value) {
 std::string kilobytes(int64_t bytes) { return number(bytes / 1024.0) + " KB"; }
 std::string microseconds(double clocks) { return number(clocks / kClocksPerUs) + " us"; }
 
-bool is_one_step(const LstmProblem& problem, const DeviceLimits& device) {
-  const double products = 8.0 * problem.hidden * problem.hidden * problem.batch;  // I = H
+bool is_one_step(const LayerProblem& problem, const DeviceLimits& device) {
+  const double products =  // I = H
+      2.0 * problem.gates * problem.hidden * problem.hidden * problem.batch;
   return problem.steps == 1 && !problem.backward &&
          (problem.batch <= kOneStepRows || products <= kOneStepProducts * device.multiprocessors);
 }
@@ -314,8 +330,11 @@ constexpr const char* kSubjects[] = {"one block", "a cluster", "the grid", "a pr
 
 }  // namespace
 
-LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
-  LstmPlan steps = {.tier = Tier::kSteps, .math = problem.math, .backward = problem.backward};
+LayerPlan plan_layer(const LayerProblem& problem, const DeviceLimits& device) {
+  LayerPlan steps = {.tier = Tier::kSteps,
+                     .math = problem.math,
+                     .backward = problem.backward,
+                     .gates = problem.gates};
   if (is_one_step(problem, device)) {
     steps.tier = Tier::kOneStep;
     steps.why =
@@ -344,7 +363,8 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
     return steps;
   }
   Planner planner{problem, device};
-  const double weights = 4.0 * problem.hidden * problem.hidden * element_bytes(problem.math);
+  const double weights =
+      1.0 * problem.gates * problem.hidden * problem.hidden * element_bytes(problem.math);
   const double room = static_cast<double>(device.multiprocessors) * device.shared_bytes;
   if (weights > room) {
     steps.why = "about " + microseconds(planner.steps_clocks()) + a_step + "; the weights take " +
@@ -375,7 +395,7 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
       best = choice;
     }
   }
-  LstmPlan& plan = best.plan;
+  LayerPlan& plan = best.plan;
   plan.why = "about " + microseconds(best.clocks) + a_step;
   if (plan.tier != Tier::kSteps)
     plan.why += " with " + std::to_string(plan.blocks) +
@@ -385,7 +405,7 @@ LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device) {
   return plan;
 }
 
-DeviceLimits less_than(const LstmPlan& plan, DeviceLimits device) {
+DeviceLimits less_than(const LayerPlan& plan, DeviceLimits device) {
   if (plan.tier == Tier::kCluster)  // by half, so that whoever goes on asking is soon done
     for (int n = plan.blocks; n <= kLargestCluster; ++n)
       device.clusters[n - 1] = std::min(device.clusters[n - 1], plan.groups / 2);

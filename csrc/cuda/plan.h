@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How one LSTM layer is run on a GPU, decided from numbers alone: no CUDA call, so that it is
+// How one recurrent layer is run on a GPU, decided from numbers alone: no CUDA call, so that it is
 // tested where there is no GPU and can be asked for any GPU (iss_kernels.explain_plan).
 //
 // A group of blocks owns some rows of the batch for all time steps. Each block owns some units: it
 // keeps their recurrent weights in shared memory, and once a step the blocks of a group exchange
-// what the others need (h forward, the gates' gradients backward). Tiers differ in how.
+// what the others need (h forward, parts of its gradient backward). Tiers differ in how.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ enum class Tier {
   kBlock,    // a group is one block: the exchange stays in its shared memory
   kCluster,  // a group is a cluster (sm_90 and later): through distributed shared memory
   kGrid,     // blocks anywhere, launched cooperatively: through L2, with a counter of arrivals
-  kSteps,    // nothing resident: a GEMM and a fused cell per step; always possible
+  kSteps,    // nothing resident: a GEMM and a pointwise kernel per step; always possible
   kOneStep,  // forward, a sequence of a single step: x and h are multiplied in one launch
 };
 
@@ -58,7 +58,8 @@ struct DeviceLimits {
 
 constexpr int64_t kManySteps = int64_t{1} << 40;  // so many that what comes before them is nothing
 
-struct LstmProblem {
+struct LayerProblem {
+  int gates;  // G of the cell
   int64_t hidden, batch;
   bool projected;
   Math math;
@@ -66,11 +67,12 @@ struct LstmProblem {
   int64_t steps = kManySteps;
 };
 
-struct LstmPlan {
+struct LayerPlan {
   Tier tier;
   Math math;
   bool backward;
-  int units = 0;               // of a block; a multiple of 8
+  int gates = 0;
+  int units = 0;               // of a block; a multiple of 8, forward of units_of_tile
   int blocks = 0;              // of a group: ceil(H / units)
   int rows = 0;                // of the batch that a group runs at a time
   int groups = 0;              // resident at once; each takes every groups-th tile of rows
@@ -81,9 +83,9 @@ struct LstmPlan {
   std::string why = {};        // one sentence: why this tier, and why not the ones before it
 };
 
-LstmPlan plan_lstm(const LstmProblem& problem, const DeviceLimits& device);
+LayerPlan plan_layer(const LayerProblem& problem, const DeviceLimits& device);
 
 // A device that turned out not to hold all blocks of `plan` at once, as far as that tells.
-DeviceLimits less_than(const LstmPlan& plan, DeviceLimits device);
+DeviceLimits less_than(const LayerPlan& plan, DeviceLimits device);
 
 }  // namespace iss

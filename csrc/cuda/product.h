@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of a warp: 32 rows of weights with up to pass_rows(math) rows of the batch, both in
-// shared memory (tile.h), for every Math.
+// The product of a warp: kEights * 8 rows of weights with up to pass_rows(math) rows of the batch,
+// both in shared memory (tile.h), for every Math.
 //
 // In all of them a lane ends up with the same kind of results: of the weights' rows those at
-// weight_row() + 8 g, g < 4, and of the batch kOfTile rows from batch_row() on in each tile of 8:
-// two, or one where there are fewer than 8, so that what is done with the results occupies all
-// lanes. Forward, the four are the gates of one unit.
-//   Tensor cores. Two mma tiles of 16 rows. One ldmatrix_x4 loads what lanes need of 4 chunks of 8
-//     rows of the batch, or of 2 chunks of 16 rows of weights; float32 words of TF32 fall into
-//     place as pairs of 16-bit elements do.
+// weight_row() + 8 g, g < kEights, and of the batch kOfTile rows from batch_row() on in each tile
+// of 8: two, or one where there are fewer than 8, so that what is done with the results occupies
+// all lanes.
+//   Tensor cores. An mma tile of 16 rows for every two eights; where an eight is alone, its tile
+//     multiplies it twice and drops one result (a GRU's three take the time of four). One
+//     ldmatrix_x4 loads what lanes need of 4 chunks of 8 rows of the batch, or of 2 chunks of 16
+//     rows of weights; float32 words of TF32 fall into place as pairs of 16-bit elements do.
 //   FMA. The 8 lanes that share lane / 8 take one chunk of 8 rows, which is free of bank conflicts,
 //     and read one chunk of the batch, a broadcast; the 4 groups of lanes take every fourth chunk
 //     and add up their sums at the end. So a batch of one row still occupies all lanes.
@@ -59,14 +60,15 @@ __device__ __forceinline__ KRange k_range(int chunks, int split, int splits) {
 
 // kRows: of the batch; 4, 8 or 16 for tensor cores, 1, 2, 4 or, in float32, 8 for FMA. kTogether:
 // rounds whose loads are under way together, as far as the caller has registers for them.
-template <Math math, int kRows, int kTogether>
-struct Product {
+template <Math math, int kRows, int kEightsOfTile, int kTogether>
+struct WarpProduct {
   using T = Element<math>;
+  static constexpr int kEights = kEightsOfTile;
   static constexpr bool kTensor = uses_tensor_cores(math);
   static constexpr int kTiles = kRows > tile_rows(math) ? 2 : 1;
   static constexpr int kOfTile = kRows >= 8 ? 2 : 1;  // rows of a tile that a lane has
 
-  Wide<T> sums[kTiles][4][kOfTile];
+  Wide<T> sums[kTiles][kEights][kOfTile];
 
   static __device__ __forceinline__ int weight_row(int lane) {
     return kTensor ? lane / 4 : lane % 8;
@@ -92,7 +94,9 @@ struct Product {
  private:
   __device__ __forceinline__ void multiply_tensor(const uint4* weights, const uint4* vectors,
                                                   int stride, KRange k, int lane) {
-    float d[kTiles][2][4] = {};
+    constexpr int kPairs = (kEights + 1) / 2;
+    float d[kTiles][kPairs][4] = {};
+    const uint4* last = weights + lane % 8 * stride + lane / 16;  // of an eight alone
     weights += lane % 16 * stride + lane / 16;
     vectors += lane % 8 * stride + lane / 8;
 #pragma unroll kTogether
@@ -104,9 +108,10 @@ struct Product {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
+        for (int pair = 0; pair < kPairs; ++pair) {
           uint32_t a[4];
-          ldmatrix_x4(a, weights + pair * 16 * stride + chunk + 2 * half);
+          ldmatrix_x4(
+              a, (2 * pair + 1 < kEights ? weights : last) + pair * 16 * stride + chunk + 2 * half);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             const uint32_t pair_b[2] = {b[tile][2 * half], b[tile][2 * half + 1]};
@@ -121,7 +126,7 @@ struct Product {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-      for (int g = 0; g < 4; ++g)
+      for (int g = 0; g < kEights; ++g)
 #pragma unroll
         for (int j = 0; j < kOfTile; ++j) sums[tile][g][j] = d[tile][g / 2][g % 2 * 2 + j];
   }
@@ -129,41 +134,42 @@ struct Product {
   __device__ __forceinline__ void multiply_fma(const uint4* weights, const uint4* vectors,
                                                int stride, KRange k, int lane) {
     using C = Chunk<T>;
-    T d[4][kRows] = {};
+    T d[kEights][kRows] = {};
     weights += lane % 8 * stride + lane / 8;
     vectors += lane / 8;
 #pragma unroll kTogether
     for (int chunk = k.begin; chunk < k.end; chunk += 4) {
-      C w[4];
+      C w[kEights];
 #pragma unroll
-      for (int g = 0; g < 4; ++g) w[g] = __builtin_bit_cast(C, weights[g * 8 * stride + chunk]);
+      for (int g = 0; g < kEights; ++g)
+        w[g] = __builtin_bit_cast(C, weights[g * 8 * stride + chunk]);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         const C x = __builtin_bit_cast(C, vectors[row * stride + chunk]);
 #pragma unroll
         for (int e = 0; e < C::kSize; ++e)
 #pragma unroll
-          for (int g = 0; g < 4; ++g) d[g][row] = fused(w[g].values[e], x.values[e], d[g][row]);
+          for (int g = 0; g < kEights; ++g) d[g][row] = fma(w[g].values[e], x.values[e], d[g][row]);
       }
     }
     constexpr int kHalf = (kRows + 1) / 2, kKept = (kHalf + 1) / 2;
-    T half[4][kHalf], kept[4][kKept];
+    T half[kEights][kHalf], kept[kEights][kKept];
     add_lanes(d, half, lane, 16);
     add_lanes(half, kept, lane, 8);
 #pragma unroll
-    for (int g = 0; g < 4; ++g)
+    for (int g = 0; g < kEights; ++g)
 #pragma unroll
       for (int j = 0; j < kOfTile; ++j) sums[0][g][j] = kept[g][j];
   }
 
   // Adds what the lanes on either side of `bit` have. Each keeps half of the rows and sends the
-  // other half: 24 shuffles for 8 rows in all, not 64. A last row is kept by both.
+  // other half: with 4 eights 24 shuffles for 8 rows in all, not 64. A last row is kept by both.
   template <int kHeld, int kKept>
-  static __device__ __forceinline__ void add_lanes(const T (&d)[4][kHeld], T (&kept)[4][kKept],
-                                                   int lane, int bit) {
+  static __device__ __forceinline__ void add_lanes(const T (&d)[kEights][kHeld],
+                                                   T (&kept)[kEights][kKept], int lane, int bit) {
     const bool upper = (lane & bit) != 0;
 #pragma unroll
-    for (int g = 0; g < 4; ++g) {
+    for (int g = 0; g < kEights; ++g) {
 #pragma unroll
       for (int row = 0; row < kKept; ++row) {
         const T low = d[g][row], high = d[g][row + kHeld - kKept];

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// recurrent_forward, recurrent_backward and lstm_step_ on CUDA. The products with w_ih, and those that make
-// the gradients of weights, are torch's GEMMs, one each for all steps; what happens from step to
-// step is one kernel (plan.h), or for Tier::kSteps a GEMM and a fused cell per step. A single step
-// of few rows is one launch with both products in it, that of lstm_step_. Nothing here waits for
-// the device.
+// recurrent_forward, recurrent_backward and recurrent_step_ on CUDA. The products with w_ih, and
+// those that make the gradients of weights, are torch's GEMMs, one each for all steps; what happens
+// from step to step is one kernel (plan.h), or for Tier::kSteps a GEMM and a pointwise kernel per
+// step. A single step of few rows is one launch with both products in it, that of recurrent_step_.
+// Nothing here waits for the device.
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
@@ -23,16 +23,16 @@
 #include "cuda/device.h"
 #include "cuda/launches.h"
 #include "host.h"
-#include "cpu/kernels/args.h"
 
 namespace iss {
 namespace {
 
 constexpr auto kContiguous = at::MemoryFormat::Contiguous;
 
+// nullptr of a tensor that is undefined or empty, which a kernel has no use for.
 template <typename T>
-T* data(const Tensor& t) {
-  return t.numel() > 0 ? mutable_values<T>(t) : nullptr;
+T* data(const Tensor& t, int64_t offset = 0) {
+  return t.defined() && t.numel() > 0 ? mutable_values<T>(t) + offset : nullptr;
 }
 
 // A contiguous copy of its own.
@@ -57,24 +57,32 @@ Math math_of(at::ScalarType type) {
   }
 }
 
+// like: a tensor on the device.
 template <typename T>
-LstmPlan plan_for(const Tensor& c0, at::ScalarType type, int64_t steps, bool projected,
-                  bool backward) {
-  if (steps == 0 || c0.size(0) == 0)
-    return {.tier = Tier::kSteps, .math = math_of(type), .backward = backward};
-  const LstmProblem problem = {.hidden = c0.size(1),
-                               .batch = c0.size(0),
-                               .projected = projected,
-                               .math = math_of(type),
-                               .backward = backward,
-                               .steps = steps};
-  DeviceLimits limits = device_limits(c0.device());
-  LstmPlan plan = plan_lstm(problem, limits);
+LayerPlan plan_for(const CellSpec& cell, int64_t hidden, const Sequence& sequence,
+                   const Tensor& like, bool projected, bool backward) {
+  const LayerProblem problem = {.gates = cell.gates,
+                                .hidden = hidden,
+                                .batch = sequence.batch,
+                                .projected = projected,
+                                .math = math_of(like.scalar_type()),
+                                .backward = backward,
+                                .steps = sequence.steps};
+  if (sequence.rows == 0)
+    return {.tier = Tier::kSteps, .math = problem.math, .backward = backward, .gates = cell.gates};
+  DeviceLimits limits = device_limits(like.device());
+  LayerPlan plan = plan_layer(problem, limits);
+  const auto can_launch = [&](const LayerPlan& plan) {
+    return with_cell(cell.kind, [&](auto kind) {
+      return backward ? can_launch_resident_backward<kind(), T>(plan)
+                      : can_launch_resident_forward<kind(), T>(plan);
+    });
+  };
   // The limits do not say all: a large cluster needs neighbours that are free, and another process
   // may hold part of the device.
-  while (plan.blocks > 0 && !can_launch<T>(plan)) {
+  while (plan.blocks > 0 && !can_launch(plan)) {
     limits = less_than(plan, limits);
-    plan = plan_lstm(problem, limits);
+    plan = plan_layer(problem, limits);
   }
   return plan;
 }
@@ -89,21 +97,47 @@ Tensor step_offsets(const Sequence& sequence, const OptionalTensor& batch_sizes,
   return to_device(offsets, x);
 }
 
-Steps steps_of(const Sequence& sequence, const Tensor& offsets, bool reverse) {
+// Where the state before a row's step, in the order of the layer, is zero: [N]. Undefined without
+// resets. A reset of step t falls between steps t and t - 1.
+Tensor cuts_of(const Sequence& sequence, const OptionalTensor& batch_sizes,
+               const OptionalTensor& resets, bool reverse) {
+  if (!resets) return {};
+  const Tensor rows = resets->flatten();
+  if (!reverse || sequence.rows == 0) return rows.contiguous();
+  if (!batch_sizes)
+    return at::cat({rows.narrow(0, sequence.batch, sequence.rows - sequence.batch),
+                    at::zeros({sequence.batch}, rows.options())});
+  const Tensor index = at::empty({sequence.rows}, at::kLong);
+  int64_t* const to = index.mutable_data_ptr<int64_t>();
+  for (int64_t t = 0; t < sequence.steps; ++t) {
+    const int64_t after = t + 1 < sequence.steps ? sequence.sizes[t + 1] : 0;
+    for (int64_t b = 0; b < sequence.sizes[t]; ++b)
+      to[sequence.offsets[t] + b] = b < after ? sequence.offsets[t + 1] + b : sequence.rows;
+  }
+  return at::cat({rows, at::zeros({1}, rows.options())}).index_select(0, to_device(index, rows));
+}
+
+Steps steps_of(const Sequence& sequence, const Tensor& offsets, const Tensor& cuts, bool reverse) {
   return {.steps = sequence.steps,
           .batch = sequence.batch,
           .offsets = offsets.defined() ? offsets.const_data_ptr<int64_t>() : nullptr,
-          .reverse = reverse};
+          .reverse = reverse,
+          .cuts = data<bool>(cuts)};
 }
 
 // Memory that the blocks of a group share beside their own (Tier::kGrid).
 struct GroupMemory {
   Tensor arrivals, exchange;
 
-  GroupMemory(const LstmPlan& plan, const at::TensorOptions& options)
+  GroupMemory(const LayerPlan& plan, const at::TensorOptions& options)
       : arrivals(at::zeros({plan.tier == Tier::kGrid ? plan.groups : 0}, options.dtype(at::kInt))),
         exchange(at::empty({plan.exchange_bytes}, options.dtype(at::kByte))) {}
 };
+
+// t, with zeros in the rows where `cuts`, if there are any, are true.
+Tensor cut(const Tensor& t, const Tensor& cuts) {
+  return cuts.defined() ? t.masked_fill(cuts.unsqueeze(1), 0) : t;
+}
 
 // The output before each step, [N, P]: that of the step before, or h0 where a row begins.
 Tensor outputs_before(const Sequence& sequence, bool padded, const Tensor& y, const Tensor& h0,
@@ -126,18 +160,18 @@ Tensor outputs_before(const Sequence& sequence, bool padded, const Tensor& y, co
   return at::cat({h0, y}).index_select(0, to_device(index, y));
 }
 
-// What lstm_step is always told. W: how the weights are stored, as x or in 16 bits.
+// What every single step is told. W: how the weights are stored, as x or in 16 bits.
 template <typename T, typename W = T>
-LstmStreamStepArgs<T, W> step_args(const Tensor& x, const Tensor& h, const Tensor& w_ih,
-                                   const Tensor& w_hh, const Tensor& out) {
+SingleStepArgs<T, W> step_args(const Tensor& x, const Tensor& h, const Tensor& w_ih,
+                               const Tensor& w_hh, const Tensor& out) {
   return {.rows = x.size(0),
           .input = x.size(1),
           .hidden = out.size(1),
           .output = h.size(1),
           .x = data<T>(x),
           .x_stride = x.stride(0),
-          .h_prev = data<T>(h),
-          .h_prev_stride = h.stride(0),
+          .h_before = data<T>(h),
+          .h_before_stride = h.stride(0),
           .w_ih = data<W>(w_ih),
           .w_ih_stride = w_ih.stride(0),
           .w_hh = data<W>(w_hh),
@@ -148,85 +182,127 @@ LstmStreamStepArgs<T, W> step_args(const Tensor& x, const Tensor& h, const Tenso
 
 Tensor with_adjacent_columns(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
-// Tier::kOneStep. y, h_n [B, P] and c_n [B, H] are written, gates and cells where they have rows.
+Tensor contiguous_or_none(const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); }
+
+// Both biases, but for the part of b_hh that joins a product (product_bias).
+Tensor input_bias(const CellSpec& cell, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+  if (!b_hh) return b_ih ? *b_ih : Tensor();
+  Tensor of_products = *b_hh;
+  if (cell.bias_parts) {
+    const int64_t hidden = b_hh->size(0) / cell.gates;
+    of_products = b_hh->clone();
+    of_products.narrow(0, (cell.gates - 1) * hidden, hidden).zero_();
+  }
+  return b_ih ? *b_ih + of_products : of_products;
+}
+Tensor product_bias(const CellSpec& cell, const OptionalTensor& b_hh) {
+  if (!cell.bias_parts || !b_hh) return {};
+  const int64_t hidden = b_hh->size(0) / cell.gates;
+  return b_hh->narrow(0, (cell.gates - 1) * hidden, hidden).contiguous();
+}
+
+// The arguments of a forward as the kernels take them: contiguous, what is not there undefined.
+struct ForwardTensors {
+  const CellSpec& cell;
+  const char* op;
+  Tensor cuts, h0, c0, w_hh, w_hr;
+  Tensor y, h_n, c_n, gates, saved;  // results
+};
+
+// Tier::kOneStep.
 template <typename T>
-void forward_one_step(const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensor& w_ih,
-                      const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                      const OptionalTensor& w_hr, const Tensor& y, const Tensor& h_n,
-                      const Tensor& c_n, const Tensor& gates, const Tensor& cells) {
-  const Tensor x_rows = with_adjacent_columns(x), h_rows = with_adjacent_columns(h0),
-               w_ih_rows = with_adjacent_columns(w_ih), w_hh_rows = with_adjacent_columns(w_hh);
-  const Tensor c_first = c0.contiguous(), bias_ih = b_ih ? b_ih->contiguous() : Tensor(),
-               bias_hh = b_hh ? b_hh->contiguous() : Tensor();
-  const Tensor out = w_hr ? at::empty_like(c_n) : y;
-  auto args = step_args<T>(x_rows, h_rows, w_ih_rows, w_hh_rows, out);
+void forward_one_step(const ForwardTensors& f, const Tensor& x, const Tensor& w_ih,
+                      const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+  const Tensor h_first = cut(f.h0, f.cuts), c_first = f.c0.defined() ? cut(f.c0, f.cuts) : Tensor();
+  const Tensor x_rows = with_adjacent_columns(x), w_ih_rows = with_adjacent_columns(w_ih);
+  const Tensor bias_ih = contiguous_or_none(b_ih), bias_hh = contiguous_or_none(b_hh);
+  const Tensor out = f.w_hr.defined() ? at::empty_like(f.c_n) : f.y;
+  auto args = step_args<T>(x_rows, h_first, w_ih_rows, f.w_hh, out);
   args.c0 = data<T>(c_first);
-  args.b_ih = b_ih ? data<T>(bias_ih) : nullptr;
-  args.b_hh = b_hh ? data<T>(bias_hh) : nullptr;
-  args.h_n = w_hr ? nullptr : data<T>(h_n);
-  args.c = data<Wide<T>>(cells);
-  args.c_n = data<T>(c_n);
-  args.gates = data<Wide<T>>(gates);
-  check_launch("lstm_forward", launch_lstm_step<T, T>(args, current_stream(x)));
-  if (w_hr) {
-    Tensor to = y;
-    at::mm_out(to, out, w_hr->t());
-    h_n.copy_(y);
+  args.b_ih = data<T>(bias_ih);
+  args.b_hh = data<T>(bias_hh);
+  args.h_n = f.w_hr.defined() ? nullptr : data<T>(f.h_n);
+  args.saved = data<Wide<T>>(f.saved);
+  args.c_n = data<T>(f.c_n);
+  args.gates = data<Wide<T>>(f.gates);
+  check_launch(f.op, with_cell(f.cell.kind, [&](auto kind) {
+                 return launch_single_step<kind()>(args, current_stream(x));
+               }));
+  if (f.w_hr.defined()) {
+    Tensor to = f.y;
+    at::mm_out(to, out, f.w_hr.t());
+    f.h_n.copy_(f.y);
   }
 }
 
-// Tier::kSteps. gates_x is overwritten. c [B, H] in Wide<T>: c0 in, c_n out; h_n [B, P] is written.
+// Tier::kSteps. inputs [N, G H]; c [B, H] in Wide<T>: c0 in, c_n out.
 template <typename T>
-void forward_by_steps(const Sequence& sequence, const Tensor& gates_x, const Tensor& w_hh,
-                      const OptionalTensor& w_hr, const Tensor& h0, const Tensor& c,
-                      const Tensor& y, const Tensor& h_n, const Tensor& gates, const Tensor& cells,
-                      bool reverse) {
-  const int64_t hidden = c.size(1), output = h0.size(1);
-  const bool save = gates.numel() > 0;
-  const Tensor by_gate = w_hh.t();
-  const Tensor cell_out = w_hr ? at::empty({sequence.batch, hidden}, gates_x.options()) : Tensor();
+void forward_by_steps(const ForwardTensors& f, const Sequence& sequence, const Tensor& inputs,
+                      const Tensor& bias, const Tensor& c, bool reverse) {
+  const int64_t output = f.h0.size(1), rows_of_w = f.w_hh.size(0),
+                hidden = rows_of_w / f.cell.gates;
+  const Tensor by_gate = f.w_hh.t();
+  const Tensor products = at::empty({sequence.batch, rows_of_w}, inputs.options());
+  const Tensor cell_out =
+      f.w_hr.defined() ? at::empty({sequence.batch, hidden}, inputs.options()) : Tensor();
   for (int64_t k = 0; k < sequence.steps; ++k) {
     const int64_t now = sequence.step(k, reverse);
     const int64_t first = sequence.offsets[now], running = sequence.sizes[now];
     sequence.each_piece(
         k, reverse, 0, sequence.batch,
         [&](int64_t batch_row, int64_t rows, int64_t row, int64_t previous) {
-          gates_x.narrow(0, row, rows)
-              .addmm_(previous < 0 ? h0.narrow(0, batch_row, rows) : y.narrow(0, previous, rows),
-                      by_gate);
+          const Tensor before =
+              previous < 0 ? f.h0.narrow(0, batch_row, rows) : f.y.narrow(0, previous, rows);
+          Tensor of_rows = products.narrow(0, batch_row, rows);
+          at::mm_out(of_rows, before, by_gate);
+          const PointwiseForwardArgs<T> args = {.rows = rows,
+                                                .hidden = hidden,
+                                                .products = data<T>(of_rows),
+                                                .inputs = data<T>(inputs, row * rows_of_w),
+                                                .product_bias = data<T>(bias),
+                                                .cuts = data<bool>(f.cuts, row),
+                                                .h_before = data<T>(before),
+                                                .c = data<Wide<T>>(c, batch_row * hidden),
+                                                .h = f.w_hr.defined()
+                                                         ? data<T>(cell_out, batch_row * hidden)
+                                                         : data<T>(f.y, row * output),
+                                                .gates = data<Wide<T>>(f.gates, row * rows_of_w),
+                                                .saved = data<Wide<T>>(f.saved, row * hidden)};
+          check_launch(f.op, with_cell(f.cell.kind, [&](auto kind) {
+                         return launch_pointwise_forward<kind()>(args, current_stream(inputs));
+                       }));
         });
-    check_launch(
-        "lstm_forward",
-        launch_lstm_cell<T>({.rows = running,
-                             .hidden = hidden,
-                             .gates_in = data<T>(gates_x) + first * 4 * hidden,
-                             .c_prev = data<Wide<T>>(c),
-                             .c = data<Wide<T>>(c),
-                             .h = w_hr ? data<T>(cell_out) : data<T>(y) + first * output,
-                             .h_stride = hidden,
-                             .gates = save ? data<Wide<T>>(gates) + first * 4 * hidden : nullptr,
-                             .cells = save ? data<Wide<T>>(cells) + first * hidden : nullptr},
-                            current_stream(c)));
-    if (w_hr) {
-      Tensor to = y.narrow(0, first, running);
-      at::mm_out(to, cell_out.narrow(0, 0, running), w_hr->t());
+    if (f.w_hr.defined()) {
+      Tensor to = f.y.narrow(0, first, running);
+      at::mm_out(to, cell_out.narrow(0, 0, running), f.w_hr.t());
     }
     // Rows that run no further.
     const int64_t next = k + 1 < sequence.steps ? sequence.sizes[sequence.step(k + 1, reverse)] : 0;
     if (next < running)
-      h_n.narrow(0, next, running - next).copy_(y.narrow(0, first + next, running - next));
+      f.h_n.narrow(0, next, running - next).copy_(f.y.narrow(0, first + next, running - next));
   }
 }
 
-// Tier::kSteps. dc [B, H] (in Wide<T>): the gradient of c_n in, of c0 out. douts [N, P]: that of y
-// in, with what comes from h_n and from the steps after it out. dh0 [B, P] is written.
+// The arguments of a backward in the same way. dinputs and dproducts [N, G H] are one tensor where
+// the cell does not tell the gradients of inputs from those of products.
+struct BackwardTensors {
+  const CellSpec& cell;
+  const char* op;
+  Tensor cuts, h0, c0, w_hh, w_hr, y, gates, saved;
+  Tensor dinputs, dproducts;  // results
+};
+
+// Tier::kSteps. carried [B, H] (in Wide<T>): the gradient of c_n in, of c0 out; of a GRU zeros in,
+// out what dh0 has beside the products' part. douts [N, P]: the gradient of y in, with what comes
+// from h_n and from the steps after it out. dh0 [B, P] is written.
 template <typename T>
-void backward_by_steps(const Sequence& sequence, const Tensor& w_hh, const OptionalTensor& w_hr,
-                       const Tensor& gates, const Tensor& cells, const Tensor& c0,
-                       const Tensor& dh_n, const Tensor& douts, const Tensor& dh0, const Tensor& dc,
-                       const Tensor& dgates, bool reverse, bool need_dh0) {
-  const int64_t hidden = dc.size(1), output = dh0.size(1);
-  const Tensor dcell = w_hr ? at::empty({sequence.batch, hidden}, dh0.options()) : Tensor();
+void backward_by_steps(const BackwardTensors& b, const Sequence& sequence, const Tensor& dh_n,
+                       const Tensor& douts, const Tensor& dh0, const Tensor& carried, bool reverse,
+                       bool need_dh0) {
+  const int64_t output = dh0.size(1), rows_of_w = b.w_hh.size(0), hidden = rows_of_w / b.cell.gates;
+  const Tensor c_first = b.c0.defined() ? b.c0.to(wide_type(b.c0.scalar_type())) : Tensor();
+  const Tensor dcell =
+      b.w_hr.defined() ? at::empty({sequence.batch, hidden}, dh0.options()) : Tensor();
   for (int64_t k = sequence.steps - 1; k >= 0; --k) {
     const int64_t now = sequence.step(k, reverse);
     const int64_t first = sequence.offsets[now], running = sequence.sizes[now];
@@ -234,214 +310,254 @@ void backward_by_steps(const Sequence& sequence, const Tensor& w_hh, const Optio
         k + 1 < sequence.steps ? sequence.sizes[sequence.step(k + 1, reverse)] : 0;
     if (after < running)  // rows that run no further
       douts.narrow(0, first + after, running - after).add_(dh_n.narrow(0, after, running - after));
-    if (w_hr) {
+    if (b.w_hr.defined()) {
       Tensor to = dcell.narrow(0, 0, running);
-      at::mm_out(to, douts.narrow(0, first, running), *w_hr);
+      at::mm_out(to, douts.narrow(0, first, running), b.w_hr);
     }
     sequence.each_piece(
         k, reverse, 0, sequence.batch,
         [&](int64_t batch_row, int64_t rows, int64_t row, int64_t previous) {
-          check_launch(
-              "lstm_backward",
-              launch_lstm_cell_backward<T>(
-                  {.rows = rows,
-                   .hidden = hidden,
-                   .dh = w_hr ? data<T>(dcell) + batch_row * hidden : data<T>(douts) + row * output,
-                   .gates = data<Wide<T>>(gates) + row * 4 * hidden,
-                   .cells = data<Wide<T>>(cells) + row * hidden,
-                   .c_prev = previous < 0 ? data<Wide<T>>(c0) + batch_row * hidden
-                                          : data<Wide<T>>(cells) + previous * hidden,
-                   .dc = data<Wide<T>>(dc) + batch_row * hidden,
-                   .dgates = data<T>(dgates) + row * 4 * hidden},
-                  current_stream(dc)));
-          const Tensor of_rows = dgates.narrow(0, row, rows);
+          const PointwiseBackwardArgs<T> args = {
+              .rows = rows,
+              .hidden = hidden,
+              .dh = b.w_hr.defined() ? data<T>(dcell, batch_row * hidden)
+                                     : data<T>(douts, row * output),
+              .gates = data<Wide<T>>(b.gates, row * rows_of_w),
+              .saved = data<Wide<T>>(b.saved, row * hidden),
+              .c_before = previous < 0 ? data<Wide<T>>(c_first, batch_row * hidden)
+                                       : data<Wide<T>>(b.saved, previous * hidden),
+              .h_before = previous < 0 ? data<T>(b.h0, batch_row * output)
+                                       : data<T>(b.y, previous * output),
+              .y = data<T>(b.y, row * output),
+              .cuts = data<bool>(b.cuts, row),
+              .carried = data<Wide<T>>(carried, batch_row * hidden),
+              .dinputs = data<T>(b.dinputs, row * rows_of_w),
+              .dproducts = data<T>(b.dproducts, row * rows_of_w)};
+          check_launch(b.op, with_cell(b.cell.kind, [&](auto kind) {
+                         return launch_pointwise_backward<kind()>(args, current_stream(douts));
+                       }));
+          const Tensor of_rows = cut(b.dproducts.narrow(0, row, rows),
+                                     b.cuts.defined() ? b.cuts.narrow(0, row, rows) : Tensor());
           if (previous >= 0) {
-            douts.narrow(0, previous, rows).addmm_(of_rows, w_hh);
+            douts.narrow(0, previous, rows).addmm_(of_rows, b.w_hh);
           } else if (need_dh0) {
             Tensor to = dh0.narrow(0, batch_row, rows);
-            at::mm_out(to, of_rows, w_hh);
+            at::mm_out(to, of_rows, b.w_hh);
           }
         });
   }
 }
 
-ForwardResult recurrent_forward_cuda(
-    std::string_view name, const Tensor& x, const OptionalTensor& batch_sizes,
-    const OptionalTensor& resets, const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih,
-    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-    const OptionalTensor& w_hr, const OptionalTensor& masks, bool reverse, bool save) {
+ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
+                                     const OptionalTensor& batch_sizes,
+                                     const OptionalTensor& resets, const Tensor& h_0,
+                                     const OptionalTensor& c_0, const Tensor& w_ih,
+                                     const Tensor& w_hh, const OptionalTensor& b_ih,
+                                     const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                     bool reverse, bool save) {
   const NoAutocast no_autocast;
   const auto [cell, op] = check_cell(name, "forward");
   check_recurrent(op.c_str(), cell,
-                  {name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, masks});
-  TORCH_CHECK(cell.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
-  const Tensor c0 = *c_0;
+                  {name, x, batch_sizes, resets, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr});
   const DeviceGuard guard(x.device());
-  const int64_t hidden = c0.size(1), output = h0.size(1);
-  const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
+  const int64_t hidden = w_hh.size(0) / cell.gates, output = h_0.size(1);
+  const Sequence sequence = sequence_of(x, batch_sizes, h_0.size(0));
 
   const auto dtype = x.scalar_type(), wide = wide_type(dtype);
   const auto options = x.options();
   std::vector<int64_t> y_shape = x.sizes().vec();
   y_shape.back() = output;
   const Tensor y = at::empty(y_shape, options);
-  const Tensor gates = at::empty({save ? sequence.rows : 0, 4 * hidden}, options.dtype(wide));
-  const Tensor cells = at::empty({save ? sequence.rows : 0, hidden}, options.dtype(wide));
-  if (sequence.rows == 0) return {y, copied(h0, dtype), copied(c0, dtype), gates, cells};
+  const int64_t saved_rows = save ? sequence.rows : 0;
+  const Tensor gates = at::empty({saved_rows, cell.saved_gates * hidden}, options.dtype(wide));
+  const Tensor saved = at::empty({saved_rows, cell.saved_states * hidden}, options.dtype(wide));
+  if (sequence.rows == 0)
+    return {y, copied(h_0, dtype), c_0 ? copied(*c_0, dtype) : at::empty({0}, options), gates,
+            saved};
 
   const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
-  const Tensor outputs = y.view({sequence.rows, output});
-  const Tensor h_n = at::empty({sequence.batch, output}, options);
-  Tensor c_n;
-  ISS_DISPATCH(dtype, "lstm_forward", [&] {
-    using T = Stored<scalar_t>;
-    const LstmPlan plan = plan_for<T>(c0, dtype, sequence.steps, w_hr.has_value(), false);
-    if (plan.tier == Tier::kOneStep) {
-      c_n = at::empty({sequence.batch, hidden}, options);
-      forward_one_step<T>(rows, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, outputs, h_n, c_n, gates,
-                          cells);
-      return;
-    }
-    const Tensor gates_x = b_ih && b_hh ? at::addmm(*b_ih + *b_hh, rows, w_ih.t())
-                           : b_ih       ? at::addmm(*b_ih, rows, w_ih.t())
-                           : b_hh       ? at::addmm(*b_hh, rows, w_ih.t())
-                                        : at::mm(rows, w_ih.t());
-    const Tensor weight = w_hh.contiguous(), h_first = h0.contiguous();
+  ForwardTensors f = {.cell = cell,
+                      .op = op.c_str(),
+                      .cuts = cuts_of(sequence, batch_sizes, resets, reverse),
+                      .h0 = h_0.contiguous(),
+                      .c0 = contiguous_or_none(c_0),
+                      .w_hh = w_hh.contiguous(),
+                      .w_hr = w_hr.value_or(Tensor()),
+                      .y = y.view({sequence.rows, output}),
+                      .h_n = at::empty({sequence.batch, output}, options),
+                      .c_n = at::empty({cell.has_c ? sequence.batch : 0, hidden}, options),
+                      .gates = gates,
+                      .saved = saved};
+  ISS_DISPATCH(dtype, "recurrent_forward", [&] {
+    using T = KernelType<scalar_t>;
+    const LayerPlan plan = plan_for<T>(cell, hidden, sequence, x, w_hr.has_value(), false);
+    if (plan.tier == Tier::kOneStep) return forward_one_step<T>(f, rows, w_ih, b_ih, b_hh);
+    const Tensor bias = input_bias(cell, b_ih, b_hh), bias_of_product = product_bias(cell, b_hh);
+    const Tensor inputs = bias.defined() ? at::addmm(bias, rows, w_ih.t()) : at::mm(rows, w_ih.t());
     if (plan.tier == Tier::kSteps) {
-      c_n = copied(c0, wide);
-      forward_by_steps<T>(sequence, gates_x, weight, w_hr, h_first, c_n, outputs, h_n, gates, cells,
-                          reverse);
-      c_n = c_n.to(dtype);
+      const Tensor c = cell.has_c ? copied(f.c0, wide) : Tensor();
+      forward_by_steps<T>(f, sequence, inputs, bias_of_product, c, reverse);
+      if (cell.has_c) f.c_n = c.to(dtype);
       return;
     }
-    const Tensor c_first = c0.contiguous(), offsets = step_offsets(sequence, batch_sizes, x);
-    c_n = at::empty({sequence.batch, hidden}, options);
+    const Tensor offsets = step_offsets(sequence, batch_sizes, x);
     const GroupMemory shared(plan, options);
-    check_launch("lstm_forward",
-                 launch_lstm_forward<T>(plan,
-                                        {.sequence = steps_of(sequence, offsets, reverse),
+    const ResidentForwardArgs<T> args = {.sequence = steps_of(sequence, offsets, f.cuts, reverse),
                                          .hidden = hidden,
-                                         .gates_x = data<T>(gates_x),
-                                         .w_hh = data<T>(weight),
-                                         .h0 = data<T>(h_first),
-                                         .c0 = data<T>(c_first),
-                                         .y = data<T>(y),
-                                         .h_n = data<T>(h_n),
-                                         .c_n = data<T>(c_n),
+                                         .inputs = data<T>(inputs),
+                                         .product_bias = data<T>(bias_of_product),
+                                         .w_hh = data<T>(f.w_hh),
+                                         .h0 = data<T>(f.h0),
+                                         .c0 = data<T>(f.c0),
+                                         .y = data<T>(f.y),
+                                         .h_n = data<T>(f.h_n),
+                                         .c_n = data<T>(f.c_n),
                                          .gates = data<Wide<T>>(gates),
-                                         .cells = data<Wide<T>>(cells),
+                                         .saved = data<Wide<T>>(saved),
                                          .arrivals = data<uint32_t>(shared.arrivals),
-                                         .exchange = data<void>(shared.exchange)},
-                                        current_stream(x)));
+                                         .exchange = data<char>(shared.exchange)};
+    check_launch(f.op, with_cell(cell.kind, [&](auto kind) {
+                   return launch_resident_forward<kind()>(plan, args, current_stream(x));
+                 }));
   });
-  return {y, h_n, c_n, gates, cells};
+  return {y, f.h_n, cell.has_c ? f.c_n : at::empty({0}, options), gates, saved};
 }
 
-BackwardResult recurrent_backward_cuda(
-    const Tensor& dy, const Tensor& dh_n, const OptionalTensor& dc_last, std::string_view name,
-    const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
-    const Tensor& h0, const OptionalTensor& c_0, const Tensor& w_ih, const Tensor& w_hh,
-    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-    const OptionalTensor& masks, const Tensor& y, const Tensor& gates, const Tensor& cells,
-    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
+BackwardResult recurrent_backward_cuda(const Tensor& dy, const Tensor& dh_n,
+                                       const OptionalTensor& dc_n, std::string_view name,
+                                       const Tensor& x, const OptionalTensor& batch_sizes,
+                                       const OptionalTensor& resets, const Tensor& h0,
+                                       const OptionalTensor& c0, const Tensor& w_ih,
+                                       const Tensor& w_hh, const OptionalTensor& b_ih,
+                                       const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+                                       const Tensor& y, const Tensor& gates, const Tensor& saved,
+                                       bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
-  const auto [cell_spec, op] = check_cell(name, "backward");
-  const Inputs inputs{name, x, batch_sizes, resets, h0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
-  check_recurrent(op.c_str(), cell_spec, inputs);
-  check_recurrent_backward(op.c_str(), cell_spec, inputs, y, gates, cells, dy, dh_n, dc_last);
-  TORCH_CHECK(cell_spec.kind == CellKind::kLstm && !resets, op, ": expected lstm without resets");
-  const Tensor c0 = *c_0, dc_n = *dc_last;
+  const auto [cell, op] = check_cell(name, "backward");
+  const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr};
+  check_recurrent(op.c_str(), cell, inputs);
+  check_recurrent_backward(op.c_str(), cell, inputs, y, gates, saved, dy, dh_n, dc_n);
   const DeviceGuard guard(x.device());
-  const int64_t hidden = c0.size(1), output = h0.size(1);
+  const int64_t hidden = w_hh.size(0) / cell.gates, output = h0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
 
   const auto dtype = x.scalar_type(), wide = wide_type(dtype);
   const auto options = x.options();
+  const auto none = [&] { return at::empty({0}, options); };
   const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
-  const Tensor outputs = y.reshape({sequence.rows, output});
-  const Tensor weight = w_hh.contiguous(), h_first = h0.contiguous();
-  const Tensor saved_gates = gates.contiguous(), saved_cells = cells.contiguous();
-  const Tensor dgates = at::empty({sequence.rows, 4 * hidden}, options);
+  const Tensor dinputs = at::empty({sequence.rows, w_hh.size(0)}, options);
+  const BackwardTensors b = {.cell = cell,
+                             .op = op.c_str(),
+                             .cuts = cuts_of(sequence, batch_sizes, resets, reverse),
+                             .h0 = h0.contiguous(),
+                             .c0 = contiguous_or_none(c0),
+                             .w_hh = w_hh.contiguous(),
+                             .w_hr = w_hr.value_or(Tensor()),
+                             .y = y.reshape({sequence.rows, output}).contiguous(),
+                             .gates = gates.contiguous(),
+                             .saved = saved.contiguous(),
+                             .dinputs = dinputs,
+                             .dproducts = cell.bias_parts ? at::empty_like(dinputs) : dinputs};
   Tensor douts = dy.reshape({sequence.rows, output}), dh, dc;
-  ISS_DISPATCH(dtype, "lstm_backward", [&] {
-    using T = Stored<scalar_t>;
-    const LstmPlan plan = plan_for<T>(c0, dtype, sequence.steps, w_hr.has_value(), true);
+  ISS_DISPATCH(dtype, "recurrent_backward", [&] {
+    using T = KernelType<scalar_t>;
+    const LayerPlan plan = plan_for<T>(cell, hidden, sequence, x, w_hr.has_value(), true);
     if (plan.tier == Tier::kSteps) {
       douts = copied(douts, dtype);
       dh = sequence.rows == 0 ? copied(dh_n, dtype) : at::empty({sequence.batch, output}, options);
-      dc = copied(dc_n, wide);
-      backward_by_steps<T>(sequence, weight, w_hr, saved_gates, saved_cells,
-                           c0.to(wide).contiguous(), dh_n, douts, dh, dc, dgates, reverse,
-                           need_dh0);
-      dc = dc.to(dtype);
+      const Tensor carried =
+          dc_n ? copied(*dc_n, wide) : at::zeros({sequence.batch, hidden}, options.dtype(wide));
+      backward_by_steps<T>(b, sequence, dh_n, douts, dh, carried, reverse, need_dh0);
+      if (cell.has_c)
+        dc = carried.to(dtype);
+      else if (need_dh0 && sequence.rows > 0)
+        dh.add_(carried);
       return;
     }
-    const Tensor c_first = c0.contiguous(), offsets = step_offsets(sequence, batch_sizes, x);
+    const Tensor offsets = step_offsets(sequence, batch_sizes, x);
     const Tensor dy_rows = douts.contiguous(), dh_last = dh_n.contiguous(),
-                 dc_last = dc_n.contiguous();
+                 dc_last = contiguous_or_none(dc_n);
     dh = at::empty({sequence.batch, hidden}, options);
-    dc = at::empty({sequence.batch, hidden}, options);
+    if (cell.has_c) dc = at::empty({sequence.batch, hidden}, options);
     const GroupMemory shared(plan, options);
-    check_launch("lstm_backward",
-                 launch_lstm_backward<T>(plan,
-                                         {.sequence = steps_of(sequence, offsets, reverse),
+    const ResidentBackwardArgs<T> args = {.sequence = steps_of(sequence, offsets, b.cuts, reverse),
                                           .hidden = hidden,
-                                          .w_hh = data<T>(weight),
-                                          .gates = data<Wide<T>>(saved_gates),
-                                          .cells = data<Wide<T>>(saved_cells),
-                                          .c0 = data<T>(c_first),
+                                          .w_hh = data<T>(b.w_hh),
+                                          .gates = data<Wide<T>>(b.gates),
+                                          .saved = data<Wide<T>>(b.saved),
+                                          .y = data<T>(b.y),
+                                          .h0 = data<T>(b.h0),
+                                          .c0 = data<T>(b.c0),
                                           .dy = data<T>(dy_rows),
                                           .dh_n = data<T>(dh_last),
                                           .dc_n = data<T>(dc_last),
-                                          .dgates = data<T>(dgates),
+                                          .dinputs = data<T>(b.dinputs),
+                                          .dproducts = data<T>(b.dproducts),
                                           .dh0 = data<T>(dh),
                                           .dc0 = data<T>(dc),
                                           .arrivals = data<uint32_t>(shared.arrivals),
-                                          .exchange = data<void>(shared.exchange)},
-                                         current_stream(x)));
+                                          .exchange = data<char>(shared.exchange)};
+    check_launch(b.op, with_cell(cell.kind, [&](auto kind) {
+                   return launch_resident_backward<kind()>(plan, args, current_stream(x));
+                 }));
   });
-  const auto none = [&] { return at::empty({0}, options); };
-  const Tensor dx = need_dx ? at::mm(dgates, w_ih).view(x.sizes()) : none();
+  const Tensor dx = need_dx ? at::mm(dinputs, w_ih).view(x.sizes()) : none();
   if (!need_dh0) dh = none();
+  if (!cell.has_c) dc = none();
   if (!need_dw) return {dx, dh, dc, none(), none(), none(), none(), none()};
-  const Tensor by_gate = dgates.t();
-  const Tensor before = outputs_before(sequence, !batch_sizes, outputs, h_first, reverse);
+  const Tensor before = cut(outputs_before(sequence, !batch_sizes, b.y, b.h0, reverse), b.cuts);
   const Tensor dw_hr =
-      w_hr ? at::mm(douts.t(),
-                    (saved_gates.narrow(1, 3 * hidden, hidden) * saved_cells.tanh()).to(dtype))
+      w_hr ? at::mm(douts.t(), (b.gates.narrow(1, 3 * hidden, hidden) * b.saved.tanh()).to(dtype))
            : none();
-  return {dx, dh, dc, at::mm(by_gate, rows), at::mm(by_gate, before), dgates.sum(0), none(), dw_hr};
+  return {dx,
+          dh,
+          dc,
+          at::mm(dinputs.t(), rows),
+          at::mm(b.dproducts.t(), before),
+          dinputs.sum(0),
+          cell.bias_parts ? b.dproducts.sum(0) : none(),
+          dw_hr};
 }
 
 template <typename T, typename W>
-void run_step(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,
-              const Tensor& w_hh, const Tensor& bias, const Tensor& out) {
+void run_step(const CellSpec& cell, const char* op, const Tensor& x, const Tensor& h,
+              const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh, const Tensor& b_ih,
+              const Tensor& b_hh, const Tensor& out) {
   auto args = step_args<T, W>(x, h, w_ih, w_hh, out);
-  args.c_prev = args.c = data<Wide<T>>(c);
-  args.b_ih = bias.defined() ? data<T>(bias) : nullptr;
-  check_launch("lstm_step_", launch_lstm_step<T, W>(args, current_stream(x)));
+  if (c) args.c_before = args.saved = data<Wide<T>>(*c);
+  args.b_ih = data<T>(b_ih);
+  args.b_hh = data<T>(b_hh);
+  check_launch(op, with_cell(cell.kind, [&](auto kind) {
+                 return launch_single_step<kind()>(args, current_stream(x));
+               }));
 }
 
-void lstm_step_cuda_(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,
-                     const Tensor& w_hh, const OptionalTensor& bias, const Tensor& out) {
-  check_lstm_step("lstm_step_", x, h, c, w_ih, w_hh, bias, out, wide_type(x.scalar_type()));
+void recurrent_step_cuda_(std::string_view name, const Tensor& x, const Tensor& h,
+                          const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                          const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                          const Tensor& out) {
+  const auto [cell, op] = check_cell(name, "step_");
+  check_recurrent_step(op.c_str(), cell, x, h, c, w_ih, w_hh, b_ih, b_hh, out,
+                       wide_type(x.scalar_type()));
   const DeviceGuard guard(x.device());
-  const Tensor b = bias ? bias->contiguous() : Tensor();
+  const Tensor bias_ih = contiguous_or_none(b_ih), bias_hh = contiguous_or_none(b_hh);
+  const auto run = [&, &cell = cell, &op = op]<typename T, typename W>(T, W) {
+    run_step<T, W>(cell, op.c_str(), x, h, c, w_ih, w_hh, bias_ih, bias_hh, out);
+  };
   if (w_ih.scalar_type() == x.scalar_type()) {
-    ISS_DISPATCH(x.scalar_type(), "lstm_step_", [&] {
-      run_step<Stored<scalar_t>, Stored<scalar_t>>(x, h, c, w_ih, w_hh, b, out);
-    });
+    ISS_DISPATCH(x.scalar_type(), "recurrent_step_",
+                 [&] { run(KernelType<scalar_t>{}, KernelType<scalar_t>{}); });
   } else if (w_ih.scalar_type() == at::kHalf) {
-    run_step<float, Float16>(x, h, c, w_ih, w_hh, b, out);
+    run(float{}, Float16{});
   } else {
-    run_step<float, Bfloat16>(x, h, c, w_ih, w_hh, b, out);
+    run(float{}, Bfloat16{});
   }
 }
 
 TORCH_LIBRARY_IMPL(ISS_NAMESPACE, ISS_DEVICE, library) {
   library.impl("recurrent_forward", &recurrent_forward_cuda);
   library.impl("recurrent_backward", &recurrent_backward_cuda);
-  library.impl("lstm_step_", &lstm_step_cuda_);
+  library.impl("recurrent_step_", &recurrent_step_cuda_);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // filled, how the blocks of a group wait for each other, and how a plan's kernel is found.
 #pragma once
 
+#include "cuda/cell.h"
 #include "cuda/product.h"
 
 namespace iss {
@@ -20,9 +21,18 @@ class Walk {
   StepRows rows;  // of the step it is at
 
   __device__ __forceinline__ explicit Walk(const Steps& sequence)
-      : sequence_(sequence), t_(sequence.reverse == back ? 0 : sequence.steps - 1) {
-    rows = {t_ * sequence.batch, static_cast<int>(sequence.batch)};
+      : sequence_(sequence),
+        t_(sequence.reverse == back ? 0 : static_cast<int>(sequence.steps) - 1) {
+    rows = {int64_t{t_} * sequence.batch, static_cast<int>(sequence.batch)};
     if (sequence.offsets) look_up();
+  }
+  // Whether the state of row b of the batch, which runs, is zero before the step in the layer's
+  // order.
+  __device__ __forceinline__ bool cuts(int b) const {
+    return sequence_.cuts && sequence_.cuts[rows.first + b];
+  }
+  __device__ __forceinline__ bool is_last() const {
+    return t_ == (sequence_.reverse == back ? sequence_.steps - 1 : 0);
   }
   // To the step that follows, which must be there.
   __device__ __forceinline__ void go_on() {
@@ -39,7 +49,7 @@ class Walk {
   }
 
   const Steps& sequence_;  // the kernel's argument: in no register
-  int64_t t_;
+  int t_;
 };
 
 // Writes rows x chunks; get(row, element) is an operand. Lanes walk along a row, or, by_column,
@@ -66,7 +76,7 @@ struct Group {
   uint32_t* arrivals;  // of the group; Tier::kGrid alone
   uint32_t expected;
 
-  __device__ __forceinline__ Group(const LstmTiles& tiles, uint32_t* all_arrivals)
+  __device__ __forceinline__ Group(const LayerTiles& tiles, uint32_t* all_arrivals)
       : index(blockIdx.x / tiles.blocks),
         rank(blockIdx.x % tiles.blocks),
         blocks(tiles.blocks),
@@ -134,7 +144,7 @@ struct MathOf<Float16> {
 };
 
 template <typename Args>
-using SequenceKernel = void (*)(Args, LstmTiles);
+using SequenceKernel = void (*)(Args, LayerTiles);
 
 template <Math kMath, Tier kTier, int kRowsOfPass>
 struct Variant {
@@ -158,7 +168,7 @@ auto with_rows(int rows, F f) {
   return f(Variant<math, tier, 4>{});
 }
 template <Math math, typename F>
-auto with_tier(const LstmPlan& plan, F f) {
+auto with_tier(const LayerPlan& plan, F f) {
   switch (plan.tier) {
     case Tier::kBlock:
       return with_rows<math, Tier::kBlock>(plan.rows, f);
@@ -169,14 +179,14 @@ auto with_tier(const LstmPlan& plan, F f) {
   }
 }
 template <typename T, typename F>
-auto with_kernel(const LstmPlan& plan, F f) {
+auto with_kernel(const LayerPlan& plan, F f) {
   if constexpr (std::is_same_v<T, float>)
     if (plan.math == Math::kTf32) return with_tier<Math::kTf32>(plan, f);
   return with_tier<MathOf<T>::value>(plan, f);
 }
 
 template <typename Args>
-int launch_sequence(SequenceKernel<Args> kernel, const LstmPlan& plan, const Args& args,
+int launch_sequence(SequenceKernel<Args> kernel, const LayerPlan& plan, const Args& args,
                     CudaStream stream) {
   return simt::launch(kernel, dim3(plan.blocks * plan.groups), dim3(plan.threads),
                       plan.shared_bytes, static_cast<cudaStream_t>(stream),
@@ -187,15 +197,10 @@ int launch_sequence(SequenceKernel<Args> kernel, const LstmPlan& plan, const Arg
 // Blocks of a group must all be resident, for they wait for each other; and so must all groups of a
 // plan, or the last ones begin when the first are done.
 template <typename Args>
-bool fits_device(SequenceKernel<Args> kernel, const LstmPlan& plan) {
+bool fits_device(SequenceKernel<Args> kernel, const LayerPlan& plan) {
   const int resident = simt::resident_blocks(kernel, plan.threads, plan.shared_bytes,
                                              plan.tier == Tier::kCluster ? plan.blocks : 1);
   return resident >= (plan.tier == Tier::kBlock ? 1 : plan.blocks * plan.groups);
 }
-
-// X(T) for every T there are kernels for; a build may define it shorter.
-#ifndef ISS_LSTM_INSTANCES
-#define ISS_LSTM_INSTANCES(X) X(float) X(double) X(Bfloat16) X(Float16)
-#endif
 
 }  // namespace iss

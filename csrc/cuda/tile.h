@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the products of an LSTM are cut into tiles, and what lies where in a block's shared memory:
+// How the products of a layer are cut into tiles, and what lies where in a block's shared memory:
 // for the kernels, and for the planner, which must know the sizes beforehand.
 //
 // Matrices lie in shared memory row by row, K along a row, in chunks of 16 bytes. A row has a
@@ -19,10 +19,14 @@
 
 namespace iss {
 
-// A warp multiplies 32 rows of weights with a few rows of the batch: forward these are the i, f, g
-// and o of 8 units, backward 32 units.
+// A warp multiplies up to 32 rows of weights, eights of them, with a few rows of the batch.
+// Backward these are the columns of 32 units. Forward an eight is one gate of 8 units, and a lane
+// ends up with all gates of a unit, or of several: 4 x 8 rows of an LSTM are 8 units, 3 x 8 of a
+// GRU too, 4 x 8 of an RNN are 32 units.
 constexpr int kWeightRows = 32;
 constexpr int kUnits = 8;
+ISS_HOST_DEVICE constexpr int units_of_lane(int gates) { return gates >= 4 ? 1 : 4 / gates; }
+ISS_HOST_DEVICE constexpr int units_of_tile(int gates) { return kUnits * units_of_lane(gates); }
 
 // Of a block. Registers: 16 warps of 128 each fill a multiprocessor; sums of double need more.
 ISS_HOST_DEVICE constexpr int max_threads(Math math) { return math == Math::kFloat64 ? 256 : 512; }
@@ -31,10 +35,10 @@ ISS_HOST_DEVICE constexpr int max_threads(Math math) { return math == Math::kFlo
 constexpr int kItems = 2;
 
 // Of a plan, what a kernel is told.
-struct LstmTiles {
+struct LayerTiles {
   int units, blocks, rows, groups, splits;
 };
-inline LstmTiles tiles_of(const LstmPlan& plan) {
+inline LayerTiles tiles_of(const LayerPlan& plan) {
   return {plan.units, plan.blocks, plan.rows, plan.groups, plan.splits};
 }
 
@@ -74,7 +78,7 @@ ISS_HOST_DEVICE constexpr int exchange_chunks(Math math, int64_t hidden) {
 
 // Tier::kGrid, backward: sums over the blocks are taken in so many slices at once, by different
 // threads, so that all loads of a step are under way together.
-ISS_HOST_DEVICE constexpr int slices_of(const LstmTiles& tiles, int threads) {
+ISS_HOST_DEVICE constexpr int slices_of(const LayerTiles& tiles, int threads) {
   const int slices = threads / (tiles.rows * tiles.units);
   return slices < 1 ? 1 : slices < tiles.blocks ? slices : tiles.blocks;
 }
@@ -83,21 +87,21 @@ ISS_HOST_DEVICE constexpr int slices_of(const LstmTiles& tiles, int threads) {
 // global memory and load all of it when every warp is done with the step before.
 ISS_HOST_DEVICE constexpr int vectors_of(Tier tier) { return tier == Tier::kGrid ? 1 : 2; }
 
-// Offsets in chunks. weights: forward [units * 4 gates][H], each 32 rows the 4 gates of 8 units;
-// backward [H, to a multiple of 32][4 gates * units]. vectors: what they are multiplied with,
-// forward h [buffers][rows][H]; backward the gates' gradients
-// [rows][4 gates * units]; 4 rows of tensor cores lie in 8. sums: forward of the splits after the
+// Offsets in chunks. weights: forward [units * gates][H], in eights of rows, all gates of 8 units
+// before the next 8; backward [H, to a multiple of 32][gates * units]. vectors: what they are
+// multiplied with, forward h [buffers][rows][H]; backward the products' gradients
+// [rows][gates * units]; 4 rows of tensor cores lie in 8. sums: forward of the splits after the
 // first, as they lie in registers; backward [parts][rows][units] for each block and split, twice in
 // a cluster, where others write while this block reads.
 struct SharedLayout {
   int64_t weights, vectors, sums, end;
 };
-ISS_HOST_DEVICE constexpr SharedLayout shared_layout(Math math, Tier tier, bool backward,
-                                                     int64_t hidden, const LstmTiles& tiles,
+ISS_HOST_DEVICE constexpr SharedLayout shared_layout(Math math, Tier tier, bool backward, int gates,
+                                                     int64_t hidden, const LayerTiles& tiles,
                                                      int threads) {
-  const int64_t stride = stride_of(math, backward ? 4 * tiles.units : hidden);
+  const int64_t stride = stride_of(math, backward ? gates * tiles.units : hidden);
   const int64_t weight_rows =
-      backward ? ceil_div(hidden, kWeightRows) * kWeightRows : 4 * tiles.units;
+      backward ? ceil_div(hidden, kWeightRows) * kWeightRows : gates * tiles.units;
   SharedLayout layout = {};
   layout.vectors = weight_rows * stride;
   const int columns = tiles.rows * column_step(math, tiles.rows);
@@ -105,7 +109,7 @@ ISS_HOST_DEVICE constexpr SharedLayout shared_layout(Math math, Tier tier, bool 
   int64_t sums = 0;  // in elements
   if (!backward) {
     sums = static_cast<int64_t>(tiles.splits - 1) * (tiles.units / kUnits) *
-           ceil_div(tiles.rows, tile_rows(math)) * 32 * 8;
+           ceil_div(tiles.rows, tile_rows(math)) * 32 * 2 * gates;
   } else {
     const int parts = tier == Tier::kBlock     ? tiles.splits
                       : tier == Tier::kCluster ? 2 * tiles.blocks * tiles.splits
@@ -118,7 +122,7 @@ ISS_HOST_DEVICE constexpr SharedLayout shared_layout(Math math, Tier tier, bool 
 
 // Tier::kGrid: chunks of global memory that one group exchanges through, twice what a step takes.
 ISS_HOST_DEVICE constexpr int64_t exchange_of(Math math, bool backward, int64_t hidden,
-                                              const LstmTiles& tiles) {
+                                              const LayerTiles& tiles) {
   if (!backward) return 2 * tiles.rows * static_cast<int64_t>(exchange_chunks(math, hidden));
   return 2 * ceil_div(static_cast<int64_t>(tiles.blocks) * tiles.blocks * tiles.splits *
                           tiles.rows * tiles.units * wide_bytes(math),

@@ -1,42 +1,47 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of all time steps of an LSTM layer in one launch, but for the products that make the
-// gradients of weights. Groups, blocks and units are those of forward (lstm_forward.cu).
+// The gradient of all time steps of a layer in one launch, but for the products that make the
+// gradients of weights; this text is compiled once for each cell. Groups, blocks and units are
+// those of forward (resident_forward-inl.h).
 //
-// dh of a step is dgates @ w_hh of the step after it, a sum over all 4H gates. A block multiplies
-// the gates of its own units, which it has just made, with its rows of w_hh: a part of dh for all
-// units. Each part goes to the block that owns the unit, which adds up parts in the order of
-// blocks: no atomics, the same bits every time. Sending parts of dh rather than dgates to everybody
-// is a quarter of the exchange, and only a block's own dgates lie in shared memory.
+// dh of a step is dproducts @ w_hh of the step after it, a sum over all G H products. A block
+// multiplies the gradients of its own units' products, which it has just made, with its rows of
+// w_hh: a part of dh for all units. Each part goes to the block that owns the unit, which adds up
+// parts in the order of blocks: no atomics, the same bits every time. Parts of dh are 1/G of what
+// an exchange of dproducts would take, and only a block's own dproducts lie in shared memory.
 //
-// A step costs what a step forward does, and one more barrier within the block. The gates'
-// gradients go to memory after arrive(), from shared memory, where they are operands: with TF32
-// they keep 10 bits, as any product with them would.
+// A step costs what a step forward does, and one more barrier within the block. The gradients of
+// products go to memory after arrive(), from shared memory, where they are operands: with TF32 they
+// keep 10 bits, as any product with them would.
+#pragma once
+
 #include "cuda/resident.h"
 
 namespace iss {
 namespace {
 
-// What one element (a row's unit) needs at one step.
-template <typename T>
+// What one element (a row's unit) needs at one step, as far as its cell needs it.
+template <typename Cell, typename T>
 struct ItemInputs {
-  Wide<T> gates[4], cell, cell_before;
+  Wide<T> gates[Cell::kGates], saved, before, y;
   T dy;
+  bool cut;
 };
 
-template <Math math, Tier tier, int kRows>
+template <typename Cell, Math math, Tier tier, int kRows>
 __global__ void __launch_bounds__(max_threads(math), 1)
-    lstm_backward_kernel(LstmBackwardArgs<Element<math>> args, LstmTiles tiles) {
+    resident_backward_kernel(ResidentBackwardArgs<Element<math>> args, LayerTiles tiles) {
   using T = Element<math>;
   using W = Wide<T>;
-  using P =
-      Product<math, kRows, uses_tensor_cores(math) && math != Math::kTf32 && kRows <= 8 ? 4 : 1>;
+  constexpr int kGates = Cell::kGates, kEights = kWeightRows / kUnits;
+  using P = WarpProduct<math, kRows, kEights,
+                        uses_tensor_cores(math) && math != Math::kTf32 && kRows <= 8 ? 4 : 1>;
   constexpr int kSpread = column_step(math, kRows);
 
   SIMT_DYN_SHARED(uint4, shared);
   const int hidden = static_cast<int>(args.hidden), units = tiles.units;
   const int batch = static_cast<int>(args.sequence.batch);
-  const SharedLayout layout = shared_layout(math, tier, true, hidden, tiles, blockDim.x);
-  const int chunks = chunks_of(math, 4 * units), stride = chunks + 1;
+  const SharedLayout layout = shared_layout(math, tier, true, kGates, hidden, tiles, blockDim.x);
+  const int chunks = chunks_of(math, kGates * units), stride = chunks + 1;
   uint4* const weights = shared + layout.weights;  // row j, column gate * units + u
   uint4* const vectors = shared + layout.vectors;
   W* const sums = reinterpret_cast<W*>(shared + layout.sums);
@@ -62,7 +67,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 
   fill<math, true>(weights, unit_tiles * kWeightRows, chunks, stride, [&](int row, int column) {
     const int u = first_unit + column % units, gate = column / units;
-    const bool inside = row < hidden && u < hidden && gate < 4;
+    const bool inside = row < hidden && u < hidden && gate < kGates;
     return inside ? operand<math>(args.w_hh[(gate * args.hidden + u) * hidden + row]) : T{};
   });
   fill<math, false>(vectors, tiles.rows * kSpread, chunks, stride, [](int, int) { return T{}; });
@@ -71,9 +76,9 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   int parity = 0;  // of the products, over all tiles of rows
   for (int batch_first = group.index * tiles.rows; batch_first < batch;
        batch_first += tiles.groups * tiles.rows) {
-    int batch_row[kItems];  // of this thread's elements, -1 where there is none
-    int unit[kItems];       // within this block
-    W dh[kItems] = {}, dc[kItems] = {};
+    int batch_row[kItems];                    // of this thread's elements, -1 where there is none
+    int unit[kItems];                         // within this block
+    W dh[kItems] = {}, carried[kItems] = {};  // carried: of an LSTM the gradient of c
 #pragma unroll
     for (int n = 0; n < kItems; ++n) {
       const int item = threadIdx.x + n * blockDim.x;
@@ -84,7 +89,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       if (batch_row[n] < 0) continue;
       const int64_t at = int64_t{batch_row[n]} * hidden + first_unit + unit[n];
       dh[n] = widen(args.dh_n[at]);
-      dc[n] = widen(args.dc_n[at]);
+      if constexpr (Cell::kHasC) carried[n] = widen(args.dc_n[at]);
     }
     const auto own_vectors = [&](int n) {
       return reinterpret_cast<T*>(vectors + (batch_row[n] - batch_first) * kSpread * stride) +
@@ -93,22 +98,32 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     const auto runs = [&](int n, const StepRows& rows) {
       return batch_row[n] >= 0 && batch_row[n] < rows.n;
     };
-    ItemInputs<T> inputs[kItems] = {};
+    ItemInputs<Cell, T> inputs[kItems] = {};
     // before: the rows of the step before in the layer's order; none where there is no such step.
     const auto load = [&](const StepRows& rows, const StepRows& before) {
 #pragma unroll
       for (int n = 0; n < kItems; ++n) {
         if (!runs(n, rows)) continue;
-        const int64_t at = rows.first + batch_row[n];
-        const W* gates = args.gates + at * 4 * hidden + first_unit + unit[n];
+        auto& in = inputs[n];
+        const int64_t own = first_unit + unit[n], row = rows.first + batch_row[n];
+        const int64_t at = row * hidden + own;
+        // The state before the step, of every step and at the beginning.
+        const auto state_before = [&](const auto* states, const T* first) {
+          return batch_row[n] < before.n
+                     ? widen(states[(before.first + batch_row[n]) * hidden + own])
+                     : widen(first[int64_t{batch_row[n]} * hidden + own]);
+        };
+        if constexpr (Cell::kSavedGates > 0) {
+          const W* gates = args.gates + row * kGates * hidden + own;
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) inputs[n].gates[gate] = gates[gate * hidden];
-        inputs[n].cell = args.cells[at * hidden + first_unit + unit[n]];
-        inputs[n].cell_before =
-            batch_row[n] < before.n
-                ? args.cells[(before.first + batch_row[n]) * hidden + first_unit + unit[n]]
-                : widen(args.c0[int64_t{batch_row[n]} * hidden + first_unit + unit[n]]);
-        inputs[n].dy = args.dy[at * hidden + first_unit + unit[n]];
+          for (int gate = 0; gate < kGates; ++gate) in.gates[gate] = gates[gate * hidden];
+        }
+        if constexpr (Cell::kSavedState) in.saved = args.saved[at];
+        if constexpr (Cell::kHasC) in.before = state_before(args.saved, args.c0);
+        if constexpr (needs_h<Cell>) in.before = state_before(args.y, args.h0);
+        if constexpr (needs_y<Cell>) in.y = widen(args.y[at]);
+        in.dy = args.dy[at];
+        in.cut = args.sequence.cuts && args.sequence.cuts[row];
       }
     };
 
@@ -126,24 +141,31 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     };
     look_ahead();
     while (left > 0) {
+      bool cut[kItems] = {};
+      T dinputs[kItems][kGates];  // where they are not the products' too
 #pragma unroll
       for (int n = 0; n < kItems; ++n) {
         if (batch_row[n] < 0) continue;
-        T dgates[4] = {};
+        W dproduct[kGates] = {};
         if (runs(n, rows)) {
           const auto& in = inputs[n];
-          const W i = in.gates[0], f = in.gates[1], g = in.gates[2], o = in.gates[3];
-          const W dh_here = dh[n] + widen(in.dy), tanh_c = tanh(in.cell);
-          const W dc_here = fused(dh_here * o, 1 - tanh_c * tanh_c, dc[n]);
-          dgates[0] = narrow<T>(dc_here * g * i * (1 - i));
-          dgates[1] = narrow<T>(dc_here * in.cell_before * f * (1 - f));
-          dgates[2] = narrow<T>(dc_here * i * (1 - g * g));
-          dgates[3] = narrow<T>(dh_here * tanh_c * o * (1 - o));
-          dc[n] = dc_here * f;
+          cut[n] = in.cut;
+          W dinput[kGates], dbefore = 0;
+          Cell::backward(dh[n] + widen(in.dy), carried[n], in.gates, in.saved,
+                         in.cut ? W(0) : in.before, in.y, dinput, dproduct, dbefore);
+          carried[n] = in.cut ? W(0) : dbefore;
+#pragma unroll
+          for (int gate = 0; gate < kGates; ++gate) {
+            if constexpr (Cell::kSplit)
+              dinputs[n][gate] = narrow<T>(dinput[gate]);
+            else
+              dproduct[gate] = dinput[gate];
+          }
         }
         T* to = own_vectors(n);
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) to[gate * units] = operand<math>(dgates[gate]);
+        for (int gate = 0; gate < kGates; ++gate)
+          to[gate * units] = operand<math>(narrow<T>(dproduct[gate]));
       }
       const StepRows done = rows;
       // Memory takes as long as the product, or the wait for the others; through L2 there are
@@ -158,7 +180,7 @@ __global__ void __launch_bounds__(max_threads(math), 1)
         P product;
         product.run(weights + first * stride, vectors + pass_first * kSpread * stride, stride, k);
 #pragma unroll
-        for (int g = 0; g < 4; ++g) {
+        for (int g = 0; g < kEights; ++g) {
           if (first + g * kUnits >= hidden) break;
           const int owner = tier == Tier::kBlock ? 0 : (first / kUnits + g) * per_owner >> 20;
           W* to = sums + split * count;
@@ -179,9 +201,13 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       for (int n = 0; n < kItems; ++n) {
         if (!runs(n, done)) continue;
         const T* const from = own_vectors(n);
-        T* to = args.dgates + (done.first + batch_row[n]) * 4 * hidden + first_unit + unit[n];
+        const int64_t at = (done.first + batch_row[n]) * kGates * hidden + first_unit + unit[n];
+        T* const dproducts = (Cell::kSplit ? args.dproducts : args.dinputs) + at;
 #pragma unroll
-        for (int gate = 0; gate < 4; ++gate) to[gate * hidden] = from[gate * units];
+        for (int gate = 0; gate < kGates; ++gate) {
+          dproducts[gate * hidden] = from[gate * units];
+          if constexpr (Cell::kSplit) args.dinputs[at + gate * hidden] = dinputs[n][gate];
+        }
       }
       if constexpr (tier == Tier::kCluster) look_ahead();
       group.wait();
@@ -211,7 +237,8 @@ __global__ void __launch_bounds__(max_threads(math), 1)
 #pragma unroll 4
         for (int part = 0; part < to_add; ++part)
           sum += from[part * count + threadIdx.x + n * blockDim.x];
-        dh[n] = sum;
+        if constexpr (needs_h<Cell>) sum += carried[n];
+        dh[n] = cut[n] ? W(0) : sum;
       }
       parity ^= 1;
     }
@@ -221,32 +248,30 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       if (batch_row[n] < 0) continue;
       const int64_t at = int64_t{batch_row[n]} * hidden + first_unit + unit[n];
       args.dh0[at] = narrow<T>(dh[n]);
-      args.dc0[at] = narrow<T>(dc[n]);
+      if constexpr (Cell::kHasC) args.dc0[at] = narrow<T>(carried[n]);
     }
   }
 }
 
-template <typename T>
-SequenceKernel<LstmBackwardArgs<T>> kernel_of(const LstmPlan& plan) {
+template <typename Cell, typename T>
+SequenceKernel<ResidentBackwardArgs<T>> resident_backward_of(const LayerPlan& plan) {
   return with_kernel<T>(plan, [](auto v) {
-    return SequenceKernel<LstmBackwardArgs<T>>(lstm_backward_kernel<v.math, v.tier, v.rows>);
+    return SequenceKernel<ResidentBackwardArgs<T>>(
+        resident_backward_kernel<Cell, v.math, v.tier, v.rows>);
   });
 }
 
 }  // namespace
 
-template <typename T>
-int launch_lstm_backward(const LstmPlan& plan, const LstmBackwardArgs<T>& args, CudaStream stream) {
-  return launch_sequence(kernel_of<T>(plan), plan, args, stream);
+template <CellKind cell, typename T>
+int launch_resident_backward(const LayerPlan& plan, const ResidentBackwardArgs<T>& args,
+                             CudaStream stream) {
+  return launch_sequence(resident_backward_of<typename CellOf<cell>::type, T>(plan), plan, args,
+                         stream);
 }
-template <typename T>
-bool can_launch_lstm_backward(const LstmPlan& plan) {
-  return fits_device(kernel_of<T>(plan), plan);
+template <CellKind cell, typename T>
+bool can_launch_resident_backward(const LayerPlan& plan) {
+  return fits_device(resident_backward_of<typename CellOf<cell>::type, T>(plan), plan);
 }
-
-#define ISS_INSTANCE(T)                                                                       \
-  template int launch_lstm_backward(const LstmPlan&, const LstmBackwardArgs<T>&, CudaStream); \
-  template bool can_launch_lstm_backward<T>(const LstmPlan&);
-ISS_LSTM_INSTANCES(ISS_INSTANCE)
 
 }  // namespace iss

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define ISS_CELL_KIND CellKind::kGru
+#include "cuda/cell_kernels-inl.h"
