@@ -69,10 +69,11 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   using T = Element<math>;
   using W = Wide<T>;
   constexpr int kGates = Cell::kGates, kUnitsOfLane = units_of_lane(kGates);
-  using P = WarpProduct<math, kRows, kGates * kUnitsOfLane,
-                        uses_tensor_cores(math) ? (kRows <= 8 ? 4 : 2)
-                        : kRows <= 2            ? 2
-                                                : 1>;
+  // As many loads together as the registers of every cell allow.
+  constexpr int kTogether = !uses_tensor_cores(math) ? (kRows <= 2 ? 2 : 1)
+                            : kRows <= 8             ? 4
+                                                     : (kGates == 4 ? 2 : 1);
+  using P = WarpProduct<math, kRows, kGates * kUnitsOfLane, kTogether>;
   constexpr int kUnitsOfTile = units_of_tile(kGates);
   constexpr int kTileRows = kGates * kUnitsOfTile;            // of weights
   constexpr int kTileChunks = kUnitsOfTile * sizeof(T) / 16;  // of h, of one row
