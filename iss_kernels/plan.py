@@ -32,8 +32,8 @@ class Plan:
     block owns `units` units and keeps their recurrent weights in `shared_bytes` of shared memory.
     `groups` of them are resident at once. tier: what the blocks of a group exchange h through,
     "block" (one block: its own shared memory), "cluster" (distributed shared memory), "grid" (L2).
-    Or nothing is resident: "steps", a GEMM and a pointwise kernel per step, and "one step", a single
-    launch for a sequence of one step. why: one sentence.
+    Or nothing is resident: "steps", a GEMM and a pointwise kernel per step, and "one step", a
+    single launch for a sequence of one step. why: one sentence.
     """
 
     tier: str

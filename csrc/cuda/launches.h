@@ -174,6 +174,8 @@ template <typename F>
 auto with_cell(CellKind kind, F f) {
   switch (kind) {
     case CellKind::kLstm:
+    case CellKind::kRhn:  // has no kernels here: host files refuse it
+    case CellKind::kRhnCarry:
       break;
     case CellKind::kGru:
       return f(std::integral_constant<CellKind, CellKind::kGru>{});

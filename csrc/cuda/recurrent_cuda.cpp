@@ -27,6 +27,14 @@
 namespace iss {
 namespace {
 
+// As check_cell, of the cells that there are CUDA kernels for.
+std::pair<const CellSpec&, std::string> check_cuda_cell(std::string_view name, const char* what) {
+  const auto [cell, op] = check_cell(name, what);
+  TORCH_CHECK(!cell.deep, op, ": expected tensors on the CPU, since ", name,
+              " has no CUDA kernels, got CUDA");
+  return {cell, op};
+}
+
 constexpr auto kContiguous = at::MemoryFormat::Contiguous;
 
 // nullptr of a tensor that is undefined or empty, which a kernel has no use for.
@@ -354,11 +362,11 @@ ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
                                      const OptionalTensor& c_0, const Tensor& w_ih,
                                      const Tensor& w_hh, const OptionalTensor& b_ih,
                                      const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                                     bool reverse, bool save) {
+                                     const OptionalTensor& masks, bool reverse, bool save) {
   const NoAutocast no_autocast;
-  const auto [cell, op] = check_cell(name, "forward");
+  const auto [cell, op] = check_cuda_cell(name, "forward");
   check_recurrent(op.c_str(), cell,
-                  {name, x, batch_sizes, resets, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr});
+                  {name, x, batch_sizes, resets, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, masks});
   const DeviceGuard guard(x.device());
   const int64_t hidden = w_hh.size(0) / cell.gates, output = h_0.size(1);
   const Sequence sequence = sequence_of(x, batch_sizes, h_0.size(0));
@@ -423,18 +431,16 @@ ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
   return {y, f.h_n, cell.has_c ? f.c_n : at::empty({0}, options), gates, saved};
 }
 
-BackwardResult recurrent_backward_cuda(const Tensor& dy, const Tensor& dh_n,
-                                       const OptionalTensor& dc_n, std::string_view name,
-                                       const Tensor& x, const OptionalTensor& batch_sizes,
-                                       const OptionalTensor& resets, const Tensor& h0,
-                                       const OptionalTensor& c0, const Tensor& w_ih,
-                                       const Tensor& w_hh, const OptionalTensor& b_ih,
-                                       const OptionalTensor& b_hh, const OptionalTensor& w_hr,
-                                       const Tensor& y, const Tensor& gates, const Tensor& saved,
-                                       bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
+BackwardResult recurrent_backward_cuda(
+    const Tensor& dy, const Tensor& dh_n, const OptionalTensor& dc_n, std::string_view name,
+    const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+    const Tensor& h0, const OptionalTensor& c0, const Tensor& w_ih, const Tensor& w_hh,
+    const OptionalTensor& b_ih, const OptionalTensor& b_hh, const OptionalTensor& w_hr,
+    const OptionalTensor& masks, const Tensor& y, const Tensor& gates, const Tensor& saved,
+    bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
-  const auto [cell, op] = check_cell(name, "backward");
-  const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr};
+  const auto [cell, op] = check_cuda_cell(name, "backward");
+  const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
   check_recurrent(op.c_str(), cell, inputs);
   check_recurrent_backward(op.c_str(), cell, inputs, y, gates, saved, dy, dh_n, dc_n);
   const DeviceGuard guard(x.device());
@@ -536,7 +542,7 @@ void recurrent_step_cuda_(std::string_view name, const Tensor& x, const Tensor& 
                           const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
                           const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                           const Tensor& out) {
-  const auto [cell, op] = check_cell(name, "step_");
+  const auto [cell, op] = check_cuda_cell(name, "step_");
   check_recurrent_step(op.c_str(), cell, x, h, c, w_ih, w_hh, b_ih, b_hh, out,
                        wide_type(x.scalar_type()));
   const DeviceGuard guard(x.device());
