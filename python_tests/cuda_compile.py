@@ -22,6 +22,11 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-cubin", f"-I{ROOT / 'csrc'}", "-Werror=all-warnings"]
 FLAGS += ["-Xptxas=-v,-warn-spills,-warn-lmem-usage"]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+JOBS = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+# Cells beside the LSTM are the same text: for one architecture.
+QUICK_JOBS = [
+    (s, a) for s, a in JOBS if s.stem not in ("gru", "rnn_tanh", "rnn_relu") or a == "sm_90a"
+]
 _KERNEL = re.compile(r"Compiling entry function '(\w+)' for")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
@@ -69,7 +74,9 @@ def matching(name):
 
 
 def headers():
-    return [p for p in (ROOT / "csrc").rglob("*.h") if p.parts[-2] in ("csrc", "cuda", "simt")]
+    """Those that kernels may include."""
+    own = [ROOT / "csrc/types.h", ROOT / "csrc/group_lasso.h"]
+    return own + [p for f in ("cells", "cuda", "simt") for p in (ROOT / "csrc" / f).glob("*.h")]
 
 
 @functools.cache
@@ -93,9 +100,8 @@ def compiled(source, architecture):
     return target, log.read_text()
 
 
-def compile_all():
-    """All kernels for all architectures, two compilers at a time; the first error is raised."""
-    jobs = [(source, a) for source in SOURCES for a in ARCHITECTURES]
+def compile_all(jobs=JOBS):
+    """Kernels for architectures, two compilers at a time; the first error is raised."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(jobs, pool.map(lambda job: compiled(*job), jobs), strict=True))
 
@@ -116,11 +122,11 @@ def resources(log):
     return dict(zip(readable(found), found.values(), strict=True)) if found else {}
 
 
-def table():
+def table(jobs=JOBS):
     """-> {(architecture, kernel): (registers, shared, spills)}."""
     return {
         (architecture, kernel): numbers
-        for (_, architecture), (_, log) in compile_all().items()
+        for (_, architecture), (_, log) in compile_all(jobs).items()
         for kernel, numbers in resources(log).items()
     }
 

@@ -75,7 +75,7 @@ def names_of_ops():
 
 
 @functools.cache
-def limits_for(tier, hidden, batch, dtype, tf32=False, steps=None):
+def limits_for(tier, hidden, batch, dtype, tf32=False, steps=None, cell="lstm"):
     """Limits that make the planner choose this tier, forward and backward; None if there are none.
 
     Less and less shared memory makes a layer take more and more blocks. "one step" is forward
@@ -86,7 +86,14 @@ def limits_for(tier, hidden, batch, dtype, tf32=False, steps=None):
     for limits in next_to_none if tier == "steps" else less_and_less:
         plans = [
             explain_plan(
-                hidden, batch, dtype, backward=backward, steps=steps, tf32=tf32, device=limits
+                hidden,
+                batch,
+                dtype,
+                backward=backward,
+                steps=steps,
+                tf32=tf32,
+                device=limits,
+                cell=cell,
             )
             for backward in ((False,) if tier == "one step" else (False, True))
         ]

@@ -8,6 +8,7 @@ import simt
 import torch
 
 from iss_kernels import reference
+from iss_kernels.cells import CELLS
 from iss_kernels.testing import assert_no_worse_than_torch
 
 lib = torch.ops.iss_kernels
@@ -33,44 +34,46 @@ def placed(tensor, layout):
     return view.copy_(tensor)
 
 
-def step_inputs(kind, batch, sizes, bias=True):
-    """x, h, c, w_ih, w_hh, bias of lstm_step_, as test_lstm_ops has them: of unit scale."""
+def step_inputs(kind, batch, sizes, bias=True, cell="lstm"):
+    """x, h, c, w_ih, w_hh, b_ih, b_hh of recurrent_step_: of unit scale."""
     dtype, stored = kind
     inputs, hidden, output = sizes[0], sizes[1], sizes[2] or sizes[1]
+    rows = CELLS[cell].gates * hidden
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).bfloat16()
 
     x, h, c = (normal(batch, n).to(dtype) for n in (inputs, output, hidden))
-    w_ih, w_hh = (normal(4 * hidden, n, scale=hidden**-0.5).to(stored) for n in (inputs, output))
-    b = normal(4 * hidden).to(dtype) if bias else None
-    return x, h, c.to(torch.promote_types(dtype, torch.float32)), w_ih, w_hh, b
+    w_ih, w_hh = (normal(rows, n, scale=hidden**-0.5).to(stored) for n in (inputs, output))
+    b_ih = normal(rows).to(dtype) if bias else None
+    b_hh = normal(rows).to(dtype) if bias and cell != "lstm" else None
+    c = c.to(torch.promote_types(dtype, torch.float32)) if cell == "lstm" else None
+    return x, h, c, w_ih, w_hh, b_ih, b_hh
 
 
-def run(gpu, inputs, layout):
-    """-> out, c"""
-    x, h, c, w_ih, w_hh, bias = gpu.to(inputs)
+def run(gpu, inputs, layout, cell="lstm"):
+    """-> out, and c where the cell has one"""
+    x, h, c, w_ih, w_hh, *biases = gpu.to(inputs)
     x, h, w_ih, w_hh = (placed(t, layout) for t in (x, h, w_ih, w_hh))
-    c, out = c.clone(), placed(torch.full_like(c, float("nan")).to(x.dtype), layout)
-    lib.lstm_step_(x, h, c, w_ih, w_hh, bias, out)
-    return out.cpu(), c.cpu()
+    rows, hidden = len(x), len(w_ih) // CELLS[cell].gates
+    out = placed(x.new_full((rows, hidden), float("nan")), layout)
+    c = None if c is None else c.clone()
+    lib.recurrent_step_(cell, x, h, c, w_ih, w_hh, *biases, out)
+    return [t.cpu() for t in (out, c) if t is not None]
 
 
-def by_torch(inputs, dtype):
-    """o * tanh(c) before any projection, and c, from the reference's step."""
-    x, h, c, w_ih, w_hh, bias = (None if t is None else t.to(dtype) for t in inputs)
-    hidden = c.shape[1]
-    eye = torch.eye(hidden, dtype=dtype)  # keeps h as it is where P != H
-    w_hr = None if h.shape[1] == hidden else eye
-    padded_h = h if w_hr is None else torch.zeros(len(h), hidden, dtype=dtype)
-    if w_hr is not None:
-        padded_h[:, : h.shape[1]] = h
-        wide = torch.zeros(4 * hidden, hidden, dtype=dtype)
-        wide[:, : h.shape[1]] = w_hh
-        w_hh = wide
-    y, _, c = reference.recurrent(x[None], None, padded_h, c, w_ih, w_hh, bias, None, w_hr, False)
-    return y[0], c
+def by_torch(inputs, dtype, cell="lstm"):
+    """The next h before any projection, and c, from the reference's step."""
+    x, h, c, w_ih, w_hh, *biases = (None if t is None else t.to(dtype) for t in inputs)
+    hidden, w_hr = len(w_ih) // CELLS[cell].gates, None
+    if h.shape[1] != hidden:  # a w_hr that keeps h as it is
+        w_hr, unused = torch.eye(hidden, dtype=dtype), hidden - h.shape[1]
+        h, w_hh = (torch.nn.functional.pad(t, (0, unused)) for t in (h, w_hh))
+    y, _, c = reference.recurrent(
+        cell, x[None], None, None, h, c, w_ih, w_hh, *biases, w_hr, None, False
+    )
+    return [t for t in (y[0], c) if t is not None]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,6 +87,17 @@ def test_a_step_errs_at_most_twice_as_much_as_torch(gpu, kind, sizes, batch, lay
     for a, b, t in zip(result, same, truth, strict=True):
         assert_no_worse_than_torch(a, b.to(a.dtype), t)
     assert result[0].dtype == kind[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu"])
+@by_name("kind", KINDS)
+def test_other_cells_too(gpu, kind, cell, batch, layout):
+    inputs = step_inputs(kind, batch, (40, 33, 0), cell=cell)
+    (result,), (same,) = run(gpu, inputs, layout, cell), by_torch(inputs, kind[0], cell)
+    (truth,) = by_torch(inputs, torch.float64, cell)
+    assert_no_worse_than_torch(result, same, truth)
 
 
 @by_name("kind", KINDS)

@@ -15,6 +15,7 @@ import torch
 from gpu import Gpu
 
 from iss_kernels import explain_plan
+from iss_kernels.testing import Case, make_inputs
 
 CALL = re.compile(
     r"\b(__syncthreads|__syncwarp|cluster_sync|cluster_arrive|cluster_wait|grid_sync"
@@ -22,37 +23,40 @@ CALL = re.compile(
 )
 
 
-def small_gpu(tier, hidden, batch, dtype, steps, backward):
+def small_gpu(cell, tier, hidden, batch, dtype, steps, backward):
     """Limits that make the planner choose this tier, and, if there are any such, several tiles of
     rows for each group of blocks."""
     choices = itertools.product((9, 8), (1, 2, 3, 4, 6, 8, 16, 32, 64), range(40))
     found = []
     for major, multiprocessors, step in choices:
         limits = (major, 0, multiprocessors, int(227 * 1024 * 0.85**step))
-        plan = explain_plan(hidden, batch, dtype, backward=backward, steps=steps, device=limits)
+        plan = explain_plan(
+            hidden, batch, dtype, backward=backward, steps=steps, device=limits, cell=cell
+        )
         if plan.tier == tier:
             found.append(limits)
             if plan.rows * plan.groups < batch:
                 return limits
-    assert found, f"no GPU is small enough for {tier}, {hidden} units, {batch} rows, {dtype}"
+    assert found, (
+        f"no GPU is small enough for {cell}, {tier}, {hidden} units, {batch} rows, {dtype}"
+    )
     return found[0]
 
 
-def lstm(tier, dtype, batch, steps):
-    """A training step of a layer of 64 units."""
-    hidden = 64
+def layer(cell, tier, dtype, batch, steps):
+    """A training step of a layer of 64 units, whose rows are reset now and then."""
+    case = Case("layer", steps, batch, 3, 64)
 
     def run(gpu):
-        gpu.pretend(small_gpu(tier, hidden, batch, dtype, steps, backward=False))
-        x = torch.randn(steps, batch, 3).to(dtype)
-        h0, c0 = torch.randn(2, batch, hidden).to(dtype)
-        w_ih, w_hh = torch.randn(4 * hidden, 3).to(dtype), torch.randn(4 * hidden, hidden).to(dtype)
+        inputs = make_inputs(case, dtype, cell=cell, resets="few")
+        *tensors, reverse = inputs.values()
+        gpu.pretend(small_gpu(cell, tier, case.H, batch, dtype, steps, backward=False))
         ops = torch.ops.iss_kernels
-        weights = w_ih, w_hh, None, None, None
-        y, h_n, c_n, gates, cells = ops.recurrent_forward(x, None, h0, c0, *weights, False, True)
-        d = [torch.randn_like(t) for t in (y, h_n, c_n)]
-        gpu.pretend(small_gpu(tier, hidden, batch, dtype, steps, backward=True))
-        ops.recurrent_backward(*d, x, None, h0, c0, *weights, y, gates, cells, False, True, True, True)
+        y, h_n, c_n, *saved = ops.recurrent_forward(*tensors, reverse, True)
+        d = [torch.randn_like(y), torch.randn_like(h_n)]
+        d.append(torch.randn_like(c_n) if inputs["c0"] is not None else None)
+        gpu.pretend(small_gpu(cell, tier, case.H, batch, dtype, steps, backward=True))
+        ops.recurrent_backward(*d, *tensors, y, *saved, reverse, True, True, True)
 
     return run
 
@@ -75,13 +79,15 @@ def norms(rows, columns):
 # Few and small: every one runs once for each of its calls. Steps odd and even, for what is used in
 # turns; one row, where blocks have threads to spare.
 CASES = {
-    f"lstm-{tier}-{str(dtype)[6:]}-{batch}-{steps}": lstm(tier, dtype, batch, steps)
+    f"{cell}-{tier}-{str(dtype)[6:]}-{batch}-{steps}": layer(cell, tier, dtype, batch, steps)
     for tier in ("block", "cluster", "grid")
-    for dtype, batch, steps in (
-        (torch.float32, 20, 4),
-        (torch.float32, 1, 2),
-        (torch.bfloat16, 20, 3),
-        (torch.bfloat16, 20, 4),
+    for cell, dtype, batch, steps in (
+        ("lstm", torch.float32, 20, 4),
+        ("lstm", torch.float32, 1, 2),
+        ("lstm", torch.bfloat16, 20, 3),
+        ("lstm", torch.bfloat16, 20, 4),
+        ("gru", torch.float32, 20, 3),
+        ("rnn_tanh", torch.bfloat16, 20, 3),
     )
 } | {"norms": norms(300, 300)}
 

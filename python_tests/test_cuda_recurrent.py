@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LSTM ops on a GPU: every tier of the planner, every dtype, against torch's own error."""
+"""The recurrent ops on a GPU: every cell, tier and dtype, against torch's own error."""
 
 import dataclasses
 import functools
 
 import pytest
-import test_lstm_ops
+import test_recurrent_ops
 import torch
 from gpu import limits_for, names_of_ops
-from test_lstm_ops import by_reference, is_floating, ours
-from test_reference import torch_lstm
+from test_recurrent_ops import by_reference, is_floating, ours
 from torch.library import opcheck
 
 from iss_kernels import explain_plan
+from iss_kernels.cells import CELLS
 from iss_kernels.testing import Case, assert_no_worse_than_torch, make_inputs
 
 pytestmark = [
@@ -38,6 +38,16 @@ CASES = [
     Case("one_large_step", 1, 5, 3, 164),  # too large for a single launch on a small GPU
 ]
 SMALL = Case("small", 3, 3, 4, 17, batch_sizes=(3, 2, 1))
+PADDED = Case("padded", 4, 5, 3, 33)
+# What cells share is tried with the LSTM. Of the others: more units than a warp has (of an RNN 32),
+# several blocks, rows that end, and the single step.
+OTHERS = {
+    "gru": ("odd", "packed", "wide", "one_step", "one_step_aligned"),
+    "rnn_tanh": ("packed", "wide", "one_step_aligned"),
+    "rnn_relu": ("packed",),
+}
+CUDA_CELLS = ("lstm", *OTHERS)
+by_cell = pytest.mark.parametrize("cell", CUDA_CELLS)
 PROJECTED = [
     Case("projected", 5, 4, 6, 19, P=5),
     Case("packed_projected", 4, 3, 3, 10, P=7, batch_sizes=(3, 2, 2, 1)),
@@ -51,9 +61,9 @@ def tier(request, gpu):
     return request.param
 
 
-def be(gpu, tier, case, dtype, tf32=False):
+def be(gpu, tier, case, dtype, tf32=False, cell="lstm"):
     """Make the GPU one on which this case is run by this tier."""
-    limits = limits_for(tier, case.H, case.B, dtype, tf32, case.T)
+    limits = limits_for(tier, case.H, case.B, dtype, tf32, case.T, cell)
     if limits is None:
         pytest.skip(f"no GPU runs {case.H} units of {dtype}, {case.T} steps, by {tier}")
     gpu.pretend(limits)
@@ -66,29 +76,31 @@ def of_tier(tier, case):
     return dataclasses.replace(case, T=1, batch_sizes=case.batch_sizes and case.batch_sizes[:1])
 
 
-def run(gpu, function, case, dtype, reverse=False, numbers=None):
-    """As test_lstm_ops.run, with inputs on the GPU and results on the CPU."""
-    on_gpu = test_lstm_ops.run(
-        lambda inputs: [y.cpu() for y in function(gpu.to(inputs))], case, dtype, reverse, numbers
-    )
-    return [t.cpu() for t in on_gpu]
+def run(gpu, function, case, dtype, reverse=False, cell="lstm", resets=None):
+    """As test_recurrent_ops.run, with inputs on the GPU and results on the CPU."""
+
+    def on_cpu(inputs):
+        return [None if y is None else y.cpu() for y in function(gpu.to(inputs))]
+
+    results = test_recurrent_ops.run(on_cpu, case, dtype, reverse, None, cell, resets)
+    return [t.cpu() for t in results]
 
 
 def torchs(inputs):
-    """nn.LSTM; without oneDNN, whose 16-bit LSTM needs AVX-512 and fails elsewhere."""
+    """torch's module; without oneDNN, whose 16-bit LSTM needs AVX-512 and fails elsewhere."""
     with torch.backends.mkldnn.flags(enabled=False):
-        return torch_lstm(inputs)
+        return test_recurrent_ops.torchs(inputs)
 
 
-def assert_as_good_as_torch(gpu, case, dtype, reverse):
-    result = run(gpu, ours, case, dtype, reverse)
-    same = test_lstm_ops.run(torchs, case, dtype, reverse)
+def assert_as_good_as_torch(gpu, case, dtype, reverse, cell="lstm", resets=None):
+    result = run(gpu, ours, case, dtype, reverse, cell, resets)
+    same = test_recurrent_ops.run(torchs, case, dtype, reverse, None, cell, resets)
     assert [t.dtype for t in result] == [t.dtype for t in same] == [dtype] * len(same)
     if dtype == torch.float64:  # no truth beyond float64 at hand: the two may differ by rounding
         for a, b in zip(result, same, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         return
-    truth = test_lstm_ops.run(torchs, case, torch.float64, reverse, numbers=dtype)
+    truth = test_recurrent_ops.run(torchs, case, torch.float64, reverse, dtype, cell, resets)
     for a, b, t in zip(result, same, truth, strict=True):
         assert_no_worse_than_torch(a, b, t)
 
@@ -99,6 +111,50 @@ def assert_as_good_as_torch(gpu, case, dtype, reverse):
 def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(gpu, tier, dtype, case, reverse):
     be(gpu, tier, case, dtype)
     assert_as_good_as_torch(gpu, case, dtype, reverse)
+
+
+@pytest.mark.parametrize(
+    ("cell", "case"),
+    [pytest.param(k, c, id=f"{k}-{c}") for k, v in OTHERS.items() for c in CASES if c.name in v],
+)
+@by_name("dtype", DTYPES)
+def test_other_cells_too(gpu, tier, dtype, cell, case):
+    if cell == "rnn_relu" and dtype in (torch.bfloat16, torch.float16):
+        pytest.skip("rounding decides where the gradient of relu is 1")
+    be(gpu, tier, case, dtype, cell=cell)
+    assert_as_good_as_torch(gpu, case, dtype, case.name == "packed", cell)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["few", "first", "all"])
+@pytest.mark.parametrize("case", [PADDED, SMALL], ids=str)
+@by_cell
+def test_resets_cut_states_and_gradients(gpu, tier, cell, case, kind, reverse):
+    case = of_tier(tier, case)
+    be(gpu, tier, case, torch.float32, cell=cell)
+    assert_as_good_as_torch(gpu, case, torch.float32, reverse, cell, kind)
+
+
+@by_cell
+def test_no_infinity_crosses_a_reset(gpu, tier, cell):
+    """What is before a reset is not multiplied by zero but left out."""
+    case = of_tier(tier, PADDED)
+    be(gpu, tier, case, torch.float32, cell=cell)
+    inputs = make_inputs(case, torch.float32, cell=cell, resets="first")
+    inputs["h0"][2, 1] = float("inf")
+    inputs["h0"][3, 0] = float("nan")
+    leaves = gpu.to({k: v.clone().requires_grad_() for k, v in inputs.items() if is_floating(v)})
+    outputs = [y for y in ours(gpu.to(inputs) | leaves) if y is not None]
+    grads = torch.autograd.grad([y.sum() for y in outputs], leaves.values(), materialize_grads=True)
+    assert all(t.isfinite().all() for t in (*outputs, *grads))
+    states = dict(zip(leaves, grads, strict=True))
+    assert all((states[k] == 0).all() for k in ("h0", "c0") if k in states)
+
+
+def test_a_highway_network_is_refused_by_name(gpu):
+    inputs = gpu.to(make_inputs(SMALL, torch.float32, cell="rhn"))
+    with pytest.raises(RuntimeError, match="^rhn_forward: expected tensors on the CPU"):
+        lib.recurrent_forward(*inputs.values(), False)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -118,7 +174,7 @@ def test_projections_too(gpu, dtype, case, reverse):
 def test_nothing_to_do(gpu, case):
     for a, b in zip(
         run(gpu, ours, case, torch.float32),
-        test_lstm_ops.run(by_reference, case, torch.float32),
+        test_recurrent_ops.run(by_reference, case, torch.float32),
         strict=True,
     ):
         torch.testing.assert_close(a, b)
@@ -127,7 +183,7 @@ def test_nothing_to_do(gpu, case):
 def test_a_layer_without_units_has_empty_outputs(gpu):
     x, h, w_ih, w_hh = gpu.to([torch.ones(s) for s in ((3, 2, 4), (2, 0), (0, 4), (0, 0))])
     for steps in (1, 3):
-        arguments = (x[:steps], None, h, h, w_ih, w_hh, None, None, None)
+        arguments = ("lstm", x[:steps], None, None, h, h, w_ih, w_hh, *[None] * 4)
         y, h_n, c_n, gates, cells = lib.recurrent_forward(*arguments, False, True)
         assert (y.shape, h_n.shape, c_n.shape) == ((steps, 2, 0), (2, 0), (2, 0))
         saved = (y, gates, cells)
@@ -156,9 +212,9 @@ def to_tf32(t):
 def test_tf32_errs_no_more_than_its_rounding(gpu, tier, case, tf32):
     """Held to a reference that rounds what its products multiply; gradients as outputs are."""
     be(gpu, tier, case, torch.float32, tf32=True)
-    truth = test_lstm_ops.run(torchs, case, torch.float64, numbers=torch.float32)
+    truth = test_recurrent_ops.run(torchs, case, torch.float64, numbers=torch.float32)
     result = run(gpu, ours, case, torch.float32)
-    exact = test_lstm_ops.run(torchs, case, torch.float32)
+    exact = test_recurrent_ops.run(torchs, case, torch.float32)
     for a, b, t in zip(result, exact, truth, strict=True):
         # A product's operands are each within 2^-11, or, where cuBLAS makes every product and cuts
         # them off, 2^-10 (an H100: 2^13.1 eps); sums over H (and N) terms of mixed sign.
@@ -178,16 +234,18 @@ def test_float32_is_exact_unless_asked(gpu):
 # -- what else an op must do -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 @by_name("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_input_gives_the_same_bits_in_any_order_of_threads(gpu, tier, dtype):
+def test_the_same_input_gives_the_same_bits_in_any_order_of_threads(gpu, tier, dtype, cell):
     case = of_tier(tier, SMALL)
-    be(gpu, tier, case, dtype)
-    first = run(gpu, ours, case, dtype)
+    be(gpu, tier, case, dtype, cell=cell)
+    first = run(gpu, ours, case, dtype, cell=cell, resets="few")
     orders = [("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2)]
     for policy, seed in orders:
         if gpu.simulator:
             gpu.simulator.configure(policy, seed)
-        assert all(map(torch.equal, first, run(gpu, ours, case, dtype)))
+        again = run(gpu, ours, case, dtype, cell=cell, resets="few")
+        assert all(map(torch.equal, first, again))
     if gpu.simulator:
         gpu.simulator.configure()
 
@@ -247,27 +305,33 @@ def test_nan_and_infinity_pass_as_in_the_reference(gpu, tier):
         torch.testing.assert_close(a.cpu(), b, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-def test_no_bias_or_one(gpu, tier):
+@by_cell
+def test_no_bias_or_one(gpu, tier, cell):
     case = of_tier(tier, Case("biases", 3, 2, 4, 9))
-    be(gpu, tier, case, torch.float32)
+    be(gpu, tier, case, torch.float32, cell=cell)
     for none in (("b_ih", "b_hh"), ("b_ih",), ("b_hh",)):
-        inputs = make_inputs(case, torch.float32) | dict.fromkeys(none)
+        inputs = make_inputs(case, torch.float32, cell=cell) | dict.fromkeys(none)
         for a, b in zip(ours(gpu.to(inputs)), by_reference(inputs), strict=True):
-            torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+            if b is not None:
+                torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
 
 
+@by_cell
 @by_name("dtype", DTYPES)
-def test_a_single_step_has_the_bits_of_a_stream(gpu, dtype):
+def test_a_single_step_has_the_bits_of_a_stream(gpu, dtype, cell):
     case = Case("one_step", 1, 9, 8, 32)
-    be(gpu, "one step", case, dtype)
-    inputs = gpu.to(make_inputs(case, dtype) | {"b_hh": None})
+    be(gpu, "one step", case, dtype, cell=cell)
+    inputs = gpu.to(make_inputs(case, dtype, cell=cell) | {"b_hh": None})
     y, h_n, c_n, gates, cells = lib.recurrent_forward(*inputs.values(), True)
-    out, c = torch.empty_like(h_n), inputs["c0"].to(cells.dtype, copy=True)
-    lib.lstm_step_(
-        *(inputs["x"][0], inputs["h0"], c, inputs["w_ih"], inputs["w_hh"], inputs["b_ih"], out)
+    out, c = torch.empty_like(h_n), None
+    if "c" in CELLS[cell].states:
+        c = inputs["c0"].to(cells.dtype, copy=True)
+    lib.recurrent_step_(
+        *(cell, inputs["x"][0], inputs["h0"], c, inputs["w_ih"], inputs["w_hh"], inputs["b_ih"]),
+        *(None, out),
     )
     assert torch.equal(y[0], out) and torch.equal(h_n, out)
-    assert torch.equal(cells, c) and torch.equal(c_n, c.to(dtype))
+    assert c is None or (torch.equal(cells, c) and torch.equal(c_n, c.to(dtype)))
     without = lib.recurrent_forward(*inputs.values(), False)
     assert all(map(torch.equal, without[:3], (y, h_n, c_n)))
 
@@ -284,19 +348,23 @@ def test_what_is_saved_for_the_gradient_is_float32(gpu, steps):
 
 
 @pytest.mark.parametrize(
-    "case",
-    [Case("padded", 2, 2, 2, 3), Case("one_step", 1, 3, 2, 3), SMALL, *PROJECTED[1:]],
+    ("cell", "case"),
+    [
+        *(("lstm", c) for c in (Case("one_step", 1, 3, 2, 3), SMALL, *PROJECTED[1:])),
+        *((cell, Case("padded", 2, 2, 2, 3)) for cell in CUDA_CELLS),
+    ],
     ids=str,
 )
-def test_gradcheck_and_gradgradcheck(gpu, case):
-    inputs = gpu.to(make_inputs(case, torch.float64, reverse=True))
+def test_gradcheck_and_gradgradcheck(gpu, cell, case):
+    inputs = gpu.to(make_inputs(case, torch.float64, True, cell, "few"))
     names = [k for k, v in inputs.items() if is_floating(v)]
     small = {k: v[:, :2] if k == "w_ih" else v for k, v in inputs.items()}
     small["x"] = inputs["x"][..., :2]
     leaves = [small[k].clone().requires_grad_() for k in names]
 
     def function(*tensors):
-        return ours(small | dict(zip(names, tensors, strict=True)))
+        outputs = ours(small | dict(zip(names, tensors, strict=True)))
+        return tuple(y for y in outputs if y is not None)
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     if case.H == 3:
@@ -304,12 +372,19 @@ def test_gradcheck_and_gradgradcheck(gpu, case):
 
 
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
-@by_name("dtype", DTYPES)
-def test_opcheck(gpu, dtype):
-    for case in (Case("padded", 2, 1, 2, 3), Case("one_step", 1, 2, 2, 3), PROJECTED[1]):
-        inputs = gpu.to(make_inputs(case, dtype))
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [*(("lstm", d) for d in DTYPES), ("gru", torch.float32), ("rnn_tanh", torch.float32)],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+def test_opcheck(gpu, cell, dtype):
+    cases = (Case("padded", 2, 1, 2, 3), Case("one_step", 1, 2, 2, 3), PROJECTED[1])
+    for case in cases[: 3 if cell == "lstm" else 1]:
+        inputs = gpu.to(make_inputs(case, dtype, cell=cell, resets="few"))
         outputs = lib.recurrent_forward(*inputs.values(), True)
         cotangents = [torch.randn_like(t) for t in outputs[:3]]
+        if "c" not in CELLS[cell].states:
+            cotangents[2] = None
         *tensors, reverse = inputs.values()
         arguments = (*cotangents, *tensors, outputs[0], *outputs[3:], reverse)
         for needed in ((True, True, True), (True, False, False), (False, False, True)):
@@ -320,17 +395,21 @@ def test_opcheck(gpu, dtype):
 
 
 def step_inputs(gpu, dtype, held=None, batch=3, sizes=(5, 7, 7)):
-    """x, h, c, w_ih, w_hh, bias, out of lstm_step_."""
+    """Arguments of recurrent_step_ for an LSTM."""
     inputs, hidden, output = sizes
     wide = torch.promote_types(dtype, torch.float32)
     shapes = [(batch, inputs), (batch, output), (batch, hidden), (4 * hidden, inputs),
-              (4 * hidden, output), (4 * hidden,), (batch, hidden)]  # fmt: skip
-    dtypes = [dtype, dtype, wide, held or dtype, held or dtype, dtype, dtype]
-    return gpu.to([torch.randn(s).to(d) for s, d in zip(shapes, dtypes, strict=True)])
+              (4 * hidden, output), (4 * hidden,), (4 * hidden,), (batch, hidden)]  # fmt: skip
+    dtypes = [dtype, dtype, wide, held or dtype, held or dtype, dtype, dtype, dtype]
+    tensors = [torch.randn(s).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+    return ["lstm", *gpu.to(tensors)]
 
 
 def test_opcheck_of_a_step(gpu):
-    opcheck(lib.lstm_step_, tuple(step_inputs(gpu, torch.float32, torch.bfloat16)))
+    inputs = step_inputs(gpu, torch.float32, torch.bfloat16)
+    opcheck(lib.recurrent_step_, tuple(inputs))
+    opcheck(lib.recurrent_step_, ("rnn_tanh", *inputs[1:3], None, *(w[:7] for w in inputs[4:8]),
+                                  inputs[8]))  # fmt: skip
 
 
 def test_packed_sequences_are_refused_during_capture(gpu, tier):
@@ -368,30 +447,43 @@ def test_every_op_has_a_kernel(gpu):
 
 
 def test_a_step_cannot_write_over_the_h_it_reads(gpu):
-    x, h, c, w_ih, w_hh, bias, _ = step_inputs(gpu, torch.float32)
+    inputs = step_inputs(gpu, torch.float32)
     with pytest.raises(RuntimeError, match="lstm_step_: expected out to be other memory than h"):
-        lib.lstm_step_(x, h, c, w_ih, w_hh, bias, h)
+        lib.recurrent_step_(*inputs[:-1], inputs[2])
 
 
 # -- checked runs ----------------------------------------------------------------------------------
 
 
-@by_name("math", [*DTYPES, "tf32"])
+@pytest.mark.parametrize(
+    ("cell", "math"),
+    [
+        *(("lstm", m) for m in (*DTYPES, "tf32")),
+        ("gru", torch.float32),
+        ("gru", torch.bfloat16),
+        ("rnn_tanh", torch.float32),
+        ("rnn_relu", torch.bfloat16),
+    ],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
 @pytest.mark.parametrize("tier", TIERS)
-def test_no_race_and_no_stray_access(checked_gpu, tier, math, request):
+def test_no_race_and_no_stray_access(checked_gpu, tier, cell, math, request):
     """Forward and backward with every access of the kernels checked, tensors between guards."""
     dtype = torch.float32 if math == "tf32" else math
     if math == "tf32":
         request.getfixturevalue("tf32")
     case = of_tier(tier, SMALL)
-    be(checked_gpu, tier, case, dtype, tf32=math == "tf32")
-    results = run(checked_gpu, ours, case, dtype, reverse=True)
-    assert all(t.isfinite().all() for t in results)
+    be(checked_gpu, tier, case, dtype, tf32=math == "tf32", cell=cell)
+    for resets in (None, "few"):
+        results = run(checked_gpu, ours, case, dtype, True, cell, resets)
+        assert all(t.isfinite().all() for t in results)
 
 
+@by_cell
 @by_name("dtype", DTYPES)
-def test_the_sanitizer_finds_nothing(gpu, tier, dtype):
+def test_the_sanitizer_finds_nothing(gpu, tier, dtype, cell):
     """What `make test-gpu` runs again under compute-sanitizer: small, each kernel once."""
     case = of_tier(tier, SMALL)
-    be(gpu, tier, case, dtype)
-    assert all(t.isfinite().all() for t in run(gpu, ours, case, dtype))
+    be(gpu, tier, case, dtype, cell=cell)
+    results = run(gpu, ours, case, dtype, cell=cell, resets="few")
+    assert all(t.isfinite().all() for t in results)
