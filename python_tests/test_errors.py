@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from test_cuda_lstm import step_inputs
+from test_cuda_recurrent import step_inputs
 
 from iss_kernels import ISSLSTM, ops, use_backend
 from iss_kernels.backend import build_info, use_isa
@@ -301,16 +301,18 @@ def test_bfloat16_weights_have_float32_factors():
 
 
 STEP_MISTAKES = {
-    "x is a vector": (0, lambda t: t[0], "expected x [B, I], h [B, P] and c [B, H], got [5], [3, 7] and [3, 7]"),
-    "x is int": (0, lambda t: t.int(), "expected x of dtype float32, float64, bfloat16 or float16, got int32"),
-    "h of another dtype": (1, lambda t: t.double(), "expected h of dtype float32, got float64"),
-    "c is narrow": (2, lambda t: t.half(), "expected c to be contiguous and of dtype float32, got float16 with strides [7, 1]"),
-    "w_ih of float64": (3, lambda t: t.double(), "expected w_ih of dtype float32, bfloat16 or float16, got float64"),
-    "w_hh unlike w_ih": (4, lambda t: t.half(), "expected w_hh of dtype float32, got float16"),
-    "w_hh too small": (4, lambda t: t[:, :6], "expected w_hh of shape [4H, P] = [28, 7], got [28, 6]"),
-    "a short bias": (5, lambda t: t[:5], "expected bias of shape [4H] = [28], got [5]"),
-    "out of another batch": (6, lambda t: t[:2], "expected out of shape [B, H] = [3, 7], got [2, 7]"),
-    "columns apart": (0, lambda t: t.t().contiguous().t(), "expected x with adjacent columns, got strides [1, 3]"),
+    "x is a vector": (1, lambda t: t[0], "expected x [B, I], h [B, P] and c [B, H], got [5], [3, 7] and [3, 7]"),
+    "x is int": (1, lambda t: t.int(), "expected x of dtype float32, float64, bfloat16 or float16, got int32"),
+    "h of another dtype": (2, lambda t: t.double(), "expected h of dtype float32, got float64"),
+    "c is narrow": (3, lambda t: t.half(), "expected c to be contiguous and of dtype float32, got float16 with strides [7, 1]"),
+    "w_ih of float64": (4, lambda t: t.double(), "expected w_ih of dtype float32, bfloat16 or float16, got float64"),
+    "w_hh unlike w_ih": (5, lambda t: t.half(), "expected w_hh of dtype float32, got float16"),
+    "w_hh too small": (5, lambda t: t[:, :6], "expected w_hh of shape [4H, P] = [28, 7], got [28, 6]"),
+    "a short bias": (6, lambda t: t[:5], "expected b_ih of shape [4H] = [28], got [5]"),
+    "out of another batch": (8, lambda t: t[:2], "expected out of shape [B, H] = [3, 7], got [2, 7]"),
+    "columns apart": (1, lambda t: t.t().contiguous().t(), "expected x with adjacent columns, got strides [1, 3]"),
+    "no c": (3, lambda t: None, "expected a c, got none"),
+    "another cell": (0, lambda t: "gru", "expected no c, got one"),
 }  # fmt: skip
 
 
@@ -320,8 +322,8 @@ def test_a_step_says_what_is_wrong(gpu, mistake):
     arguments = step_inputs(gpu, torch.float32)
     arguments[which] = change(arguments[which])
     with pytest.raises(RuntimeError) as got:
-        torch.ops.iss_kernels.lstm_step_(*arguments)
-    assert str(got.value).splitlines()[0] == f"lstm_step_: {message}"
+        torch.ops.iss_kernels.recurrent_step_(*arguments)
+    assert str(got.value).splitlines()[0] == f"{arguments[0]}_step_: {message}"
 
 
 @pytest.mark.skipif(build_info().get("cuda_built", False), reason="built with CUDA kernels")

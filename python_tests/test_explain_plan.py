@@ -69,6 +69,9 @@ DEVICES = (
     ({"proj_size": -1}, "expected proj_size to be an int from 0, got -1"),
     ({"steps": 0}, "expected steps to be an int from 1, got 0"),
     ({"dtype": torch.int8}, "expected dtype float32, float64, bfloat16 or float16, got int8"),
+    ({"cell": "gru", "proj_size": 3}, "expected proj_size 0 for gru, got 3"),
+    ({"cell": "rhn", "device": "H100"},
+     "expected device to be cpu for rhn, which has no CUDA kernels, got 'H100'"),
     ({"device": "H1000"}, f"{DEVICES}, got 'H1000'"),
     ({"device": (9, 0)}, f"{DEVICES}, got (9, 0)"),
 ])  # fmt: skip

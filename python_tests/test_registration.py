@@ -85,7 +85,7 @@ def check_threshold_():
 
 
 def registered():
-    """Of the CPU; lstm_step_, which is CUDA's alone, has its opcheck in test_cuda_lstm.py."""
+    """Of the CPU; recurrent_step_, CUDA's alone, has its opcheck in test_cuda_recurrent.py."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return [name for name in names_of_ops() if has_kernel(f"iss_kernels::{name}", "CPU")]
 
