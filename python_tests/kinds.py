@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from iss_kernels import ISSGRU, ISSLSTM, ISSRNN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """A cell: torch's module, ours, and the options of both."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accelerate: all that an LSTM has comes along, or is refused before anything changes."""
+"""accelerate: all that a module has comes along, or is refused before anything changes."""
 
 import collections
 import copy
@@ -10,16 +10,17 @@ from types import MethodType
 
 import pytest
 import torch
+from kinds import GRU, KINDS, LSTM, every_kind
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from iss_kernels import ISSLSTM, accelerate
+from iss_kernels import ISSGRU, ISSLSTM, ISSRNN, accelerate
 
 X = torch.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3)
 
 
-def model():
-    return nn.Sequential(collections.OrderedDict(lstm=nn.LSTM(3, 4)))
+def model(kind=LSTM):
+    return nn.Sequential(collections.OrderedDict(rnn=kind.of_torch(3, 4)))
 
 
 def run(module):
@@ -46,17 +47,18 @@ HOOKS = {
 }
 
 
+@every_kind
 @pytest.mark.parametrize("replace", ["accelerate", "from_torch and to_torch"])
-@pytest.mark.parametrize("kind", list(HOOKS))
-def test_every_hook_comes_along(kind, replace):
+@pytest.mark.parametrize("hooks", list(HOOKS))
+def test_every_hook_comes_along(kind, hooks, replace):
     calls = []
-    method, options = HOOKS[kind]
+    method, options = HOOKS[hooks]
 
     def hook(module, *args):
         calls.append((module, len(args)))
 
-    net = model()
-    old = net.lstm
+    net = model(kind)
+    old = net.rnn
     handle = getattr(old, method)(hook, **options)
     run(net)
     expected = [count for _, count in calls]
@@ -64,12 +66,12 @@ def test_every_hook_comes_along(kind, replace):
     if replace == "accelerate":
         accelerate(net)
     else:
-        net.lstm = ISSLSTM.from_torch(old)
-        run(nn.Sequential(net.lstm.to_torch()))
+        net.rnn = kind.ours.from_torch(old)
+        run(nn.Sequential(net.rnn.to_torch()))
         assert [count for _, count in calls] == expected
         calls.clear()
     run(net)
-    assert calls == [(net.lstm, count) for count in expected] and expected
+    assert calls == [(net.rnn, count) for count in expected] and expected
     if replace == "accelerate":
         handle.remove()
         calls.clear()
@@ -84,37 +86,38 @@ def test_every_hook_comes_along(kind, replace):
 def test_a_hook_that_is_always_called_comes_along():
     calls = []
     net = model()
-    net.lstm.register_forward_hook(lambda *_: calls.append(1), always_call=True)
+    net.rnn.register_forward_hook(lambda *_: calls.append(1), always_call=True)
     accelerate(net)
     with pytest.raises(RuntimeError):
         net(X[..., :2])
     assert calls
 
 
-def test_buffers_submodules_parameters_and_attributes_come_along():
-    net = model()
-    lstm = net.lstm
-    lstm.register_buffer("scale", torch.ones(1))
-    lstm.register_buffer("draft", torch.ones(1), persistent=False)
-    lstm.register_buffer("none", None)
-    lstm.head = nn.Linear(2, 2).eval()
-    lstm.extra = nn.Parameter(torch.zeros(1))
-    lstm.bias_hh_l0 = lstm.bias_ih_l0
-    lstm.note = {"name": "encoder"}
-    lstm.flatten_parameters = lambda: None
+@every_kind
+def test_buffers_submodules_parameters_and_attributes_come_along(kind):
+    net = model(kind)
+    old = net.rnn
+    old.register_buffer("scale", torch.ones(1))
+    old.register_buffer("draft", torch.ones(1), persistent=False)
+    old.register_buffer("none", None)
+    old.head = nn.Linear(2, 2).eval()
+    old.extra = nn.Parameter(torch.zeros(1))
+    old.bias_hh_l0 = old.bias_ih_l0
+    old.note = {"name": "encoder"}
+    old.flatten_parameters = lambda: None
     state, names = net.state_dict(), [name for name, _ in net.named_parameters()]
     accelerate(net)
-    new, y = net.lstm, net(X)[0]
-    assert type(new) is ISSLSTM
-    torch.testing.assert_close(y, lstm(X)[0])
+    new, y = net.rnn, net(X)[0]
+    assert type(new) is kind.ours
+    torch.testing.assert_close(y, old(X)[0])
     assert list(net.state_dict()) == list(state)
     assert [name for name, _ in net.named_parameters()] == names
-    assert new.scale is lstm.scale and new.draft is lstm.draft and new.none is None
-    assert new.head is lstm.head and not new.head.training and new.training
-    assert new.extra is lstm.extra and new.note is lstm.note
-    assert new.bias_hh_l0 is new.bias_ih_l0 is lstm.bias_ih_l0
+    assert new.scale is old.scale and new.draft is old.draft and new.none is None
+    assert new.head is old.head and not new.head.training and new.training
+    assert new.extra is old.extra and new.note is old.note
+    assert new.bias_hh_l0 is new.bias_ih_l0 is old.bias_ih_l0
     back = new.to_torch()
-    assert back.head is lstm.head and back.note is lstm.note
+    assert back.head is old.head and back.note is old.note
     torch.testing.assert_close(back(X)[0], y)
 
 
@@ -127,8 +130,8 @@ def test_parameters_that_two_lstms_share_stay_shared():
 
 def test_a_second_call_changes_nothing():
     net = accelerate(model())
-    before = net.lstm
-    assert accelerate(net).lstm is before and accelerate(before) is before
+    before = net.rnn
+    assert accelerate(net).rnn is before and accelerate(before) is before
 
 
 @pytest.mark.parametrize(
@@ -153,18 +156,47 @@ def test_a_model_on_meta_stays_there():
     assert net(X)[0].isfinite().all()
 
 
+def test_every_kind_is_replaced_and_the_state_dict_stays():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kinds = nn.ModuleList(kind.of_torch(3, 3) for kind in KINDS.values())
+            self.inner = nn.ModuleList([nn.LSTM(3, 4, 2, dropout=0.5), nn.Linear(4, 2)])
+            self.again = self.kinds[1]  # one module in two places stays one
+
+        def forward(self, x):
+            for layer in self.kinds:
+                x = layer(x)[0]
+            return self.inner[1](self.inner[0](x)[0])
+
+    net, calls = Model().eval(), []
+    net.again.register_forward_hook(lambda *_: calls.append(1))
+    expected, before = net(X), copy.deepcopy(net.state_dict())
+    assert accelerate(net) is net
+    assert [type(m) for m in net.kinds] == [ISSLSTM, ISSGRU, ISSRNN, ISSRNN]
+    assert [m.cell.name for m in net.kinds] == list(KINDS)
+    assert type(net.inner[0]) is ISSLSTM and net.inner[0].dropout == 0.5
+    assert net.again is net.kinds[1]
+    torch.testing.assert_close(net(X), expected)
+    assert len(calls) == 2
+    after = net.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    for kind in KINDS.values():
+        assert type(accelerate(kind.of_torch(3, 4))) is kind.ours
+
+
 Pair = collections.namedtuple("Pair", "first second")
 
 
 def test_aliases_in_plain_attributes_and_containers_are_replaced():
     net = model()
-    old = net.lstm
+    old = net.rnn
     object.__setattr__(net, "alias", old)
     net.layers = [old, {"a": (old, 1)}, Pair(old, frozenset([old]))]
     net.queue, net.set, net.plain = collections.deque([old]), {old}, [nn.Sequential(nn.LSTM(3, 4))]
     old.itself = [old]
     layers = net.layers
-    new = accelerate(net).lstm
+    new = accelerate(net).rnn
     assert type(new) is ISSLSTM and net.alias is new and net.layers is layers
     assert layers == [new, {"a": (new, 1)}, Pair(new, frozenset([new]))]
     assert type(layers[2]) is Pair
@@ -176,17 +208,19 @@ def test_a_model_that_is_only_referred_to_is_left_alone():
     outer, inner = model(), model()
     inner.outer, inner.call = weakref.ref(outer), outer.forward
     accelerate(inner)
-    assert type(inner.lstm) is ISSLSTM and type(outer.lstm) is nn.LSTM
+    assert type(inner.rnn) is ISSLSTM and type(outer.rnn) is nn.LSTM
 
 
-def test_what_is_no_lstm_of_torch_is_left_alone():
-    class Own(nn.LSTM):
+@every_kind
+def test_what_is_no_module_of_torch_is_left_alone(kind):
+    class Own(kind.torchs):
         pass
 
-    net = nn.Sequential(Own(3, 4), torch.jit.script(nn.LSTM(3, 4)))
+    own, base = Own(3, 4, **kind.options), nn.RNNBase("LSTM", 3, 4)
+    net = nn.Sequential(own, torch.jit.script(kind.of_torch(3, 4)), base)
     net.proxy = weakref.proxy(net[0])
     kinds = [type(m) for m in accelerate(net)]
-    assert kinds[0] is Own and kinds[1] is torch.jit.RecursiveScriptModule
+    assert kinds[:3] == [Own, torch.jit.RecursiveScriptModule, nn.RNNBase]
 
 
 def test_a_compiled_model_goes_on_with_the_new_lstm():
@@ -195,18 +229,18 @@ def test_a_compiled_model_goes_on_with_the_new_lstm():
     compiled = torch.compile(net, backend="eager")
     y = compiled(X)[0]
     accelerate(compiled)
-    assert type(net.lstm) is ISSLSTM
+    assert type(net.rnn) is ISSLSTM
     torch.testing.assert_close(compiled(X)[0], y)
     torch.compiler.reset()
 
 
-def set_forward(net, lstm):
-    lstm.forward = MethodType(lambda self, x: x, lstm)
+def set_forward(net, rnn):
+    rnn.forward = MethodType(lambda self, x: x, rnn)
 
 
-def delete_weight(net, lstm):
-    lstm._parameters.pop("weight_hh_l0")
-    lstm.weight_hh_l0 = torch.zeros(16, 4)
+def delete_weight(net, rnn):
+    weight = rnn._parameters.pop("weight_hh_l0")
+    rnn.weight_hh_l0 = torch.zeros_like(weight)
 
 
 def contents(net):
@@ -217,45 +251,47 @@ def contents(net):
 
 CANNOT_COME = {
     "forward": (set_forward, "without an attribute 'forward' of its own"),
-    "method": (lambda net, lstm: setattr(lstm, "extra_repr", str), "attribute 'extra_repr'"),
-    "name taken": (lambda net, lstm: setattr(lstm, "sizes", 3), "attribute 'sizes'"),
-    "compile": (lambda net, lstm: lstm.compile(), "attribute '_compiled_call_impl'"),
-    "torch.compile": (lambda net, lstm: setattr(net, "fast", torch.compile(lstm)), "no method"),
+    "method": (lambda net, rnn: setattr(rnn, "extra_repr", str), "attribute 'extra_repr'"),
+    "name taken": (lambda net, rnn: setattr(rnn, "sizes", 3), "attribute 'sizes'"),
+    "compile": (lambda net, rnn: rnn.compile(), "attribute '_compiled_call_impl'"),
+    "torch.compile": (lambda net, rnn: setattr(net, "fast", torch.compile(rnn)), "no method"),
     "weight_norm": (
-        lambda net, lstm: parametrizations.weight_norm(lstm, "weight_hh_l0"),
+        lambda net, rnn: parametrizations.weight_norm(rnn, "weight_hh_l0"),
         "weight_hh_l0 computed by _WeightNorm; remove that parametrization first",
     ),
     "old weight_norm": (
-        lambda net, lstm: weight_norm(lstm, "weight_hh_l0"), "weight_hh_l0 computed by WeightNorm",
+        lambda net, rnn: weight_norm(rnn, "weight_hh_l0"), "weight_hh_l0 computed by WeightNorm",
     ),
     "spectral_norm": (
-        lambda net, lstm: spectral_norm(lstm, "weight_ih_l0"),
+        lambda net, rnn: spectral_norm(rnn, "weight_ih_l0"),
         "weight_ih_l0 computed by SpectralNorm",
     ),
     "pruned": (
-        lambda net, lstm: prune.l1_unstructured(lstm, "bias_hh_l0", 0.5),
+        lambda net, rnn: prune.l1_unstructured(rnn, "bias_hh_l0", 0.5),
         "bias_hh_l0 computed by L1Unstructured",
     ),
     "weight dropped": (delete_weight, "weight_hh_l0 computed by other code"),
     "other weights in use": (
-        lambda net, lstm: lstm._flat_weights.__setitem__(0, torch.zeros(16, 3)),
+        lambda net, rnn: rnn._flat_weights.__setitem__(0, torch.zeros(16, 3)),
         "weight_ih_l0 computed by other code",
     ),
-    "bound method": (lambda net, lstm: setattr(net, "f", lstm.forward), "got f.__self__"),
-    "partial": (lambda net, lstm: setattr(net, "f", functools.partial(lstm)), "got f.func"),
+    "bound method": (lambda net, rnn: setattr(net, "f", rnn.forward), "got f.__self__"),
+    "partial": (lambda net, rnn: setattr(net, "f", functools.partial(rnn)), "got f.func"),
     "argument of a partial": (
-        lambda net, lstm: setattr(net, "f", functools.partial(print, 1, (lstm, 2))), "got f.1",
+        lambda net, rnn: setattr(net, "f", functools.partial(print, 1, (rnn, 2))), "got f.1",
     ),
-    "key": (lambda net, lstm: setattr(net, "names", {lstm: "second"}), "got names"),
-    "weak reference": (lambda net, lstm: setattr(net, "f", [weakref.ref(lstm)]), "got f.0.()"),
+    "key": (lambda net, rnn: setattr(net, "names", {rnn: "second"}), "got names"),
+    "weak reference": (lambda net, rnn: setattr(net, "f", [weakref.ref(rnn)]), "got f.0.()"),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of the old weight_norm
-@pytest.mark.parametrize("kind", list(CANNOT_COME))
-def test_what_cannot_come_along_is_refused_and_nothing_changes(kind):
-    change, message = CANNOT_COME[kind]
-    net = nn.Sequential(collections.OrderedDict(first=nn.LSTM(3, 3), second=nn.LSTM(3, 4)))
+@pytest.mark.parametrize("kind", [LSTM, GRU], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("change", list(CANNOT_COME))
+def test_what_cannot_come_along_is_refused_and_nothing_changes(kind, change):
+    change, message = CANNOT_COME[change]
+    second = kind.of_torch(3, 4)
+    net = nn.Sequential(collections.OrderedDict(first=nn.LSTM(3, 3), second=second))
     net.first.register_load_state_dict_pre_hook(lambda *_: None)
     net.aliases = [net.first, net.second]
     change(net, net.second)
@@ -271,59 +307,66 @@ def test_what_cannot_come_along_is_refused_and_nothing_changes(kind):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ["forward", "weight_norm", "old weight_norm", "pruned"])
-def test_from_torch_and_to_torch_refuse_it_too(kind):
-    change, message = CANNOT_COME[kind]
-    for cls, convert in ((nn.LSTM, ISSLSTM.from_torch), (ISSLSTM, ISSLSTM.to_torch)):
-        lstm = cls(3, 4)
-        change(None, lstm)
+@every_kind
+@pytest.mark.parametrize("change", ["forward", "weight_norm", "old weight_norm", "pruned"])
+def test_from_torch_and_to_torch_refuse_it_too(kind, change):
+    change, message = CANNOT_COME[change]
+    convert = {kind.of_torch: kind.ours.from_torch, kind: kind.ours.to_torch}
+    for make, function in convert.items():
+        rnn = make(3, 4)
+        change(None, rnn)
         with pytest.raises(ValueError) as got:
-            convert(lstm)
-        assert str(got.value).startswith(f"{convert.__name__}: expected the LSTM ")
+            function(rnn)
+        name = kind.torchs.__name__
+        assert str(got.value).startswith(f"{function.__name__}: expected the {name} ")
         assert message in str(got.value)
 
 
-def test_a_subclass_would_lose_its_methods():
-    class Own(nn.LSTM):
+@every_kind
+def test_a_subclass_would_lose_its_methods(kind):
+    class Own(kind.torchs):
         pass
 
-    class Ours(ISSLSTM):
+    class Ours(kind.ours):
         pass
 
-    with pytest.raises(ValueError, match="from_torch: .* nn.LSTM or ISSLSTM itself, got a Own"):
-        ISSLSTM.from_torch(Own(3, 4))
-    with pytest.raises(ValueError, match="to_torch: .* nn.LSTM or ISSLSTM itself, got a Ours"):
+    either = f"nn.{kind.torchs.__name__} or {kind.ours.__name__} itself, got a"
+    with pytest.raises(ValueError, match=f"from_torch: .* {either} Own"):
+        kind.ours.from_torch(Own(3, 4))
+    with pytest.raises(ValueError, match=f"to_torch: .* {either} Ours"):
         Ours(3, 4).to_torch()
-    assert type(Ours.from_torch(nn.LSTM(3, 4))) is Ours
+    assert type(Ours.from_torch(kind.of_torch(3, 4))) is Ours
 
 
 # -- code that looks for an RNN --------------------------------------------------------------------
 
 
-def test_initialisers_find_an_rnn_base():
-    lstm = ISSLSTM(3, 4, num_layers=2, bidirectional=True)
-    torchs = nn.LSTM(3, 4, num_layers=2, bidirectional=True)
-    assert isinstance(lstm, nn.RNNBase) and not isinstance(lstm, nn.LSTM)
-    assert lstm.mode == torchs.mode and lstm._flat_weights_names == torchs._flat_weights_names
-    assert [w.shape for w in lstm._flat_weights] == [w.shape for w in torchs._flat_weights]
+@every_kind
+def test_initialisers_find_an_rnn_base(kind):
+    ours = kind(3, 4, num_layers=2, bidirectional=True)
+    torchs = kind.of_torch(3, 4, num_layers=2, bidirectional=True)
+    assert isinstance(ours, nn.RNNBase) and not isinstance(ours, kind.torchs)
+    assert ours.mode == torchs.mode and ours._flat_weights_names == torchs._flat_weights_names
+    assert [w.shape for w in ours._flat_weights] == [w.shape for w in torchs._flat_weights]
     with torch.no_grad():
-        for weight in lstm._flat_weights:
+        for weight in ours._flat_weights:
             weight.fill_(0.5)
-    assert all((p == 0.5).all() for p in lstm.parameters())
-    replacement = nn.Parameter(torch.zeros(16, 3))
-    lstm.weight_ih_l0 = replacement
-    assert lstm._flat_weights[0] is replacement and lstm.all_weights[0][0] is replacement
+    assert all((p == 0.5).all() for p in ours.parameters())
+    replacement = nn.Parameter(torch.zeros_like(ours.weight_ih_l0))
+    ours.weight_ih_l0 = replacement
+    assert ours._flat_weights[0] is replacement and ours.all_weights[0][0] is replacement
 
 
-def test_nothing_inherited_keeps_old_weights():
-    lstm = ISSLSTM(3, [4, 2], num_layers=2)
-    lstm(X)
-    lstm._init_flat_weights()
-    for twin in (copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm)), copy.copy(lstm)):
+@every_kind
+def test_nothing_inherited_keeps_old_weights(kind):
+    rnn = kind(3, [4, 2], num_layers=2)
+    rnn(X)
+    rnn._init_flat_weights()
+    for twin in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn)), copy.copy(rnn)):
         twin.double()
         assert {w.dtype for w in twin._flat_weights} == {torch.float64}
         assert twin(X.double())[0].dtype == torch.float64
-    replica = lstm._replicate_for_data_parallel()
+    replica = rnn._replicate_for_data_parallel()
     assert "_flat_weights" not in vars(replica)
 
 

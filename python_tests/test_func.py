@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.func and forward-mode differentiation over ISSLSTM and the norms are those of nn.LSTM."""
+"""torch.func and forward-mode differentiation over modules and the norms are those of torch."""
 
 import pytest
 import torch
+from kinds import KINDS, every_kind, tensors_in
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import (
@@ -17,7 +18,7 @@ from torch.func import (
     vmap,
 )
 
-from iss_kernels import ISSLSTM, ops, reference
+from iss_kernels import ops, reference
 
 # torch has no batching rule for the LSTM of oneDNN.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 T, B, I, H = 4, 3, 2, 5  # noqa: E741  (the letter of the shape alphabet)
 
 
-def both(**options):
-    """nn.LSTM in float64, and an ISSLSTM with its parameters."""
-    torchs = nn.LSTM(I, H, 2, dtype=torch.float64, **options)
-    return torchs, ISSLSTM.from_torch(torchs)
+def both(kind=KINDS["lstm"], **options):
+    """torch's module in float64, and ours with its parameters."""
+    torchs = kind.of_torch(I, H, 2, dtype=torch.float64, **options)
+    return torchs, kind.ours.from_torch(torchs)
 
 
 def y_of(module):
@@ -37,8 +38,8 @@ def y_of(module):
 
 def loss_of(module):
     def loss(weights, x, target):
-        y, (_, c) = functional_call(module, weights, (x[:, None],))
-        return (y[:, 0] - target).square().sum() + c.sin().sum()
+        y, states = functional_call(module, weights, (x[:, None],))
+        return (y[:, 0] - target).square().sum() + tensors_in(states)[-1].sin().sum()
 
     return loss
 
@@ -61,25 +62,28 @@ TRANSFORMS = {
 }
 
 
+@every_kind
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("transform", list(TRANSFORMS))
-def test_transforms_are_those_of_nn_lstm(transform, recompute):
-    torchs, ours = both()
+def test_transforms_are_those_of_torch(kind, transform, recompute):
+    torchs, ours = both(kind)
     ours.recompute = recompute
     expected, got = (TRANSFORMS[transform](module) for module in (torchs, ours))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_per_sample_are_those_of_each_sample():
-    torchs, ours = both()
+@every_kind
+def test_gradients_per_sample_are_those_of_each_sample(kind):
+    torchs, ours = both(kind)
     got = vmap(grad(loss_of(ours)), (None, 1, 1))(weights_of(ours), X, TARGET)
     for row in range(B):
         expected = grad(loss_of(torchs))(weights_of(torchs), X[:, row], TARGET[:, row])
         torch.testing.assert_close({name: g[row] for name, g in got.items()}, expected)
 
 
-def test_an_ensemble_is_its_members():
-    members = [ISSLSTM(I, H, bidirectional=True, dtype=torch.float64) for _ in range(3)]
+@every_kind
+def test_an_ensemble_is_its_members(kind):
+    members = [kind(I, H, bidirectional=True, dtype=torch.float64) for _ in range(3)]
     weights, buffers = stack_module_state(members)
 
     def call(weights, x):
@@ -90,20 +94,22 @@ def test_an_ensemble_is_its_members():
     torch.testing.assert_close(vmap(call)(weights, torch.stack([X] * 3)), alone)
 
 
-def test_a_packed_batch_can_be_transformed():
-    torchs, ours = both(bidirectional=True)
+@every_kind
+def test_a_packed_batch_can_be_transformed(kind):
+    torchs, ours = both(kind, bidirectional=True)
     packed = nn.utils.rnn.pack_padded_sequence(X, [4, 3, 1])
 
     def loss(module):
         return lambda data: module(packed._replace(data=data))[0].data.square().sum()
 
-    data = packed.data.clone().requires_grad_()  # nn.LSTM's packed form knows no torch.func
+    data = packed.data.clone().requires_grad_()  # torch's packed form knows no torch.func
     (expected,) = torch.autograd.grad(loss(torchs)(data), data)
     torch.testing.assert_close(grad(loss(ours))(packed.data), expected)
 
 
-def test_forward_mode_has_the_tangent_of_nn_lstm():
-    torchs, ours = both()
+@every_kind
+def test_forward_mode_has_the_tangent_of_torch(kind):
+    torchs, ours = both(kind)
     expected = jvp(y_of(torchs), (X,), (X.cos(),))[1]
     for grad_mode in (True, False):
         with torch.set_grad_enabled(grad_mode), forward_ad.dual_level():
@@ -111,8 +117,9 @@ def test_forward_mode_has_the_tangent_of_nn_lstm():
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
 
 
-def test_batched_cotangents():
-    torchs, ours = both()
+@every_kind
+def test_batched_cotangents(kind):
+    torchs, ours = both(kind)
     cotangents = torch.stack([TARGET, TARGET.sin()])
     x = X.clone().requires_grad_()
     expected, got = (
@@ -123,7 +130,7 @@ def test_batched_cotangents():
 
 def test_the_kernels_run_where_no_transform_is_active(monkeypatch):
     _, ours = both()
-    monkeypatch.delattr(reference, "lstm")
+    monkeypatch.delattr(reference, "recurrent")
     ours(X)
     with pytest.raises(AttributeError):
         vmap(y_of(ours))(X[None])

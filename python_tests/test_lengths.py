@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lengths= is nn.LSTM between pack_padded_sequence and pad_packed_sequence."""
+"""lengths= is torch's module between pack_padded_sequence and pad_packed_sequence."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from torch import nn
+from kinds import KINDS, as_state, assert_same, every_kind, tensors_in, with_gradients
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from iss_kernels import ISSLSTM, prepare
@@ -19,74 +19,65 @@ SHORT = [3, 4, 1, 2]  # no row reaches T: the last steps are all padding
 
 
 def packed_and_padded(lstm, x, hx, lengths):
-    """The same by torch's three calls, around nn.LSTM or any other."""
+    """The same by torch's three calls, around its module or any other."""
     packed = pack_padded_sequence(x, torch.tensor(lengths), lstm.batch_first, enforce_sorted=False)
     y, state = lstm(packed, hx)
     return pad_packed_sequence(y, lstm.batch_first, total_length=T)[0], state
-
-
-def tensors_in(result):
-    if torch.is_tensor(result):
-        return [result]
-    return [t for part in result for t in tensors_in(part)]
 
 
 def inputs_for(lstm, dtype=torch.float64):
     return torch.randn(*((B, T) if lstm.batch_first else (T, B)), I, dtype=dtype)
 
 
-def with_gradients(call, x, hx, parameters):
-    """Outputs of call(x, hx), then the gradients of x, hx and the parameters."""
-    x = x.clone().requires_grad_()
-    hx = hx and tuple(s.clone().requires_grad_() for s in hx)
-    outputs = tensors_in(call(x, hx))
-    torch.manual_seed(7)
-    loss = sum((y * torch.randn_like(y)).sum() for y in outputs)
-    return [*outputs, *torch.autograd.grad(loss, [x, *(hx or ()), *parameters])]
+FORMS = [
+    pytest.param(kind, *form, id="-".join(map(str, (name, *form))))
+    for name, kind in KINDS.items()
+    for form in itertools.product([False, True], [False, True], [0, 2], [1, 2])
+    if kind.projects or form[2] == 0
+]
 
 
-FORMS = list(itertools.product([False, True], [False, True], [0, 2], [1, 2]))
-
-
-@pytest.mark.parametrize(("batch_first", "bidirectional", "proj_size", "num_layers"), FORMS)
+@pytest.mark.parametrize(("kind", "batch_first", "bidirectional", "proj", "num_layers"), FORMS)
 def test_outputs_and_gradients_are_torchs(
-    implementation, batch_first, bidirectional, proj_size, num_layers
+    implementation, kind, batch_first, bidirectional, proj, num_layers
 ):
-    torchs = nn.LSTM(
-        I, 5, num_layers, batch_first=batch_first, bidirectional=bidirectional,
-        proj_size=proj_size, dtype=torch.float64,
+    options = {"proj_size": proj} if proj else {}
+    torchs, ours = kind.pair(
+        I, 5, num_layers, batch_first=batch_first, bidirectional=bidirectional, **options,
+        dtype=torch.float64,
     )  # fmt: skip
-    ours = ISSLSTM.from_torch(torchs)
-    x, cells = inputs_for(ours), num_layers * (1 + bidirectional)
-    hx = tuple(torch.randn(cells, B, size).double() for size in (proj_size or 5, 5))
+    x = inputs_for(ours)
+    hx = kind.random_hx(num_layers * (1 + bidirectional), B, hidden=5, proj=proj)
     for state, lengths in ((None, LENGTHS), (hx, SHORT)):
 
-        def our_call(x, hx, lengths=lengths):
-            return ours(x, hx, lengths)
+        def our_call(x, *hx, lengths=lengths):
+            return ours(x, as_state(*hx), lengths)
 
-        def torchs_calls(x, hx, lengths=lengths):
-            return packed_and_padded(torchs, x, hx, lengths)
+        def torchs_calls(x, *hx, lengths=lengths):
+            return packed_and_padded(torchs, x, as_state(*hx), lengths)
 
+        args = (x, *tensors_in(state))
         results = [
-            with_gradients(call, x, state, torchs.parameters()) for call in (our_call, torchs_calls)
+            with_gradients(call, args, parameters=module.parameters())
+            for call, module in ((our_call, ours), (torchs_calls, torchs))
         ]
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert_same(*results)
 
 
+@every_kind
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_unequal_sizes_are_what_each_row_gives_alone(implementation, batch_first):
-    lstm = ISSLSTM(
+def test_unequal_sizes_are_what_each_row_gives_alone(implementation, kind, batch_first):
+    module = kind(
         I, [(4, 2), 5], 2, bidirectional=True, batch_first=batch_first, dtype=torch.float64
     )
-    x = inputs_for(lstm)
-    y, state = lstm(x, None, LENGTHS)
-    y, state = lstm(x, state, LENGTHS)  # hx takes the form that h_n, c_n come in
+    x = inputs_for(module)
+    y, state = module(x, None, LENGTHS)
+    y, state = module(x, state, LENGTHS)  # hx takes the form that h_n, c_n come in
     rows = x if batch_first else x.transpose(0, 1)
     rows_y = y if batch_first else y.transpose(0, 1)
     for row, length in enumerate(LENGTHS):
-        _, alone = lstm(rows[row, :length])
-        alone_y, alone = lstm(rows[row, :length], alone)
+        _, alone = module(rows[row, :length])
+        alone_y, alone = module(rows[row, :length], alone)
         torch.testing.assert_close(rows_y[row, :length], alone_y, rtol=1e-12, atol=1e-12)
         for a, b in zip(tensors_in(state), tensors_in(alone), strict=True):
             torch.testing.assert_close(a[..., row, :], b, rtol=1e-12, atol=1e-12)
@@ -112,28 +103,27 @@ def test_lengths_come_in_any_form(lengths):
         assert torch.equal(a, b)
 
 
+@every_kind
 @pytest.mark.parametrize("padding", [math.nan, math.inf, 1e30])
-def test_padding_is_not_looked_at(implementation, padding):
-    lstm = ISSLSTM(I, 5, 2, bidirectional=True, dtype=torch.float64)
-    x = inputs_for(lstm)
+def test_padding_is_not_looked_at(implementation, kind, padding):
+    module = kind(I, 5, 2, bidirectional=True, dtype=torch.float64)
+    x = inputs_for(module)
     past = torch.arange(T)[:, None] >= torch.tensor(LENGTHS)
     padded = x.masked_fill(past[..., None], padding)
 
-    def call(x, hx):
-        return lstm(x, hx, LENGTHS)
-
-    results = [with_gradients(call, x, None, lstm.parameters()) for x in (x, padded)]
+    results = [with_gradients(module, (x, None, LENGTHS)) for x in (x, padded)]
     assert all(map(torch.equal, *results))
-    y, dx = results[0][0], results[0][3]
+    y, dx = results[0][0], results[0][1 + len(module.cell.states)]
     assert not y[past].any() and not dx[past].any()
 
 
-def test_full_lengths_are_the_plain_call(implementation):
-    lstm = ISSLSTM(I, 5, 2, bidirectional=True, proj_size=2, dtype=torch.float64)
-    x = inputs_for(lstm)
-    _, state = lstm(x)
-    for a, b in zip(tensors_in(lstm(x, state, [T] * B)), tensors_in(lstm(x, state)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+@every_kind
+def test_full_lengths_are_the_plain_call(implementation, kind):
+    options = {"proj_size": 2} if kind.projects else {}
+    module = kind(I, 5, 2, bidirectional=True, dtype=torch.float64, **options)
+    x = inputs_for(module)
+    _, state = module(x)
+    assert_same(tensors_in(module(x, state, [T] * B)), tensors_in(module(x, state)))
 
 
 @pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16", "int8"])
@@ -201,13 +191,13 @@ def test_wrong_inputs(x, message):
     assert str(got.value) == message
 
 
+@every_kind
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_other_mistakes_are_nn_lstms(batch_first):
-    torchs = nn.LSTM(I, 5, batch_first=batch_first)
-    ours = ISSLSTM.from_torch(torchs)
+def test_other_mistakes_are_torchs(kind, batch_first):
+    torchs, ours = kind.pair(I, 5, batch_first=batch_first)
     x = inputs_for(ours, torch.float32)
     state = torch.zeros(1, B, 5)
-    for args in ((x.double(), None), (x[..., :2], None), (x, (state[:, :2], state))):
+    for args in ((x.double(), None), (x[..., :2], None), (x, kind.hx(state[:, :2], state))):
         with pytest.raises(Exception) as expected:
             torchs(*args)
         with pytest.raises(expected.type) as got:

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from kinds import LSTM, every_kind
+from kinds import KINDS, LSTM, every_kind
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 

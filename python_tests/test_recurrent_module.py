@@ -180,32 +180,6 @@ def test_from_torch_and_to_torch_share_the_parameters(kind, options):
         assert ours.get_parameter(name) is parameter and back.get_parameter(name) is parameter
 
 
-def test_accelerate_replaces_every_nn_lstm_and_keeps_the_state_dict():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.LSTM(3, 4)
-            self.inner = nn.ModuleList([nn.LSTM(4, 4), nn.Linear(4, 2)])
-            self.again = self.first  # one module in two places stays one
-
-        def forward(self, x):
-            return self.inner[1](self.inner[0](self.first(x)[0])[0])
-
-    model = Model()
-    calls = []
-    model.first.register_forward_hook(lambda *_: calls.append(1))
-    x, before = torch.randn(5, 2, 3), copy.deepcopy(model.state_dict())
-    expected = model(x)
-    assert accelerate(model) is model
-    assert type(model.first) is ISSLSTM and model.again is model.first
-    assert type(model.inner[0]) is ISSLSTM
-    torch.testing.assert_close(model(x), expected)
-    assert len(calls) == 2
-    after = model.state_dict()
-    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
-    assert type(accelerate(nn.LSTM(2, 3))) is ISSLSTM
-
-
 @every_kind
 def test_deepcopy_and_pickle(kind):
     ours = kind(3, [4, 2], num_layers=2)
