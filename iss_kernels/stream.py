@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,297 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iss_kernels import backend, ops
-from iss_kernels.copying import copied
-from iss_kernels.lstm import ISSLSTM
-from iss_kernels.prepare import PreparedLSTM, prepare
-
-_LSTMS = (nn.LSTM, ISSLSTM, PreparedLSTM)
-_KNOWN = (*_LSTMS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
-_ACTIVATIONS = {
-    nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu",
-    nn.LeakyReLU: "leaky_relu",
-}  # fmt: skip
-# Functions, and methods of a tensor by name, that stand for a module.
-_FUNCTIONS: dict[Any, type[nn.Module]] = {
-    F.relu: nn.ReLU, torch.relu: nn.ReLU, "relu": nn.ReLU, F.silu: nn.SiLU,
-    torch.tanh: nn.Tanh, "tanh": nn.Tanh, torch.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid,
-}  # fmt: skip
-_OPERATORS = (
-    "add radd sub rsub mul rmul truediv rtruediv matmul pow neg getitem eq lt gt le ge bool"
-)
-
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-class _Refused(BaseException):
-    """Why a model is not a plain chain; no Exception, lest a forward method should handle it."""
-
-
-class _Value:
-    """Stands for the tensor that flows along a chain while a model's forward is listened to."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self._layers = layers
-        self._used = False
-
-    def through(self, layer: nn.Module, name: str) -> _Value:
-        """What a layer makes of it."""
-        if self._used:
-            raise _Refused(f"{name} off the chain")
-        self._used = True
-        if not isinstance(layer, (nn.Dropout, nn.Identity)):
-            self._layers.append(layer)
-        return _Value(self._layers)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = _FUNCTIONS.get(func)
-        if made is None or len(args) != 1 or not (kwargs or {}).keys() <= {"inplace"}:
-            raise _Refused(f"the operation {func.__name__}")
-        return args[0].through(made(), func.__name__)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _FUNCTIONS:
-            raise _Refused(f"the operation {name}")
-        return lambda: self.through(_FUNCTIONS[name](), name)
-
-
-class _State:
-    """Stands for an LSTM's state, which may be taken apart and returned."""
-
-    def __iter__(self) -> Iterator[_State]:
-        return iter((_State(), _State()))
-
-    def __getitem__(self, index: Any) -> _State:
-        return _State()
-
-
-def _refusing(name: str) -> Any:
-    def operator(self: object, *_: object) -> Any:
-        raise _Refused(f"the operation {name}")
-
-    return operator
-
-
-for _name in _OPERATORS.split():
-    setattr(_Value, f"__{_name}__", _refusing(_name))
-_Value.__hash__ = object.__hash__  # type: ignore[method-assign]
-
-
-def _own_ways(module: nn.Module) -> str | None:
-    """What makes a module compute something else than its class, if anything does."""
-    kinds = [kind for kind in _KNOWN if isinstance(module, kind)]
-    if kinds and type(module) not in kinds:
-        return f"{{}}, of {type(module).__name__}, a subclass of {kinds[0].__name__}"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "a forward hook on {}"
-    if "forward" in vars(module):
-        return "a forward set on the instance of {}"
-    shapes: dict[str, tuple[int, ...]] = {}
-    if isinstance(module, nn.Linear):
-        rows, columns = module.out_features, module.in_features
-        shapes = {"weight": (rows, columns), "bias": (rows,)}
-    elif isinstance(module, nn.LayerNorm):
-        shapes = dict.fromkeys(("weight", "bias"), tuple(module.normalized_shape))
-    for name, shape in shapes.items():
-        if name not in module._parameters:
-            return f"{{}}, whose {name} is no parameter"
-        value = module._parameters[name]
-        if value is not None and tuple(value.shape) != shape:
-            return f"{{}}, whose {name} is of shape {list(value.shape)} and not {list(shape)}"
-    return None
-
-
-def _snapshot(layer: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
-    """A copy of a layer for inference in float32, the weights of an LSTM in its format."""
-    if layer not in made:
-        for parameter in layer.parameters():
-            if not parameter.is_floating_point():
-                got = f"{str(parameter.dtype).removeprefix('torch.')} in {type(layer).__name__}"
-                raise ValueError(f"Stream: expected floating-point weights, got {got}")
-        if isinstance(layer, _LSTMS):
-            made[layer] = layer if isinstance(layer, PreparedLSTM) else prepare(layer)
-        else:
-            double: Any = copy.deepcopy(layer).float().eval()
-            if hasattr(double, "inplace"):
-                double.inplace = False  # its input may be an LSTM's state
-            made[layer] = double
-    return made[layer]
-
-
-class _Chain:
-    """A model that is a plain chain of layers.
-
-    They are found by calling a copy of the model with a stand-in for the tensor. (torch.fx would
-    do, but while it traces it replaces methods of nn.Module for all threads.) Where the copy is
-    given a tensor, it calls snapshots of its layers.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._name = type(model).__name__
-        self._snapshots: dict[nn.Module, nn.Module] = {}
-        self.layers: list[nn.Module] = []  # in the order of the chain
-        if not any(isinstance(module, _LSTMS) for module in model.modules()):
-            raise ValueError("Stream: expected a model with an LSTM, got one without")
-        everywhere = nn.modules.module
-        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-            self._refuse("a forward hook on all modules")
-        ways = _own_ways(model)
-        if ways is not None:
-            self._refuse(ways.format("the model"))
-        memo: dict[int, Any] = {
-            id(module): _listening(module, name, self._snapshots)
-            for name, module in model.named_modules()
-            if type(module) in (*_KNOWN, *_ACTIVATIONS) or _own_ways(module) is not None
-        }
-        try:
-            self._copy = copied(model, memo).eval()
-        except Exception as error:
-            self._refuse(f"a part that cannot be copied: {error}", error)
-        y, rest = self._call(_Value(self.layers))
-        if not isinstance(y, _Value) or y._used or not _only_states(rest):
-            self._refuse("an output that is not the end of the chain")
-
-    def snapshots(self) -> list[Any]:
-        """The layers in float32."""
-        return [_snapshot(layer, self._snapshots) for layer in self.layers]
-
-    def compare(self, step: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        """Raise ValueError where the model's answer to x [T, B, I] is not that of its layers."""
-        layers = self.snapshots()
-        lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
-        turned = lstms[0].batch_first
-        in_a_row = given = x.transpose(0, 1) if turned else x
-        y, _ = self._call(given)
-        for layer in layers:
-            in_a_row = layer(in_a_row)
-            if isinstance(layer, PreparedLSTM):
-                in_a_row = in_a_row[0]
-        self._expect_equal(y, in_a_row, 1e-5)
-        # Kernels of a sequence round 16 and 8 bits, and those of CUDA, elsewhere than a step's.
-        coarse = x.is_cuda or any(lstm.weights != "float32" for lstm in lstms)
-        steps = torch.stack([step(x_t).clone() for x_t in x])
-        self._expect_equal(y, steps.transpose(0, 1) if turned else steps, 1e-1 if coarse else 1e-3)
-
-    def _expect_equal(self, y: Any, expected: Tensor, rounding: float) -> None:
-        """Refuse a model whose answer is another where both are finite numbers."""
-        if not isinstance(y, Tensor) or y.shape != expected.shape:
-            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            self._refuse(
-                f"an answer of shape {got}, where that of its layers in a row is "
-                f"{list(expected.shape)}"
-            )
-        finite = y.isfinite()
-        y, expected = y.where(finite, 0), expected.where(finite, 0)
-        difference = (y - expected).abs().max().item()
-        if not difference <= rounding * y.abs().max().item() + 1e-5:
-            self._refuse(
-                f"an answer that differs from that of its layers in a row by {difference:.2g}"
-            )
-
-    def _call(self, x: Any) -> tuple[Any, list[Any]]:
-        """The output of the copy, and what it returns beside; no state is passed in."""
-        parameters = list(inspect.signature(self._copy.forward).parameters.values())
-        needed = [p for p in parameters[1:] if p.default is p.empty and p.kind in _POSITIONAL]
-        try:
-            result = self._copy(x, *(None for _ in needed))
-        except _Refused as refused:
-            self._refuse(str(refused), refused)
-        except Exception as error:  # whatever a forward method does with a stand-in
-            self._refuse(f"a forward method that fails: {error}", error)
-        y, *rest = result if isinstance(result, (tuple, list)) else (result,)
-        return y, rest
-
-    def _refuse(self, why: str, error: BaseException | None = None) -> NoReturn:
-        raise ValueError(
-            "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
-            f"{self._name} with {why}"
-        ) from error
-
-
-def _listening(layer: nn.Module, name: str, snapshots: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of a layer that notes in its input's chain that it was called."""
-    ways = _own_ways(layer)
-
-    def forward(input: Any, *rest: Any, **named: Any) -> Any:
-        if ways is not None:
-            raise _Refused(ways.format(name))
-        if any(a is not None for a in (*rest, *named.values())):
-            raise _Refused(f"{name} off the chain")
-        if isinstance(input, Tensor):
-            return _snapshot(layer, snapshots)(input)
-        if not isinstance(input, _Value):
-            raise _Refused(f"{name} off the chain")
-        y = input.through(layer, name)
-        return (y, _State()) if isinstance(layer, _LSTMS) else y
-
-    double = layer.__new__(type(layer))  # copy.copy fails where there are parametrisations
-    vars(double).update(vars(layer), forward=forward, _compiled_call_impl=None)
-    double._forward_hooks, double._forward_pre_hooks = OrderedDict(), OrderedDict()
-    return double
-
-
-def _only_states(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_only_states(part) for part in value)
-    return isinstance(value, _State)
-
-
-def _sizes(layers: Sequence[nn.Module]) -> tuple[int, int]:
-    """Raise ValueError for what cannot go step by step; return the sizes of input and output."""
-    begin = width = 0
-    for layer in layers:
-        if isinstance(layer, PreparedLSTM):
-            if layer.bidirectional:
-                raise ValueError(
-                    "Stream: expected LSTMs in one direction, got a bidirectional one: its "
-                    "backward half begins at the last step, which a stream has not seen yet"
-                )
-            needs, gives = layer.input_size, layer.sizes[-1][0][1]
-        elif isinstance(layer, nn.Linear):
-            needs, gives = layer.in_features, layer.out_features
-        elif isinstance(layer, nn.LayerNorm):
-            if len(layer.normalized_shape) != 1:
-                raise ValueError(
-                    "Stream: expected LayerNorm over the last dimension, got normalized_shape="
-                    f"{tuple(layer.normalized_shape)}"
-                )
-            needs = gives = layer.normalized_shape[0]
-        else:
-            if width == 0:
-                raise ValueError(
-                    "Stream: expected the chain to begin with a layer that has a size, got "
-                    f"{type(layer).__name__}"
-                )
-            if isinstance(layer, nn.GELU) and layer.approximate != "none":
-                raise ValueError(
-                    "Stream: expected GELU in its exact form, got "
-                    f"approximate={layer.approximate!r}"
-                )
-            continue
-        if gives == 0:
-            raise ValueError(
-                f"Stream: expected layers that put out features, got {type(layer).__name__} for 0"
-            )
-        if width not in (0, needs):
-            raise ValueError(
-                f"Stream: expected layers whose sizes fit, got {type(layer).__name__} for {needs} "
-                f"features after {width}"
-            )
-        begin, width = begin or needs, gives
-    return begin, width
-
-
-def _device(layers: Sequence[nn.Module]) -> torch.device:
-    """Where the weights of all layers are; ValueError where no stream runs on them."""
-    tensors = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
-    devices = list(dict.fromkeys(t.device for t in tensors))
-    if len(devices) > 1:
-        got = ", ".join(map(str, devices))
-        raise ValueError(f"Stream: expected a model on one device, got {got}")
-    if devices[0].type != "cpu" and not backend.on_cuda(devices[0]):
-        raise ValueError(f"Stream: expected a model on the CPU or a CUDA device, got {devices[0]}")
-    return devices[0]
+from iss_kernels.chain import ACTIVATIONS, Chain, device_of, sizes_of
+from iss_kernels.prepare import PreparedLSTM
 
 
 class Stream:
@@ -360,10 +69,10 @@ class Stream:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            chain = _Chain(model)
-            self._device = _device(chain.layers)
+            chain = Chain(model)
+            self._device = device_of(chain.layers)
             layers = chain.snapshots()
-            sizes = _sizes(layers)
+            sizes = sizes_of(layers)
             self.batch_size = batch_size
             self._lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
             engine: Any = _compiled
@@ -486,7 +195,7 @@ def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -
             engine.add_layer_norm(own(layer.weight), own(layer.bias), layer.eps)
         else:
             slope = getattr(layer, "negative_slope", 0.0)
-            engine.add_activation(_ACTIVATIONS[type(layer)], slope)
+            engine.add_activation(ACTIVATIONS[type(layer)], slope)
     return engine
 
 
@@ -501,7 +210,7 @@ class _OnCuda:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -> None:
-        self._device = _device(layers)
+        self._device = device_of(layers)
         self._shapes = {"x": (batch, sizes[0]), "out": (batch, sizes[1])}
         self._layers = [
             [_Cell(layer, index, batch) for index in range(layer.num_layers)]
@@ -607,7 +316,7 @@ class _Reference:
     """The native session in plain torch."""
 
     def __init__(self, layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -> None:
-        self._device = _device(layers)
+        self._device = device_of(layers)
         self._layers = [copy.deepcopy(layer) for layer in layers]
         self._batch = batch
         self._sizes = sizes

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from iss_kernels import ISSLSTM, Stream, prepare, use_backend
 from iss_kernels.backend import supported_isas, use_isa
-from iss_kernels.stream import _ACTIVATIONS, _FUNCTIONS
+from iss_kernels.chain import ACTIVATIONS, FUNCTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
 
@@ -176,9 +176,9 @@ def test_a_chain_step_by_step_is_the_chain_over_the_sequence(implementation, nam
     assert_streams(model, torch.randn(10, batch, 5))
 
 
-MODULES = list(_ACTIVATIONS)
-FUNCTIONS = [f for f in _FUNCTIONS if not isinstance(f, str)]
-METHODS = [name for name in _FUNCTIONS if isinstance(name, str)]
+MODULES = list(ACTIVATIONS)
+CALLABLES = [f for f in FUNCTIONS if not isinstance(f, str)]
+METHODS = [name for name in FUNCTIONS if isinstance(name, str)]
 
 
 def called(name):
@@ -187,8 +187,8 @@ def called(name):
 
 @pytest.mark.parametrize(
     "activation",
-    [*[kind() for kind in MODULES], nn.LeakyReLU(0.3), *FUNCTIONS, *map(called, METHODS)],
-    ids=[*[kind.__name__ for kind in MODULES], "slope", *[f.__name__ for f in FUNCTIONS],
+    [*[kind() for kind in MODULES], nn.LeakyReLU(0.3), *CALLABLES, *map(called, METHODS)],
+    ids=[*[kind.__name__ for kind in MODULES], "slope", *[f.__name__ for f in CALLABLES],
          *METHODS],
 )  # fmt: skip
 def test_activations_are_torchs_also_at_nan_and_infinity(implementation, activation):
@@ -207,7 +207,7 @@ def test_activations_are_torchs_also_at_nan_and_infinity(implementation, activat
 
 def test_the_modules_of_every_kind_are_known():
     assert {nn.ReLU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.LeakyReLU} <= set(MODULES)
-    assert {F.relu, torch.tanh, torch.sigmoid, F.silu} <= set(FUNCTIONS)
+    assert {F.relu, torch.tanh, torch.sigmoid, F.silu} <= set(CALLABLES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
