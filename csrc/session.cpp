@@ -112,10 +112,9 @@ py::dict plan(int gates, int64_t hidden, int64_t batch, at::ScalarType dtype, bo
   return result;
 }
 
-// w_ih, w_hh, bias, w_hr, and the scales of the three matrices (None but for int8), reverse.
-using CellTuple = std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>,
-                             std::optional<at::Tensor>, std::optional<at::Tensor>,
-                             std::optional<at::Tensor>, std::optional<at::Tensor>, bool>;
+// w_ih, w_hh, w_hr, the scales of the three (None but for int8), b_ih, b_hh, reverse.
+using CellTuple = std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor,
+                             OptionalTensor, OptionalTensor, OptionalTensor, bool>;
 
 // Whether no one would take part in an op at this moment but its kernel: no tracer, no transform of
 // torch.func, no mode of Python's.
@@ -144,8 +143,9 @@ bool is_plain(const at::Tensor& t) {
 // The network of a prepared module, and the buffers that it was packed from.
 class BoundNetwork : public Network {
  public:
-  BoundNetwork(std::vector<std::vector<CellWeights>> layers, bool uniform, const py::dict& buffers)
-      : Network(std::move(layers)), uniform_(uniform) {
+  BoundNetwork(const CellSpec& cell, std::vector<std::vector<CellWeights>> layers, bool uniform,
+               const py::dict& buffers)
+      : Network(cell, std::move(layers)), uniform_(uniform) {
     for (const auto& [name, value] : buffers) {
       const auto tensor = value.cast<at::Tensor>();
       sources_.push_back({py::reinterpret_borrow<py::str>(name), tensor, tensor._version()});
@@ -177,21 +177,25 @@ class BoundNetwork : public Network {
   std::vector<Source> sources_;
 };
 
-std::shared_ptr<BoundNetwork> make_network(const std::vector<std::vector<CellTuple>>& layers,
+std::shared_ptr<BoundNetwork> make_network(const std::string& name,
+                                           const std::vector<std::vector<CellTuple>>& layers,
                                            bool uniform, const py::dict& buffers) {
+  const CellSpec* const spec = find_cell(name);
+  TORCH_CHECK(spec != nullptr, "prepare: expected a cell that there are kernels for, got ", name);
   std::vector<std::vector<CellWeights>> all;
   for (const auto& layer : layers) {
     auto& cells = all.emplace_back();
-    for (const auto& [w_ih, w_hh, bias, w_hr, scale_ih, scale_hh, scale_hr, reverse] : layer)
-      cells.push_back({w_ih, w_hh, bias, w_hr, scale_ih.value_or(at::Tensor()),
-                       scale_hh.value_or(at::Tensor()), scale_hr.value_or(at::Tensor()), reverse});
+    const auto given = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
+    for (const auto& [w_ih, w_hh, w_hr, scale_ih, scale_hh, scale_hr, b_ih, b_hh, reverse] : layer)
+      cells.push_back({w_ih, w_hh, given(w_hr), given(scale_ih), given(scale_hh), given(scale_hr),
+                       given(b_ih), given(b_hh), reverse});
   }
-  return std::make_shared<BoundNetwork>(std::move(all), uniform, buffers);
+  return std::make_shared<BoundNetwork>(*spec, std::move(all), uniform, buffers);
 }
 
-// nn.LSTM's plain call: x [T, B, I], or [B, T, I] with batch_first, from a zero state, to
-// (y, (h_n, c_n)), for a network whose cells are all of one size and whose weights are still
-// `buffers`. None for anything else, so that the long way may say what is wrong with it.
+// The plain call of torch's modules: x [T, B, I], or [B, T, I] with batch_first, from a zero state,
+// to (y, h_n) or (y, (h_n, c_n)), for a network whose cells are all of one size and whose weights
+// are still `buffers`. None for anything else, so that the long way may say what is wrong with it.
 py::object run_plain(const BoundNetwork& network, const py::object& input, bool batch_first,
                      const py::dict& buffers) {
   if (!network.uniform() || !THPVariable_CheckExact(input.ptr())) return py::none();
@@ -207,23 +211,27 @@ py::object run_plain(const BoundNetwork& network, const py::object& input, bool 
         network.run_from_zero((batch_first ? x.transpose(0, 1) : x).contiguous());
     if (batch_first) y = y.transpose(0, 1);
   }
+  if (!c_n.defined()) return py::make_tuple(y, h_n);
   return py::make_tuple(y, py::make_tuple(h_n, c_n));
 }
 
-// x [T, B, I], or [N, I] with batch_sizes [T]; h, c: [B, P] and [B, H] by layer and direction, of
-// any floating dtype -> (y, [(h_n, c_n)] in their form). None where the ops have to run instead.
+// x [T, B, I], or [N, I] with batch_sizes [T]; resets: bool [T, B] or [N]; states: h [B, P], and c
+// [B, H] of a cell with c, by layer and direction, of any floating dtype -> y, and a list of tuples
+// of the final states. None where the ops have to run instead.
 py::object run(const BoundNetwork& network, const at::Tensor& input,
-               const std::optional<at::Tensor>& batch_sizes, std::vector<at::Tensor> h,
-               std::vector<at::Tensor> c) {
+               const OptionalTensor& batch_sizes, const OptionalTensor& resets,
+               std::vector<at::Tensor> states) {
   const at::Tensor x = input.resolve_neg();
-  std::vector<at::Tensor> states = h;
-  states.insert(states.end(), c.begin(), c.end());
   const auto plain = [](const at::Tensor& t) { return is_plain(t.resolve_neg()); };
-  if (!is_plain(x) || !std::all_of(states.begin(), states.end(), plain)) return py::none();
+  if (!is_plain(x) || !std::all_of(states.begin(), states.end(), plain) ||
+      (resets && !is_plain(*resets)))
+    return py::none();
   at::Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    if (batch_sizes) check_batch_sizes("PreparedLSTM", *batch_sizes, x.size(0), h.at(0).size(0));
+    if (batch_sizes)
+      check_batch_sizes(std::string(network.cell().name).c_str(), *batch_sizes, x.size(0),
+                        states.at(0).size(0));
     std::optional<std::vector<int64_t>> sizes;
     if (batch_sizes) {
       const at::Tensor dense = batch_sizes->contiguous();
@@ -231,14 +239,18 @@ py::object run(const BoundNetwork& network, const at::Tensor& input,
       sizes.emplace(first, first + dense.numel());
     }
     // Copies: the kernels turn h_0 and c_0 into h_n and c_n.
-    for (auto* const all : {&h, &c})
-      for (at::Tensor& t : *all)
-        t = t.to(network.dtype(), /*non_blocking=*/false, /*copy=*/true,
-                 at::MemoryFormat::Contiguous);
-    y = network.run(x.contiguous(), sizes, h, c);
+    for (at::Tensor& t : states)
+      t = t.to(network.dtype(), /*non_blocking=*/false, /*copy=*/true,
+               at::MemoryFormat::Contiguous);
+    y = network.run(x.contiguous(), sizes, resets ? resets->contiguous() : at::Tensor(), states);
   }
   py::list final;
-  for (size_t i = 0; i < h.size(); ++i) final.append(py::make_tuple(h[i], c[i]));
+  const size_t each = network.states_per_cell();
+  for (size_t i = 0; i < states.size(); i += each) {
+    py::tuple of_cell(each);
+    for (size_t k = 0; k < each; ++k) of_cell[k] = states[i + k];
+    final.append(std::move(of_cell));
+  }
   return py::make_tuple(y, final);
 }
 
@@ -477,8 +489,8 @@ PYBIND11_MODULE(_C, module) {
       .def("run_plain", &run_plain);
   py::class_<BoundStream, std::shared_ptr<BoundStream>>(module, "Stream")
       .def(py::init<int64_t, int64_t>())
-      .def("add_lstm",
-           [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_lstm(n); })
+      .def("add_recurrent",
+           [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_recurrent(n); })
       .def("add_linear", &BoundStream::add_linear)
       .def("add_layer_norm", &BoundStream::add_layer_norm)
       .def("add_activation", &BoundStream::add_activation)

@@ -18,11 +18,9 @@ from torch.nn import functional as F
 
 from iss_kernels import backend
 from iss_kernels.copying import copied
-from iss_kernels.lstm import ISSLSTM
-from iss_kernels.prepare import PreparedLSTM, prepare
+from iss_kernels.prepare import Prepared, prepare, recurrent_types
 
-_LSTMS = (nn.LSTM, ISSLSTM, PreparedLSTM)
-_KNOWN = (*_LSTMS, nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
+_SIMPLE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
 ACTIVATIONS = {
     nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu",
     nn.LeakyReLU: "leaky_relu",
@@ -73,7 +71,7 @@ class _Value:
 
 
 class _State:
-    """Stands for an LSTM's state, which may be taken apart and returned."""
+    """Stands for a recurrent layer's state, which may be taken apart and returned."""
 
     def __iter__(self) -> Iterator[_State]:
         return iter((_State(), _State()))
@@ -96,7 +94,7 @@ _Value.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 def _own_ways(module: nn.Module) -> str | None:
     """What makes a module compute something else than its class, if anything does."""
-    kinds = [kind for kind in _KNOWN if isinstance(module, kind)]
+    kinds = [kind for kind in (*recurrent_types(), *_SIMPLE) if isinstance(module, kind)]
     if kinds and type(module) not in kinds:
         return f"{{}}, of {type(module).__name__}, a subclass of {kinds[0].__name__}"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -119,18 +117,18 @@ def _own_ways(module: nn.Module) -> str | None:
 
 
 def _snapshot(layer: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
-    """A copy of a layer for inference in float32, the weights of an LSTM in its format."""
+    """A copy of a layer for inference in float32, the weights of a recurrent one in its format."""
     if layer not in made:
         for parameter in layer.parameters():
             if not parameter.is_floating_point():
                 got = f"{str(parameter.dtype).removeprefix('torch.')} in {type(layer).__name__}"
                 raise ValueError(f"Stream: expected floating-point weights, got {got}")
-        if isinstance(layer, _LSTMS):
-            made[layer] = layer if isinstance(layer, PreparedLSTM) else prepare(layer)
+        if isinstance(layer, recurrent_types()):
+            made[layer] = layer if isinstance(layer, Prepared) else prepare(layer)
         else:
             double: Any = copy.deepcopy(layer).float().eval()
             if hasattr(double, "inplace"):
-                double.inplace = False  # its input may be an LSTM's state
+                double.inplace = False  # its input may be a layer's state
             made[layer] = double
     return made[layer]
 
@@ -145,8 +143,8 @@ class Chain:
         self._name = type(model).__name__
         self._snapshots: dict[nn.Module, nn.Module] = {}
         self.layers: list[nn.Module] = []  # in the order of the chain
-        if not any(isinstance(module, _LSTMS) for module in model.modules()):
-            raise ValueError("Stream: expected a model with an LSTM, got one without")
+        if not any(isinstance(module, recurrent_types()) for module in model.modules()):
+            raise ValueError("Stream: expected a model with a recurrent layer, got one without")
         everywhere = nn.modules.module
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             self._refuse("a forward hook on all modules")
@@ -156,7 +154,8 @@ class Chain:
         memo: dict[int, Any] = {
             id(module): _listening(module, name, self._snapshots)
             for name, module in model.named_modules()
-            if type(module) in (*_KNOWN, *ACTIVATIONS) or _own_ways(module) is not None
+            if type(module) in (*recurrent_types(), *_SIMPLE, *ACTIVATIONS)
+            or _own_ways(module) is not None
         }
         try:
             self._copy = copied(model, memo).eval()
@@ -173,17 +172,17 @@ class Chain:
     def compare(self, step: Callable[[Tensor], Tensor], x: Tensor) -> None:
         """Raise ValueError where the model's answer to x [T, B, I] is not that of its layers."""
         layers = self.snapshots()
-        lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
-        turned = lstms[0].batch_first
+        recurrent = [layer for layer in layers if isinstance(layer, Prepared)]
+        turned = recurrent[0].batch_first
         in_a_row = given = x.transpose(0, 1) if turned else x
         y, _ = self._call(given)
         for layer in layers:
             in_a_row = layer(in_a_row)
-            if isinstance(layer, PreparedLSTM):
+            if isinstance(layer, Prepared):
                 in_a_row = in_a_row[0]
         self._expect_equal(y, in_a_row, 1e-5)
         # Kernels of a sequence round 16 and 8 bits, and those of CUDA, elsewhere than a step's.
-        coarse = x.is_cuda or any(lstm.weights != "float32" for lstm in lstms)
+        coarse = x.is_cuda or any(layer.weights != "float32" for layer in recurrent)
         steps = torch.stack([step(x_t).clone() for x_t in x])
         self._expect_equal(y, steps.transpose(0, 1) if turned else steps, 1e-1 if coarse else 1e-3)
 
@@ -218,8 +217,8 @@ class Chain:
 
     def _refuse(self, why: str, error: BaseException | None = None) -> NoReturn:
         raise ValueError(
-            "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
-            f"{self._name} with {why}"
+            "Stream: expected a plain chain of recurrent layers, Linear, LayerNorm and "
+            f"activations, got {self._name} with {why}"
         ) from error
 
 
@@ -237,7 +236,7 @@ def _listening(layer: nn.Module, name: str, snapshots: dict[nn.Module, nn.Module
         if not isinstance(input, _Value):
             raise _Refused(f"{name} off the chain")
         y = input.through(layer, name)
-        return (y, _State()) if isinstance(layer, _LSTMS) else y
+        return (y, _State()) if isinstance(layer, recurrent_types()) else y
 
     double = layer.__new__(type(layer))  # copy.copy fails where there are parametrisations
     vars(double).update(vars(layer), forward=forward, _compiled_call_impl=None)
@@ -255,11 +254,11 @@ def sizes_of(layers: Sequence[nn.Module]) -> tuple[int, int]:
     """Raise ValueError for what cannot go step by step; return the sizes of input and output."""
     begin = width = 0
     for layer in layers:
-        if isinstance(layer, PreparedLSTM):
+        if isinstance(layer, Prepared):
             if layer.bidirectional:
                 raise ValueError(
-                    "Stream: expected LSTMs in one direction, got a bidirectional one: its "
-                    "backward half begins at the last step, which a stream has not seen yet"
+                    "Stream: expected recurrent layers in one direction, got a bidirectional one: "
+                    "its backward half begins at the last step, which a stream has not seen yet"
                 )
             needs, gives = layer.input_size, layer.sizes[-1][0][1]
         elif isinstance(layer, nn.Linear):

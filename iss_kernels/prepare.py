@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prepare: a copy of a model for inference, whose LSTM weights are packed once.
+"""prepare: a copy of a model for inference, whose recurrent weights are packed once.
 
-ISSLSTM looks at all its weights in each call, in case they have changed; a prepared one need not,
-takes a whole stack in one call, and may keep its weights in 16 or 8 bits.
+ISSLSTM and its kin look at all their weights in each call, in case they have changed; a prepared
+module need not, takes a whole stack in one call, and may keep its weights in 16 or 8 bits.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from iss_kernels import backend
 from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
 from iss_kernels.copying import copied
-from iss_kernels.lstm import ISSLSTM
-from iss_kernels.recurrent import States
+from iss_kernels.recurrent import MODULES, Recurrent, States, class_of
 
 _DTYPES = {
     "float32": torch.float32,
@@ -80,51 +79,43 @@ def _dtype_name(t: Tensor) -> str:
     return str(t.dtype).removeprefix("torch.")
 
 
-class PreparedLSTM(ISSLSTM):
-    """An ISSLSTM for inference alone, from a snapshot of another's weights; see `prepare`.
+class Prepared(Recurrent):
+    """A recurrent module for inference alone, from a snapshot of another's weights; see `prepare`.
 
-    Called like nn.LSTM, in any forward form of ISSLSTM. Weights are buffers in the format chosen,
-    under nn.LSTM's names (int8 adds "<name>_scale", float32, one per row); biases stay float32.
-    Activations and sums are float32, and an input of another floating dtype is converted, as is
-    what comes back; states may have any floating dtype; autocast changes nothing. With int8, rows
-    are quantised on the fly, each to the range of its largest element: h to 8 bits (7 on AVX2), x
-    to two such terms, some 15 bits (13 on AVX2), since features may differ widely. An infinite
-    element of x saturates the gates. On a CUDA device activations have the 16 bits of the weights,
-    with sums and c in float32, and int8 weights are widened to float32, once. There is no dropout.
+    PreparedLSTM, PreparedGRU and so on are this over ISSLSTM, ISSGRU, ...: called like torch's
+    module, in any forward form of ours. Weights are buffers in the format chosen, under torch's
+    names (int8 adds "<name>_scale", float32, one per row); biases stay float32. Activations and
+    sums are float32, and an input of another floating dtype is converted, as is what comes back;
+    states may have any floating dtype; autocast changes nothing. With int8, rows are quantised on
+    the fly, each to the range of its largest element: h to 8 bits (7 on AVX2), x to two such terms,
+    some 15 bits (13 on AVX2), since features may differ widely. An infinite element of x saturates
+    the gates. On a CUDA device activations have the 16 bits of the weights, with sums and states in
+    float32, and int8 weights are widened to float32, once. There is no dropout.
 
     Buffers that are replaced or changed in place are packed again by the next call (a change
     through .data or a NumPy view goes unnoticed). load_state_dict takes the state_dict of a
-    prepared LSTM of the same format, or one in floating dtypes where the format is not int8, and
-    checks it as `prepare` does: after an error the weights are what they were. torch.jit.trace,
-    make_fx, torch.export and torch.func see the ops of ISSLSTM, with the weights widened to float32
-    and activations that are not quantised; torch.compile does, or breaks its graph.
+    prepared module of the same class and format, or one in floating dtypes where the format is not
+    int8, and checks it as `prepare` does: after an error the weights are what they were.
+    torch.jit.trace, make_fx, torch.export and torch.func see the ops of the module, with the
+    weights widened to float32 and activations that are not quantised; torch.compile does, or breaks
+    its graph.
 
     Raises RuntimeError where a gradient is asked for.
     """
 
-    def __init__(self, lstm: Any, weights: str) -> None:
-        super().__init__(
-            lstm.input_size,
-            lstm.hidden_size,
-            lstm.num_layers,
-            lstm.bias,
-            lstm.batch_first,
-            0.0,
-            lstm.bidirectional,
-            lstm.proj_size,
-            device="meta",
-        )
+    def __init__(self, module: Any, weights: str) -> None:
+        super().__init__(**self.options_of(module), device="meta")
         self.weights = weights
         self._native: Any = None
         # Weights as CUDA kernels take them: made of what versions, of which buffers (kept, so that
         # no other has their id), and the result.
         self._converted: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of each buffer
-        device = lstm._parameters["weight_ih_l0"].device
+        device = module._parameters["weight_ih_l0"].device
         # Inference tensors could change without notice: they have no version.
         with torch.inference_mode(False), torch.no_grad():
             for name in sum(self._all_weights, []):
-                value: Tensor = lstm._parameters[name]
+                value: Tensor = module._parameters[name]
                 shape = self._parameters[name].shape  # type: ignore[union-attr]
                 if value.shape != shape or value.device != device:
                     raise ValueError(
@@ -205,7 +196,7 @@ class PreparedLSTM(ISSLSTM):
                     wrong.append(str(error))
         return wrong
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PreparedLSTM:
+    def _apply(self, fn: Any, recurse: bool = True) -> Prepared:
         """Move to a device; a change of dtype leaves the weights as they are."""
 
         def moved(t: Tensor) -> Any:
@@ -222,21 +213,26 @@ class PreparedLSTM(ISSLSTM):
 
     def reset_parameters(self) -> None:
         """Raise RuntimeError: there is nothing to train."""
-        if hasattr(self, "_expected"):  # not in ISSLSTM's constructor
-            raise RuntimeError("PreparedLSTM: expected no reset_parameters, it has no parameters")
+        if hasattr(self, "_expected"):  # not in Recurrent's constructor
+            raise RuntimeError(
+                f"{type(self).__name__}: expected no reset_parameters, it has no parameters"
+            )
         super().reset_parameters()
 
-    def to_torch(self) -> nn.LSTM:
+    def to_torch(self) -> NoReturn:
         """Raise TypeError: what was prepared is not turned back."""
-        raise TypeError("to_torch: expected an ISSLSTM, got a PreparedLSTM, which only infers")
+        raise TypeError(
+            f"to_torch: expected a module with parameters, got a {type(self).__name__}, which only "
+            "infers"
+        )
 
     @classmethod
-    def from_torch(cls, module: nn.RNNBase) -> Any:
+    def from_torch(cls, module: nn.RNNBase) -> NoReturn:
         """Raise TypeError: `prepare` makes one."""
-        raise TypeError("PreparedLSTM: expected to be made by prepare, got a call of from_torch")
+        raise TypeError(f"{cls.__name__}: expected to be made by prepare, got a call of from_torch")
 
     def extra_repr(self) -> str:
-        """nn.LSTM's line, and the format."""
+        """torch's line, and the format."""
         return f"{super().extra_repr()}, weights={self.weights!r}"
 
     def forward(
@@ -246,7 +242,7 @@ class PreparedLSTM(ISSLSTM):
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
-        """As ISSLSTM.forward."""
+        """As Recurrent.forward."""
         native = self._native
         if (
             native is not None
@@ -259,12 +255,12 @@ class PreparedLSTM(ISSLSTM):
             if plain is not None:
                 return plain  # type: ignore[no-any-return]
         if isinstance(input, PackedSequence):
-            _check_packed(input)
+            self._check_packed(input)
         tensor = input.data if isinstance(input, PackedSequence) else input
         if torch.is_grad_enabled() and _asks_for_gradient((tensor, hx)):
             raise RuntimeError(
-                "PreparedLSTM: expected an input that asks for no gradient (a prepared model only "
-                "infers; use torch.no_grad()), got one with requires_grad=True"
+                f"{type(self).__name__}: expected an input that asks for no gradient (a prepared "
+                "model only infers; use torch.no_grad()), got one with requires_grad=True"
             )
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             y, state = super().forward(_to(input, torch.float32), hx, lengths, resets)
@@ -300,15 +296,14 @@ class PreparedLSTM(ISSLSTM):
         cells = []
         for index, names in enumerate(self._all_weights):
             of = {name.partition("_l")[0]: name for name in names}
-            bias = value[of["bias_ih"]] + value[of["bias_hh"]] if self.bias else None
-            w_hr = of.get("weight_hr", "")
-            scales = [value.get(f"{n}_scale") for n in (of["weight_ih"], of["weight_hh"], w_hr)]
+            w = [of.get(kind, "") for kind in ("weight_ih", "weight_hh", "weight_hr")]
             cells.append(
-                (value[of["weight_ih"]], value[of["weight_hh"]], bias, value.get(w_hr), *scales,
+                (*map(value.get, w), *(value.get(f"{name}_scale") for name in w),
+                 value.get(of.get("bias_ih", "")), value.get(of.get("bias_hh", "")),
                  index % directions == 1)
             )  # fmt: skip
         layers = [cells[i : i + directions] for i in range(0, len(cells), directions)]
-        return backend.native().Network(layers, self._uniform, buffers)
+        return backend.native().Network(self.cell.name, layers, self._uniform, buffers)
 
     def _buffer(self, name: str) -> Tensor:
         """A buffer, checked: another may have been put in its place."""
@@ -319,13 +314,13 @@ class PreparedLSTM(ISSLSTM):
             if isinstance(value, Tensor):
                 got = f"{list(value.shape)} and {_dtype_name(value)}"
             raise RuntimeError(
-                f"PreparedLSTM: expected a buffer {name} of shape {list(shape)} and dtype "
+                f"{type(self).__name__}: expected a buffer {name} of shape {list(shape)} and dtype "
                 f"{str(dtype).removeprefix('torch.')}, got {got}"
             )
         if value.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "PreparedLSTM: expected weights that ask for no gradient (a prepared model only "
-                f"infers; use torch.no_grad()), got {name} with requires_grad=True"
+                f"{type(self).__name__}: expected weights that ask for no gradient (a prepared "
+                f"model only infers; use torch.no_grad()), got {name} with requires_grad=True"
             )
         return value
 
@@ -336,17 +331,18 @@ class PreparedLSTM(ISSLSTM):
         resets: Tensor | None,
         states: list[tuple[Tensor, ...]],
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        hs, cs = map(list, zip(*states, strict=True))
+        flat = [part for state in states for part in state]
         _check_devices(x, "parameter", [self._buffer("weight_ih_l0")])
-        _check_devices(x, "hidden", hs + cs)
-        for state in hs + cs:
-            if not state.is_floating_point():
+        _check_devices(x, "hidden", flat)
+        for part in flat:
+            if not part.is_floating_point():
                 raise RuntimeError(
-                    f"PreparedLSTM: expected hx of a floating dtype, got {_dtype_name(state)}"
+                    f"{type(self).__name__}: expected hx of a floating dtype, "
+                    f"got {_dtype_name(part)}"
                 )
         native = self.native()
-        if native is not None and resets is None and type(x) in (Tensor, nn.Parameter):
-            done = native.run(x, batch_sizes, hs, cs)
+        if native is not None and type(x) in (Tensor, nn.Parameter):
+            done = native.run(x, batch_sizes, resets, flat)
             if done is not None:
                 return done  # type: ignore[no-any-return]
         return self._run_by_ops(x, batch_sizes, resets, states)
@@ -367,10 +363,9 @@ class PreparedLSTM(ISSLSTM):
         _check_devices(x, "parameter", list(map(self._buffer, self._expected)))
         by_kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
         dtype = self.held if by_kernels else torch.float32
-        states = [tuple(s.to(dtype) for s in state) for state in states]
         with torch.autocast(x.device.type, enabled=False):
-            y, final = super()._run(x.to(dtype), batch_sizes, resets, states)
-        return y.float(), [tuple(s.float() for s in state) for state in final]
+            y, final = super()._run(x.to(dtype), batch_sizes, resets, _to(states, dtype))
+        return y.float(), _to(final, torch.float32)
 
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """In the dtype that is computed in; converted once for the CUDA kernels."""
@@ -392,6 +387,49 @@ class PreparedLSTM(ISSLSTM):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
+    def _check_packed(self, packed: PackedSequence) -> None:
+        """Raise RuntimeError for what cannot be indexed with; the rest is checked later."""
+        sizes = packed.batch_sizes
+        if sizes.dim() != 1 or sizes.numel() == 0:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected batch_sizes of shape [T] with T from 1, "
+                f"got {list(sizes.shape)}"
+            )
+        for name in ("sorted_indices", "unsorted_indices"):
+            indices = getattr(packed, name)
+            if indices is not None and indices.shape != (int(sizes[0]),):
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected {name} of shape [B] = [{int(sizes[0])}], "
+                    f"got {list(indices.shape)}"
+                )
+
+
+def _name_over(cls: type[Recurrent]) -> str:
+    return "Prepared" + cls.__name__.removeprefix("ISS")
+
+
+def prepared_type(cls: type[Recurrent]) -> type[Prepared]:
+    """`Prepared` over one of our modules, PreparedLSTM over ISSLSTM; an attribute of this file."""
+    name = _name_over(cls)
+    if name not in globals():
+        doc = f"An {cls.__name__} for inference alone, as `prepare` makes it; see `Prepared`."
+        made = type(name, (Prepared, cls), {"__module__": __name__, "__doc__": doc})
+        globals().setdefault(name, made)  # another thread may have made it
+    return cast(type[Prepared], globals()[name])
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of `prepared_type`, which pickle finds by name."""
+    for cls in MODULES.values():
+        if name == _name_over(cls):
+            return prepared_type(cls)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def recurrent_types() -> tuple[type[nn.Module], ...]:
+    """All recurrent modules: torch's, ours, and prepared ones."""
+    return (*MODULES, *MODULES.values(), *map(prepared_type, MODULES.values()))
+
 
 def _check_devices(x: Tensor, kind: str, tensors: Sequence[Tensor]) -> None:
     """Raise what nn.LSTM raises."""
@@ -403,23 +441,6 @@ def _check_devices(x: Tensor, kind: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _check_packed(packed: PackedSequence) -> None:
-    """Raise RuntimeError for what cannot be indexed with; the rest is checked where it is used."""
-    sizes = packed.batch_sizes
-    if sizes.dim() != 1 or sizes.numel() == 0:
-        raise RuntimeError(
-            "PreparedLSTM: expected batch_sizes of shape [T] with T from 1, "
-            f"got {list(sizes.shape)}"
-        )
-    for name in ("sorted_indices", "unsorted_indices"):
-        indices = getattr(packed, name)
-        if indices is not None and indices.shape != (int(sizes[0]),):
-            raise RuntimeError(
-                f"PreparedLSTM: expected {name} of shape [B] = [{int(sizes[0])}], "
-                f"got {list(indices.shape)}"
-            )
-
-
 def _asks_for_gradient(value: Any) -> bool:
     """Whether any tensor in nested tuples or lists does."""
     if isinstance(value, (tuple, list)):
@@ -428,44 +449,48 @@ def _asks_for_gradient(value: Any) -> bool:
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors in nested tuples, converted."""
+    """Tensors in nested tuples and lists, converted."""
     if isinstance(value, (Tensor, PackedSequence)):
         return value.to(dtype)
-    return value if value is None else tuple(_to(part, dtype) for part in value)
+    return value if value is None else type(value)(_to(part, dtype) for part in value)
 
 
-def _check(lstm: Any, name: str) -> None:
-    """Raise ValueError for what of an LSTM cannot come along."""
-    check_plain(lstm, "prepare", name or "the LSTM")
-    names: list[str] = sum(lstm._all_weights, [])
+def _check(module: Any, name: str) -> None:
+    """Raise ValueError for what of a recurrent module cannot come along."""
+    check_plain(module, "prepare", name)
+    names: list[str] = sum(module._all_weights, [])
     extra = [
-        *(f"parameter {key}" for key in lstm._parameters if key not in names),
-        *(f"buffer {key}" for key in lstm._buffers),
-        *(f"module {key}" for key in lstm._modules),
+        *(f"parameter {key}" for key in module._parameters if key not in names),
+        *(f"buffer {key}" for key in module._buffers),
+        *(f"module {key}" for key in module._modules),
     ]
     if extra:
         raise ValueError(
-            f"prepare: expected {name or 'the LSTM'} as its class makes it, got one with a further "
-            f"{extra[0]}"
+            f"prepare: expected {name} as its class makes it, got one with a further {extra[0]}"
         )
 
 
-def _carry(lstm: nn.Module, prepared: PreparedLSTM, memo: dict[int, Any]) -> None:
-    """Copy the hooks of an LSTM that an inference runs, and attributes that a user has given it."""
+def _carry(module: nn.Module, prepared: Prepared, memo: dict[int, Any]) -> None:
+    """Copy the hooks of a module that an inference runs, and attributes that a user gave it."""
     tables = [name for name in HOOK_TABLES if "backward" not in name]
-    for name in (*tables, *added(lstm)):
-        setattr(prepared, name, copy.deepcopy(vars(lstm)[name], memo))
+    for name in (*tables, *added(module)):
+        setattr(prepared, name, copy.deepcopy(vars(module)[name], memo))
 
 
 def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
-    """A copy of `model` for inference: every nn.LSTM and ISSLSTM in it as a `PreparedLSTM`.
+    """A copy of `model` for inference: every recurrent module in it as a `Prepared` one.
 
-    weights: how LSTM weights are stored, "float32", "float16", "bfloat16" or "int8" (each row with
-    its own scale). The copy is in eval mode; changing the model's weights later does not change
-    it. Hooks come along, but for those of a backward pass, as do attributes of an LSTM. Subclasses
-    are copied as they are. Raises ValueError for another format, for a model without an LSTM, for
-    an LSTM that is pruned, reparametrised or has a forward of its own, and for weights that the
-    format cannot hold: not finite, too large, or a row too small to keep 3 bits.
+    Those are nn.LSTM, nn.GRU and nn.RNN, and ISSLSTM, ISSGRU, ISSRNN and their kin. weights: how
+    their weights are stored, "float32", "float16", "bfloat16" or "int8" (each row with its own
+    scale). The copy is in eval mode; changing the model's weights later does not change it. Hooks
+    come along, but for those of a backward pass, as do attributes of a module. Subclasses are
+    copied as they are.
+
+        fast = iss.prepare(model, weights="int8")
+
+    Raises ValueError for another format, for a model without a recurrent module, for one that is
+    pruned, reparametrised or has a forward of its own, and for weights that the format cannot hold:
+    not finite, too large, or a row too small to keep 3 bits.
     """
     if not isinstance(weights, str) or weights not in _DTYPES:
         raise ValueError(
@@ -473,24 +498,30 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
-    known = (nn.LSTM, ISSLSTM, PreparedLSTM)
+    known = (*MODULES, *MODULES.values(), Prepared)
     kin = [m for m in model.modules() if isinstance(m, known)]
     names = {m: name for name, m in model.named_modules()}
-    found = [m for m in kin if type(m) in known or is_parametrized(m)]
+    found = [m for m in kin if type(m) in recurrent_types() or is_parametrized(m)]
     if not found:
-        but = f" but {type(kin[0]).__name__}, a subclass of it" if kin else ""
+        but = f" but {type(kin[0]).__name__}, a subclass of one" if kin else ""
+        kinds = ", ".join(f"nn.{kind.__name__}" for kind in MODULES)
         raise ValueError(
-            f"prepare: expected a model with an nn.LSTM or ISSLSTM, got {type(model).__name__} "
-            f"without one{but}"
+            f"prepare: expected a model with a recurrent module ({kinds} or ours), got "
+            f"{type(model).__name__} without one{but}"
         )
-    if any(type(m) is PreparedLSTM for m in found):
-        raise ValueError("prepare: expected a model that is not prepared yet, got a PreparedLSTM")
+    for module in found:
+        if isinstance(module, Prepared):
+            raise ValueError(
+                "prepare: expected a model that is not prepared yet, got one with a "
+                f"{type(module).__name__}"
+            )
     memo: dict[int, Any] = {}
-    for lstm in found:
-        _check(lstm, names[lstm])
-        memo[id(lstm)] = PreparedLSTM(lstm, weights)
-    new = {lstm: memo[id(lstm)] for lstm in found}
+    new: dict[nn.Module, Prepared] = {}
+    for module in found:
+        _check(module, names[module] or "the module")
+        kind = prepared_type(cast(type[Recurrent], class_of(module)))
+        new[module] = memo[id(module)] = kind(module, weights)
     result = copied(model, memo)
-    for lstm, prepared in new.items():
-        _carry(lstm, prepared, memo)
+    for module, prepared in new.items():
+        _carry(module, prepared, memo)
     return result.eval()

@@ -15,20 +15,20 @@ from torch.nn import functional as F
 
 from iss_kernels import backend, ops
 from iss_kernels.chain import ACTIVATIONS, Chain, device_of, sizes_of
-from iss_kernels.prepare import PreparedLSTM
+from iss_kernels.prepare import Prepared
 
 
 class Stream:
     """Runs a model one time step per call, with the state inside.
 
-    model: an nn.LSTM, ISSLSTM or prepared LSTM, or a module that is a plain chain of those with
-    Linear, LayerNorm and activations (Dropout is left out); one direction only. Weights are a
-    snapshot in the format of the model (float32 unless `prepare` chose another). Nothing is
-    allocated per call.
+    model: a recurrent layer (of torch.nn, of this package, or prepared), or a module that is a
+    plain chain of those with Linear, LayerNorm and activations (Dropout is left out); one direction
+    only. Weights are a snapshot in the format of the model (float32 unless `prepare` chose
+    another). Nothing is allocated per call.
 
-    On a CUDA device x, y and out are tensors there; a step is one launch per LSTM layer, torch's
-    operations for the rest, and one to take over the states. int8 weights are widened to float32.
-    It can be captured in a CUDA graph, whose replays go on from the state.
+    On a CUDA device x, y and out are tensors there; a step is one launch per recurrent layer,
+    torch's operations for the rest, and one to take over the states. int8 weights are widened to
+    float32. It can be captured in a CUDA graph, whose replays go on from the state.
 
         step = iss.Stream(model, batch_size=1)
         y = step(x)                    # x [B, I] -> y [B, O], tensors or NumPy arrays, float32
@@ -53,7 +53,7 @@ class Stream:
         "__weakref__": None,
         "_device": None,
         "_engine": None,
-        "_lstms": None,
+        "_recurrent": None,
         "batch_size": "B",
     }
     __call__: Callable[..., Any]
@@ -74,7 +74,7 @@ class Stream:
             layers = chain.snapshots()
             sizes = sizes_of(layers)
             self.batch_size = batch_size
-            self._lstms = [layer for layer in layers if isinstance(layer, PreparedLSTM)]
+            self._recurrent = [layer for layer in layers if isinstance(layer, Prepared)]
             engine: Any = _compiled
             if backend.backend() == "reference":
                 engine = _Reference
@@ -97,50 +97,78 @@ class Stream:
             "and set its state"
         )
 
-    def reset(self) -> None:
-        """Begin again from the zero state."""
+    def reset(self, rows: Any = None) -> None:
+        """Begin again from the zero state: all rows, or those where `rows` is True.
+
+        rows: bool [B], a tensor, a NumPy array or a list; the other rows keep their state. Raises
+        ValueError for another shape or dtype, TypeError for something else.
+
+            step.reset(rows=done)      # the sequences that have ended begin anew
+        """
         with torch.inference_mode(False), torch.no_grad():
-            self._engine.reset()
+            self._engine.reset(None if rows is None else self._mask(rows))
+
+    def _mask(self, rows: Any) -> Tensor:
+        """rows as a tensor on the device of the states."""
+        wanted = f"Stream: expected rows of shape [B] = [{self.batch_size}] and dtype bool, got "
+        value = rows
+        if isinstance(rows, list):
+            kinds = {type(row) for row in rows}
+            if not kinds <= {bool, np.bool_}:
+                names = ", ".join(sorted(kind.__name__ for kind in kinds))
+                raise ValueError(f"{wanted}a list of {names}")
+            value = np.array(rows, dtype=np.bool_)
+        if type(value) is np.ndarray and value.dtype == np.bool_:
+            value = torch.from_numpy(np.array(value, order="C"))
+        if not isinstance(value, Tensor) and type(value) is not np.ndarray:
+            raise TypeError(f"{wanted}a {type(value).__name__}")
+        dtype = str(value.dtype).removeprefix("torch.")
+        if not isinstance(value, Tensor) or (dtype, value.shape) != ("bool", (self.batch_size,)):
+            raise ValueError(f"{wanted}{list(value.shape)} and {dtype}")
+        if not _is_dense(value):
+            raise ValueError(f"{wanted}{_described(value)}")
+        return value.to(self._device).contiguous()
 
     @property
     def state(self) -> Any:
-        """A copy of the state: (h, c) in the form of nn.LSTM's hx; one per LSTM if several."""
+        """A copy of the state, in the form of the layer's hx; a tuple of those where several."""
         with torch.inference_mode(False), torch.no_grad():
-            flat = self._engine.states()
-            pairs = []
-            for lstm in self._lstms:
-                pairs.append(lstm._final(flat[: lstm.num_layers], None, batched=True))
-                flat = flat[lstm.num_layers :]
-        return pairs[0] if len(pairs) == 1 else tuple(pairs)
+            flat = [tuple(state) for state in self._engine.states()]
+            parts = []
+            for layer in self._recurrent:
+                parts.append(layer._final(flat[: layer.num_layers], None, batched=True))
+                flat = flat[layer.num_layers :]
+        return parts[0] if len(parts) == 1 else tuple(parts)
 
     @state.setter
     def state(self, value: Any) -> None:
-        pairs = [value] if len(self._lstms) == 1 else value
-        if not isinstance(pairs, (tuple, list)) or len(pairs) != len(self._lstms):
-            got = len(pairs) if isinstance(pairs, (tuple, list)) else type(pairs).__name__
+        parts = [value] if len(self._recurrent) == 1 else value
+        if not isinstance(parts, (tuple, list)) or len(parts) != len(self._recurrent):
+            got = len(parts) if isinstance(parts, (tuple, list)) else type(parts).__name__
             raise ValueError(
-                f"Stream: expected state with one (h, c) for each of {len(self._lstms)} LSTMs, "
-                f"got {got}"
+                f"Stream: expected state with one part for each of {len(self._recurrent)} "
+                f"recurrent layers, got {got}"
             )
-        for pair in pairs:
-            _expect_state(pair)
+        for layer, hx in zip(self._recurrent, parts, strict=True):
+            _expect_state(hx, layer.cell.states)
         like = torch.empty(0, dtype=torch.float32, device=self._device)
         with torch.inference_mode(False), torch.no_grad():
             self._engine.set_states(
                 [
                     tuple(like.new_empty(part.shape).copy_(part) for part in state)
-                    for lstm, pair in zip(self._lstms, pairs, strict=True)
-                    for state in lstm._initial(pair, self.batch_size, like, None, batched=True)
+                    for layer, hx in zip(self._recurrent, parts, strict=True)
+                    for state in layer._initial(hx, self.batch_size, like, None, batched=True)
                 ]
             )
 
 
-def _expect_state(pair: Any) -> None:
-    """Raise ValueError for what is no (h, c) of tensors with real values."""
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        got = f"{len(pair)} parts" if isinstance(pair, (tuple, list)) else type(pair).__name__
-        raise ValueError(f"Stream: expected state to be (h, c), got {got}")
-    parts = list(pair)
+def _expect_state(hx: Any, names: Sequence[str]) -> None:
+    """Raise ValueError for what is not a cell's states, of these names, with real values."""
+    several = len(names) > 1
+    if several and (not isinstance(hx, (tuple, list)) or len(hx) != len(names)):
+        got = f"{len(hx)} parts" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        raise ValueError(f"Stream: expected state to be ({', '.join(names)}), got {got}")
+    parts = list(hx) if several else [hx]
     while parts:
         part = parts.pop()
         if isinstance(part, (tuple, list)):
@@ -187,8 +215,8 @@ def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -
         return None if t is None else t.detach().contiguous()
 
     for layer in layers:
-        if isinstance(layer, PreparedLSTM):
-            engine.add_lstm(layer.native())
+        if isinstance(layer, Prepared):
+            engine.add_recurrent(layer.native())
         elif isinstance(layer, nn.Linear):
             engine.add_linear(own(layer.weight), own(layer.bias))
         elif isinstance(layer, nn.LayerNorm):
@@ -202,7 +230,7 @@ def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -
 class _OnCuda:
     """A chain on a CUDA device.
 
-    States and what LSTM layers put out are buffers, at the same place in every step, so that a
+    States and what recurrent layers put out are buffers, at the same place in every step, so that a
     captured one can be replayed. New states are taken over at the end of a step, all at once: the
     blocks of a launch read the old h as long as it runs.
     """
@@ -214,7 +242,7 @@ class _OnCuda:
         self._shapes = {"x": (batch, sizes[0]), "out": (batch, sizes[1])}
         self._layers = [
             [_Cell(layer, index, batch) for index in range(layer.num_layers)]
-            if isinstance(layer, PreparedLSTM)
+            if isinstance(layer, Prepared)
             else layer
             for layer in layers
         ]
@@ -256,31 +284,31 @@ class _OnCuda:
         return value
 
     def states(self) -> list[tuple[Tensor, ...]]:
-        """Copies, by layer: h [B, P], c [B, H]."""
+        """Copies, by layer: h [B, P], and c [B, H] of a cell that has it."""
         with self._lock:
-            return [(cell.h.clone(), cell.c.clone()) for cell in self._cells]
+            return [tuple(state.clone() for state in cell.states) for cell in self._cells]
 
-    def set_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def set_states(self, states: Sequence[tuple[Tensor, ...]]) -> None:
         """Take over what `states` returned."""
         with self._lock:
-            for cell, (h, c) in zip(self._cells, states, strict=True):
-                cell.h.copy_(h)
-                cell.c.copy_(c)
+            for cell, new in zip(self._cells, states, strict=True):
+                for state, value in zip(cell.states, new, strict=True):
+                    state.copy_(value)
 
-    def reset(self) -> None:
-        """Zero the state."""
+    def reset(self, rows: Tensor | None) -> None:
+        """Zero the state, or that of some rows: bool [B]."""
         with self._lock:
             for cell in self._cells:
-                cell.h.zero_()
-                cell.c.zero_()
+                for state in cell.states:
+                    state.zero_() if rows is None else state.masked_fill_(rows[:, None], 0)
 
 
 class _Cell:
-    """One layer of an LSTM in an `_OnCuda`: h [B, P] and c [B, H], and y [B, P], the next h."""
+    """One layer in an `_OnCuda`: its states, h [B, P] first, and y [B, P], the next h."""
 
-    def __init__(self, lstm: PreparedLSTM, index: int, batch: int) -> None:
-        w_ih, w_hh, b_ih, b_hh, w_hr = lstm._parameters_of(index, lstm.held)
-        ((hidden, output),) = lstm.sizes[index]
+    def __init__(self, layer: Prepared, index: int, batch: int) -> None:
+        w_ih, w_hh, b_ih, b_hh, w_hr = layer._parameters_of(index, layer.held)
+        ((hidden, output),) = layer.sizes[index]
         columns = w_ih.shape[1]
         self._w_ih, self._w_hh = _aligned(w_ih)[:, :columns], _aligned(w_hh)[:, :output]
         self._bias = None if b_ih is None or b_hh is None else b_ih.float() + b_hh.float()
@@ -288,6 +316,7 @@ class _Cell:
         self.c = torch.zeros(batch, hidden, dtype=torch.float32, device=w_ih.device)
         self.h_rows, self.y_rows = (_aligned(self.c.new_zeros(batch, output)) for _ in range(2))
         self.h, self.y = self.h_rows[:, :output], self.y_rows[:, :output]
+        self.states = (self.h, self.c)[: len(layer.cell.states)]
         self.y_memory = self.y_rows.untyped_storage().data_ptr()
         self._cell = self.y if w_hr is None else torch.empty_like(self.c)
 
@@ -321,15 +350,13 @@ class _Reference:
         self._batch = batch
         self._sizes = sizes
         self._lock = threading.Lock()
-        self._states: list[tuple[Tensor, ...]] = [
-            (self._zeros(p), self._zeros(h))
-            for lstm in layers
-            if isinstance(lstm, PreparedLSTM)
-            for ((h, p),) in lstm.sizes
+        like = torch.empty(0, dtype=torch.float32, device=self._device)
+        self._states = [
+            state
+            for layer in layers
+            if isinstance(layer, Prepared)
+            for state in layer._initial(None, batch, like, None, batched=True)
         ]
-
-    def _zeros(self, width: int) -> Tensor:
-        return torch.zeros(self._batch, width, dtype=torch.float32, device=self._device)
 
     def step(self, x: Any, out: Any = None) -> Any:
         """As the native step."""
@@ -346,7 +373,7 @@ class _Reference:
             backend.use_backend("reference"),
         ):
             for layer in self._layers:
-                if isinstance(layer, PreparedLSTM):
+                if isinstance(layer, Prepared):
                     before = self._states[len(states) : len(states) + layer.num_layers]
                     y, final = layer._run(value.unsqueeze(0), None, None, before)
                     states += final
@@ -386,16 +413,19 @@ class _Reference:
         return torch.from_numpy(np.array(value, order="C"))
 
     def states(self) -> list[tuple[Tensor, ...]]:
-        """Copies, by layer: h [B, P], c [B, H]."""
+        """Copies, by layer: h [B, P], and c [B, H] of a cell that has it."""
         with self._lock:
-            return [tuple(s.clone() for s in state) for state in self._states]
+            return [tuple(part.clone() for part in state) for state in self._states]
 
-    def set_states(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def set_states(self, states: Sequence[tuple[Tensor, ...]]) -> None:
         """Take over what `states` returned."""
         with self._lock:
             self._states = list(states)
 
-    def reset(self) -> None:
-        """Zero the state."""
+    def reset(self, rows: Tensor | None) -> None:
+        """Zero the state, or that of some rows: bool [B]."""
+        among = torch.tensor(True, device=self._device) if rows is None else rows[:, None]
         with self._lock:
-            self._states = [tuple(map(torch.zeros_like, state)) for state in self._states]
+            self._states = [
+                tuple(part.masked_fill(among, 0) for part in state) for state in self._states
+            ]

@@ -8,23 +8,25 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from kinds import KINDS, every_kind, tensors_in
 from torch import nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iss_kernels import ISSLSTM, prepare, use_backend
+from iss_kernels import ISSGRU, ISSLSTM, ISSRNN, prepare, use_backend
 from iss_kernels.backend import supported_isas, use_isa
 from iss_kernels.demo.model import LanguageModel, perplexity, windows
-from iss_kernels.prepare import PreparedLSTM
+from iss_kernels.prepare import PreparedGRU, PreparedLSTM, PreparedRNN
 from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
@@ -37,15 +39,6 @@ X = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(params=FORMATS)
 def weights(request):
     return request.param
-
-
-def tensors_in(result):
-    """All tensors of an LSTM's result, in order."""
-    if isinstance(result, PackedSequence):
-        return [result.data]
-    if torch.is_tensor(result):
-        return [result]
-    return [t for part in result for t in tensors_in(part)]
 
 
 def equal(a, b):
@@ -82,13 +75,18 @@ class Tagger(nn.Module):
 # -- accuracy --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(61, 37), (37, 61)], ids=str)
-def test_errors_over_100_steps_stay_within_what_the_format_allows(implementation, weights, sizes):
-    lstm = nn.LSTM(*sizes, num_layers=2)
-    x = torch.randn(100, 3, sizes[0])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LSTM(61, 37, 2), lambda: nn.LSTM(37, 61, 2), lambda: nn.GRU(37, 61, 2),
+     lambda: nn.RNN(37, 61, 2), lambda: nn.RNN(37, 61, 2, nonlinearity="relu")],
+    ids=["LSTM, narrow", "LSTM", "GRU", "RNN", "relu"],
+)  # fmt: skip
+def test_errors_over_100_steps_stay_within_what_the_format_allows(implementation, weights, make):
+    module = make()
+    x = torch.randn(100, 3, module.input_size)
     with torch.no_grad():
-        truth = copy.deepcopy(lstm).double()(x.double())
-        torchs, ours = lstm(x), prepare(lstm, weights)(x)
+        truth = copy.deepcopy(module).double()(x.double())
+        torchs, ours = module(x), prepare(module, weights)(x)
     allowed = {"float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}
     for a, b, t in zip(*map(tensors_in, (ours, torchs, truth)), strict=True):
         if weights == "float32":
@@ -98,15 +96,17 @@ def test_errors_over_100_steps_stay_within_what_the_format_allows(implementation
 
 
 @pytest.mark.parametrize("weights", ["float16", "bfloat16"])
-def test_half_formats_only_round_the_weights(isa, weights):
+@pytest.mark.parametrize("make", [partial(ISSLSTM, proj_size=5), ISSGRU, ISSRNN])
+def test_half_formats_only_round_the_weights(isa, make, weights):
     """The rest is float32: what float32 gives from the weights that were rounded beforehand."""
-    lstm = ISSLSTM(13, 21, 2, proj_size=5, bidirectional=True)
-    rounded = copy.deepcopy(lstm)
+    module = make(13, 21, num_layers=2, bidirectional=True)
+    rounded = copy.deepcopy(module)
     for name, parameter in rounded.named_parameters():
         if name.startswith("weight"):
             parameter.data = parameter.data.to(DTYPES[weights]).float()
     x = torch.randn(20, 4, 13)
-    torch.testing.assert_close(prepare(lstm, weights)(x), prepare(rounded)(x), rtol=1e-6, atol=1e-6)
+    ours, expected = prepare(module, weights)(x), prepare(rounded)(x)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_int8_keeps_each_row_within_half_a_step_of_its_weights():
@@ -162,9 +162,10 @@ def test_int8_features_of_wide_range_keep_the_small_ones(isa, sigma):
 
 @torch.no_grad()
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 3e38, 1e-45, math.nan])
-def test_a_row_with_an_extreme_element(isa, weights, value):
-    """Gates saturate as they do in nn.LSTM, and no other row changes."""
-    lstm = nn.LSTM(6, 9, 2, proj_size=5)
+@pytest.mark.parametrize("make", [partial(nn.LSTM, proj_size=5), nn.GRU], ids=["LSTM", "GRU"])
+def test_a_row_with_an_extreme_element(isa, weights, make, value):
+    """Gates saturate as they do in torch's module, and no other row changes."""
+    lstm = make(6, 9, num_layers=2)
     lstm.weight_ih_l0[:, 2] = torch.where(lstm.weight_ih_l0[:, 2] > 0, 0.3, -0.3)
     prepared, x = prepare(lstm, weights), torch.randn(7, 4, 6)
     y = prepared(x)[0]
@@ -186,6 +187,11 @@ FORMS = [
     {"hidden_size": 6, "num_layers": 2, "bidirectional": True, "proj_size": 3, "bias": False},
     {"hidden_size": [7, 3], "num_layers": 2},
     {"hidden_size": [(5, 4), 6], "proj_size": [(2, 3), 0], "num_layers": 2, "bidirectional": True},
+    {"kind": "gru", "hidden_size": 9},
+    {"kind": "gru", "hidden_size": [(5, 17), 6], "num_layers": 2, "bidirectional": True},
+    {"kind": "gru", "hidden_size": 4, "num_layers": 2, "batch_first": True, "bias": False},
+    {"kind": "rnn_tanh", "hidden_size": [17, 6], "num_layers": 2},
+    {"kind": "rnn_relu", "hidden_size": 5, "bidirectional": True, "batch_first": True},
 ]
 
 
@@ -207,7 +213,7 @@ def calls(lstm):
         "one row": (x.narrow(batch, 0, 1),),
         "strided": (torch.randn(*x.shape[:2], 6)[..., ::2],),
         "state": (x, state),
-        "state as a list": (x, list(state)),
+        **({"state as a list": (x, list(state))} if isinstance(state, tuple) else {}),
         "unbatched": (x.select(batch, 0),),
         "unbatched, state": (x.select(batch, 0), one_row),
         "packed": (packed,),
@@ -215,12 +221,18 @@ def calls(lstm):
         "packed and sorted": (sorted_, state),
         "lengths": (x, None, [6, 1, 3, 6]),
         "lengths, state": (x, state, torch.tensor([2, 6, 3, 1])),
+        "resets": (x, state, None, torch.rand(x.shape[:2]) < 0.3),
+        "resets, unbatched": (x.select(batch, 0), None, None, torch.rand(6) < 0.3),
+        "resets, strided": (x, None, None, torch.rand(*x.shape[:2], 2)[..., 0] < 0.3),
+        "resets, packed": (packed, state, None, packed._replace(data=packed.data[:, 0] < 0)),
+        "resets, lengths": (x, state, [6, 1, 3, 6], torch.rand(x.shape[:2]) < 0.3),
     }
 
 
 @pytest.mark.parametrize("options", FORMS, ids=lambda o: " ".join(f"{v}" for v in o.values()))
-def test_every_form_of_call_is_isslstms(implementation, options):
-    lstm = ISSLSTM(3, **options)
+def test_every_form_of_call_is_that_of_our_module(implementation, options):
+    options = dict(options)
+    lstm = KINDS[options.pop("kind", "lstm")](3, **options)
     prepared = prepare(lstm)
     with torch.no_grad():
         for name, args in calls(lstm).items():
@@ -232,8 +244,10 @@ def test_every_form_of_call_is_isslstms(implementation, options):
             assert all(map(torch.equal, left, originals)), f"{name}: an argument was written to"
 
 
-def test_formats_take_every_form_of_call_too(isa, weights):
-    lstm = ISSLSTM(3, 17, 2, bidirectional=True, proj_size=5)
+@pytest.mark.parametrize("make", [partial(ISSLSTM, proj_size=5), *list(KINDS.values())[1:]],
+                         ids=KINDS)  # fmt: skip
+def test_formats_take_every_form_of_call_too(isa, weights, make):
+    lstm = make(3, 17, num_layers=2, bidirectional=True)
     prepared = prepare(lstm, weights)
     tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2, "int8": 3e-2}[weights]
     with torch.no_grad():
@@ -241,9 +255,12 @@ def test_formats_take_every_form_of_call_too(isa, weights):
             torch.testing.assert_close(prepared(*args), lstm(*args), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_other_floating_inputs_are_converted_there_and_back(implementation, weights, dtype):
-    lstm = ISSLSTM(3, 4, 2)
+@pytest.mark.parametrize(
+    ("dtype", "make"),
+    [(torch.bfloat16, ISSLSTM), (torch.float16, ISSGRU), (torch.float64, ISSLSTM)],
+)
+def test_other_floating_inputs_are_converted_there_and_back(implementation, weights, dtype, make):
+    lstm = make(3, 4, 2)
     prepared = prepare(lstm, weights)
     for name, args in calls(lstm).items():
         x, *rest = args
@@ -254,7 +271,8 @@ def test_other_floating_inputs_are_converted_there_and_back(implementation, weig
             assert a.dtype == dtype, name
             assert torch.equal(a, b.to(dtype)), name
         if rest and rest[0] is not None:
-            state = tuple(s.to(dtype) for s in rest[0])
+            state = rest[0]
+            state = state.to(dtype) if torch.is_tensor(state) else tuple(s.to(dtype) for s in state)
             assert tensors_in(prepared(x, state))[0].dtype == dtype
 
 
@@ -294,11 +312,24 @@ def test_mistakes_are_isslstms():
         (X, (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))),
         (X, (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))),
         (X, None, [6, 1]),
+        (X, None, None, torch.ones(5, 2)),
+        (X, None, None, torch.ones(2, 5, dtype=torch.bool)),
     ):
         with pytest.raises(Exception) as expected:
             lstm(*args)
         with pytest.raises(expected.type) as got:
             prepared(*args)
+        assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("make", [ISSGRU, ISSRNN])
+def test_an_lstms_state_is_no_state_of_another(implementation, make):
+    module, h = make(3, 4), torch.zeros(1, 2, 4)
+    for hx in ((h, h), h[0], h[:, :1]):
+        with pytest.raises(RuntimeError) as expected:
+            module(X, hx)
+        with pytest.raises(RuntimeError) as got:
+            prepare(module)(X, hx)
         assert str(got.value) == str(expected.value)
 
 
@@ -445,7 +476,7 @@ def test_a_packed_sequence_that_does_not_fit_is_refused(isa, weights, name):
         with pytest.raises(IndexError if "range" in name else RuntimeError) as got:
             prepared(packed, state)
         assert "range" in str(got.value) or str(got.value).startswith(
-            ("PreparedLSTM: ", "Expected")
+            ("PreparedLSTM: ", "lstm: ", "Expected")
         )
         prepared(PACKED, state)
 
@@ -483,26 +514,29 @@ assert torch.equal(first, prepared(x)[0])
 
 @torch.no_grad()
 def test_a_batch_of_no_rows(implementation, weights):
-    lstm = nn.LSTM(3, 4, 2, proj_size=2)
-    prepared, x = prepare(lstm, weights), torch.zeros(5, 0, 3)
-    for state in (None, (torch.zeros(2, 0, 2), torch.zeros(2, 0, 4))):
-        shapes = [t.shape for t in tensors_in(prepared(x, state))]
-        assert shapes == [t.shape for t in tensors_in(lstm(x, state))]
+    x, c = torch.zeros(5, 0, 3), torch.zeros(2, 0, 4)
+    for module, given in ((nn.LSTM(3, 4, 2, proj_size=2), (c[..., :2], c)), (nn.GRU(3, 4, 2), c)):
+        prepared = prepare(module, weights)
+        for state in (None, given):
+            shapes = [t.shape for t in tensors_in(prepared(x, state))]
+            assert shapes == [t.shape for t in tensors_in(module(x, state))]
 
 
 # -- buffers that change ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_replaced_and_changed_buffers_are_packed_again(implementation, weights):
-    lstm, other = nn.LSTM(3, 4), nn.LSTM(3, 4)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_replaced_and_changed_buffers_are_packed_again(implementation, weights, kind):
+    lstm, other = kind(3, 4), kind(3, 4)
+    h = torch.zeros(1, 2, 4)
     prepared, expected = prepare(lstm, weights), prepare(other, weights)
     first, second = prepared(X), expected(X)
     new = {name: value.clone() for name, value in expected.named_buffers()}
     with torch.inference_mode():
         of_inference = {name: value.clone() for name, value in new.items()}
     for buffers in (new, of_inference):
-        for args in ((X,), (X, (torch.zeros(1, 2, 4),) * 2)):
+        for args in ((X,), (X, h if kind is nn.GRU else (h, h))):
             assert close(functional_call(prepared, buffers, args), second, weights)
             assert equal(prepared(*args), first)
     for name, value in new.items():
@@ -581,12 +615,13 @@ def test_what_makes_no_sense_is_refused(call):
 
 
 class Sum(nn.Module):
-    """A prepared LSTM within a model."""
+    """A prepared module within a model."""
 
     def __init__(self, weights):
         super().__init__()
-        lstm = nn.LSTM(3, 4, 2, bidirectional=True, batch_first=True)
-        self.prepared = prepare(lstm, weights)
+        # One kind of each suffices: their ops are one.
+        kind = nn.GRU if weights == "float16" else nn.LSTM
+        self.prepared = prepare(kind(3, 4, 2, bidirectional=True, batch_first=True), weights)
 
     def forward(self, x):
         return self.prepared(x)[0] + x.sum(-1, keepdim=True)
@@ -687,6 +722,31 @@ def test_later_changes_of_the_model_do_not_reach_the_prepared_one(implementation
         assert model.inner[1].weight.any()
 
 
+class OfEachKind(nn.Module):
+    """Torch's modules and ours, in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.rnn = nn.GRU(3, 5, bidirectional=True), ISSRNN(10, [4, 3], 2)
+        self.relu, self.lstm = nn.RNN(3, 6, nonlinearity="relu"), nn.LSTM(6, 4)
+
+    def forward(self, x):
+        for layer in (self.gru, self.rnn, self.relu, self.lstm):
+            x = layer(x)[0]
+        return x
+
+
+def test_modules_of_each_kind_are_prepared(implementation, weights):
+    model = OfEachKind()
+    prepared = prepare(model, weights)
+    assert [type(layer) for layer in prepared.children()] == [
+        PreparedGRU, PreparedRNN, PreparedRNN, PreparedLSTM,
+    ]  # fmt: skip
+    assert isinstance(prepared.gru, ISSGRU) and prepared.relu.cell.name == "rnn_relu"
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(X), model(X), rtol=0, atol=3e-2)
+
+
 class Counter(nn.Module):
     """A model whose hooks are methods of its own."""
 
@@ -750,12 +810,12 @@ REPARAMETRISED = {
 }
 
 
-@pytest.mark.parametrize("make", [nn.LSTM, ISSLSTM])
+@pytest.mark.parametrize("make", [nn.LSTM, ISSLSTM, nn.GRU, ISSRNN])
 @pytest.mark.parametrize("name", REPARAMETRISED)
-def test_a_reparametrised_lstm_is_refused(make, name):
+def test_a_reparametrised_module_is_refused(make, name):
     lstm = make(3, 4)
     REPARAMETRISED[name](lstm)
-    for where, model in (("the LSTM", lstm), ("1", nn.ModuleList([nn.LSTM(3, 4), lstm]))):
+    for where, model in (("the module", lstm), ("1", nn.ModuleList([nn.LSTM(3, 4), lstm]))):
         with pytest.raises(ValueError) as got:
             prepare(model)
         assert str(got.value).startswith(
@@ -784,12 +844,18 @@ class Doubled(nn.LSTM):
         return super().forward(2 * x)
 
 
+class DoubledGru(ISSGRU):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
 @torch.no_grad()
 def test_subclasses_are_copied_as_they_are():
-    model = nn.ModuleList([nn.LSTM(3, 4), Doubled(3, 4)])
+    model = nn.ModuleList([nn.LSTM(3, 4), Doubled(3, 4), DoubledGru(3, 4)])
     prepared = prepare(model)
-    assert type(prepared[0]) is PreparedLSTM and type(prepared[1]) is Doubled
-    assert equal(prepared[1](X), model[1](X))
+    assert [type(layer) for layer in prepared] == [PreparedLSTM, Doubled, DoubledGru]
+    for ours, expected in zip(prepared[1:], model[1:], strict=True):
+        assert equal(ours(X), expected(X))
 
 
 @torch.no_grad()
@@ -816,8 +882,9 @@ def test_state_dict_has_nn_lstms_names_and_the_formats_dtypes(weights):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_loaded_weights_are_the_ones_that_run(implementation, weights, assign):
-    first, second = (prepare(ISSLSTM(3, 9, 2, proj_size=2), weights) for _ in range(2))
+@pytest.mark.parametrize("make", [partial(ISSLSTM, proj_size=2), ISSGRU], ids=["LSTM", "GRU"])
+def test_loaded_weights_are_the_ones_that_run(implementation, weights, make, assign):
+    first, second = (prepare(make(3, 9, num_layers=2), weights) for _ in range(2))
     expected = second(X)
     assert not equal(first(X), expected)
     first.load_state_dict(copy.deepcopy(second.state_dict()), assign=assign)
@@ -829,10 +896,11 @@ def test_loaded_weights_are_the_ones_that_run(implementation, weights, assign):
         assert torch.equal(outer(X), other(X))
 
 
-def test_a_plain_lstms_state_dict_loads_into_the_floating_formats():
-    lstm = nn.LSTM(3, 4)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_torchs_state_dict_loads_into_the_floating_formats(kind):
+    lstm = kind(3, 4)
     for weights in ("float32", "float16", "bfloat16"):
-        prepared = prepare(nn.LSTM(3, 4), weights)
+        prepared = prepare(kind(3, 4), weights)
         prepared(X)
         prepared.load_state_dict(lstm.state_dict())
         assert equal(prepared(X), prepare(lstm, weights)(X))
@@ -942,8 +1010,10 @@ def through_a_file(module, folder):
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-def test_deepcopy_pickle_and_save(weights, tmp_path, used):
-    prepared = prepare(ISSLSTM(3, [4, 2], num_layers=2), weights)
+@every_kind
+def test_deepcopy_pickle_and_save(weights, tmp_path, kind, used):
+    prepared_type = {nn.LSTM: PreparedLSTM, nn.GRU: PreparedGRU, nn.RNN: PreparedRNN}[kind.torchs]
+    prepared = prepare(kind(3, [4, 2], num_layers=2), weights)
     if used:
         prepared(X)
     for twin in (
@@ -951,9 +1021,9 @@ def test_deepcopy_pickle_and_save(weights, tmp_path, used):
         pickle.loads(pickle.dumps(prepared)),
         through_a_file(prepared, tmp_path),
     ):
-        assert type(twin) is PreparedLSTM and twin.weights == weights
+        assert type(twin) is prepared_type and twin.weights == weights
         assert equal(twin(X), prepared(X)) and same_state(twin, values_of(prepared))
-        twin.load_state_dict(prepare(ISSLSTM(3, [4, 2], num_layers=2), weights).state_dict())
+        twin.load_state_dict(prepare(kind(3, [4, 2], num_layers=2), weights).state_dict())
         assert not equal(twin(X), prepared(X))  # a twin has its own weights, and its own hook
 
 
@@ -976,6 +1046,9 @@ def test_a_change_of_dtype_leaves_the_weights_as_they_are(implementation, weight
 def test_the_line_it_prints():
     assert repr(prepare(nn.LSTM(3, 4, 2), "int8")) == (
         "PreparedLSTM(3, 4, num_layers=2, weights='int8')"
+    )
+    assert repr(prepare(ISSGRU(3, [4, 5], 2))) == (
+        "PreparedGRU(3, [4, 5], num_layers=2, weights='float32')"
     )
 
 
@@ -1006,21 +1079,22 @@ ERRORS = {
         TypeError,
         "prepare: expected a torch.nn.Module, got list",
     ),
-    "no LSTM": (
-        lambda: prepare(nn.Sequential(nn.GRU(3, 4), nn.Linear(4, 4))),
+    "no recurrent module": (
+        lambda: prepare(nn.Sequential(nn.LSTMCell(3, 4), nn.Linear(4, 4))),
         ValueError,
-        "prepare: expected a model with an nn.LSTM or ISSLSTM, got Sequential without one",
+        "prepare: expected a model with a recurrent module (nn.LSTM, nn.GRU, nn.RNN or ours), got "
+        "Sequential without one",
     ),
     "prepared already": (
         lambda: prepare(nn.ModuleList([nn.LSTM(3, 4), prepare(nn.LSTM(3, 4))])),
         ValueError,
-        "prepare: expected a model that is not prepared yet, got a PreparedLSTM",
+        "prepare: expected a model that is not prepared yet, got one with a PreparedLSTM",
     ),
     "a subclass alone": (
         lambda: prepare(nn.Sequential(Doubled(3, 4))),
         ValueError,
-        "prepare: expected a model with an nn.LSTM or ISSLSTM, got Sequential without one but "
-        "Doubled, a subclass of it",
+        "prepare: expected a model with a recurrent module (nn.LSTM, nn.GRU, nn.RNN or ours), got "
+        "Sequential without one but Doubled, a subclass of one",
     ),
     "meta": (
         lambda: prepare(nn.LSTM(3, 4, device="meta")),
@@ -1119,39 +1193,55 @@ def test_a_gradient_is_refused_rather_than_wrong(implementation, args):
         assert not any(t.requires_grad for t in tensors_in(prepared(*args())))
 
 
+def test_a_gradient_through_the_state_of_a_gru_is_refused(implementation):
+    prepared, h = prepare(nn.GRU(3, 4)), torch.zeros(1, 2, 4)
+    with pytest.raises(RuntimeError) as got:
+        prepared(X, h.clone().requires_grad_())
+    assert str(got.value) == NO_GRADIENT.replace("LSTM", "GRU")
+    assert not any(t.requires_grad for t in tensors_in(prepared(X, h)))
+
+
 # -- the same bits ---------------------------------------------------------------------------------
 
 
-def test_a_row_does_not_depend_on_its_batch_and_no_call_on_the_last(isa, weights):
-    for options in ({"hidden_size": 70, "proj_size": 13}, {"hidden_size": 31, "num_layers": 2}):
-        prepared = prepare(ISSLSTM(8, bidirectional=True, **options), weights)
+@every_kind
+def test_a_row_does_not_depend_on_its_batch_and_no_call_on_the_last(isa, weights, kind):
+    options = [{"hidden_size": 31, "num_layers": 2}]
+    options += [{"hidden_size": 70, "proj_size": 13}] * kind.projects
+    for option in options:
+        prepared = prepare(kind(8, bidirectional=True, **option), weights)
         x = torch.randn(30, 13, 8)
-        y, (h, c) = prepared(x)
+        whole = prepared(x)
         for _ in range(3):
-            assert equal(prepared(x), (y, (h, c)))
+            assert equal(prepared(x), whole)
         for row in (0, 5, 12):
-            one = prepared(x[:, row : row + 1].contiguous())
-            assert equal(one, (y[:, row : row + 1], (h[:, row : row + 1], c[:, row : row + 1])))
+            one = tensors_in(prepared(x[:, row : row + 1].contiguous()))
+            assert equal(one, [t[:, row : row + 1] for t in tensors_in(whole)])
 
 
-def test_a_row_of_weights_beyond_the_cache_is_the_same_too(isa, weights):
+@pytest.mark.parametrize(("kind", "hidden"), [(nn.LSTM, 397), (nn.GRU, 461)])
+def test_a_row_of_weights_beyond_the_cache_is_the_same_too(isa, weights, kind, hidden):
     # Over 2 MB of float32 in w_ih and w_hh, where a single row takes two panels at a time; with
     # AVX-512 an odd number of them, the last in part.
-    prepared = prepare(nn.LSTM(390, 397), weights)
+    prepared = prepare(kind(390, hidden), weights)
     x = torch.randn(3, 2, 390)
-    y, (h, c) = prepared(x)
+    whole = prepared(x)
     for row in (0, 1):
-        one = prepared(x[:, row : row + 1].contiguous())
-        assert equal(one, (y[:, row : row + 1], (h[:, row : row + 1], c[:, row : row + 1])))
+        one = tensors_in(prepared(x[:, row : row + 1].contiguous()))
+        assert equal(one, [t[:, row : row + 1] for t in tensors_in(whole)])
 
 
-# Shapes that are split by units, directions, layers and rows: T, B, and the LSTM's options.
+# Shapes that are split by units, directions, layers and rows: T, B, and the module's options.
 SPLITS = {
     "units": (20, 1, {"hidden_size": 300}),
     "units, projected": (20, 1, {"hidden_size": 300, "proj_size": 150}),
     "directions": (20, 1, {"hidden_size": 200, "num_layers": 2, "bidirectional": True}),
     "layers": (200, 1, {"hidden_size": 64, "num_layers": 3}),
     "rows": (20, 64, {"hidden_size": 64, "num_layers": 2}),
+    "GRU by units": (20, 1, {"kind": "gru", "hidden_size": 350}),
+    "GRU by layers": (200, 1, {"kind": "gru", "hidden_size": 80, "num_layers": 3}),
+    "GRU by rows": (20, 64, {"kind": "gru", "hidden_size": 80}),
+    "RNN by units": (20, 1, {"kind": "rnn_tanh", "hidden_size": 500}),
 }
 
 
@@ -1159,14 +1249,15 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 def test_threads_give_the_same_bits(isa, weights, two_threads, split):
     steps, batch, options = SPLITS[split]
-    prepared = prepare(ISSLSTM(20, **options), weights)
+    options = dict(options)
+    prepared = prepare(KINDS[options.pop("kind", "lstm")](20, **options), weights)
     x = torch.randn(steps, batch, 20)
     packed = pack_sequence([x[: steps - n // 4, n] for n in range(batch)])
     torch.set_num_threads(1)
     alone = prepared(x), prepared(packed)
     torch.set_num_threads(2)
     # rows: cheap, and threads drift apart by chance. The first call may run alone.
-    for _ in range(10 if split == "rows" else 3):
+    for _ in range(10 if "rows" in split else 3):
         assert equal((prepared(x), prepared(packed)), alone)
 
 
@@ -1214,8 +1305,9 @@ def test_inside_a_parallel_region_it_runs_alone(isa, two_threads):
         assert parallel and equal(result, expected[member])
 
 
-def test_another_isa_packs_again(weights):
-    prepared = prepare(ISSLSTM(8, 45, 2, proj_size=9), weights)
+@pytest.mark.parametrize("make", [partial(ISSLSTM, proj_size=9), ISSGRU], ids=["LSTM", "GRU"])
+def test_another_isa_packs_again(weights, make):
+    prepared = prepare(make(8, 45, num_layers=2), weights)
     x = torch.randn(12, 6, 8)
     results = []
     for name in [*supported_isas(), *supported_isas()]:

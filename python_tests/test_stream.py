@@ -20,7 +20,7 @@ from torch.masked import MaskedTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from iss_kernels import ISSLSTM, Stream, prepare, use_backend
+from iss_kernels import ISSGRU, ISSLSTM, ISSRNN, Stream, prepare, use_backend
 from iss_kernels.backend import supported_isas, use_isa
 from iss_kernels.chain import ACTIVATIONS, FUNCTIONS
 
@@ -36,7 +36,7 @@ def backend(request):
 
 
 class Chain(nn.Module):
-    """Modules and functions one after the other; of an LSTM's result, the output."""
+    """Modules and functions one after the other; of a recurrent layer's result, the output."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -45,7 +45,7 @@ class Chain(nn.Module):
 
     def forward(self, x):
         for layer in self.layers:
-            x = layer(x)[0] if isinstance(layer, (nn.LSTM, ISSLSTM)) else layer(x)
+            x = layer(x)[0] if isinstance(layer, nn.RNNBase) else layer(x)
         return x
 
 
@@ -85,6 +85,18 @@ class Bare(Recurrent):
         return self.lstm(x, state)
 
 
+class OfGru(nn.Module):
+    """Its state is one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x, state=None):
+        y, h = self.gru(x, state)
+        return self.head(y), h
+
+
 def whole_sequence(model, x):
     """model(x) for x [T, B, I], without the state."""
     with torch.no_grad():
@@ -108,7 +120,7 @@ def assert_streams(model, x, tolerance=1e-5):
 
 # -- the same as the sequence ----------------------------------------------------------------------
 
-LSTMS = {
+LAYERS = {
     "nn.LSTM": lambda: nn.LSTM(5, 17),
     "ISSLSTM": lambda: ISSLSTM(5, 17),
     "layers": lambda: nn.LSTM(5, 9, 3, dropout=0.5),
@@ -118,24 +130,32 @@ LSTMS = {
     "unequal, projected": lambda: ISSLSTM(5, [7, 31], 2, proj_size=[3, 0]),
     "wide": lambda: nn.LSTM(5, 130),
     "batch_first": lambda: nn.LSTM(5, 6, batch_first=True),  # a step has no time: no difference
+    "nn.GRU": lambda: nn.GRU(5, 17, 2),
+    "nn.GRU, no bias": lambda: nn.GRU(5, 9, bias=False, batch_first=True),
+    "ISSGRU, unequal": lambda: ISSGRU(5, [7, 31], 2),
+    "wide GRU": lambda: nn.GRU(5, 130),
+    "nn.RNN": lambda: nn.RNN(5, 17, 2),
+    "relu": lambda: nn.RNN(5, 17, nonlinearity="relu"),
+    "ISSRNN, unequal": lambda: ISSRNN(5, [7, 31], 2, nonlinearity="relu"),
 }
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", LSTMS)
-def test_an_lstm_step_by_step_is_the_lstm_over_the_sequence(implementation, name, batch):
-    lstm = LSTMS[name]()
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_step_by_step_is_the_layer_over_the_sequence(implementation, name, batch):
+    layer = LAYERS[name]()
     x = torch.randn(12, batch, 5)
-    if not lstm.batch_first:
-        assert_streams(lstm, x)
+    if not layer.batch_first:
+        assert_streams(layer, x)
         return
-    expected = whole_sequence(lstm, x.transpose(0, 1)).transpose(0, 1)
-    torch.testing.assert_close(step_by_step(Stream(lstm, batch), x), expected, rtol=0, atol=1e-5)
+    expected = whole_sequence(layer, x.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(step_by_step(Stream(layer, batch), x), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_a_prepared_model_streams_in_its_format(implementation, weights):
-    prepared = prepare(Chain(nn.LSTM(5, 17, 2), nn.Linear(17, 3)), weights)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_prepared_model_streams_in_its_format(implementation, kind, weights):
+    prepared = prepare(Chain(kind(5, 17, 2), nn.Linear(17, 3)), weights)
     # Chunks of steps and single steps may differ in a last bit; int8 rounds it to a whole step.
     assert_streams(prepared, torch.randn(12, 3, 5), 1e-2 if weights == "int8" else 1e-6)
 
@@ -164,6 +184,11 @@ CHAINS = {
     "state left": OutputOnly,
     "an LSTM's own result": Bare,
     "inputs by name": ByName,
+    "the state of a GRU": OfGru,
+    "a GRU between Linears": lambda: Chain(nn.Linear(5, 7), nn.GRU(7, 9), nn.Linear(9, 3)),
+    "one of each": lambda: Chain(
+        nn.GRU(5, 6), ISSLSTM(6, [4, 7], 2), nn.ReLU(), nn.RNN(7, 9), ISSGRU(9, [5, 3], 2)
+    ),
 }
 
 
@@ -219,8 +244,8 @@ def test_a_model_of_another_dtype_streams_in_float32(implementation, dtype):
 
 
 def test_isas_agree_also_when_they_change_on_the_way():
-    model, x = Chain(nn.LSTM(5, 17, 2), nn.Linear(17, 3)), torch.randn(8, 2, 5)
-    step = Stream(model, 2)
+    model = Chain(nn.LSTM(5, 17, 2), nn.GRU(17, 13), nn.RNN(13, 9), nn.Linear(9, 3))
+    step, x = Stream(model, 2), torch.randn(8, 2, 5)
     for t, y in enumerate(whole_sequence(model, x)):
         with use_isa(supported_isas()[t % len(supported_isas())]):
             torch.testing.assert_close(step(x[t]), y, rtol=0, atol=1e-5)
@@ -235,8 +260,9 @@ def test_the_number_of_threads_may_change_on_the_way(isa, two_threads):
         assert torch.equal(step(x[t]), y)
 
 
-def test_two_threads_give_the_same_bits(isa, two_threads):
-    model = Chain(nn.LSTM(300, 300, 2), nn.Linear(300, 1000))
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_two_threads_give_the_same_bits(isa, two_threads, kind):
+    model = Chain(kind(300, 300, 2), nn.Linear(300, 1000))
     x = torch.randn(6, 1, 300)
     torch.set_num_threads(1)
     alone = step_by_step(Stream(model), x)
@@ -351,9 +377,12 @@ def test_without_out_the_same_memory_comes_back(isa):
 
 
 def test_a_step_allocates_nothing(isa):
-    model = Chain(nn.Linear(5, 7), nn.LSTM(7, 33, 2), nn.LayerNorm(33), nn.GELU(), nn.Linear(33, 3))
-    for lstm_format in FORMATS:
-        step, x = Stream(prepare(model, lstm_format)), torch.randn(1, 5)
+    model = Chain(
+        nn.Linear(5, 7), nn.LSTM(7, 33, 2), nn.GRU(33, 21), nn.RNN(21, 33), nn.LayerNorm(33),
+        nn.GELU(), nn.Linear(33, 3),
+    )  # fmt: skip
+    for weights in FORMATS:
+        step, x = Stream(prepare(model, weights)), torch.randn(1, 5)
         array, out = x.numpy(), torch.empty(1, 3)
 
         def steps(step=step, x=x, array=array, out=out):
@@ -613,7 +642,12 @@ STATEFUL = {
     "projected": lambda: nn.LSTM(5, 6, proj_size=2),
     "unequal": lambda: ISSLSTM(5, [6, 4], 2),
     "two LSTMs": lambda: Chain(nn.LSTM(5, 6, 2), nn.ReLU(), ISSLSTM(6, [3, 4], 2)),
+    "one GRU": lambda: nn.GRU(5, 6, 2),
+    "unequal GRU": lambda: ISSGRU(5, [6, 4], 2),
+    "one RNN": lambda: nn.RNN(5, 6, 2),
+    "LSTM and GRU": lambda: Chain(nn.LSTM(5, 6, 2), ISSGRU(6, [3, 4], 2)),
 }
+SINGLE = [name for name in STATEFUL if name not in ("two LSTMs", "LSTM and GRU")]
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -632,15 +666,15 @@ def test_a_state_resumes_in_another_stream(implementation, name):
     assert torch.equal(step_by_step(first, x), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in STATEFUL if n != "two LSTMs"])
-def test_the_state_is_nn_lstms(implementation, name):
-    lstm, x = STATEFUL[name](), torch.randn(9, 2, 5)
-    step = Stream(lstm, 2)
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_state_is_that_of_torchs_module(implementation, name):
+    layer, x = STATEFUL[name](), torch.randn(9, 2, 5)
+    step = Stream(layer, 2)
     step_by_step(step, x[:4])
     with torch.no_grad():
-        _, state = lstm(x[:4])
+        _, state = layer(x[:4])
         torch.testing.assert_close(step.state, state, rtol=0, atol=1e-6)
-        y, state = lstm(x[4:], step.state)
+        y, state = layer(x[4:], step.state)
     step_by_step(step, x[4:])
     torch.testing.assert_close(step.state, state, rtol=0, atol=1e-6)
 
@@ -652,6 +686,15 @@ def test_the_state_of_two_lstms_is_a_pair_of_states(implementation):
     assert [s.shape for s in h_of_second] == [(1, 2, 3), (1, 2, 4)]
     step(torch.randn(2, 5))
     assert not h.any() and step.state[0][0].any()  # a copy of what was
+
+
+def test_the_states_of_an_lstm_and_a_gru_are_a_pair_and_a_tensor(implementation):
+    step, gru = Stream(Chain(nn.LSTM(5, 6), nn.GRU(6, 3)), 2), Stream(nn.GRU(5, 4), 2)
+    (h, c), h_of_gru = step.state
+    assert h.shape == c.shape == (1, 2, 6) and h_of_gru.shape == (1, 2, 3)
+    given = torch.randn(1, 2, 4)
+    gru.state = given.double()
+    assert torch.equal(gru.state, given)
 
 
 def test_changing_a_state_does_not_change_the_stream(implementation):
@@ -713,10 +756,114 @@ def test_only_a_pair_of_dense_floating_point_tensors_is_a_state(backend, change,
     assert torch.equal(step(x), untouched(x))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda h: None, TypeError, "Stream: expected state to be tensors, got NoneType"),
+        (lambda h: h.numpy(), TypeError, "Stream: expected state to be tensors, got ndarray"),
+        (lambda h: h.long(), ValueError,
+         "Stream: expected state to be dense floating-point tensors, got a strided Tensor of int64 "
+         "on cpu"),
+        (lambda h: (h, h), RuntimeError, "GRU: expected hx to be a tensor h_0, got a tuple"),
+        (lambda h: h[:, :0], RuntimeError, "Expected hidden size (1, 1, 4), got [1, 0, 4]"),
+    ],
+    ids=["None", "array", "int", "an LSTM's", "shape"],
+)  # fmt: skip
+def test_only_a_tensor_is_the_state_of_a_gru(backend, change, error, message):
+    gru, x = nn.GRU(5, 4), torch.randn(1, 5)
+    step, untouched = Stream(gru), Stream(gru)
+    step(x), untouched(x)
+    with pytest.raises(error) as got:
+        step.state = change(step.state)
+    assert str(got.value) == message
+    assert torch.equal(step(x), untouched(x))
+
+
 def test_a_state_that_torch_negates_when_it_is_read_is_taken(backend):
     step, h = Stream(nn.LSTM(5, 4)), torch.randn(1, 1, 4)
     step.state = (torch.complex(h, -h).conj().imag, h.flip(-1).expand(1, 1, 4))
     assert torch.equal(step.state[0], h) and torch.equal(step.state[1], h.flip(-1))
+
+
+# -- reset -----------------------------------------------------------------------------------------
+
+
+def flat(state):
+    """All tensors of a state, in order."""
+    return [state] if torch.is_tensor(state) else [t for part in state for t in flat(part)]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_rows_that_are_reset_go_on_as_from_the_beginning(implementation, name):
+    model, x = STATEFUL[name](), torch.randn(12, 3, 5)
+    resets = torch.rand(12, 3) < 0.3
+    step, alone = Stream(model, 3), [Stream(model, 1) for _ in range(3)]
+    for t, x_t in enumerate(x):
+        step.reset(rows=resets[t])
+        y = step(x_t)
+        for row, one in enumerate(alone):
+            if resets[t, row]:
+                one.reset()
+            # Another batch, and so another order of sums in torch's own products.
+            torch.testing.assert_close(y[row], one(x_t[row : row + 1])[0], rtol=0, atol=1e-6)
+    before = flat(step.state)
+    step.reset(rows=[False, True, False])
+    for state, former in zip(flat(step.state), before, strict=True):
+        assert not state[..., 1, :].any()
+        assert torch.equal(state[..., ::2, :], former[..., ::2, :]) and former.all()
+    step.reset()
+    assert not any(state.any() for state in flat(step.state))
+
+
+@pytest.mark.parametrize(
+    "mask", [[True, False, True], np.array([True, False, True]), torch.tensor([True, False, True]),
+             [np.True_, False, np.True_], torch.tensor([True, True, False, True, True])[::2],
+             np.array([True, True, False, True, True])[::2],
+             torch.tensor([[True, False, True]]).expand(3, 3)[1]],
+    ids=["list", "array", "tensor", "NumPy's bools", "strided", "strided array", "expanded"],
+)  # fmt: skip
+def test_rows_are_a_tensor_an_array_or_a_list(implementation, mask):
+    step = Stream(nn.GRU(5, 4), 3)
+    step(torch.randn(3, 5))
+    step.reset(mask)
+    assert step.state.any(-1).tolist() == [[False, True, False]]
+    step.state = torch.full((1, 3, 4), float("nan"))
+    step.reset(rows=mask)  # whatever the state was
+    assert step.state.isnan().any(-1).tolist() == [[False, True, False]]
+
+
+ROWS = "Stream: expected rows of shape [B] = [2] and dtype bool, got "
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "got"),
+    [
+        ([True], ValueError, "[1] and bool"),
+        ([], ValueError, "[0] and bool"),
+        ([0, 1], ValueError, "a list of int"),
+        ([[True], [False]], ValueError, "a list of list"),
+        (torch.tensor([[True, False]]), ValueError, "[1, 2] and bool"),
+        (torch.ones(2), ValueError, "[2] and float32"),
+        (torch.tensor([True] * 3), ValueError, "[3] and bool"),
+        (np.array([0, 1]), ValueError, "[2] and int64"),
+        (np.ma.masked_array([True, False]), TypeError, "a MaskedArray"),
+        (True, TypeError, "a bool"),
+        ((True, False), TypeError, "a tuple"),
+        (torch.tensor([True, False]).to_sparse(), ValueError,
+         "a sparse_coo Tensor of bool on cpu"),
+        (torch.tensor([True, False], device="meta"), ValueError,
+         "a strided Tensor of bool on meta"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_that_do_not_fit_leave_the_state_alone(backend, rows, error, got):
+    step = Stream(nn.LSTM(5, 4), 2)
+    step(torch.randn(2, 5))
+    before = step.state
+    with pytest.raises(error) as raised:
+        step.reset(rows=rows)
+    assert str(raised.value) == ROWS + got
+    assert all(map(torch.equal, step.state, before))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
@@ -838,7 +985,9 @@ class Branching(Recurrent):
         return self.head(self.lstm(x)[0]) if x.sum() > 0 else x
 
 
-CHAIN = "Stream: expected a plain chain of LSTM, Linear, LayerNorm and activations, got "
+CHAIN = (
+    "Stream: expected a plain chain of recurrent layers, Linear, LayerNorm and activations, got "
+)
 MODELS = {
     "no module": (
         lambda: [nn.LSTM(3, 4)],
@@ -848,19 +997,19 @@ MODELS = {
     "no LSTM": (
         lambda: Chain(nn.Linear(3, 4), nn.ReLU()),
         ValueError,
-        "Stream: expected a model with an LSTM, got one without",
+        "Stream: expected a model with a recurrent layer, got one without",
     ),
     "bidirectional": (
         lambda: nn.LSTM(3, 4, bidirectional=True),
         ValueError,
-        "Stream: expected LSTMs in one direction, got a bidirectional one: its backward half "
-        "begins at the last step, which a stream has not seen yet",
+        "Stream: expected recurrent layers in one direction, got a bidirectional one: its backward "
+        "half begins at the last step, which a stream has not seen yet",
     ),
-    "a bidirectional LSTM inside": (
-        lambda: Chain(nn.Linear(3, 3), ISSLSTM(3, 4, bidirectional=True)),
+    "a bidirectional GRU inside": (
+        lambda: Chain(nn.Linear(3, 3), ISSGRU(3, 4, bidirectional=True)),
         ValueError,
-        "Stream: expected LSTMs in one direction, got a bidirectional one: its backward half "
-        "begins at the last step, which a stream has not seen yet",
+        "Stream: expected recurrent layers in one direction, got a bidirectional one: its backward "
+        "half begins at the last step, which a stream has not seen yet",
     ),
     "LayerNorm over two dimensions": (
         lambda: Chain(nn.LSTM(3, 4), nn.LayerNorm((2, 4))),
@@ -944,6 +1093,11 @@ class ReversedISS(ISSLSTM):
         return super().forward(x.flip(0), state)
 
 
+class ReversedGru(nn.GRU):
+    def forward(self, x, state=None):
+        return super().forward(x.flip(0), state)
+
+
 class Doubled(Recurrent):
     def __call__(self, x):
         return 2 * super().__call__(x)
@@ -999,6 +1153,16 @@ NOT_PLAIN = {
     "an LSTM": (lambda: Reversed(3, 4), "Reversed with the model, of Reversed, a subclass of LSTM"),
     "an LSTM inside": (lambda: Chain(ReversedISS(3, 4), nn.Linear(4, 2)),
                        "Chain with kept.0, of ReversedISS, a subclass of ISSLSTM"),
+    "a GRU": (lambda: ReversedGru(3, 4),
+              "ReversedGru with the model, of ReversedGru, a subclass of GRU"),
+    "a hook on a GRU": (
+        changed(lambda m: m.gru.register_forward_hook(lambda *_: None), OfGru),
+        "OfGru with a forward hook on gru"),
+    "forward of a GRU": (changed(lambda m: set_forward(m.gru), OfGru),
+                         "OfGru with a forward set on the instance of gru"),
+    "parametrised GRU": (
+        changed(lambda m: parametrizations.weight_norm(m.gru, "weight_hh_l0"), OfGru),
+        "OfGru with gru, of ParametrizedGRU, a subclass of GRU"),
     "a hook on a layer": (changed(lambda m: m.head.register_forward_hook(lambda *_: None)),
                           "OutputOnly with a forward hook on head"),
     "a pre-hook with kwargs": (
@@ -1185,13 +1349,14 @@ def test_models_that_cannot_be_streamed(backend, name):
 
 
 def test_an_output_computed_from_the_state_is_refused(backend):
-    with pytest.raises(ValueError, match="expected a plain chain of LSTM, Linear, LayerNorm and"):
+    with pytest.raises(ValueError, match="expected a plain chain of recurrent layers, Linear,"):
         Stream(FromTheState())
 
 
 @pytest.mark.parametrize(
-    "last", [lambda: nn.Linear(7, 2), lambda: nn.LSTM(7, 2), lambda: nn.LayerNorm(7)],
-    ids=["Linear", "LSTM", "LayerNorm"],
+    "last",
+    [lambda: nn.Linear(7, 2), lambda: nn.LSTM(7, 2), lambda: nn.GRU(7, 2), lambda: nn.LayerNorm(7)],
+    ids=["Linear", "LSTM", "GRU", "LayerNorm"],
 )  # fmt: skip
 def test_layers_whose_sizes_do_not_fit_are_refused(backend, last):
     with pytest.raises((ValueError, RuntimeError)):
@@ -1326,7 +1491,9 @@ def test_states_that_do_not_fit_leave_the_state_alone(backend):
     assert str(got.value) == "Expected hidden[0] size (1, 2, 4), got [1, 3, 4]"
     with pytest.raises(ValueError) as got:
         two.state = (one.state,)
-    assert str(got.value) == ("Stream: expected state with one (h, c) for each of 2 LSTMs, got 1")
+    assert str(got.value) == (
+        "Stream: expected state with one part for each of 2 recurrent layers, got 1"
+    )
     two(torch.randn(2, 3))
     before = two.state
     with pytest.raises(RuntimeError):

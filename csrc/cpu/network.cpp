@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "cpu/kernels/table.h"
 #include "locks.h"
@@ -18,14 +19,14 @@
 namespace iss {
 namespace {
 
-Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
+Stack packed_stack(const CellSpec& spec, const std::vector<std::vector<CellWeights>>& layers) {
   Stack stack;
   for (const auto& layer : layers) {
     // The model's input may range widely; what layers put out hardly does.
     const bool first = stack.empty();
     Layer& cells = stack.emplace_back();
     for (const CellWeights& w : layer) {
-      const CellSpec& spec = kCells[0];
+      const auto [bias, product_bias] = merged_biases(spec, w.b_ih, w.b_hh);
       PackedCell cell{
           .spec = &spec,
           .input = w.w_ih.size(1),
@@ -34,9 +35,9 @@ Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
           .reverse = w.reverse,
           .w_ih = pack(w.w_ih, {.transposed = true}, w.scale_ih),
           .w_hh = pack(w.w_hh, {.transposed = true, .gates = spec.gates}, w.scale_hh, true),
-          .w_hr = w.w_hr ? pack(*w.w_hr, {.transposed = true}, w.scale_hr) : Matrix(),
-          .bias = w.bias.value_or(at::Tensor()),
-          .product_bias = at::Tensor()};
+          .w_hr = w.w_hr.defined() ? pack(w.w_hr, {.transposed = true}, w.scale_hr) : Matrix(),
+          .bias = bias,
+          .product_bias = product_bias};
       if (first && cell.w_ih.format == Format::kInt8) cell.w_ih.format = Format::kInt8Fine;
       cells.push_back(std::move(cell));
     }
@@ -48,7 +49,12 @@ Stack packed_stack(const std::vector<std::vector<CellWeights>>& layers) {
 template <typename T>
 CellState<T> in_place(void* h, void* c) {
   T* const h_data = static_cast<T*>(h);
-  return {.h0 = h_data, .c = static_cast<T*>(c), .h_n = h_data, .inputs = nullptr, .gates = nullptr, .saved = nullptr};
+  return {.h0 = h_data,
+          .c = static_cast<T*>(c),
+          .h_n = h_data,
+          .inputs = nullptr,
+          .gates = nullptr,
+          .saved = nullptr};
 }
 
 float activated(int kind, float x, float parameter) {
@@ -82,8 +88,9 @@ at::Tensor copy_of(const at::Tensor& t) {
 
 }  // namespace
 
-Network::Network(std::vector<std::vector<CellWeights>> layers)
-    : weights_(std::move(layers)),
+Network::Network(const CellSpec& cell, std::vector<std::vector<CellWeights>> layers)
+    : cell_(cell),
+      weights_(std::move(layers)),
       dtype_(weights_[0][0].w_ih.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {}
 
 std::shared_ptr<const Stack> Network::stack() const {
@@ -93,7 +100,7 @@ std::shared_ptr<const Stack> Network::stack() const {
     if (packed_for_ == kernels) return stack_;
   }
   // Threads that come here at once each pack; the last one's panels are kept.
-  const auto packed = std::make_shared<const Stack>(packed_stack(weights_));
+  const auto packed = std::make_shared<const Stack>(packed_stack(cell_, weights_));
   auto replaced = packed;
   {
     const std::lock_guard lock(process_mutex());
@@ -107,36 +114,41 @@ int64_t Network::input() const { return weights_[0][0].w_ih.size(1); }
 
 int64_t Network::output() const {
   int64_t width = 0;
-  for (const CellWeights& cell : weights_.back())
-    width += cell.w_hr ? cell.w_hr->size(0) : cell.w_hh.size(1);
+  for (const CellWeights& cell : weights_.back()) width += cell.w_hh.size(1);
   return width;
 }
 
 template <typename T>
-void Network::run_as(const at::Tensor& x, const Sequence& sequence, const std::vector<void*>& h,
-                     const std::vector<void*>& c, const at::Tensor& y) const {
-  std::vector<CellState<T>> states;
-  states.reserve(h.size());
-  for (size_t i = 0; i < h.size(); ++i) states.push_back(in_place<T>(h[i], c[i]));
-  run_stack<T>(*stack(), sequence, x.const_data_ptr<T>(), states, y.mutable_data_ptr<T>());
+void Network::run_as(const at::Tensor& x, const Sequence& sequence,
+                     const std::vector<void*>& states, const at::Tensor& y) const {
+  std::vector<CellState<T>> cells;
+  const size_t each = states_per_cell();
+  cells.reserve(states.size() / each);
+  for (size_t i = 0; i < states.size(); i += each)
+    cells.push_back(in_place<T>(states[i], each > 1 ? states[i + 1] : nullptr));
+  run_stack<T>(*stack(), sequence, x.const_data_ptr<T>(), cells, y.mutable_data_ptr<T>());
 }
 
 at::Tensor Network::run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
-                        const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const {
-  const int64_t batch = h.at(0).size(0);
-  TORCH_CHECK(batch_sizes || x.size(1) == batch, "PreparedLSTM: expected hx for B = ", x.size(1),
+                        const at::Tensor& resets, const std::vector<at::Tensor>& states) const {
+  const int64_t batch = states.at(0).size(0);
+  TORCH_CHECK(batch_sizes || x.size(1) == batch, cell_.name, ": expected hx for B = ", x.size(1),
               " rows, got ", batch);
-  const Sequence sequence(batch_sizes ? Vector<int64_t>(batch_sizes->begin(), batch_sizes->end())
-                                      : Vector<int64_t>(x.size(0), batch),
-                          batch);
+  Sequence sequence(batch_sizes ? Vector<int64_t>(batch_sizes->begin(), batch_sizes->end())
+                                : Vector<int64_t>(x.size(0), batch),
+                    batch);
+  if (resets.defined()) {
+    TORCH_INTERNAL_ASSERT(resets.numel() == sequence.rows && resets.is_contiguous());
+    sequence.resets = resets.const_data_ptr<bool>();
+  }
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = output();
   const at::Tensor y = recycled(shape, x.scalar_type());
-  std::vector<void*> h_data, c_data;
-  for (const at::Tensor& t : h) h_data.push_back(t.mutable_data_ptr());
-  for (const at::Tensor& t : c) c_data.push_back(t.mutable_data_ptr());
+  std::vector<void*> data;
+  data.reserve(states.size());
+  for (const at::Tensor& t : states) data.push_back(t.mutable_data_ptr());
   AT_DISPATCH_FLOATING_TYPES(dtype_, "Network::run",
-                             [&] { run_as<scalar_t>(x, sequence, h_data, c_data, y); });
+                             [&] { run_as<scalar_t>(x, sequence, data, y); });
   return y;
 }
 
@@ -149,19 +161,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::
                                  std::nullopt);
   };
   const at::Tensor y = empty({steps, batch, output()});
-  std::vector<void*> data[2];
+  const int64_t each = states_per_cell();
+  std::vector<void*> data(cells * each);
   at::Tensor state[2];  // h_n, c_n
-  for (const int which : {0, 1}) {
-    const int64_t size = which == 0 ? first.w_hh.size(1) : first.w_ih.size(0) / 4;
+  for (int64_t which = 0; which < each; ++which) {
+    const int64_t size = which == 0 ? first.w_hh.size(1) : first.w_ih.size(0) / cell_.gates;
     state[which] = empty({cells, batch, size});
     char* const begin = static_cast<char*>(state[which].mutable_data_ptr());
     const int64_t bytes = static_cast<int64_t>(state[which].nbytes());
     std::memset(begin, 0, bytes);
-    for (int64_t i = 0; i < cells; ++i) data[which].push_back(begin + i * (bytes / cells));
+    for (int64_t i = 0; i < cells; ++i) data[i * each + which] = begin + i * (bytes / cells);
   }
   const Sequence sequence(Vector<int64_t>(steps, batch), batch);
   AT_DISPATCH_FLOATING_TYPES(dtype_, "Network::run_from_zero",
-                             [&] { run_as<scalar_t>(x, sequence, data[0], data[1], y); });
+                             [&] { run_as<scalar_t>(x, sequence, data, y); });
   return {y, state[0], state[1]};
 }
 
@@ -179,17 +192,19 @@ void Stream::add(Stage stage, int64_t width) {
   between_.push_back(floats(batch_, width));
 }
 
-void Stream::add_lstm(std::shared_ptr<const Network> network) {
+void Stream::add_recurrent(std::shared_ptr<const Network> network) {
   std::vector<CellState<float>> states;
   for (const Layer& layer : *network->stack())
     for (const PackedCell& cell : layer) {
-      const auto& [h, c] =
-          states_.emplace_back(floats(batch_, cell.output), floats(batch_, cell.hidden));
-      states.push_back(in_place<float>(h.mutable_data_ptr(), c.mutable_data_ptr()));
+      auto& own = states_.emplace_back();
+      own.push_back(floats(batch_, cell.output));
+      if (cell.spec->has_c) own.push_back(floats(batch_, cell.hidden));
+      states.push_back(in_place<float>(own.front().mutable_data_ptr(),
+                                       own.size() > 1 ? own[1].mutable_data_ptr() : nullptr));
     }
-  reset();
+  reset(std::nullopt);
   const int64_t width = network->output();
-  add(Lstm{std::move(network), std::move(states)}, width);
+  add(Recurrent{std::move(network), std::move(states)}, width);
 }
 
 void Stream::add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -207,12 +222,12 @@ void Stream::add_activation(const std::string& name, double parameter) {
   TORCH_INTERNAL_ASSERT(false, name);
 }
 
-void Stream::run(Lstm& lstm, const float* x, float* y, int64_t) {
-  if (lstm.packed_for != &cpu_kernels()) {
-    lstm.packed_for = &cpu_kernels();
-    lstm.stack = lstm.network->stack();
+void Stream::run(Recurrent& recurrent, const float* x, float* y, int64_t) {
+  if (recurrent.packed_for != &cpu_kernels()) {
+    recurrent.packed_for = &cpu_kernels();
+    recurrent.stack = recurrent.network->stack();
   }
-  run_stack<float>(*lstm.stack, one_step_, x, lstm.states, y);
+  run_stack<float>(*recurrent.stack, one_step_, x, recurrent.states, y);
 }
 
 void Stream::run(Linear& linear, const float* x, float* y, int64_t columns) {
@@ -262,11 +277,15 @@ void Stream::run(Activation& activation, const float* x, float* y, int64_t width
     y[i] = activated(activation.kind, x[i], static_cast<float>(activation.parameter));
 }
 
-void Stream::step(const float* x, float* out) {
-  const std::lock_guard lock(mutex_);
+void Stream::expect_whole_step() const {
   TORCH_CHECK(!mutex_.abandoned(),
               "Stream: expected no step in another thread when this process was forked, got one "
               "half-way; reset() or a new state begins another sequence");
+}
+
+void Stream::step(const float* x, float* out) {
+  const std::lock_guard lock(mutex_);
+  expect_whole_step();
   // A layer may write before it has read all that overlaps.
   const bool apart = x + batch_ * input_ <= out || out + batch_ * width_ <= x;
   for (size_t i = 0; i < stages_.size(); ++i) {
@@ -278,17 +297,25 @@ void Stream::step(const float* x, float* out) {
   if (!apart) std::copy_n(x, batch_ * width_, out);
 }
 
-void Stream::reset() {
+void Stream::reset(const std::optional<at::Tensor>& rows) {
   const std::lock_guard lock(mutex_);
-  mutex_.recover();
-  for (const auto& [h, c] : states_)
-    for (const at::Tensor& t : {h, c}) std::fill_n(t.mutable_data_ptr<float>(), t.numel(), 0.0f);
+  if (rows)
+    expect_whole_step();
+  else
+    mutex_.recover();
+  const bool* const among = rows ? rows->const_data_ptr<bool>() : nullptr;
+  for (const auto& own : states_)
+    for (const at::Tensor& t : own)
+      for (int64_t b = 0; b < batch_; ++b)
+        if (among == nullptr || among[b])
+          std::fill_n(t.mutable_data_ptr<float>() + b * t.size(1), t.size(1), 0.0f);
 }
 
 States Stream::states() {
   const std::lock_guard lock(mutex_);
   States copies;
-  for (const auto& [h, c] : states_) copies.emplace_back(copy_of(h), copy_of(c));
+  for (const auto& own : states_)
+    std::transform(own.begin(), own.end(), std::back_inserter(copies.emplace_back()), copy_of);
   return copies;
 }
 
@@ -297,8 +324,8 @@ void Stream::set_states(const States& states) {
   const std::lock_guard lock(mutex_);
   mutex_.recover();
   for (size_t i = 0; i < states.size(); ++i) {
-    copy(states[i].first, states_[i].first);
-    copy(states[i].second, states_[i].second);
+    TORCH_INTERNAL_ASSERT(states[i].size() == states_[i].size());
+    for (size_t k = 0; k < states[i].size(); ++k) copy(states[i][k], states_[i][k]);
   }
 }
 

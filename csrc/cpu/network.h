@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Inference from weights that no longer change: packed once, run without the dispatcher. A Network
-// is the LSTM of a prepared model; a Stream takes a chain of layers one time step at a time.
+// is one prepared recurrent module; a Stream takes a chain of layers one time step at a time.
 #pragma once
 
 #include <memory>
@@ -15,18 +15,22 @@
 
 namespace iss {
 
-// One direction of one layer, as nn.LSTM shapes it: float64, float32, float16, bfloat16, or int8
-// with one scale for each row.
+// One direction of one layer, as torch shapes it: float64, float32, float16, bfloat16, or int8 with
+// one scale for each row. A tensor that the cell does not have is undefined.
 struct CellWeights {
-  at::Tensor w_ih, w_hh;                    // [4H, I], [4H, P]
-  std::optional<at::Tensor> bias, w_hr;     // [4H] in the compute dtype; [P, H]
-  at::Tensor scale_ih, scale_hh, scale_hr;  // [4H], [4H], [P]; undefined but for int8
+  at::Tensor w_ih, w_hh, w_hr;              // [G H, I], [G H, P], [P, H]
+  at::Tensor scale_ih, scale_hh, scale_hr;  // [G H], [G H], [P]; of int8 alone
+  at::Tensor b_ih, b_hh;                    // [G H] in the compute dtype
   bool reverse;
 };
 
 class Network {
  public:
-  explicit Network(std::vector<std::vector<CellWeights>> layers);
+  Network(const CellSpec& cell, std::vector<std::vector<CellWeights>> layers);
+
+  const CellSpec& cell() const { return cell_; }
+  // h, and c where it has one.
+  int64_t states_per_cell() const { return cell_.has_c ? 2 : 1; }
 
   // Packed for the ISA in use; packed again where that has changed.
   std::shared_ptr<const Stack> stack() const;
@@ -35,20 +39,24 @@ class Network {
   int64_t input() const;
   int64_t output() const;  // of all directions
 
-  // x [T, B, I], or [N, I] with the sizes of each step; h, c: [B, P] and [B, H] by layer and
-  // direction, contiguous; they are overwritten by h_n and c_n. -> y [T, B, P] or [N, P]
+  // x [T, B, I], or [N, I] with the sizes of each step; resets [T, B] or [N], bool, may be
+  // undefined. states: h [B, P], and c [B, H] of a cell with c, by layer and direction; all
+  // contiguous. The final states overwrite them. -> y [T, B, P] or [N, P]
   at::Tensor run(const at::Tensor& x, const std::optional<std::vector<int64_t>>& batch_sizes,
-                 const std::vector<at::Tensor>& h, const std::vector<at::Tensor>& c) const;
+                 const at::Tensor& resets, const std::vector<at::Tensor>& states) const;
 
   // The same from a zero state, where all cells are of one size: x [T, B, I], contiguous -> y, and
-  // h_n, c_n [cells, B, P or H]. For small calls, where each dispatch of torch's would count.
+  // h_n [cells, B, P], c_n [cells, B, H], undefined for a cell without c. For small calls, where
+  // each dispatch of torch's would count.
   std::tuple<at::Tensor, at::Tensor, at::Tensor> run_from_zero(const at::Tensor& x) const;
 
  private:
+  // states: where each state of `run` lies.
   template <typename T>
-  void run_as(const at::Tensor& x, const Sequence& sequence, const std::vector<void*>& h,
-              const std::vector<void*>& c, const at::Tensor& y) const;
+  void run_as(const at::Tensor& x, const Sequence& sequence, const std::vector<void*>& states,
+              const at::Tensor& y) const;
 
+  const CellSpec& cell_;
   std::vector<std::vector<CellWeights>> weights_;
   at::ScalarType dtype_;
   // Guarded by process_mutex().
@@ -60,15 +68,15 @@ class Network {
 // in and outside of inference mode.
 at::Tensor floats(int64_t rows, int64_t columns);
 
-// By layer: h [B, P], c [B, H].
-using States = std::vector<std::pair<at::Tensor, at::Tensor>>;
+// By layer: h [B, P], and c [B, H] of a cell with c.
+using States = std::vector<std::vector<at::Tensor>>;
 
 // In float32, whatever the weights are stored as. Threads take turns.
 class Stream {
  public:
   Stream(int64_t batch, int64_t input);
 
-  void add_lstm(std::shared_ptr<const Network> network);
+  void add_recurrent(std::shared_ptr<const Network> network);
   void add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias);
   void add_layer_norm(const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, double eps);
@@ -77,7 +85,8 @@ class Stream {
 
   // x [B, input()] -> out [B, output()], contiguous; they may overlap.
   void step(const float* x, float* out);
-  void reset();
+  // Zeroes the states, or those of the rows that are true: bool [B], contiguous.
+  void reset(const std::optional<at::Tensor>& rows);
   States states();  // copies
   void set_states(const States& states);
 
@@ -86,7 +95,7 @@ class Stream {
   int64_t output() const { return width_; }
 
  private:
-  struct Lstm {
+  struct Recurrent {
     std::shared_ptr<const Network> network;
     std::vector<CellState<float>> states;
     std::shared_ptr<const Stack> stack = nullptr;
@@ -105,10 +114,11 @@ class Stream {
     int kind;
     double parameter;
   };
-  using Stage = std::variant<Lstm, Linear, LayerNorm, Activation>;
+  using Stage = std::variant<Recurrent, Linear, LayerNorm, Activation>;
 
   void add(Stage stage, int64_t width);
-  void run(Lstm& lstm, const float* x, float* y, int64_t width);
+  void expect_whole_step() const;
+  void run(Recurrent& recurrent, const float* x, float* y, int64_t width);
   void run(Linear& linear, const float* x, float* y, int64_t width);
   void run(LayerNorm& norm, const float* x, float* y, int64_t width);
   void run(Activation& activation, const float* x, float* y, int64_t width);
