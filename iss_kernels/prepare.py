@@ -89,8 +89,8 @@ class Prepared(Recurrent):
     states may have any floating dtype; autocast changes nothing. With int8, rows are quantised on
     the fly, each to the range of its largest element: h to 8 bits (7 on AVX2), x to two such terms,
     some 15 bits (13 on AVX2), since features may differ widely. An infinite element of x saturates
-    the gates. On a CUDA device activations have the 16 bits of the weights, with sums and states in
-    float32, and int8 weights are widened to float32, once. There is no dropout.
+    the gates. On a CUDA device activations have the 16 bits of the weights, with sums and an LSTM's
+    c in float32, and int8 weights are widened to float32, once. There is no dropout.
 
     Buffers that are replaced or changed in place are packed again by the next call (a change
     through .data or a NumPy view goes unnoticed). load_state_dict takes the state_dict of a

@@ -765,7 +765,7 @@ def test_only_a_pair_of_dense_floating_point_tensors_is_a_state(backend, change,
         (lambda h: h.long(), ValueError,
          "Stream: expected state to be dense floating-point tensors, got a strided Tensor of int64 "
          "on cpu"),
-        (lambda h: (h, h), RuntimeError, "GRU: expected hx to be a tensor h_0, got a tuple"),
+        (lambda h: (h, h), TypeError, "GRU: expected hx to be a tensor h_0, got a tuple"),
         (lambda h: h[:, :0], RuntimeError, "Expected hidden size (1, 1, 4), got [1, 0, 4]"),
     ],
     ids=["None", "array", "int", "an LSTM's", "shape"],
