@@ -504,9 +504,8 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     found = [m for m in kin if type(m) in recurrent_types() or is_parametrized(m)]
     if not found:
         but = f" but {type(kin[0]).__name__}, a subclass of one" if kin else ""
-        kinds = ", ".join(f"nn.{kind.__name__}" for kind in MODULES)
         raise ValueError(
-            f"prepare: expected a model with a recurrent module ({kinds} or ours), got "
+            "prepare: expected a model with a recurrent module of torch.nn or of this package, got "
             f"{type(model).__name__} without one{but}"
         )
     for module in found:

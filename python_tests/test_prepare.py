@@ -1082,7 +1082,7 @@ ERRORS = {
     "no recurrent module": (
         lambda: prepare(nn.Sequential(nn.LSTMCell(3, 4), nn.Linear(4, 4))),
         ValueError,
-        "prepare: expected a model with a recurrent module (nn.LSTM, nn.GRU, nn.RNN or ours), got "
+        "prepare: expected a model with a recurrent module of torch.nn or of this package, got "
         "Sequential without one",
     ),
     "prepared already": (
@@ -1093,7 +1093,7 @@ ERRORS = {
     "a subclass alone": (
         lambda: prepare(nn.Sequential(Doubled(3, 4))),
         ValueError,
-        "prepare: expected a model with a recurrent module (nn.LSTM, nn.GRU, nn.RNN or ours), got "
+        "prepare: expected a model with a recurrent module of torch.nn or of this package, got "
         "Sequential without one but Doubled, a subclass of one",
     ),
     "meta": (
