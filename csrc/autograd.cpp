@@ -10,7 +10,6 @@
 #include <torch/library.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "recurrent.h"
@@ -54,9 +53,9 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
     context->save_for_backward({x, given(batch_sizes), given(resets), h0, given(c0), w_ih, w_hh,
                                 given(b_ih), given(b_hh), given(w_hr), given(masks), y, gates,
                                 cells});
-    context->saved_data["cell"] = std::string(cell);
-    context->saved_data["reverse"] = reverse;
-    context->saved_data["save"] = save;
+    // One entry: each costs as much as an op's checks.
+    context->saved_data["options"] =
+        static_cast<int64_t>(find_cell(cell) - kCells) * 4 + reverse * 2 + save;
     return {y, h_n, c_n, gates, cells};
   }
 
@@ -69,13 +68,15 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
     const OptionalTensor batch_sizes = given(1), resets = given(2), c0 = given(4), b_ih = given(7),
                          b_hh = given(8), w_hr = given(9), masks = given(10);
     Tensor gates = saved[12], cells = saved[13];
-    const std::string& cell = context->saved_data["cell"].toStringRef();
-    const bool reverse = context->saved_data["reverse"].toBool();
+    const int64_t options = context->saved_data["options"].toInt();
+    const CellSpec& spec = kCells[options / 4];
+    const std::string_view cell = spec.name;
+    const bool reverse = options & 2, saves = options & 1;
     // recurrent_backward has a derivative of its own, for which nothing is recorded unless asked
     // for.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!at::GradMode::is_enabled()) below.emplace();
-    if (!context->saved_data["save"].toBool())
+    if (!saves)
       std::tie(std::ignore, std::ignore, std::ignore, gates, cells) = forward_op().call(
           cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks, reverse, true);
     const auto or_zeros = [&](size_t i, const Tensor& like) {
@@ -106,7 +107,7 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
             if_needed(need_dw, dw_ih),
             if_needed(need_dw, dw_hh),
             if_needed(need_dw && b_ih, db_ih),
-            if_needed(need_dw && b_hh, find_cell(cell)->bias_parts ? db_hh : db_ih),
+            if_needed(need_dw && b_hh, spec.bias_parts ? db_hh : db_ih),
             if_needed(need_dw && w_hr, dw_hr),
             {},
             {},

@@ -36,10 +36,11 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
   check_like(op, name, t, x.scalar_type(), x.device());
 }
 
-// letters: the shape in words, "[4H, I]".
-inline void check_shape(const char* op, const char* name, const Tensor& t, const char* letters,
-                        at::IntArrayRef shape) {
-  TORCH_CHECK(t.sizes() == shape, op, ": expected ", name, " of shape ", letters, " = ", shape,
+// letters: the shape in words, "[4H, I]", in one part or several; put together in an error alone.
+template <typename... Letters>
+void check_shape(const char* op, const char* name, const Tensor& t, at::IntArrayRef shape,
+                 const Letters&... letters) {
+  TORCH_CHECK(t.sizes() == shape, op, ": expected ", name, " of shape ", letters..., " = ", shape,
               ", got ", t.sizes());
 }
 
@@ -86,8 +87,9 @@ inline void check_batch_sizes(const char* op, const Tensor& sizes, int64_t rows,
 }
 
 // "4H" for rows of 4 gates.
-inline std::string gate_rows(const CellSpec& cell) {
-  return cell.gates == 1 ? "H" : std::to_string(cell.gates) + "H";
+inline const char* gate_rows(const CellSpec& cell) {
+  constexpr const char* kRows[] = {"0", "H", "2H", "3H", "4H"};
+  return kRows[cell.gates];
 }
 
 // -> the cell's row of the registry, and the name that errors begin with: "lstm_forward".
@@ -103,8 +105,8 @@ inline void check_resets(const char* op, const Tensor& resets, const Tensor& x) 
               dtype(resets));
   TORCH_CHECK(resets.device() == x.device(), op, ": expected resets on ", x.device(), ", got ",
               resets.device());
-  check_shape(op, "resets", resets, x.dim() == 2 ? "[N]" : "[T, B]",
-              x.sizes().slice(0, x.dim() - 1));
+  check_shape(op, "resets", resets, x.sizes().slice(0, x.dim() - 1),
+              x.dim() == 2 ? "[N]" : "[T, B]");
 }
 
 // D, the micro-steps of a step: a deep cell has a w_hh of [D G H, H].
@@ -116,7 +118,7 @@ inline int64_t depth_of(const CellSpec& cell, const Tensor& w_hh, int64_t hidden
 // What multiplies the states before each product of a deep cell, and its candidates.
 inline void check_masks(const char* op, const Tensor& masks, const Tensor& x, const Tensor& h0) {
   check_like(op, "masks", masks, x);
-  check_shape(op, "masks", masks, "[2, B, H]", {2, h0.size(0), h0.size(1)});
+  check_shape(op, "masks", masks, {2, h0.size(0), h0.size(1)}, "[2, B, H]");
 }
 
 inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& in) {
@@ -144,21 +146,21 @@ inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& 
                    {"P", output}});
   if (in.batch_sizes) check_batch_sizes(op, *in.batch_sizes, x.size(0), batch);
   if (in.resets) check_resets(op, *in.resets, x);
-  const auto check = [&](const char* name, const Tensor& t, const std::string& letters,
-                         at::IntArrayRef shape) {
+  const auto check = [&](const char* name, const Tensor& t, at::IntArrayRef shape,
+                         const auto&... letters) {
     check_like(op, name, t, x);
-    check_shape(op, name, t, letters.c_str(), shape);
+    check_shape(op, name, t, shape, letters...);
   };
-  const std::string rows = gate_rows(cell), width = cell.projects ? "P" : "H";
-  const std::string deep_rows = (cell.deep ? "D * " : "") + rows;
+  const char *const rows = gate_rows(cell), *const width = cell.projects ? "P" : "H";
+  const char* const steps = cell.deep ? "D * " : "";
   const int64_t gates = cell.gates * hidden, deep_gates = depth_of(cell, in.w_hh, hidden) * gates;
-  check("h0", in.h0, "[B, " + width + "]", {batch, output});
-  if (in.c0) check("c0", *in.c0, "[B, H]", {batch, hidden});
-  check("w_ih", in.w_ih, "[" + rows + ", I]", {gates, input});
-  check("w_hh", in.w_hh, "[" + deep_rows + ", " + width + "]", {deep_gates, output});
-  if (in.b_ih) check("b_ih", *in.b_ih, "[" + rows + "]", {gates});
-  if (in.b_hh) check("b_hh", *in.b_hh, "[" + deep_rows + "]", {deep_gates});
-  if (in.w_hr) check("w_hr", *in.w_hr, "[P, H]", {output, hidden});
+  check("h0", in.h0, {batch, output}, "[B, ", width, "]");
+  if (in.c0) check("c0", *in.c0, {batch, hidden}, "[B, H]");
+  check("w_ih", in.w_ih, {gates, input}, "[", rows, ", I]");
+  check("w_hh", in.w_hh, {deep_gates, output}, "[", steps, rows, ", ", width, "]");
+  if (in.b_ih) check("b_ih", *in.b_ih, {gates}, "[", rows, "]");
+  if (in.b_hh) check("b_hh", *in.b_hh, {deep_gates}, "[", steps, rows, "]");
+  if (in.w_hr) check("w_hr", *in.w_hr, {output, hidden}, "[P, H]");
   if (in.masks) check_masks(op, *in.masks, x, in.h0);
   if (cell.projects)
     TORCH_CHECK(in.w_hr || output == hidden, op, ": expected h0 of shape [B, H] = ", in.c0->sizes(),
@@ -182,22 +184,25 @@ inline void check_recurrent_backward(const char* op, const CellSpec& cell, const
   std::vector<int64_t> y_shape = x.sizes().vec();
   y_shape.back() = in.h0.size(1);
   const auto check = [&](const char* name, const Tensor& t, at::ScalarType type,
-                         const std::string& letters, at::IntArrayRef shape) {
+                         at::IntArrayRef shape, const auto&... letters) {
     check_like(op, name, t, type, x.device());
-    check_shape(op, name, t, letters.c_str(), shape);
+    check_shape(op, name, t, shape, letters...);
   };
   TORCH_CHECK(cell.has_c == dc_n.has_value(), op, ": expected ", cell.has_c ? "a dc_n" : "no dc_n",
               ", got ", dc_n ? "one" : "none");
   const auto type = x.scalar_type();
-  const std::string width = cell.projects ? "P]" : "H]";
-  const std::string y_letters = (x.dim() == 2 ? "[N, " : "[T, B, ") + width;
-  const auto times = [](int64_t n) { return n == 1 ? "H]" : std::to_string(n) + "H]"; };
-  check("dy", dy, type, y_letters, y_shape);
-  check("dh_n", dh_n, type, "[B, " + width, in.h0.sizes());
-  if (dc_n) check("dc_n", *dc_n, type, "[B, H]", in.c0->sizes());
-  check("y", y, type, y_letters, y_shape);
-  check("gates", gates, wide_type(type), "[N, " + times(kept_gates), {rows, kept_gates * hidden});
-  check("cells", cells, wide_type(type), "[N, " + times(kept_states), {rows, kept_states * hidden});
+  const char *const steps = x.dim() == 2 ? "[N, " : "[T, B, ", *const width =
+                                                                   cell.projects ? "P]" : "H]";
+  check("dy", dy, type, y_shape, steps, width);
+  check("dh_n", dh_n, type, in.h0.sizes(), "[B, ", width);
+  if (dc_n) check("dc_n", *dc_n, type, in.c0->sizes(), "[B, H]");
+  check("y", y, type, y_shape, steps, width);
+  const auto check_kept = [&](const char* name, const Tensor& t, int64_t times) {
+    check(name, t, wide_type(type), {rows, times * hidden}, "[N, ",
+          times == 1 ? "" : std::to_string(times), "H]");
+  };
+  check_kept("gates", gates, kept_gates);
+  check_kept("cells", cells, kept_states);
 }
 
 // One step of a stream. wide: the dtype of c.
@@ -234,16 +239,16 @@ inline void check_recurrent_step(const char* op, const CellSpec& cell, const Ten
   if (c) check_like(op, "c", *c, wide, x.device());
   check_like(op, "w_ih", w_ih, type, x.device());
   const std::string rows = gate_rows(cell), width = cell.projects ? "P]" : "H]";
-  check_shape(op, "h", h, ("[B, " + width).c_str(), {batch, output});
-  if (c) check_shape(op, "c", *c, "[B, H]", {batch, hidden});
-  check_shape(op, "w_ih", w_ih, ("[" + rows + ", I]").c_str(), {gates, input});
-  check_shape(op, "w_hh", w_hh, ("[" + rows + ", " + width).c_str(), {gates, output});
+  check_shape(op, "h", h, {batch, output}, "[B, ", width);
+  if (c) check_shape(op, "c", *c, {batch, hidden}, "[B, H]");
+  check_shape(op, "w_ih", w_ih, {gates, input}, "[", rows, ", I]");
+  check_shape(op, "w_hh", w_hh, {gates, output}, "[", rows, ", ", width);
   for (const auto& [name, bias] : {std::pair{"b_ih", &b_ih}, std::pair{"b_hh", &b_hh}}) {
     if (!*bias) continue;
     check_like(op, name, **bias, x);
-    check_shape(op, name, **bias, ("[" + rows + "]").c_str(), {gates});
+    check_shape(op, name, **bias, {gates}, "[", rows, "]");
   }
-  check_shape(op, "out", out, "[B, H]", {batch, hidden});
+  check_shape(op, "out", out, {batch, hidden}, "[B, H]");
   const auto check_rows = [&](const char* name, const Tensor& t) {
     TORCH_CHECK(t.stride(1) == 1 || t.size(1) <= 1, op, ": expected ", name,
                 " with adjacent columns, got strides ", t.strides());
@@ -277,7 +282,7 @@ inline void check_labelled(const char* op, const std::vector<Tensor>& weights,
                   dtype(units));
       TORCH_CHECK(units.device() == weight.device(), op, ": expected ", name, " on ",
                   weight.device(), ", got ", units.device());
-      check_shape(op, name, units, letters, {size});
+      check_shape(op, name, units, {size}, letters);
     };
     check_units("row_units", row_units[i], "[R]", weight.size(0));
     check_units("column_units", column_units[i], "[C]", weight.size(1));
@@ -319,7 +324,7 @@ inline void check_group_norms_backward(const char* op, const Tensor& dnorms, con
   TORCH_CHECK(!weights.empty(), op, ": expected at least one weight, got none");
   check_by_unit(op, "dnorms", dnorms, weights[0]);
   check_by_unit(op, "norms", norms, weights[0]);
-  check_shape(op, "dnorms", dnorms, "[units]", norms.sizes());
+  check_shape(op, "dnorms", dnorms, norms.sizes(), "[units]");
 }
 
 inline void check_threshold(const char* op, double threshold) {

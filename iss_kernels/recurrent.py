@@ -473,7 +473,7 @@ class Recurrent(nn.RNNBase):
                 states = [tuple(s.to(dtype) for s in state) for state in states]
                 y, states = self._run(x.to(dtype), batch_sizes, resets, states)
             return y.to(cast_to), [tuple(s.to(cast_to) for s in state) for state in states]
-        x, masks = self._dropped(x, batch_sizes, len(states[0][0]))
+        x, masks = self._dropped(x, batch_sizes, states)
         cell, directions = self.cell.name, len(self.sizes[0])
         final: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
@@ -494,7 +494,7 @@ class Recurrent(nn.RNNBase):
         return x, final
 
     def _dropped(
-        self, x: Tensor, batch_sizes: Tensor | None, batch: int
+        self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, Tensor | None]:
         """x, of which a cell may drop a part, and the `masks` that it gives to ops.recurrent."""
         return x, None

@@ -140,10 +140,11 @@ class ISSRHN(Recurrent):
         return text
 
     def _dropped(
-        self, x: Tensor, batch_sizes: Tensor | None, batch: int
+        self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, Tensor | None]:
         if not self.training:
             return x, None
+        batch = len(states[0][0])
         if self.dropout_input > 0:
             mask = dropout(x.new_ones(batch, x.shape[-1]), self.dropout_input)
             x = x * (mask if batch_sizes is None else mask[_rows_of_batch(batch_sizes, x)])

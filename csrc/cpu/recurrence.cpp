@@ -174,11 +174,11 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
     }
   if (!share.meet()) return false;
 
+  const int64_t all_panels = kernels.panels(hidden, spec.gates);
   for (int64_t k = first; k < last; ++k) {
     const int64_t t = sequence.step(k, reverse);
     for (int64_t d = 0; d < depth; ++d) {
-      const PanelRange panels =
-          share.of(kernels.panels(hidden, spec.gates), (k * depth + d) % 2 == 1);
+      const PanelRange panels = share.of(all_panels, (k * depth + d) % 2 == 1);
       const T* const no_input = d == 0         ? nullptr
                                 : product_bias ? product_bias + (d - 1) * gates
                                                : zeros;

@@ -43,6 +43,7 @@ struct Share {
   // This member's part of so many panels: the same one until the next meeting.
   PanelRange of(int64_t panels, bool backwards = false) const {
     const int64_t parts = members();
+    if (parts == 1) return {0, panels, backwards};
     return {panels * member / parts, panels * (member + 1) / parts, backwards};
   }
 

@@ -186,7 +186,7 @@ void add_scaled(const char* op, const std::vector<Tensor>& outputs,
               " outputs, one for each weight, got ", outputs.size());
   for (size_t m = 0; m < weights.size(); ++m) {
     check_like(op, "outputs", outputs[m], weights[0]);
-    check_shape(op, "outputs", outputs[m], "[R, C]", weights[m].sizes());
+    check_shape(op, "outputs", outputs[m], weights[m].sizes(), "[R, C]");
   }
   check_factors(op, factors, weights[0]);
   check_apart(op, "outputs", outputs, weights, row_units, column_units, factors);
