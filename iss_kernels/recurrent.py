@@ -87,10 +87,10 @@ class Recurrent(nn.RNNBase):
     [B, size]), and hx takes the same form.
 
     Weights are float32, float64, or bfloat16 (on a CUDA device also float16), which is summed in
-    float32. Under autocast the results come in autocast's dtype; the layers compute in the weights'
-    dtype, but on a CUDA device with float32 weights in autocast's, as torch's. There, products of
-    float32 use TF32 where torch.backends.cuda.matmul lets torch's own, which by default it does
-    not.
+    float32. Under autocast the layers compute in the weights' dtype, but on a CUDA device with
+    float32 weights in autocast's, as torch's; results come in autocast's, but a GRU's on the CPU in
+    that of hx where it is the wider, again as torch's. On a CUDA device, products of float32 use
+    TF32 where torch.backends.cuda.matmul lets torch's own, which by default it does not.
 
     For the gradient, each layer and direction saves what `cells.Cell` says beside its input and
     output. recompute=True, also as an attribute, saves none of it: the backward runs the layer
@@ -467,7 +467,9 @@ class Recurrent(nn.RNNBase):
         kind = x.device.type
         if _autocast_enabled(kind):
             dtype, cast_to = self._dtype(), torch.get_autocast_dtype(kind)
-            if backend.on_cuda(x.device) and dtype == torch.float32:
+            if not backend.on_cuda(x.device):
+                cast_to = self._autocast_result(cast_to, states[0][0].dtype)
+            elif dtype == torch.float32:
                 dtype = cast_to  # where there are tensor cores for it
             with torch.autocast(kind, enabled=False):
                 states = [tuple(s.to(dtype) for s in state) for state in states]
@@ -492,6 +494,10 @@ class Recurrent(nn.RNNBase):
                 final.append((h,) if c is None else (h, c))
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         return x, final
+
+    def _autocast_result(self, autocast: torch.dtype, state: torch.dtype) -> torch.dtype:
+        """The dtype of torch's results under CPU autocast, where hx is of dtype `state`."""
+        return autocast
 
     def _dropped(
         self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, ...]]
