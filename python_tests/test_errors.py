@@ -7,6 +7,7 @@ from test_cuda_recurrent import step_inputs
 
 from iss_kernels import ISSLSTM, ops, use_backend
 from iss_kernels.backend import build_info, use_isa
+from iss_kernels.cells import CELLS
 from iss_kernels.testing import Case, make_inputs
 
 CALLS = {
@@ -38,6 +39,10 @@ def test_one_sentence(name):
 
 LSTM_INPUTS = make_inputs(Case("errors", 3, 2, 5, 4, P=3), torch.float32)
 PACKED = make_inputs(Case("errors", 3, 2, 5, 4, batch_sizes=(2, 2, 1)), torch.float32)
+GRU_INPUTS, RNN_INPUTS = (
+    make_inputs(Case("errors", 3, 2, 5, 4), torch.float32, cell=cell)
+    for cell in ("gru", "rnn_relu")
+)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +65,41 @@ PACKED = make_inputs(Case("errors", 3, 2, 5, 4, batch_sizes=(2, 2, 1)), torch.fl
         (PACKED, {"batch_sizes": torch.tensor([2, 1, 2])}, "expected batch_sizes to start at B = 2 and never grow, got 2 at step 2"),
         (PACKED, {"batch_sizes": torch.tensor([3, 2])}, "expected batch_sizes to start at B = 2 and never grow, got 3 at step 0"),
         (PACKED, {"batch_sizes": torch.tensor([2.0])}, "expected batch_sizes to be 1-D int64 on the CPU, got 1-D float32 on cpu"),
+        (LSTM_INPUTS, {"c0": None}, "expected a c0, got none"),
+        (GRU_INPUTS, {"c0": torch.randn(2, 4)}, "expected no c0, got one"),
+        (RNN_INPUTS, {"c0": torch.randn(2, 4)}, "expected no c0, got one"),
+        (GRU_INPUTS, {"w_hr": torch.randn(3, 4)}, "expected no w_hr, got one"),
+        (GRU_INPUTS, {"h0": torch.randn(4)}, "expected h0 [B, H], got [4]"),
+        (GRU_INPUTS, {"h0": torch.randn(1, 4)}, "expected h0 of shape [B, H] = [2, 4], got [1, 4]"),
+        (GRU_INPUTS, {"w_ih": torch.randn(16, 5)}, "expected w_ih of shape [3H, I] = [12, 5], got [16, 5]"),
+        (GRU_INPUTS, {"w_hh": torch.randn(12, 3)}, "expected w_hh of shape [3H, H] = [12, 4], got [12, 3]"),
+        (GRU_INPUTS, {"b_hh": torch.randn(11)}, "expected b_hh of shape [3H] = [12], got [11]"),
+        (RNN_INPUTS, {"w_ih": torch.randn(12, 5)}, "expected w_ih of shape [H, I] = [4, 5], got [12, 5]"),
+        (RNN_INPUTS, {"w_hh": torch.randn(4, 5)}, "expected w_hh of shape [H, H] = [4, 4], got [4, 5]"),
+        (RNN_INPUTS, {"b_ih": torch.randn(5)}, "expected b_ih of shape [H] = [4], got [5]"),
+        (RNN_INPUTS, {"masks": torch.ones(2, 2, 4)}, "expected no masks, got some"),
+        (LSTM_INPUTS, {"resets": torch.zeros(2, 3).bool()}, "expected resets of shape [T, B] = [3, 2], got [2, 3]"),
+        (GRU_INPUTS, {"resets": torch.zeros(3).bool()}, "expected resets of shape [T, B] = [3, 2], got [3]"),
+        (PACKED, {"resets": torch.zeros(3, 2).bool()}, "expected resets of shape [N] = [5], got [3, 2]"),
+        (RNN_INPUTS, {"resets": torch.zeros(3, 2)}, "expected resets of dtype bool, got float32"),
+        (GRU_INPUTS, {"resets": torch.zeros(3, 2).long()}, "expected resets of dtype bool, got int64"),
+        (GRU_INPUTS, {"resets": torch.zeros(3, 2).bool().to("meta")}, "expected resets on cpu, got meta"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_lstm_op(inputs, changes, message):
+def test_recurrent_op(inputs, changes, message):
     with pytest.raises(RuntimeError) as got:
         ops.recurrent(**(inputs | changes))
-    assert str(got.value).splitlines()[0] == "lstm_forward: " + message
+    said = str(got.value).splitlines()[0].removeprefix(inputs["cell"])
+    assert said.removeprefix("_forward") == ": " + message
+
+
+@pytest.mark.parametrize("backend", ["extension", "reference"])
+def test_a_cell_that_there_is_none_of(backend):
+    with use_backend(backend), pytest.raises((RuntimeError, ValueError)) as got:
+        ops.recurrent(**(GRU_INPUTS | {"cell": "mgu"}))
+    message = str(got.value).splitlines()[0]
+    assert "expected cell to be one " in message and message.endswith(("got mgu", "got 'mgu'"))
 
 
 WEIGHT = torch.randn(4, 3)
@@ -222,53 +255,78 @@ def test_a_tensor_whose_elements_share_memory_is_not_written(name):
     assert torch.equal(shared, before)
 
 
-@pytest.mark.parametrize("size", ["T", "B", "H"])
-def test_sizes_whose_products_overflow(size):
+@pytest.mark.parametrize(("cell", "size"), [
+    ("lstm", "T"), ("lstm", "B"), ("lstm", "H"), ("gru", "T"), ("gru", "H"), ("rnn_tanh", "B"),
+])  # fmt: skip
+def test_sizes_whose_products_overflow(cell, size):
     """They fit where another size is 0."""
     n = 2**62
+    gates = CELLS[cell].gates * 2
     x, h0, c0, w_ih, w_hh, w_hr = {
-        "T": ((n, 0, 0), (0, 2), (0, 2), (8, 0), (8, 2), None),
+        "T": ((n, 0, 0), (0, 2), (0, 2), (gates, 0), (gates, 2), None),
         "B": ((1, n, 0), (n, 0), (n, 0), (0, 0), (0, 0), None),
-        "H": ((1, 0, 0), (0, 0), (0, n), (0, 0), (0, 0), (0, n)),
+        "H": ((1, 0, 0), (0, 0 if cell == "lstm" else n), (0, n), (0, 0), (0, 0), (0, n)),
     }[size]
-    x, h0, c0, w_ih, w_hh = (torch.empty(shape) for shape in (x, h0, c0, w_ih, w_hh))
-    w_hr = None if w_hr is None else torch.empty(w_hr)
+    inputs = {"x": x, "h0": h0, "c0": c0, "w_ih": w_ih, "w_hh": w_hh, "w_hr": w_hr}
+    inputs = {k: None if shape is None else torch.empty(shape) for k, shape in inputs.items()}
+    if cell != "lstm":
+        inputs |= dict.fromkeys(("c0", "w_hr"))
+    none = dict.fromkeys(("batch_sizes", "resets", "b_ih", "b_hh", "masks"))
     with pytest.raises(RuntimeError) as got:
-        ops.recurrent(x, None, h0, c0, w_ih, w_hh, None, None, w_hr, False)
+        ops.recurrent(cell=cell, reverse=False, **inputs, **none)
     message = str(got.value).splitlines()[0]
-    assert message == f"lstm_forward: expected {size} below 2^31, got {n}"
+    assert message == f"{cell}_forward: expected {size} below 2^31, got {n}"
 
 
-BACKWARD = dict(zip(
-    ("y", "h_n", "c_n", "gates", "cells"),
-    torch.ops.iss_kernels.recurrent_forward(*LSTM_INPUTS.values(), True), strict=True,
-))  # fmt: skip
-BACKWARD = {
-    "dy": torch.ones_like(BACKWARD["y"]),
-    "dh_n": torch.ones_like(BACKWARD.pop("h_n")),
-    "dc_n": torch.ones_like(BACKWARD.pop("c_n")),
-    **{k: v for k, v in LSTM_INPUTS.items() if k != "reverse"},
-    **BACKWARD,
-}
+def backward_arguments(inputs):
+    """Arguments of recurrent_backward up to `cells`, by name."""
+    y, h_n, c_n, gates, cells = torch.ops.iss_kernels.recurrent_forward(*inputs.values(), True)
+    return {
+        "dy": torch.ones_like(y),
+        "dh_n": torch.ones_like(h_n),
+        "dc_n": None if inputs["c0"] is None else torch.ones_like(c_n),
+        **{k: v for k, v in inputs.items() if k != "reverse"},
+        "y": y, "gates": gates, "cells": cells,
+    }  # fmt: skip
+
+
 SHAPES = {
-    "dy": "[T, B, P] = [3, 2, 3]", "dh_n": "[B, P] = [2, 3]", "dc_n": "[B, H] = [2, 4]",
-    "y": "[T, B, P] = [3, 2, 3]", "gates": "[N, 4H] = [6, 16]", "cells": "[N, H] = [6, 4]",
+    "lstm": {
+        "dy": "[T, B, P] = [3, 2, 3]", "dh_n": "[B, P] = [2, 3]", "dc_n": "[B, H] = [2, 4]",
+        "y": "[T, B, P] = [3, 2, 3]", "gates": "[N, 4H] = [6, 16]", "cells": "[N, H] = [6, 4]",
+    },
+    "gru": {
+        "dy": "[T, B, H] = [3, 2, 4]", "dh_n": "[B, H] = [2, 4]",
+        "gates": "[N, 3H] = [6, 12]", "cells": "[N, H] = [6, 4]",
+    },
+    "rnn_relu": {"dy": "[T, B, H] = [3, 2, 4]", "y": "[T, B, H] = [3, 2, 4]"},
 }  # fmt: skip
+INPUTS = {"lstm": LSTM_INPUTS, "gru": GRU_INPUTS, "rnn_relu": RNN_INPUTS}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_lstm_backward_op(name):
-    tensor = BACKWARD[name]
+def refused(cell, arguments):
+    message = by_op("recurrent_backward", *arguments.values(), False, True, True, True)
+    return message.removeprefix(f"{cell}_backward: ")
+
+
+@pytest.mark.parametrize(("cell", "name"), [(c, name) for c in SHAPES for name in SHAPES[c]])
+def test_recurrent_backward_op(cell, name):
+    arguments, shape = backward_arguments(INPUTS[cell]), SHAPES[cell][name]
+    tensor = arguments[name]
     for wrong, expected in {
-        tensor[:-1]: f"expected {name} of shape {SHAPES[name]}, got {list(tensor[:-1].shape)}",
-        tensor.flatten(): f"expected {name} of shape {SHAPES[name]}, got [{tensor.numel()}]",
+        tensor[:-1]: f"expected {name} of shape {shape}, got {list(tensor[:-1].shape)}",
+        tensor.flatten(): f"expected {name} of shape {shape}, got [{tensor.numel()}]",
         tensor.double(): f"expected {name} of dtype float32, got float64",
         tensor.int(): f"expected {name} of dtype float32, got int32",
         tensor.to("meta"): f"expected {name} on cpu, got meta",
     }.items():
-        arguments = (BACKWARD | {name: wrong}).values()
-        message = by_op("lstm_backward", *arguments, False, True, True, True)
-        assert message.startswith(expected)
+        assert refused(cell, arguments | {name: wrong}).startswith(expected)
+
+
+def test_a_gradient_of_c_where_there_is_no_c():
+    lstm, gru = (backward_arguments(INPUTS[cell]) for cell in ("lstm", "gru"))
+    assert refused("lstm", lstm | {"dc_n": None}) == "expected a dc_n, got none"
+    assert refused("gru", gru | {"dc_n": gru["dh_n"]}) == "expected no dc_n, got one"
 
 
 @pytest.mark.parametrize(
@@ -334,7 +392,7 @@ def test_a_cpu_build_says_how_to_get_kernels_for_the_gpu():
         with pytest.raises(RuntimeError) as got:
             op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *arguments)
         assert str(got.value).splitlines()[0] == (
-            "lstm_forward: expected tensors on the CPU, since this iss_kernels was built without CUDA "
+            "recurrent_forward: expected tensors on the CPU, since this iss_kernels was built without CUDA "
             "kernels (to have them, build it with ISS_KERNELS_CUDA=1, nvcc and a CUDA build of torch), "
             f"got {key}"
         )
