@@ -8,16 +8,24 @@ import torch
 from gpu import names_of_ops
 from torch.library import opcheck
 
+from iss_kernels.backend import native
+from iss_kernels.cells import CELLS
 from iss_kernels.testing import CASES, Case, make_inputs
 
 lib = torch.ops.iss_kernels
 
 
-def lstm_samples():
-    yield make_inputs(Case("tiny", 2, 1, 2, 3, P=2), torch.float64)
+def samples():
+    """Inputs of recurrent_forward: the LSTM's in many shapes, each other cell's in one or two."""
     for name in ("tail_avx2", "projected", "packed", "packed_projected", "no_rows"):
         case = next(c for c in CASES if c.name == name)
         yield make_inputs(case, torch.float64, reverse=case.batch_sizes is not None)
+    for cell, of in CELLS.items():
+        tiny = Case("tiny", 2, 1, 2, 3, P=2 if of.projects else 0)
+        yield make_inputs(tiny, torch.float64, cell=cell)
+        packed = Case("packed", 3, 3, 2, 5, batch_sizes=(3, 2, 2))
+        if cell in ("gru", "rhn"):
+            yield make_inputs(packed, torch.float64, True, cell, "few")
 
 
 def group_sample():
@@ -35,23 +43,29 @@ def require_grad(inputs):
 
 
 def check_recurrent_forward():
-    for inputs in lstm_samples():
+    for inputs in samples():
         opcheck(lib.recurrent_forward, (*require_grad(list(inputs.values())), True))
-        opcheck(lib.recurrent_forward, (*make_inputs(CASES[0], torch.float32).values(), False))
+    for cell in CELLS:
+        inputs = make_inputs(CASES[0], torch.float32, cell=cell)
+        opcheck(lib.recurrent_forward, (*inputs.values(), False))
 
 
 def check_recurrent_backward():
-    for inputs in lstm_samples():
+    for inputs in samples():
         *tensors, reverse = inputs.values()
-        outputs = lib.recurrent_forward(*inputs.values(), True)
-        cotangents = [torch.randn_like(t) for t in outputs[:3]]
-        arguments = [*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True, True]
+        y, h_n, c_n, *saved = lib.recurrent_forward(*inputs.values(), True)
+        dc_n = None if inputs["c0"] is None else torch.randn_like(c_n)
+        arguments = [
+            torch.randn_like(y), torch.randn_like(h_n), dc_n, *tensors, y, *saved, reverse,
+            True, True, True,
+        ]  # fmt: skip
         opcheck(lib.recurrent_backward, arguments)
-        for needed in itertools.product((True, False), repeat=3):
-            opcheck(lib.recurrent_backward, (*arguments[:-3], *needed))
         # The second derivative runs the reference, whose steps over a packed batch depend on data:
-        # eager mode has it (gradgradcheck in test_lstm_ops.py), a traced graph cannot.
+        # eager mode has it (gradgradcheck in test_recurrent_ops.py), a traced graph cannot.
         if inputs["x"].shape[:2] == (2, 1):
+            needs = itertools.product((True, False), repeat=3)
+            for needed in needs if inputs["cell"] in ("lstm", "gru") else ():
+                opcheck(lib.recurrent_backward, (*arguments[:-3], *needed))
             opcheck(lib.recurrent_backward, require_grad(arguments))
 
 
@@ -107,9 +121,11 @@ def test_a_gradient_without_saved_gates_computes_them_again():
     assert all(map(torch.equal, *results))
 
 
-def arguments_of(name):
+def arguments_of(name, cell="lstm"):
     """What opcheck was given for a differentiable op, as keyword arguments."""
-    inputs = make_inputs(Case("packed", 2, 2, 2, 3, P=2, batch_sizes=(2, 1)), torch.float64)
+    P = 2 if CELLS[cell].projects else 0
+    case = Case("packed", 2, 2, 2, 3, P=P, batch_sizes=(2, 1))
+    inputs = make_inputs(case, torch.float64, cell=cell, resets="few")
     outputs = lib.recurrent_forward(*inputs.values(), True)
     saved = dict(zip(("y", "h_n", "c_n", "gates", "cells"), outputs, strict=True))
     weights, rows, columns = group_sample()
@@ -117,10 +133,12 @@ def arguments_of(name):
     rest = dict(eps=1e-8, paper_overlap=False)
     norms = lib.group_norms_forward(**lists, units=5, **rest)
     d = {f"d{k}": torch.randn_like(v) for k, v in saved.items() if k in ("y", "h_n", "c_n")}
+    if inputs["c0"] is None:
+        d["dc_n"] = None
     needs = dict(need_dx=True, need_dh0=True, need_dw=True)
     return {
-        "lstm_forward": inputs | dict(save=True),
-        "lstm_backward": d | inputs | {k: saved[k] for k in ("y", "gates", "cells")} | needs,
+        "recurrent_forward": inputs | dict(save=True),
+        "recurrent_backward": d | inputs | {k: saved[k] for k in ("y", "gates", "cells")} | needs,
         "group_norms_forward": lists | dict(units=5) | rest,
         "group_norms_backward": dict(dnorms=norms, norms=norms) | lists | rest,
     }[name]
@@ -134,19 +152,32 @@ def is_tensors(value):
     return torch.is_tensor(value) or isinstance(value, list)
 
 
-@pytest.mark.parametrize(
-    "name", ["lstm_forward", "lstm_backward", "group_norms_forward", "group_norms_backward"]
-)
-def test_one_argument_left_on_meta_is_named(name):
-    op, given = getattr(lib, name), arguments_of(name)
-    first = "x" if name.startswith("lstm") else "weights"
+@pytest.mark.parametrize(("name", "cell"), [
+    *itertools.product(("recurrent_forward", "recurrent_backward"), ("lstm", "gru", "rnn_relu")),
+    ("group_norms_forward", "lstm"),
+    ("group_norms_backward", "lstm"),
+])  # fmt: skip
+def test_one_argument_left_on_meta_is_named(name, cell):
+    op, given = getattr(lib, name), arguments_of(name, cell)
+    recurrent = name.startswith("recurrent")
+    first, said = ("x", name.replace("recurrent", cell)) if recurrent else ("weights", name)
     tensors = [key for key, value in given.items() if is_tensors(value)]
     whole = {k: moved(v, "meta") if k in tensors else v for k, v in given.items()}
     results = op(**whole)
     assert all(t.is_meta for t in (results if isinstance(results, (tuple, list)) else [results]))
     for key in tensors:
-        with pytest.raises(RuntimeError, match=rf"^{name}: expected \w+ .*on (cpu|meta|the CPU)"):
+        with pytest.raises(RuntimeError, match=rf"^{said}: expected \w+ .*on (cpu|meta|the CPU)"):
             op(**given | {key: whole[key]})
         if key != first:
-            with pytest.raises(RuntimeError, match=rf"^{name}: expected {key} .*got .*meta"):
+            with pytest.raises(RuntimeError, match=rf"^{said}: expected {key} .*got .*meta"):
                 op(**given | {key: whole[key]})
+
+
+def test_both_registries_of_cells_agree():
+    """csrc/cells/spec.h and iss_kernels/cells.py."""
+    rows = [
+        (c.name, c.gates, "c" in c.states, c.saved_gates, c.saved_states, c.projects, c.deep,
+         c.bias_parts)
+        for c in CELLS.values()
+    ]  # fmt: skip
+    assert native().cells() == rows
