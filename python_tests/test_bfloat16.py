@@ -5,17 +5,17 @@ import copy
 import functools
 
 import pytest
-import test_lstm_ops
+import test_recurrent_ops
 import torch
-from test_lstm_ops import ALL, SOME, by_reference, is_floating, ours
-from test_reference import torch_lstm
+from test_recurrent_ops import SOME, by_cell, by_reference, is_floating, of_row, ours, problems
 from torch import nn
 from torch.library import opcheck
 from torch.nn.utils.rnn import pack_sequence
 
 from iss_kernels import ISSLSTM, use_backend
 from iss_kernels.backend import supported_isas, use_isa
-from iss_kernels.testing import Case, assert_no_worse_than_torch, make_inputs, max_error
+from iss_kernels.cells import CELLS
+from iss_kernels.testing import CASES, Case, assert_no_worse_than_torch, make_inputs, max_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning"),
@@ -24,13 +24,14 @@ pytestmark = [
 
 lib = torch.ops.iss_kernels
 BFLOAT16 = torch.bfloat16
-run = functools.partial(test_lstm_ops.run, numbers=BFLOAT16)  # in any dtype, the same numbers
+# In any dtype, the same numbers.
+run = functools.partial(test_recurrent_ops.run, numbers=BFLOAT16)
 
 
 def torchs(inputs):
-    """nn.LSTM; without oneDNN, whose bfloat16 LSTM needs AVX-512 and fails elsewhere."""
+    """torch's module; without oneDNN, whose bfloat16 LSTM needs AVX-512 and fails elsewhere."""
     with torch.backends.mkldnn.flags(enabled=False):
-        return torch_lstm(inputs)
+        return test_recurrent_ops.torchs(inputs)
 
 
 def tensors_in(result):
@@ -43,105 +44,126 @@ def tensors_in(result):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("case", ALL)
-def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(isa, case, reverse):
-    same = torchs if case.T > 0 else by_reference  # nn.LSTM takes no empty sequence
-    results = run(ours, case, BFLOAT16, reverse), run(same, case, BFLOAT16, reverse)
-    truth = run(same, case, torch.float64, reverse)
-    for a, b, t in zip(*results, truth, strict=True):
-        assert a.dtype == b.dtype == BFLOAT16
-        assert_no_worse_than_torch(a, b, t)
+@problems(CASES)
+def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(isa, cell, case, reverse):
+    for resets in (None, "few") if case in SOME else (None,):
+        results = [
+            run(f, case, BFLOAT16, reverse, cell=cell, resets=resets) for f in (ours, torchs)
+        ]
+        truth = run(torchs, case, torch.float64, reverse, cell=cell, resets=resets)
+        for a, b, t in zip(*results, truth, strict=True):
+            assert a.dtype == b.dtype == BFLOAT16
+            assert_no_worse_than_torch(a, b, t)
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_only_inputs_and_outputs_are_rounded(isa, case):
+@problems(SOME)
+def test_only_inputs_and_outputs_are_rounded(isa, cell, case):
     """Outputs are float32's to a rounding, but that h is rounded once at each step."""
-    inputs = make_inputs(case, BFLOAT16)
+    inputs = make_inputs(case, BFLOAT16, cell=cell)
     wide = {k: v.float() if is_floating(v) else v for k, v in inputs.items()}
-    for a, b in zip(ours(inputs), ours(wide), strict=True):
+    for a, b in zip(given(ours(inputs)), given(ours(wide)), strict=True):
         assert max_error(a, b) <= 2**-8 * max(1, b.abs().max())
 
 
-def test_what_is_saved_for_the_gradient_is_float32(isa):
-    inputs = make_inputs(Case("saved", 3, 2, 5, 4, P=3), BFLOAT16)
-    y, h_n, c_n, gates, cells = lib.recurrent_forward(*inputs.values(), True)
+def given(outputs):
+    return [y for y in outputs if y is not None]
+
+
+@by_cell
+def test_what_is_saved_for_the_gradient_is_float32(isa, cell):
+    of = CELLS[cell]
+    inputs = make_inputs(Case("saved", 3, 2, 5, 4, P=3 if of.projects else 0), BFLOAT16, cell=cell)
+    y, h_n, c_n, *saved = lib.recurrent_forward(*inputs.values(), True)
     assert [t.dtype for t in (y, h_n, c_n)] == [BFLOAT16] * 3
-    assert [t.dtype for t in (gates, cells)] == [torch.float32] * 2
-    assert gates.shape == (6, 16) and cells.shape == (6, 4)
-    assert not torch.equal(cells, cells.bfloat16().float())  # and has float32's digits
+    assert [t.dtype for t in saved] == [torch.float32] * 2
+    depth = len(inputs["w_hh"]) // len(inputs["w_ih"])
+    assert [tuple(t.shape) for t in saved] == [(6, 4 * count) for count in of.saved(depth)]
+    if of.saved_states:
+        assert not torch.equal(saved[1], saved[1].bfloat16().float())  # and has float32's digits
     *_, gates, cells = lib.recurrent_forward(*inputs.values(), False)
     assert gates.numel() == cells.numel() == 0 and gates.dtype == cells.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
-@pytest.mark.parametrize("case", [
-    Case("padded", 2, 1, 2, 3),
-    Case("packed_projected", 2, 3, 2, 5, P=2, batch_sizes=(3, 1)),
+@pytest.mark.parametrize(("cell", "case"), [
+    ("lstm", Case("padded", 2, 1, 2, 3)),
+    ("lstm", Case("packed_projected", 2, 3, 2, 5, P=2, batch_sizes=(3, 1))),
+    ("gru", Case("packed", 2, 3, 2, 5, batch_sizes=(3, 1))),
+    ("rnn_tanh", Case("padded", 2, 1, 2, 3)),
 ], ids=str)  # fmt: skip
-def test_opcheck(case):
-    inputs = make_inputs(case, BFLOAT16)
-    outputs = lib.recurrent_forward(*inputs.values(), True)
-    cotangents = [torch.randn_like(t) for t in outputs[:3]]
+def test_opcheck(cell, case):
+    inputs = make_inputs(case, BFLOAT16, cell=cell, resets="few")
+    y, h_n, c_n, *saved = lib.recurrent_forward(*inputs.values(), True)
+    cotangents = [torch.randn_like(y), torch.randn_like(h_n)]
+    cotangents += [None if inputs["c0"] is None else torch.randn_like(c_n)]
     *tensors, reverse = inputs.values()
-    opcheck(
-        lib.recurrent_backward,
-        (*cotangents, *tensors, outputs[0], *outputs[3:], reverse, True, True, True),
-    )
+    opcheck(lib.recurrent_backward, (*cotangents, *tensors, y, *saved, reverse, True, True, True))
     for tensor in filter(is_floating, tensors):
         tensor.requires_grad_()
     opcheck(lib.recurrent_forward, (*tensors, reverse, True))
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_the_reference_and_every_isa_agree(case):
+@problems(SOME)
+def test_the_reference_and_every_isa_agree(cell, case):
     with use_backend("reference"):
-        expected = run(ours, case, BFLOAT16)
+        expected = run(ours, case, BFLOAT16, cell=cell)
     results = []
     for name in supported_isas():
         with use_isa(name):
-            results.append(run(ours, case, BFLOAT16))
+            results.append(run(ours, case, BFLOAT16, cell=cell))
     # The reference rounds every intermediate value too; ISAs differ where one rounding of an
     # output falls the other way, by a step of the largest value.
     pairs = [(expected, results[0], 2e-2), *((results[0], other, 2**-7) for other in results[1:])]
+    # A sum that rounds to the other side of zero switches a gradient of relu on or off.
+    compared = slice(2 if cell == "rnn_relu" else None)
     for first, second, tolerance in pairs:
-        for a, b in zip(first, second, strict=True):
+        for a, b in zip(first[compared], second[compared], strict=True):
             assert max_error(a, b) <= tolerance * max(1, float(b.abs().max()))
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_the_same_input_gives_the_same_bits(isa, case):
-    first = run(ours, case, BFLOAT16)
+@problems(SOME)
+def test_the_same_input_gives_the_same_bits(isa, cell, case):
+    first = run(ours, case, BFLOAT16, cell=cell, resets="few")
     for _ in range(3):
-        assert all(map(torch.equal, first, run(ours, case, BFLOAT16)))
+        assert all(map(torch.equal, first, run(ours, case, BFLOAT16, cell=cell, resets="few")))
 
 
-@pytest.mark.parametrize("case", [
-    Case("rows", 30, 13, 8, 70),
-    Case("one_row", 30, 1, 8, 200),
-    Case("few_rows", 20, 3, 8, 190, P=70),
-    Case("packed", 3, 4, 8, 260, batch_sizes=(4, 2, 1)),
+@pytest.mark.parametrize(("cell", "case"), [
+    ("lstm", Case("rows", 30, 13, 8, 70)),
+    ("lstm", Case("one_row", 30, 1, 8, 200)),
+    ("lstm", Case("few_rows", 20, 3, 8, 190, P=70)),
+    ("lstm", Case("packed", 3, 4, 8, 260, batch_sizes=(4, 2, 1))),
+    ("gru", Case("rows", 30, 13, 8, 70)),
+    ("gru", Case("packed", 3, 4, 8, 260, batch_sizes=(4, 2, 1))),
+    ("rnn_tanh", Case("rows", 30, 13, 8, 70)),
 ], ids=str)  # fmt: skip
-def test_threads_give_the_same_bits(isa, two_threads, case):
-    inputs = make_inputs(case, BFLOAT16)
+def test_threads_give_the_same_bits(isa, two_threads, cell, case):
+    inputs = make_inputs(case, BFLOAT16, cell=cell)
+
+    def results():
+        trained = run(ours, case, BFLOAT16, cell=cell)
+        return given(ours(inputs)) + trained[: 2 + (inputs["c0"] is not None)]
+
     torch.set_num_threads(1)
-    alone = ours(inputs), run(ours, case, BFLOAT16)[:3]
+    alone = results()
     torch.set_num_threads(2)
     for _ in range(2):
-        again = ours(inputs), run(ours, case, BFLOAT16)[:3]
-        assert all(map(torch.equal, tensors_in(again), tensors_in(alone)))
+        assert all(map(torch.equal, results(), alone))
 
 
-def test_a_row_does_not_depend_on_its_batch(isa):
-    inputs = make_inputs(Case("rows", 30, 13, 8, 70), BFLOAT16)
+@by_cell
+def test_a_row_does_not_depend_on_its_batch(isa, cell):
+    inputs = make_inputs(Case("rows", 30, 13, 8, 70), BFLOAT16, cell=cell, resets="few")
     y, *_ = ours(inputs)
     for row in (0, 5, 12):
-        one = {k: inputs[k][row : row + 1] for k in ("h0", "c0")}
-        one_y, *_ = ours(inputs | one | {"x": inputs["x"][:, row : row + 1]})
+        one_y, *_ = ours(of_row(inputs, row))
         assert torch.equal(one_y[:, 0], y[:, row])
 
 
-def test_non_contiguous_arguments_give_the_same_result(isa):
-    inputs = make_inputs(Case("strided", 4, 5, 6, 13, P=4), BFLOAT16)
+@by_cell
+def test_non_contiguous_arguments_give_the_same_result(isa, cell):
+    case = Case("strided", 4, 5, 6, 13, P=4 if CELLS[cell].projects else 0)
+    inputs = make_inputs(case, BFLOAT16, cell=cell)
 
     def strided(t):
         if not is_floating(t):
@@ -150,26 +172,31 @@ def test_non_contiguous_arguments_give_the_same_result(isa):
         wide[..., ::2] = t
         return wide[..., ::2]
 
-    for a, b in zip(ours({k: strided(v) for k, v in inputs.items()}), ours(inputs), strict=True):
-        assert torch.equal(a, b)
+    results = ours({k: strided(v) for k, v in inputs.items()})
+    assert all(map(torch.equal, given(results), given(ours(inputs))))
 
 
-def test_nan_and_infinity_pass_as_in_the_reference(isa):
-    inputs = make_inputs(Case("nan", 3, 5, 4, 11), BFLOAT16)
+@by_cell
+def test_nan_and_infinity_pass_as_in_the_reference(isa, cell):
+    inputs = make_inputs(Case("nan", 3, 5, 4, 11), BFLOAT16, cell=cell)
     inputs["x"][1, 2, 0] = float("nan")
     inputs["x"][0, 4, 1] = float("inf")
-    inputs["h0"][0, 0] = float("-inf")
-    for a, b in zip(ours(inputs), by_reference(inputs), strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, rtol=2e-2, atol=2e-2)
+    if cell in ("lstm", "rnn_tanh", "rnn_relu"):  # test_recurrent_ops.py says why not in the others
+        inputs["h0"][0, 0] = float("-inf")
+    results = ours(inputs), by_reference(inputs)
+    torch.testing.assert_close(*results, equal_nan=True, rtol=2e-2, atol=2e-2)
 
 
-def test_mixed_dtypes_are_refused():
-    inputs = make_inputs(Case("mixed", 3, 2, 5, 4), BFLOAT16)
+@by_cell
+def test_mixed_dtypes_are_refused(cell):
+    inputs = make_inputs(Case("mixed", 3, 2, 5, 4), BFLOAT16, cell=cell)
     for name in ("h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh"):
+        if inputs[name] is None:
+            continue
         with pytest.raises(RuntimeError) as got:
             ours(inputs | {name: inputs[name].float()})
         assert str(got.value).splitlines()[0] == (
-            f"lstm_forward: expected {name} of dtype bfloat16, got float32"
+            f"{cell}_forward: expected {name} of dtype bfloat16, got float32"
         )
 
 

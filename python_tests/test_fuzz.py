@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from iss_kernels import ISSLSTM, Stream, ops, prepare, reference, use_backend
 from iss_kernels.backend import supported_isas, use_isa
+from iss_kernels.cells import CELLS
 
 # NotImplementedError is a RuntimeError; nn.LSTM raises AttributeError for what is no tensor.
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
@@ -151,11 +152,14 @@ def _largest(t):
 # -- The ops
 
 
-def lstm_arguments(choose):
-    """A random problem: keyword arguments of lstm_forward, without save."""
+def recurrent_arguments(choose):
+    """A random problem: keyword arguments of `ops.recurrent`."""
+    cell = CELLS[choose.choice(["lstm", *CELLS])]
     T, B, I, H = (choose.choice([1, 2, 3, 5, 17]) for _ in range(4))  # noqa: E741
-    P = choose.choice([0, 0, 1, 4])
-    dtype = choose.choice(DTYPES)
+    P = choose.choice([0, 0, 1, 4]) if cell.projects else 0
+    depth = choose.choice([1, 2, 5]) if cell.deep else 1
+    # A sum that rounds to the other side of zero switches a gradient of relu on or off.
+    dtype = choose.choice(DTYPES[:2] if cell.name == "rnn_relu" else DTYPES)
     packed = choose.random() < 0.3
 
     def values(*shape):
@@ -163,17 +167,26 @@ def lstm_arguments(choose):
 
     lengths = sorted((choose.randint(1, T) for _ in range(B)), reverse=True)
     sizes = [sum(n > t for n in lengths) for t in range(max(lengths))]
-    biases = [values(4 * H) if choose.random() < 0.7 else None for _ in range(2)]
+    rows = cell.gates * H
+    shape = (sum(sizes),) if packed else (T, B)
+
+    def maybe(probability, value):
+        return value if choose.random() < probability else None
+
+    masks = (torch.rand(2, B, H) < 0.8).to(dtype) * 1.25
     return {
-        "x": values(sum(sizes), I) if packed else values(T, B, I),
+        "cell": cell.name,
+        "x": values(*shape, I),
         "batch_sizes": torch.tensor(sizes) if packed else None,
+        "resets": maybe(0.5, torch.rand(shape) < choose.choice([0.03, 0.5, 1.0])),
         "h0": values(B, P or H),
-        "c0": values(B, H),
-        "w_ih": values(4 * H, I),
-        "w_hh": values(4 * H, P or H),
-        "b_ih": biases[0],
-        "b_hh": biases[1],
+        "c0": values(B, H) if "c" in cell.states else None,
+        "w_ih": values(rows, I),
+        "w_hh": values(depth * rows, P or H),
+        "b_ih": maybe(0.7, values(rows)),
+        "b_hh": maybe(0.7, values(depth * rows)),
         "w_hr": values(P, H) if P else None,
+        "masks": maybe(0.5, masks) if cell.deep else None,
         "reverse": choose.random() < 0.5,
     }
 
@@ -196,19 +209,21 @@ def lasso_arguments(choose):
     }, units
 
 
-def lstm_case(choose, spoil):
-    """(what to run, what the reference runs, dtype) of lstm_forward and its backward."""
-    given = lstm_arguments(choose)
+def recurrent_case(choose, spoil):
+    """(what to run, what the reference runs, dtype) of a recurrence and its backward."""
+    given = recurrent_arguments(choose)
     dtype = given["x"].dtype
     given = {k: laid_out(choose, v) if torch.is_tensor(v) else v for k, v in given.items()}
     given = spoil(given)
 
     def run(function):
         leaves = [
-            t.detach().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t
-            for t in given.values()
+            t.detach().requires_grad_(name != "masks")
+            if torch.is_tensor(t) and t.is_floating_point()
+            else t
+            for name, t in given.items()
         ]
-        outputs = function(*leaves)
+        outputs = [y for y in function(*leaves) if y is not None]
         if any(t.is_meta for t in outputs):
             raise RuntimeError("a fake result")
         grads = torch.autograd.grad(
@@ -261,7 +276,7 @@ def in_place_case(choose, spoil):
     return run, by_reference, dtype
 
 
-CASES = {"lstm": lstm_case, "group_norms": norms_case, "in_place": in_place_case}
+CASES = {"recurrent": recurrent_case, "group_norms": norms_case, "in_place": in_place_case}
 
 
 @pytest.mark.parametrize("op", CASES)
