@@ -465,7 +465,7 @@ def test_arguments_of_the_module(arguments, error, message):
 def test_inputs_of_the_module():
     rhn = make()
     x, h = torch.randn(T, B, I).double(), torch.randn(1, B, H).double()
-    with pytest.raises(RuntimeError, match="expected hx to be a tensor h_0, got a tuple"):
+    with pytest.raises(TypeError, match="RHN: expected hx to be a tensor h_0, got a tuple"):
         rhn(x, (h, h))
     with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 4, 5\), got \[1, 4, 4\]"):
         rhn(x, h[..., :4])
