@@ -387,6 +387,11 @@ class Prepared(Recurrent):
     def _dtype(self) -> torch.dtype:
         return torch.float32
 
+    def _dropped(
+        self, x: Tensor, batch_sizes: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return x, None
+
     def _check_packed(self, packed: PackedSequence) -> None:
         """Raise RuntimeError for what cannot be indexed with; the rest is checked later."""
         sizes = packed.batch_sizes

@@ -23,10 +23,10 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iss_kernels import ISSGRU, ISSLSTM, ISSRNN, prepare, use_backend
+from iss_kernels import ISSGRU, ISSLSTM, ISSRHN, ISSRNN, prepare, use_backend
 from iss_kernels.backend import supported_isas, use_isa
 from iss_kernels.demo.model import LanguageModel, perplexity, windows
-from iss_kernels.prepare import PreparedGRU, PreparedLSTM, PreparedRNN
+from iss_kernels.prepare import PreparedGRU, PreparedLSTM, PreparedRHN, PreparedRNN
 from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
@@ -192,17 +192,21 @@ FORMS = [
     {"kind": "gru", "hidden_size": 4, "num_layers": 2, "batch_first": True, "bias": False},
     {"kind": "rnn_tanh", "hidden_size": [17, 6], "num_layers": 2},
     {"kind": "rnn_relu", "hidden_size": 5, "bidirectional": True, "batch_first": True},
+    {"kind": "rhn", "hidden_size": 9, "depth": 3},
+    {"kind": "rhn", "hidden_size": 17, "depth": 1, "batch_first": True, "bias": False},
+    {"kind": "rhn", "hidden_size": 5, "depth": 2, "carry": "separate"},
 ]
+MAKES = {**KINDS, "rhn": ISSRHN}
 
 
 @torch.no_grad()
-def calls(lstm):
+def calls(lstm, features=3):
     """Arguments of every form of call, by name."""
     time, batch = (1, 0) if lstm.batch_first else (0, 1)
-    x = torch.randn(*(6, 4)[:: -1 if lstm.batch_first else 1], 3)
+    x = torch.randn(*(6, 4)[:: -1 if lstm.batch_first else 1], features)
     assert x.shape[time] == 6 and x.shape[batch] == 4
     state, one_row = lstm(x)[1], lstm(x.select(batch, 0))[1]
-    ragged = [torch.randn(n, 3) for n in (2, 7, 4, 4)]
+    ragged = [torch.randn(n, features) for n in (2, 7, 4, 4)]
     packed, sorted_ = (
         pack_sequence(ragged, enforce_sorted=False),
         pack_sequence(sorted(ragged, key=len, reverse=True)),
@@ -211,7 +215,7 @@ def calls(lstm):
         "plain": (x,),
         "one step": (x.narrow(time, 0, 1),),
         "one row": (x.narrow(batch, 0, 1),),
-        "strided": (torch.randn(*x.shape[:2], 6)[..., ::2],),
+        "strided": (torch.randn(*x.shape[:2], 2 * features)[..., ::2],),
         "state": (x, state),
         **({"state as a list": (x, list(state))} if isinstance(state, tuple) else {}),
         "unbatched": (x.select(batch, 0),),
@@ -232,7 +236,7 @@ def calls(lstm):
 @pytest.mark.parametrize("options", FORMS, ids=lambda o: " ".join(f"{v}" for v in o.values()))
 def test_every_form_of_call_is_that_of_our_module(implementation, options):
     options = dict(options)
-    lstm = KINDS[options.pop("kind", "lstm")](3, **options)
+    lstm = MAKES[options.pop("kind", "lstm")](3, **options)
     prepared = prepare(lstm)
     with torch.no_grad():
         for name, args in calls(lstm).items():
@@ -274,6 +278,20 @@ def test_other_floating_inputs_are_converted_there_and_back(implementation, weig
             state = rest[0]
             state = state.to(dtype) if torch.is_tensor(state) else tuple(s.to(dtype) for s in state)
             assert tensors_in(prepared(x, state))[0].dtype == dtype
+
+
+@pytest.mark.parametrize("carry", ["coupled", "separate"])
+def test_a_recurrent_highway_network_in_every_format(implementation, weights, carry):
+    rhn = ISSRHN(13, 21, 4, carry, dropout_input=0.5, dropout_state=0.5, dropout_gate=0.5)
+    for parameter in rhn.parameters():  # which begin so small that nothing would be seen
+        nn.init.uniform_(parameter, -0.3, 0.3)
+    prepared, x = prepare(rhn, weights).train(), torch.randn(50, 3, 13)  # it drops nothing
+    assert type(prepared) is PreparedRHN
+    tolerance = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}[weights]
+    with torch.no_grad():
+        for args in calls(rhn.eval(), 13).values():
+            torch.testing.assert_close(prepared(*args), rhn(*args), rtol=0, atol=tolerance)
+        torch.testing.assert_close(prepared(x), rhn(x), rtol=0, atol=tolerance)
 
 
 def test_a_float64_lstm_is_prepared_for_float32():

@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from torch.masked import MaskedTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from iss_kernels import ISSGRU, ISSLSTM, ISSRNN, Stream, prepare, use_backend
+from iss_kernels import ISSGRU, ISSLSTM, ISSRHN, ISSRNN, Stream, prepare, use_backend
 from iss_kernels.backend import supported_isas, use_isa
 from iss_kernels.chain import ACTIVATIONS, FUNCTIONS
 
@@ -138,6 +139,8 @@ LAYERS = {
     "nn.RNN": lambda: nn.RNN(5, 17, 2),
     "relu": lambda: nn.RNN(5, 17, nonlinearity="relu"),
     "ISSRNN, unequal": lambda: ISSRNN(5, [7, 31], 2, nonlinearity="relu"),
+    "ISSRHN": lambda: ISSRHN(5, 17, depth=3),
+    "ISSRHN, separate": lambda: ISSRHN(5, 9, depth=2, carry="separate", bias=False),
 }
 
 
@@ -623,6 +626,15 @@ def test_later_changes_of_the_model_have_no_effect(implementation, weights):
     assert torch.equal(step_by_step(step, x), expected)
 
 
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, partial(ISSRHN, depth=2)])
+def test_weights_that_change_in_place_are_not_the_streams(backend, make):
+    prepared, x = prepare(make(5, 8)), torch.randn(4, 1, 5)
+    step, expected = Stream(prepared), prepared(x)[0]
+    for buffer in prepared.buffers():
+        buffer.mul_(2)
+    torch.testing.assert_close(step_by_step(step, x), expected, rtol=0, atol=1e-6)
+
+
 def test_a_change_of_isa_does_not_bring_later_changes_in():
     prepared = prepare(nn.LSTM(5, 8))
     x, results = torch.randn(4, 1, 5), []
@@ -646,6 +658,7 @@ STATEFUL = {
     "one GRU": lambda: nn.GRU(5, 6, 2),
     "unequal GRU": lambda: ISSGRU(5, [6, 4], 2),
     "one RNN": lambda: nn.RNN(5, 6, 2),
+    "one RHN": lambda: ISSRHN(5, 6, depth=3),
     "LSTM and GRU": lambda: Chain(nn.LSTM(5, 6, 2), ISSGRU(6, [3, 4], 2)),
 }
 SINGLE = [name for name in STATEFUL if name not in ("two LSTMs", "LSTM and GRU")]

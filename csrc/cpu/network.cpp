@@ -19,6 +19,9 @@
 namespace iss {
 namespace {
 
+// Biases may be views of a module's buffers, which may change later.
+at::Tensor copied(const at::Tensor& bias) { return bias.defined() ? bias.clone() : bias; }
+
 Stack packed_stack(const CellSpec& spec, const std::vector<std::vector<CellWeights>>& layers) {
   Stack stack;
   for (const auto& layer : layers) {
@@ -26,7 +29,8 @@ Stack packed_stack(const CellSpec& spec, const std::vector<std::vector<CellWeigh
     const bool first = stack.empty();
     Layer& cells = stack.emplace_back();
     for (const CellWeights& w : layer) {
-      const auto [bias, product_bias] = merged_biases(spec, w.b_ih, w.b_hh);
+      const int64_t depth = w.w_hh.size(0) / w.w_ih.size(0);
+      const auto [bias, product_bias] = merged_biases(spec, w.b_ih, w.b_hh, depth);
       PackedCell cell{
           .spec = &spec,
           .input = w.w_ih.size(1),
@@ -34,10 +38,12 @@ Stack packed_stack(const CellSpec& spec, const std::vector<std::vector<CellWeigh
           .output = w.w_hh.size(1),
           .reverse = w.reverse,
           .w_ih = pack(w.w_ih, {.transposed = true}, w.scale_ih),
-          .w_hh = pack(w.w_hh, {.transposed = true, .gates = spec.gates}, w.scale_hh, true),
+          .w_hh = pack(w.w_hh, {.transposed = true, .gates = spec.gates, .parts = depth},
+                       w.scale_hh, /*look=*/true),
           .w_hr = w.w_hr.defined() ? pack(w.w_hr, {.transposed = true}, w.scale_hr) : Matrix(),
-          .bias = bias,
-          .product_bias = product_bias};
+          .bias = copied(bias),
+          .product_bias = copied(product_bias),
+          .depth = depth};
       if (first && cell.w_ih.format == Format::kInt8) cell.w_ih.format = Format::kInt8Fine;
       cells.push_back(std::move(cell));
     }

@@ -18,9 +18,9 @@ namespace iss {
 // One direction of one layer, as torch shapes it: float64, float32, float16, bfloat16, or int8 with
 // one scale for each row. A tensor that the cell does not have is undefined.
 struct CellWeights {
-  at::Tensor w_ih, w_hh, w_hr;              // [G H, I], [G H, P], [P, H]
-  at::Tensor scale_ih, scale_hh, scale_hr;  // [G H], [G H], [P]; of int8 alone
-  at::Tensor b_ih, b_hh;                    // [G H] in the compute dtype
+  at::Tensor w_ih, w_hh, w_hr;              // [G H, I], [D G H, P], [P, H]
+  at::Tensor scale_ih, scale_hh, scale_hr;  // [G H], [D G H], [P]; of int8 alone
+  at::Tensor b_ih, b_hh;                    // [G H], [D G H] in the compute dtype
   bool reverse;
 };
 
