@@ -437,7 +437,7 @@ def recurrent_types() -> tuple[type[nn.Module], ...]:
 
 
 def _check_devices(x: Tensor, kind: str, tensors: Sequence[Tensor]) -> None:
-    """Raise what nn.LSTM raises."""
+    """Raise what the modules of torch raise."""
     for t in tensors:
         if t.device != x.device:
             raise RuntimeError(

@@ -311,22 +311,27 @@ class _Cell:
         ((hidden, output),) = layer.sizes[index]
         columns = w_ih.shape[1]
         self._w_ih, self._w_hh = _aligned(w_ih)[:, :columns], _aligned(w_hh)[:, :output]
-        self._bias = None if b_ih is None or b_hh is None else b_ih.float() + b_hh.float()
+        self._b_ih, self._b_hh = (None if b is None else b.float() for b in (b_ih, b_hh))
+        if not layer.cell.bias_parts and self._b_ih is not None and self._b_hh is not None:
+            self._b_ih, self._b_hh = self._b_ih + self._b_hh, None
         self._w_hr = None if w_hr is None else w_hr.float().t()
-        self.c = torch.zeros(batch, hidden, dtype=torch.float32, device=w_ih.device)
-        self.h_rows, self.y_rows = (_aligned(self.c.new_zeros(batch, output)) for _ in range(2))
+        zeros = torch.zeros(batch, hidden, dtype=torch.float32, device=w_ih.device)
+        self.h_rows, self.y_rows = (_aligned(zeros.new_zeros(batch, output)) for _ in range(2))
         self.h, self.y = self.h_rows[:, :output], self.y_rows[:, :output]
-        self.states = (self.h, self.c)[: len(layer.cell.states)]
         self.y_memory = self.y_rows.untyped_storage().data_ptr()
-        self._cell = self.y if w_hr is None else torch.empty_like(self.c)
+        self._name = layer.cell.name
+        self.c = zeros if "c" in layer.cell.states else None
+        self.states = (self.h,) if self.c is None else (self.h, self.c)
+        self._out = self.y if w_hr is None else torch.empty_like(zeros)  # [B, H]
 
     def step(self, x: Tensor) -> Tensor:
         """Put the next h into y."""
         ops.recurrent_step_(
-            "lstm", x, self.h, self.c, self._w_ih, self._w_hh, self._bias, None, self._cell
-        )
+            self._name, x, self.h, self.c, self._w_ih, self._w_hh, self._b_ih, self._b_hh,
+            self._out,
+        )  # fmt: skip
         if self._w_hr is not None:
-            torch.mm(self._cell, self._w_hr, out=self.y)
+            torch.mm(self._out, self._w_hr, out=self.y)
         return self.y
 
 

@@ -991,6 +991,32 @@ def test_two_python_threads_make_their_streams_at_once():
         assert all(pool.map(work, range(100)))
 
 
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("weights", FORMATS)
+def test_every_kind_streams_on_a_gpu(gpu, kind, weights):
+    model, x = Chain(nn.Linear(5, 9), kind(9, [12, 7], 2), nn.Linear(7, 3)), torch.randn(8, 3, 5)
+    resets = torch.rand(8, 3) < 0.3
+    step, expected = Stream(prepare(model, weights).to(gpu.device), 3), whole_sequence(model, x)
+    bounds = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}
+    close = {"rtol": 0, "atol": bounds[weights]}
+    for x_t, y in zip(x, expected, strict=True):
+        torch.testing.assert_close(step(gpu.to(x_t)).cpu(), y, **close)
+    step.reset()
+    prepared = prepare(model.layers[1])
+    inside, _ = prepared(model.layers[0](x).detach(), resets=resets)
+    expected = model.layers[2](inside).detach()
+    for x_t, mask, y in zip(x, resets, expected, strict=True):
+        step.reset(rows=mask.tolist())
+        torch.testing.assert_close(step(gpu.to(x_t)).cpu(), y, **close)
+    state = step.state
+    after = step(gpu.to(x[0])).clone()
+    step.state = state
+    assert torch.equal(step(gpu.to(x[0])), after)
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
