@@ -122,6 +122,11 @@ ForwardResult recurrent_forward_autograd(std::string_view cell, const Tensor& x,
                                          const Tensor& w_hh, const OptionalTensor& b_ih,
                                          const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                                          const OptionalTensor& masks, bool reverse, bool save) {
+  if (!at::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return forward_op().call(cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr,
+                             masks, reverse, save);
+  }
   const variable_list outputs = Recurrent::apply(cell, x, batch_sizes, resets, h0, c0, w_ih, w_hh,
                                                  b_ih, b_hh, w_hr, masks, reverse, save);
   return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
