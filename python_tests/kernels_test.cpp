@@ -3,12 +3,16 @@
 // in double. Free of torch, so that it also cross-compiles and runs under an emulator; test_isas.py
 // builds and runs it. Prints one line per ISA; exit code 1 where an error is too large.
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <complex>
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <memory>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -16,6 +20,8 @@
 
 namespace {
 
+using iss::CellKind;
+using iss::CellSpec;
 using iss::Format;
 using iss::Kernels;
 using Doubles = std::vector<double>;
@@ -42,8 +48,6 @@ void expect(const char* what, const std::vector<T>& got, const Doubles& truth, d
       return;
     }
 }
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 bool is_int8(Format format) { return format == Format::kInt8 || format == Format::kInt8Fine; }
 
@@ -81,7 +85,7 @@ struct Weight {
   }
 
   std::vector<char> packed(const Kernels<T>& kernels, int64_t k, int64_t columns, bool transposed,
-                           bool gates) const {
+                           int gates = 1) const {
     std::vector<char> result(kernels.packed_bytes(k, columns, gates, format) + 1, 'x');
     const void* b = format == Format::kSame ? static_cast<const void*>(values.data())
                     : is_int8(format)       ? static_cast<const void*>(bytes.data())
@@ -90,7 +94,7 @@ struct Weight {
                   .columns = columns,
                   .gates = gates,
                   .format = format,
-                  .panels = {0, kernels.panels(gates ? columns / 4 : columns, gates)},
+                  .panels = {0, kernels.panels(columns / gates, gates)},
                   .b = b,
                   .stride_k = transposed ? 1 : columns,
                   .stride_column = transposed ? k : 1,
@@ -115,10 +119,10 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
   const auto a = normal<T>(rows * a_stride);
   const Weight<T> b(format, k, columns, false);
   const auto bias = normal<T>(columns);
-  const auto panels = b.packed(kernels, k, columns, false, false);
+  const auto panels = b.packed(kernels, k, columns, false);
   std::vector<char> scratch(kernels.scratch_bytes(rows, k));
   std::vector<T> out(rows * out_stride, T(7));
-  const int64_t count = kernels.panels(columns, false);
+  const int64_t count = kernels.panels(columns);
   for (const auto [begin, end] :
        {std::pair{int64_t{0}, count / 2},
         std::pair{count / 2, count}})  // as two threads would divide the columns
@@ -144,82 +148,187 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
   expect("matmul", out, truth, size_of_error(format, k, std::sqrt(double(k))));
 }
 
+// The mathematics of a step of a cell, for one unit; over complex numbers, whose imaginary part is
+// a derivative: f(x + i e) = f(x) + i e f'(x).
+using Complex = std::complex<double>;
+constexpr double kStep = 1e-30;
+
+struct Unit {
+  Complex products[4], inputs[4], before, bias, mask;
+  double y = 0;      // for a relu: on which side of zero the kernel came out
+  Complex h, saved;  // results; saved: c of an LSTM
+};
+
+Complex sigmoid(Complex x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+void step(CellKind kind, Unit& u) {
+  Complex sums[4];
+  for (int k = 0; k < 4; ++k) sums[k] = u.products[k] + u.inputs[k];
+  switch (kind) {
+    case CellKind::kLstm:
+      u.saved = sigmoid(sums[1]) * u.before + sigmoid(sums[0]) * std::tanh(sums[2]);
+      u.h = sigmoid(sums[3]) * std::tanh(u.saved);
+      break;
+    case CellKind::kGru: {
+      u.saved = u.products[2] + u.bias;
+      const Complex r = sigmoid(sums[0]), z = sigmoid(sums[1]);
+      u.h = (1.0 - z) * std::tanh(u.inputs[2] + r * u.saved) + z * u.before;
+      break;
+    }
+    case CellKind::kRnnTanh:
+      u.h = std::tanh(sums[0]);
+      break;
+    case CellKind::kRnnRelu:
+      u.h = {std::max(sums[0].real(), 0.0), u.y > 0 ? sums[0].imag() : 0};
+      break;
+    case CellKind::kRhn: {
+      const Complex transform = sigmoid(sums[1]);
+      u.h = u.mask * std::tanh(sums[0]) * transform + u.before * (1.0 - transform);
+      break;
+    }
+    case CellKind::kRhnCarry:
+      u.h = u.mask * std::tanh(sums[0]) * sigmoid(sums[1]) + u.before * sigmoid(sums[2]);
+      break;
+  }
+}
+
+// The derivative of dh * h + dc * c with respect to `part`, a part of u.
+double derivative(CellKind kind, Unit& u, Complex& part, double dh, double dc) {
+  part.imag(kStep);
+  step(kind, u);
+  part.imag(0);
+  return (dh * u.h.imag() + dc * u.saved.imag()) / kStep;
+}
+
+// full: with resets, masks, a bias of the product and a gradient of h_n; else with none of them.
 template <typename T>
-void test_lstm(const Kernels<T>& kernels, Format format, int64_t rows, int64_t hidden,
-               int64_t output) {
-  const auto h_prev = normal<T>(rows * output), c_prev = normal<T>(rows * hidden);
-  const auto gates_x = normal<T>(rows * 4 * hidden);
-  const Weight<T> w_hh(format, output, 4 * hidden, true);
-  const auto panels = w_hh.packed(kernels, output, 4 * hidden, true, true);
+void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, int64_t rows,
+               int64_t hidden, int64_t output, bool full) {
+  const CellKind kind = cell.kind;
+  const int64_t gates = cell.gates, columns = gates * hidden, stride = columns + 1;
+  const int64_t h_stride = hidden + 2, before_stride = cell.has_c ? hidden : hidden + 3;
+  const auto h_prev = normal<T>(rows * output), before = normal<T>(rows * before_stride);
+  const auto inputs = normal<T>(rows * stride), bias = normal<T>(hidden);
+  const auto mask = normal<T>(rows * hidden), state_mask = normal<T>(rows * hidden);
+  const std::unique_ptr<bool[]> resets(new bool[rows]), resets_after(new bool[rows]);
+  for (int64_t r = 0; r < rows; ++r) {
+    resets[r] = full && random_bits() % 3 == 0;
+    resets_after[r] = full && random_bits() % 3 == 0;
+  }
+  const bool masks = full && cell.deep, biased = full && kind == CellKind::kGru;
+  const Weight<T> w_hh(format, output, columns, true);
+  const auto panels = w_hh.packed(kernels, output, columns, true, cell.gates);
   std::vector<char> scratch(kernels.scratch_bytes(rows, output));
-  std::vector<T> c = c_prev, h(rows * hidden), gates = gates_x, cells(rows * hidden);
-  kernels.lstm_step({.rows = rows,
-                     .hidden = hidden,
-                     .k = output,
-                     .panels = {0, kernels.panels(hidden, true)},
-                     .h_prev = h_prev.data(),
-                     .h_prev_stride = output,
-                     .c_prev = c.data(),
-                     .w_hh = {format, panels.data()},
-                     .gates_x = gates.data(),
-                     .c = c.data(),
-                     .h = h.data(),
-                     .h_stride = hidden,
-                     .gates = gates.data(),
-                     .cells = cells.data(),
-                     .scratch = scratch.data()});
-  // The gradient of h: dy and what the next step's gates ask for; of k = 0, dy alone.
-  const auto dy = normal<T>(rows * hidden), dc_next = normal<T>(rows * hidden);
-  const int64_t k = output % 2 == 0 ? 0 : 4 * hidden;
+  std::vector<T> c = before, h(rows * h_stride, T(7)), kept = inputs, saved(rows * hidden),
+                 masked(rows * hidden);
+  const int64_t count = kernels.panels(hidden, cell.gates);
+  for (const auto [begin, end] : {std::pair{int64_t{0}, count / 2}, std::pair{count / 2, count}})
+    kernels.of(kind).step({.rows = rows,
+                           .hidden = hidden,
+                           .k = output,
+                           .panels = {begin, end},
+                           .h_prev = h_prev.data(),
+                           .h_prev_stride = output,
+                           .before = cell.has_c ? c.data() : before.data(),
+                           .before_stride = before_stride,
+                           .resets = full ? resets.get() : nullptr,
+                           .w_hh = {format, panels.data()},
+                           .inputs = kept.data(),
+                           .inputs_stride = stride,
+                           .product_bias = biased ? bias.data() : nullptr,
+                           .c = cell.has_c ? c.data() : nullptr,
+                           .h = h.data(),
+                           .h_stride = h_stride,
+                           .mask = masks ? mask.data() : nullptr,
+                           .state_mask = masks ? state_mask.data() : nullptr,
+                           .masked = masked.data(),
+                           .gates = kept.data(),
+                           .gates_stride = stride,
+                           .saved = saved.data(),
+                           .scratch = scratch.data()});
+  // The gradient of h: dy and what the next step's products ask for; of k = 0, dy alone.
+  const auto dy = normal<T>(rows * hidden), dh_n = normal<T>(rows * hidden);
+  const auto carried_in = normal<T>(rows * hidden);
+  const int64_t k = output % 2 == 0 ? 0 : columns;
   const auto next = normal<T>(rows * k + 1);
   const Weight<T> plain(Format::kSame, k, hidden, false);
-  const auto plain_panels = plain.packed(kernels, k, hidden, false, false);
-  Doubles dh(rows * hidden);
+  const auto plain_panels = plain.packed(kernels, k, hidden, false);
+  std::vector<T> carried = carried_in, dinputs(rows * stride, T(7)), dproducts = dinputs;
+  const int64_t parts = kernels.panels(hidden);
+  for (const auto [begin, end] : {std::pair{int64_t{0}, parts / 2}, std::pair{parts / 2, parts}})
+    kernels.of(kind).step_backward(
+        {.rows = rows,
+         .hidden = hidden,
+         .k = k,
+         .panels = {begin, end},
+         .a = next.data(),
+         .a_stride = k,
+         .b = {Format::kSame, plain_panels.data()},
+         .resets = full ? resets.get() : nullptr,
+         .resets_after = full ? resets_after.get() : nullptr,
+         .dy = dy.data(),
+         .dh_n = full ? dh_n.data() : nullptr,
+         .mask = masks ? mask.data() : nullptr,
+         .state_mask = masks ? state_mask.data() : nullptr,
+         .gates = kept.data(),
+         .gates_stride = stride,
+         .saved = saved.data(),
+         .before = before.data(),
+         .before_stride = before_stride,
+         .y = h.data(),
+         .y_stride = h_stride,
+         .carried = carried.data(),
+         .dinputs = dinputs.data(),
+         .dproducts = kind == CellKind::kGru ? dproducts.data() : dinputs.data()});
+  const bool carries = kind != CellKind::kRnnTanh && kind != CellKind::kRnnRelu;
+  Doubles true_c(rows * hidden), true_h(rows * h_stride, 7),
+      true_saved = true_c, true_masked = true_c, true_carried = true_c,
+      true_dinputs(rows * stride, 7), true_dproducts = true_dinputs;
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t u = 0; u < hidden; ++u) {
-      double& sum = dh[r * hidden + u] = dy[r * hidden + u];
-      for (int64_t i = 0; i < k; ++i) sum += double(next[r * k + i]) * plain.values[i * hidden + u];
-    }
-  std::vector<T> dc = dc_next, dgates(rows * 4 * hidden);
-  kernels.lstm_step_backward({.rows = rows,
-                              .hidden = hidden,
-                              .k = k,
-                              .panels = {0, kernels.panels(hidden, false)},
-                              .a = next.data(),
-                              .a_stride = k,
-                              .b = {Format::kSame, plain_panels.data()},
-                              .dy = dy.data(),
-                              .gates = gates.data(),
-                              .cells = cells.data(),
-                              .c_prev = c_prev.data(),
-                              .dc = dc.data(),
-                              .dgates = dgates.data()});
-  Doubles true_c(rows * hidden), true_h = true_c, true_dc = true_c, true_dgates(rows * 4 * hidden);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t u = 0; u < hidden; ++u) {
-      double gate[4];
-      for (int64_t g = 0; g < 4; ++g) {
-        gate[g] = gates_x[r * 4 * hidden + g * hidden + u];
+    for (int64_t unit = 0; unit < hidden; ++unit) {
+      const int64_t at = r * hidden + unit;
+      Unit u{};
+      for (int64_t g = 0; g < gates; ++g) {
+        double product = 0;
         for (int64_t i = 0; i < output; ++i)
-          gate[g] += double(h_prev[r * output + i]) * w_hh.values[(g * hidden + u) * output + i];
-        gate[g] = g == 2 ? std::tanh(gate[g]) : sigmoid(gate[g]);
+          product += double(h_prev[r * output + i]) * w_hh.values[(g * hidden + unit) * output + i];
+        u.products[g] = resets[r] ? 0 : product;
+        u.inputs[g] = inputs[r * stride + g * hidden + unit];
       }
-      const auto [i, f, g, o] = gate;
-      const int64_t at = r * hidden + u;
-      const double tanh_c = std::tanh(true_c[at] = f * c_prev[at] + i * g);
-      true_h[at] = o * tanh_c;
-      const double d = dc_next[at] + dh[at] * o * (1 - tanh_c * tanh_c);
-      true_dc[at] = d * f;
-      const double by_gate[4] = {d * g * i * (1 - i), d * c_prev[at] * f * (1 - f),
-                                 d * i * (1 - g * g), dh[at] * tanh_c * o * (1 - o)};
-      for (int64_t k = 0; k < 4; ++k) true_dgates[r * 4 * hidden + k * hidden + u] = by_gate[k];
+      u.before = resets[r] ? 0 : double(before[r * before_stride + unit]);
+      u.bias = biased ? double(bias[unit]) : 0;
+      u.mask = masks ? double(mask[at]) : 1;
+      u.y = h[r * h_stride + unit];
+      step(kind, u);
+      true_h[r * h_stride + unit] = u.h.real();
+      true_c[at] = true_saved[at] = u.saved.real();
+      true_masked[at] = masks ? u.h.real() * state_mask[at] : 0;
+      double dh = 0;
+      for (int64_t i = 0; i < k && !resets_after[r]; ++i)
+        dh += double(next[r * k + i]) * plain.values[i * hidden + unit];
+      dh = dh * (masks ? double(state_mask[at]) : 1) + dy[at] + (full ? double(dh_n[at]) : 0);
+      if (carries && !cell.has_c) dh += carried_in[at];
+      const double dc = cell.has_c ? double(carried_in[at]) : 0;
+      for (int64_t g = 0; g < gates; ++g) {
+        const int64_t at_gate = r * stride + g * hidden + unit;
+        true_dinputs[at_gate] = derivative(kind, u, u.inputs[g], dh, dc);
+        true_dproducts[at_gate] = derivative(kind, u, u.products[g], dh, dc);
+      }
+      true_carried[at] = resets[r] ? 0 : derivative(kind, u, u.before, dh, dc);
     }
+  const std::string name(cell.name);
+  const auto check = [&](const char* what, const std::vector<T>& got, const Doubles& truth,
+                         double size) { expect((name + what).c_str(), got, truth, size); };
   const double size = size_of_error(format, output, 4 + std::sqrt(double(output)));
-  expect("lstm_step c", c, true_c, size);
-  expect("lstm_step h", h, true_h, size);
   const double size_back = size * (4 + 2 * std::sqrt(double(hidden)));
-  expect("lstm_step_backward dc", dc, true_dc, size_back);
-  expect("lstm_step_backward dgates", dgates, true_dgates, size_back);
+  check("_step h", h, true_h, size);
+  if (cell.has_c) check("_step c", c, true_c, size);
+  if (cell.saved_states && !cell.deep) check("_step saved", saved, true_saved, size);
+  if (masks) check("_step masked", masked, true_masked, 4 * size);
+  if (carries) check("_step_backward carried", carried, true_carried, size_back);
+  check("_step_backward dinputs", dinputs, true_dinputs, size_back);
+  if (kind == CellKind::kGru)
+    check("_step_backward dproducts", dproducts, true_dproducts, size_back);
 }
 
 template <typename T>
@@ -387,8 +496,11 @@ void test(const Kernels<T>& kernels) {
         if (format != Format::kSame && sizeof(T) > 4) continue;
         test_matmul(kernels, format, rows, 9, 5 * size, false);
         test_matmul(kernels, format, rows, 9, 5 * size, true);
-        test_lstm(kernels, format, rows, size, size);
-        test_lstm(kernels, format, rows, size, 6);
+        for (const CellSpec& cell : iss::kCells)
+          for (bool full : {false, true}) {
+            test_cell(kernels, cell, format, rows, size, size, full);
+            test_cell(kernels, cell, format, rows, size, 6, full);
+          }
       }
       test_transpose(kernels, 5 * rows, size);
     }
