@@ -18,6 +18,7 @@ namespace iss {
 
 #include "cells/gru-inl.h"
 #include "cells/lstm-inl.h"
+#include "cells/rhn-inl.h"
 #include "cells/rnn-inl.h"
 
 #ifdef __CUDACC__
@@ -39,6 +40,14 @@ struct CellOf<CellKind::kRnnTanh> {
 template <>
 struct CellOf<CellKind::kRnnRelu> {
   using type = RnnRelu;
+};
+template <>
+struct CellOf<CellKind::kRhn> {
+  using type = Rhn;
+};
+template <>
+struct CellOf<CellKind::kRhnCarry> {
+  using type = RhnCarry;
 };
 
 // Whether `before` of the equations is h (GRU), of which then a gradient goes back beside that of

@@ -92,22 +92,31 @@ struct ResidentBackwardArgs {
 template <typename T>
 struct PointwiseForwardArgs {
   int64_t rows, hidden;
-  const T* products;      // [n, G H] h @ w_hh.T
-  const T* inputs;        // [n, G H]
+  const T* products;  // [n, G H] h @ w_hh.T
+  const T* inputs;    // [n, G H], inputs_stride elements from row to row
+  int64_t inputs_stride;
   const T* product_bias;  // [H] or nullptr
   const bool* cuts;       // [n] or nullptr
   const T* h_before;      // [n, H]
   Wide<T>* c;             // [n, H] moves on in place
   T* h;                   // [n, H]
-  Wide<T>* gates;         // [n, saved_gates * H]; nullptr when not training
-  Wide<T>* saved;         // [n, H]; nullptr when not training
+  Wide<T>* gates;         // [n, saved_gates * H], gates_stride; nullptr when not training
+  int64_t gates_stride;
+  Wide<T>* saved;  // [n, H]; nullptr when not training
+  // kMasked, [n, H], each nullptr where it has no use: the masks of candidates and of the states
+  // before products; h times the latter; h once more, states_stride elements from row to row.
+  const T *mask = nullptr, *state_mask = nullptr;
+  T* masked = nullptr;
+  Wide<T>* states = nullptr;
+  int64_t states_stride = 0;
 };
 
 template <typename T>
 struct PointwiseBackwardArgs {
   int64_t rows, hidden;
   const T* dh;              // [n, H] whole gradient of h_t, but for `carried` of a GRU
-  const Wide<T>* gates;     // [n, saved_gates * H]
+  const Wide<T>* gates;     // [n, saved_gates * H], gates_stride
+  int64_t gates_stride;     // also of dinputs and dproducts
   const Wide<T>* saved;     // [n, H]
   const Wide<T>* c_before;  // [n, H]
   const T* h_before;        // [n, H]
@@ -117,6 +126,12 @@ struct PointwiseBackwardArgs {
                      // comes as that of step t and goes as that of step t - 1
   T* dinputs;        // [n, G H]
   T* dproducts;      // [n, G H]; nullptr where they are dinputs
+  // kMasked, [n, H], each nullptr where there is none: as in forward, where `states` are of the
+  // micro-step before, in the place of h_before; what the products that follow add to dh, which may
+  // be nullptr, once it is times state_mask.
+  const T *mask = nullptr, *state_mask = nullptr, *through = nullptr;
+  const Wide<T>* states = nullptr;
+  int64_t states_stride = 0;
 };
 
 // A whole step in one launch, of a stream or of a sequence that has no other: w_ih takes x and w_hh
@@ -147,8 +162,9 @@ struct SingleStepArgs {
   Wide<T>* gates = nullptr;           // [B, saved_gates * H]
 };
 
-// Each returns 0 or a cudaError_t; instances for every cell (lstm.cu, gru.cu, rnn.cu) and float,
-// double, Bfloat16 and Float16, the single step also for T = float with W = Float16 or Bfloat16.
+// Each returns 0 or a cudaError_t; instances for every cell (lstm.cu, gru.cu, ...; of deep ones the
+// pointwise kernels alone) and float, double, Bfloat16 and Float16, the single step also for T =
+// float with W = Float16 or Bfloat16.
 template <CellKind cell, typename T>
 int launch_resident_forward(const LayerPlan& plan, const ResidentForwardArgs<T>& args,
                             CudaStream stream);
@@ -169,22 +185,32 @@ template <CellKind cell, typename T>
 bool can_launch_resident_backward(const LayerPlan& plan);
 
 // f(the cell's kind as a type that has it for a value): with_cell(kind, [&](auto cell) { return
-// launch_pointwise_forward<cell()>(args, stream); }).
+// launch_pointwise_forward<cell()>(args, stream); }). Not for deep cells, which have no resident
+// kernels and no single step.
 template <typename F>
 auto with_cell(CellKind kind, F f) {
   switch (kind) {
-    case CellKind::kLstm:
-    case CellKind::kRhn:  // has no kernels here: host files refuse it
-    case CellKind::kRhnCarry:
-      break;
     case CellKind::kGru:
       return f(std::integral_constant<CellKind, CellKind::kGru>{});
     case CellKind::kRnnTanh:
       return f(std::integral_constant<CellKind, CellKind::kRnnTanh>{});
     case CellKind::kRnnRelu:
       return f(std::integral_constant<CellKind, CellKind::kRnnRelu>{});
+    default:
+      return f(std::integral_constant<CellKind, CellKind::kLstm>{});
   }
-  return f(std::integral_constant<CellKind, CellKind::kLstm>{});
+}
+// The same, of all cells.
+template <typename F>
+auto with_any_cell(CellKind kind, F f) {
+  switch (kind) {
+    case CellKind::kRhn:
+      return f(std::integral_constant<CellKind, CellKind::kRhn>{});
+    case CellKind::kRhnCarry:
+      return f(std::integral_constant<CellKind, CellKind::kRhnCarry>{});
+    default:
+      return with_cell(kind, f);
+  }
 }
 
 // Clusters of so many blocks that the current device holds at once, where each block takes

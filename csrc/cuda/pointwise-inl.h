@@ -62,14 +62,22 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   const int64_t at_unit = at.row * hidden + at.unit, at_gate = at.row * kGates * hidden + at.unit;
   const bool cut = args.cuts && args.cuts[at.row];
   V gates[kGates][N], inputs[kGates][N], before[N] = {}, bias[N] = {}, saved[N], h[N];
+  V state_mask[N] = {};
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
     read(args.products + at_gate + g * hidden, gates[g]);
-    read(args.inputs + at_gate + g * hidden, inputs[g]);
+    read(args.inputs + at.row * args.inputs_stride + at.unit + g * hidden, inputs[g]);
   }
   if constexpr (Cell::kHasC) read(args.c + at_unit, before);
   if constexpr (needs_h<Cell>) read(args.h_before + at_unit, before);
   if (Cell::kProductBias && args.product_bias) read(args.product_bias + at.unit, bias);
+  if constexpr (Cell::kMasked) {
+    if (args.mask)
+      read(args.mask + at_unit, bias);
+    else
+      for (V& of_unit : bias) of_unit = V(1);
+    if (args.state_mask) read(args.state_mask + at_unit, state_mask);
+  }
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     V of_unit[kGates], input[kGates];
@@ -86,9 +94,17 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   write(h, args.h + at_unit);
   if (Cell::kSavedGates > 0 && args.gates) {
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) write(gates[g], args.gates + at_gate + g * hidden);
+    for (int g = 0; g < kGates; ++g)
+      write(gates[g], args.gates + at.row * args.gates_stride + at.unit + g * hidden);
   }
   if (Cell::kSavedState && args.saved) write(saved, args.saved + at_unit);
+  if constexpr (Cell::kMasked) {
+    if (args.states) write(h, args.states + at.row * args.states_stride + at.unit);
+    if (!args.state_mask) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) h[k] *= state_mask[k];
+    write(h, args.masked + at_unit);
+  }
 }
 
 template <typename Cell, typename T, int N>
@@ -99,21 +115,37 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   const int64_t hidden = args.hidden;
   const Place at(hidden, N);
   if (at.row >= args.rows) return;
-  const int64_t at_unit = at.row * hidden + at.unit, at_gate = at.row * kGates * hidden + at.unit;
+  const int64_t at_unit = at.row * hidden + at.unit, at_gate = at.row * args.gates_stride + at.unit;
   const bool cut = args.cuts && args.cuts[at.row];
   // gates: then the gradients of inputs.
   V gates[kGates][N] = {}, dproducts[kGates][N], saved[N] = {}, before[N] = {}, y[N] = {};
-  V dh[N], carried[N] = {};
+  V dh[N] = {}, carried[N] = {};
   if constexpr (Cell::kSavedGates > 0) {
 #pragma unroll
     for (int g = 0; g < kGates; ++g) read(args.gates + at_gate + g * hidden, gates[g]);
   }
   if constexpr (Cell::kSavedState) read(args.saved + at_unit, saved);
   if constexpr (Cell::kHasC) read(args.c_before + at_unit, before);
-  if constexpr (needs_h<Cell>) read(args.h_before + at_unit, before);
+  if constexpr (needs_h<Cell>) {
+    if (Cell::kMasked && args.states)
+      read(args.states + at.row * args.states_stride + at.unit, before);
+    else
+      read(args.h_before + at_unit, before);
+  }
   if constexpr (needs_y<Cell>) read(args.y + at_unit, y);
   if constexpr (Cell::kCarries) read(args.carried + at_unit, carried);
-  read(args.dh + at_unit, dh);
+  if (!Cell::kMasked || args.dh) read(args.dh + at_unit, dh);
+  if constexpr (Cell::kMasked) {
+    V state_mask[N] = {}, through[N] = {};
+    if (args.mask)
+      read(args.mask + at_unit, saved);
+    else
+      for (V& of_unit : saved) of_unit = V(1);
+    if (args.through) read(args.through + at_unit, through);
+    if (args.state_mask) read(args.state_mask + at_unit, state_mask);
+#pragma unroll
+    for (int k = 0; k < N; ++k) dh[k] += args.state_mask ? through[k] * state_mask[k] : through[k];
+  }
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     V of_unit[kGates], dinput[kGates], dproduct[kGates], dbefore = 0;
@@ -156,9 +188,10 @@ template <CellKind cell, typename T>
 int launch_pointwise_forward(const PointwiseForwardArgs<T>& args, CudaStream stream) {
   using Cell = typename CellOf<cell>::type;
   constexpr int kUnits = Chunk<T>::kSize;
-  const bool whole = args.hidden % kUnits == 0 &&
-                     all_aligned(args.products, args.inputs, args.product_bias, args.h_before,
-                                 args.c, args.h, args.gates, args.saved);
+  const bool whole =
+      args.hidden % kUnits == 0 &&
+      all_aligned(args.products, args.inputs, args.product_bias, args.h_before, args.c, args.h,
+                  args.gates, args.saved, args.mask, args.state_mask, args.masked, args.states);
   return whole ? launch(&pointwise_forward<Cell, T, kUnits>, args, kUnits, stream)
                : launch(&pointwise_forward<Cell, T, 1>, args, 1, stream);
 }
@@ -169,7 +202,8 @@ int launch_pointwise_backward(const PointwiseBackwardArgs<T>& args, CudaStream s
   constexpr int kUnits = Chunk<T>::kSize;
   const bool whole = args.hidden % kUnits == 0 &&
                      all_aligned(args.dh, args.gates, args.saved, args.c_before, args.h_before,
-                                 args.y, args.carried, args.dinputs, args.dproducts);
+                                 args.y, args.carried, args.dinputs, args.dproducts, args.mask,
+                                 args.state_mask, args.through, args.states);
   return whole ? launch(&pointwise_backward<Cell, T, kUnits>, args, kUnits, stream)
                : launch(&pointwise_backward<Cell, T, 1>, args, 1, stream);
 }

@@ -27,14 +27,6 @@
 namespace iss {
 namespace {
 
-// As check_cell, of the cells that there are CUDA kernels for.
-std::pair<const CellSpec&, std::string> check_cuda_cell(std::string_view name, const char* what) {
-  const auto [cell, op] = check_cell(name, what);
-  TORCH_CHECK(!cell.deep, op, ": expected tensors on the CPU, since ", name,
-              " has no CUDA kernels, got CUDA");
-  return {cell, op};
-}
-
 constexpr auto kContiguous = at::MemoryFormat::Contiguous;
 
 // nullptr of a tensor that is undefined or empty, which a kernel has no use for.
@@ -76,7 +68,7 @@ LayerPlan plan_for(const CellSpec& cell, int64_t hidden, const Sequence& sequenc
                                 .math = math_of(like.scalar_type()),
                                 .backward = backward,
                                 .steps = sequence.steps};
-  if (sequence.rows == 0)
+  if (sequence.rows == 0 || cell.deep)
     return {.tier = Tier::kSteps, .math = problem.math, .backward = backward, .gates = cell.gates};
   DeviceLimits limits = device_limits(like.device());
   LayerPlan plan = plan_layer(problem, limits);
@@ -192,9 +184,12 @@ Tensor with_adjacent_columns(const Tensor& t) { return t.stride(1) == 1 ? t : t.
 
 Tensor contiguous_or_none(const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); }
 
-// Both biases, but for the part of b_hh that joins a product (product_bias).
-Tensor input_bias(const CellSpec& cell, const OptionalTensor& b_ih, const OptionalTensor& b_hh) {
+// Both biases, but for the part of b_hh that joins a product (product_bias). first: G H, as many of
+// a deep cell's b_hh as join the input.
+Tensor input_bias(const CellSpec& cell, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                  int64_t first) {
   if (!b_hh) return b_ih ? *b_ih : Tensor();
+  if (cell.deep) return b_ih ? *b_ih + b_hh->narrow(0, 0, first) : b_hh->narrow(0, 0, first);
   Tensor of_products = *b_hh;
   if (cell.bias_parts) {
     const int64_t hidden = b_hh->size(0) / cell.gates;
@@ -203,7 +198,8 @@ Tensor input_bias(const CellSpec& cell, const OptionalTensor& b_ih, const Option
   }
   return b_ih ? *b_ih + of_products : of_products;
 }
-Tensor product_bias(const CellSpec& cell, const OptionalTensor& b_hh) {
+Tensor product_bias(const CellSpec& cell, const OptionalTensor& b_hh, int64_t first) {
+  if (cell.deep && b_hh) return b_hh->narrow(0, first, b_hh->size(0) - first).contiguous();
   if (!cell.bias_parts || !b_hh) return {};
   const int64_t hidden = b_hh->size(0) / cell.gates;
   return b_hh->narrow(0, (cell.gates - 1) * hidden, hidden).contiguous();
@@ -213,7 +209,8 @@ Tensor product_bias(const CellSpec& cell, const OptionalTensor& b_hh) {
 struct ForwardTensors {
   const CellSpec& cell;
   const char* op;
-  Tensor cuts, h0, c0, w_hh, w_hr;
+  int64_t depth;
+  Tensor cuts, h0, c0, w_hh, w_hr, masks;
   Tensor y, h_n, c_n, gates, saved;  // results
 };
 
@@ -243,46 +240,76 @@ void forward_one_step(const ForwardTensors& f, const Tensor& x, const Tensor& w_
   }
 }
 
-// Tier::kSteps. inputs [N, G H]; c [B, H] in Wide<T>: c0 in, c_n out.
+// The masks of `rows` rows of the batch: of states (0) or candidates (1). Undefined without.
+Tensor mask_of(const Tensor& masks, int64_t which, int64_t batch_row, int64_t rows) {
+  return masks.defined() ? masks.select(0, which).narrow(0, batch_row, rows) : Tensor();
+}
+
+// Tier::kSteps. inputs [N, G H]; bias: product_bias; c [B, H] in Wide<T>: c0 in, c_n out.
 template <typename T>
 void forward_by_steps(const ForwardTensors& f, const Sequence& sequence, const Tensor& inputs,
                       const Tensor& bias, const Tensor& c, bool reverse) {
-  const int64_t output = f.h0.size(1), rows_of_w = f.w_hh.size(0),
-                hidden = rows_of_w / f.cell.gates;
+  const int64_t depth = f.depth, rows_of_w = f.w_hh.size(0) / depth,
+                hidden = rows_of_w / f.cell.gates, states_kept = (depth - 1) * hidden;
   const Tensor by_gate = f.w_hh.t();
-  const Tensor products = at::empty({sequence.batch, rows_of_w}, inputs.options());
-  const Tensor cell_out =
-      f.w_hr.defined() ? at::empty({sequence.batch, hidden}, inputs.options()) : Tensor();
+  const auto for_batch = [&](bool needed, int64_t width) {
+    return needed ? at::empty({sequence.batch, width}, inputs.options()) : Tensor();
+  };
+  const Tensor products = for_batch(true, rows_of_w), masked = for_batch(f.masks.defined(), hidden);
+  // What a projection, or a micro-step that is not the last, takes.
+  const Tensor inner = for_batch(f.w_hr.defined() || depth > 1, hidden);
+  const Tensor no_bias =
+      depth > 1 && !bias.defined() ? at::zeros({rows_of_w}, inputs.options()) : Tensor();
+  const auto micro_step = [&](int64_t d, int64_t batch_row, int64_t rows, int64_t row,
+                              const Tensor& before) {
+    const Tensor mask = mask_of(f.masks, 0, batch_row, rows);
+    const Tensor operand = !mask.defined() ? before
+                           : d == 0        ? before * mask
+                                           : masked.narrow(0, batch_row, rows);
+    Tensor of_rows = products.narrow(0, batch_row, rows);
+    at::mm_out(of_rows, operand, by_gate.narrow(1, d * rows_of_w, rows_of_w));
+    const bool last = d == depth - 1;
+    const Tensor h =
+        f.w_hr.defined() || !last ? inner.narrow(0, batch_row, rows) : f.y.narrow(0, row, rows);
+    PointwiseForwardArgs<T> args = {
+        .rows = rows,
+        .hidden = hidden,
+        .products = data<T>(of_rows),
+        .inputs = d == 0           ? data<T>(inputs, row * rows_of_w)
+                  : bias.defined() ? data<T>(bias, (d - 1) * rows_of_w)
+                                   : data<T>(no_bias),
+        .inputs_stride = d == 0 ? rows_of_w : 0,
+        .product_bias = data<T>(bias),
+        .cuts = d == 0 ? data<bool>(f.cuts, row) : nullptr,
+        .h_before = data<T>(before),
+        .c = data<Wide<T>>(c, batch_row * hidden),
+        .h = data<T>(h),
+        .gates = data<Wide<T>>(f.gates, (row * depth + d) * rows_of_w),
+        .gates_stride = depth * rows_of_w,
+        .saved = f.cell.deep ? nullptr : data<Wide<T>>(f.saved, row * hidden),
+        .mask = data<T>(mask_of(f.masks, 1, batch_row, rows)),
+        .state_mask = data<T>(mask),
+        .masked = data<T>(masked, batch_row * hidden)};
+    if (!last) args.states = data<Wide<T>>(f.saved, row * states_kept + d * hidden);
+    args.states_stride = states_kept;
+    check_launch(f.op, with_any_cell(f.cell.kind, [&](auto kind) {
+                   return launch_pointwise_forward<kind()>(args, current_stream(inputs));
+                 }));
+    return h;
+  };
   for (int64_t k = 0; k < sequence.steps; ++k) {
     const int64_t now = sequence.step(k, reverse);
     const int64_t first = sequence.offsets[now], running = sequence.sizes[now];
-    sequence.each_piece(
-        k, reverse, 0, sequence.batch,
-        [&](int64_t batch_row, int64_t rows, int64_t row, int64_t previous) {
-          const Tensor before =
-              previous < 0 ? f.h0.narrow(0, batch_row, rows) : f.y.narrow(0, previous, rows);
-          Tensor of_rows = products.narrow(0, batch_row, rows);
-          at::mm_out(of_rows, before, by_gate);
-          const PointwiseForwardArgs<T> args = {.rows = rows,
-                                                .hidden = hidden,
-                                                .products = data<T>(of_rows),
-                                                .inputs = data<T>(inputs, row * rows_of_w),
-                                                .product_bias = data<T>(bias),
-                                                .cuts = data<bool>(f.cuts, row),
-                                                .h_before = data<T>(before),
-                                                .c = data<Wide<T>>(c, batch_row * hidden),
-                                                .h = f.w_hr.defined()
-                                                         ? data<T>(cell_out, batch_row * hidden)
-                                                         : data<T>(f.y, row * output),
-                                                .gates = data<Wide<T>>(f.gates, row * rows_of_w),
-                                                .saved = data<Wide<T>>(f.saved, row * hidden)};
-          check_launch(f.op, with_cell(f.cell.kind, [&](auto kind) {
-                         return launch_pointwise_forward<kind()>(args, current_stream(inputs));
-                       }));
-        });
+    sequence.each_piece(k, reverse, 0, sequence.batch,
+                        [&](int64_t batch_row, int64_t rows, int64_t row, int64_t previous) {
+                          Tensor state = previous < 0 ? f.h0.narrow(0, batch_row, rows)
+                                                      : f.y.narrow(0, previous, rows);
+                          for (int64_t d = 0; d < depth; ++d)
+                            state = micro_step(d, batch_row, rows, row, state);
+                        });
     if (f.w_hr.defined()) {
       Tensor to = f.y.narrow(0, first, running);
-      at::mm_out(to, cell_out.narrow(0, 0, running), f.w_hr.t());
+      at::mm_out(to, inner.narrow(0, 0, running), f.w_hr.t());
     }
     // Rows that run no further.
     const int64_t next = k + 1 < sequence.steps ? sequence.sizes[sequence.step(k + 1, reverse)] : 0;
@@ -291,14 +318,20 @@ void forward_by_steps(const ForwardTensors& f, const Sequence& sequence, const T
   }
 }
 
-// The arguments of a backward in the same way. dinputs and dproducts [N, G H] are one tensor where
-// the cell does not tell the gradients of inputs from those of products.
+// The arguments of a backward in the same way. dinputs and dproducts [N, D G H] are one tensor
+// where the cell does not tell the gradients of inputs from those of (the first) products.
 struct BackwardTensors {
   const CellSpec& cell;
   const char* op;
-  Tensor cuts, h0, c0, w_hh, w_hr, y, gates, saved;
+  int64_t depth;
+  Tensor cuts, h0, c0, w_hh, w_hr, masks, y, gates, saved;
   Tensor dinputs, dproducts;  // results
 };
+
+// Those of micro-step d of the gradients of products.
+Tensor micro_step_of(const Tensor& dproducts, int64_t d, int64_t rows_of_w) {
+  return dproducts.narrow(1, d * rows_of_w, rows_of_w);
+}
 
 // Tier::kSteps. carried [B, H] (in Wide<T>): the gradient of c_n in, of c0 out; of a GRU zeros in,
 // out what dh0 has beside the products' part. douts [N, P]: the gradient of y in, with what comes
@@ -307,10 +340,13 @@ template <typename T>
 void backward_by_steps(const BackwardTensors& b, const Sequence& sequence, const Tensor& dh_n,
                        const Tensor& douts, const Tensor& dh0, const Tensor& carried, bool reverse,
                        bool need_dh0) {
-  const int64_t output = dh0.size(1), rows_of_w = b.w_hh.size(0), hidden = rows_of_w / b.cell.gates;
+  const int64_t output = dh0.size(1), depth = b.depth, rows_of_w = b.w_hh.size(0) / depth,
+                hidden = rows_of_w / b.cell.gates, states_kept = (depth - 1) * hidden;
   const Tensor c_first = b.c0.defined() ? b.c0.to(wide_type(b.c0.scalar_type())) : Tensor();
   const Tensor dcell =
       b.w_hr.defined() ? at::empty({sequence.batch, hidden}, dh0.options()) : Tensor();
+  const Tensor through_next =
+      b.cell.deep ? at::empty({sequence.batch, hidden}, dh0.options()) : Tensor();
   for (int64_t k = sequence.steps - 1; k >= 0; --k) {
     const int64_t now = sequence.step(k, reverse);
     const int64_t first = sequence.offsets[now], running = sequence.sizes[now];
@@ -325,35 +361,84 @@ void backward_by_steps(const BackwardTensors& b, const Sequence& sequence, const
     sequence.each_piece(
         k, reverse, 0, sequence.batch,
         [&](int64_t batch_row, int64_t rows, int64_t row, int64_t previous) {
-          const PointwiseBackwardArgs<T> args = {
-              .rows = rows,
-              .hidden = hidden,
-              .dh = b.w_hr.defined() ? data<T>(dcell, batch_row * hidden)
-                                     : data<T>(douts, row * output),
-              .gates = data<Wide<T>>(b.gates, row * rows_of_w),
-              .saved = data<Wide<T>>(b.saved, row * hidden),
-              .c_before = previous < 0 ? data<Wide<T>>(c_first, batch_row * hidden)
-                                       : data<Wide<T>>(b.saved, previous * hidden),
-              .h_before = previous < 0 ? data<T>(b.h0, batch_row * output)
-                                       : data<T>(b.y, previous * output),
-              .y = data<T>(b.y, row * output),
-              .cuts = data<bool>(b.cuts, row),
-              .carried = data<Wide<T>>(carried, batch_row * hidden),
-              .dinputs = data<T>(b.dinputs, row * rows_of_w),
-              .dproducts = data<T>(b.dproducts, row * rows_of_w)};
-          check_launch(b.op, with_cell(b.cell.kind, [&](auto kind) {
-                         return launch_pointwise_backward<kind()>(args, current_stream(douts));
-                       }));
-          const Tensor of_rows = cut(b.dproducts.narrow(0, row, rows),
+          const Tensor mask = mask_of(b.masks, 0, batch_row, rows);
+          Tensor through = b.cell.deep ? through_next.narrow(0, batch_row, rows) : Tensor();
+          for (int64_t d = depth - 1; d >= 0; --d) {
+            const bool last = d == depth - 1;
+            const int64_t at_gate = (row * depth + d) * rows_of_w;
+            PointwiseBackwardArgs<T> args = {
+                .rows = rows,
+                .hidden = hidden,
+                .dh = !last              ? nullptr
+                      : b.w_hr.defined() ? data<T>(dcell, batch_row * hidden)
+                                         : data<T>(douts, row * output),
+                .gates = data<Wide<T>>(b.gates, row * b.gates.size(1) + d * rows_of_w),
+                .gates_stride = depth * rows_of_w,
+                .saved = b.cell.deep ? nullptr : data<Wide<T>>(b.saved, row * hidden),
+                .c_before = b.cell.deep    ? nullptr
+                            : previous < 0 ? data<Wide<T>>(c_first, batch_row * hidden)
+                                           : data<Wide<T>>(b.saved, previous * hidden),
+                .h_before = previous < 0 ? data<T>(b.h0, batch_row * output)
+                                         : data<T>(b.y, previous * output),
+                .y = data<T>(b.y, row * output),
+                .cuts = d == 0 ? data<bool>(b.cuts, row) : nullptr,
+                .carried = data<Wide<T>>(carried, batch_row * hidden),
+                .dinputs = data<T>(b.dinputs, at_gate),
+                .dproducts = data<T>(b.dproducts, at_gate),
+                .mask = data<T>(mask_of(b.masks, 1, batch_row, rows)),
+                .state_mask = data<T>(mask),
+                .through = last ? nullptr : data<T>(through)};
+            if (d > 0) args.states = data<Wide<T>>(b.saved, row * states_kept + (d - 1) * hidden);
+            args.states_stride = states_kept;
+            check_launch(b.op, with_any_cell(b.cell.kind, [&](auto kind) {
+                           return launch_pointwise_backward<kind()>(args, current_stream(douts));
+                         }));
+            if (d > 0)
+              at::mm_out(through, micro_step_of(b.dproducts, d, rows_of_w).narrow(0, row, rows),
+                         b.w_hh.narrow(0, d * rows_of_w, rows_of_w));
+          }
+          const Tensor of_rows = cut(micro_step_of(b.dproducts, 0, rows_of_w).narrow(0, row, rows),
                                      b.cuts.defined() ? b.cuts.narrow(0, row, rows) : Tensor());
-          if (previous >= 0) {
-            douts.narrow(0, previous, rows).addmm_(of_rows, b.w_hh);
+          const Tensor w_hh = b.w_hh.narrow(0, 0, rows_of_w);
+          if (previous >= 0 && mask.defined()) {
+            at::mm_out(through, of_rows, w_hh);
+            douts.narrow(0, previous, rows).add_(through * mask);
+          } else if (previous >= 0) {
+            douts.narrow(0, previous, rows).addmm_(of_rows, w_hh);
           } else if (need_dh0) {
             Tensor to = dh0.narrow(0, batch_row, rows);
-            at::mm_out(to, of_rows, b.w_hh);
+            at::mm_out(to, of_rows, w_hh);
+            if (mask.defined()) to.mul_(mask);
           }
         });
   }
+}
+
+// The masks of states [B, H] for each row of N.
+Tensor masks_of_rows(const Sequence& sequence, bool padded, const Tensor& mask) {
+  if (padded) return mask.repeat({sequence.steps, 1});
+  const Tensor index = at::empty({sequence.rows}, at::kLong);
+  int64_t* const to = index.mutable_data_ptr<int64_t>();
+  for (int64_t t = 0; t < sequence.steps; ++t)
+    for (int64_t b = 0; b < sequence.sizes[t]; ++b) to[sequence.offsets[t] + b] = b;
+  return mask.index_select(0, to_device(index, mask));
+}
+
+// [D G H, P]; before: what the first products multiplied but for masks, [N, P].
+Tensor w_hh_gradient(const BackwardTensors& b, const Sequence& sequence, bool padded,
+                     const Tensor& before) {
+  if (!b.cell.deep) return at::mm(b.dproducts.t(), before);
+  const int64_t rows_of_w = b.w_hh.size(0) / b.depth, hidden = before.size(1);
+  const Tensor result = at::empty_like(b.w_hh);
+  const Tensor mask =
+      b.masks.defined() ? masks_of_rows(sequence, padded, b.masks.select(0, 0)) : Tensor();
+  for (int64_t d = 0; d < b.depth; ++d) {
+    Tensor state = d == 0 ? before : b.saved.narrow(1, (d - 1) * hidden, hidden).to(before.dtype());
+    if (mask.defined()) state = state * mask;
+    Tensor to = result.narrow(0, d * rows_of_w, rows_of_w);
+    at::mm_out(to, micro_step_of(b.dproducts, d, rows_of_w).t(), state);
+  }
+  return result;
 }
 
 ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
@@ -364,11 +449,12 @@ ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
                                      const OptionalTensor& b_hh, const OptionalTensor& w_hr,
                                      const OptionalTensor& masks, bool reverse, bool save) {
   const NoAutocast no_autocast;
-  const auto [cell, op] = check_cuda_cell(name, "forward");
+  const auto [cell, op] = check_cell(name, "forward");
   check_recurrent(op.c_str(), cell,
                   {name, x, batch_sizes, resets, h_0, c_0, w_ih, w_hh, b_ih, b_hh, w_hr, masks});
   const DeviceGuard guard(x.device());
-  const int64_t hidden = w_hh.size(0) / cell.gates, output = h_0.size(1);
+  const int64_t hidden = w_ih.size(0) / cell.gates, output = h_0.size(1);
+  const int64_t depth = depth_of(cell, w_hh, hidden);
   const Sequence sequence = sequence_of(x, batch_sizes, h_0.size(0));
 
   const auto dtype = x.scalar_type(), wide = wide_type(dtype);
@@ -377,8 +463,10 @@ ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
   y_shape.back() = output;
   const Tensor y = at::empty(y_shape, options);
   const int64_t saved_rows = save ? sequence.rows : 0;
-  const Tensor gates = at::empty({saved_rows, cell.saved_gates * hidden}, options.dtype(wide));
-  const Tensor saved = at::empty({saved_rows, cell.saved_states * hidden}, options.dtype(wide));
+  const Tensor gates =
+      at::empty({saved_rows, cell.gates_kept(depth) * hidden}, options.dtype(wide));
+  const Tensor saved =
+      at::empty({saved_rows, cell.states_kept(depth) * hidden}, options.dtype(wide));
   if (sequence.rows == 0)
     return {y, copied(h_0, dtype), c_0 ? copied(*c_0, dtype) : at::empty({0}, options), gates,
             saved};
@@ -386,11 +474,13 @@ ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
   const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
   ForwardTensors f = {.cell = cell,
                       .op = op.c_str(),
+                      .depth = depth,
                       .cuts = cuts_of(sequence, batch_sizes, resets, reverse),
                       .h0 = h_0.contiguous(),
                       .c0 = contiguous_or_none(c_0),
                       .w_hh = w_hh.contiguous(),
                       .w_hr = w_hr.value_or(Tensor()),
+                      .masks = contiguous_or_none(masks),
                       .y = y.view({sequence.rows, output}),
                       .h_n = at::empty({sequence.batch, output}, options),
                       .c_n = at::empty({cell.has_c ? sequence.batch : 0, hidden}, options),
@@ -400,7 +490,8 @@ ForwardResult recurrent_forward_cuda(std::string_view name, const Tensor& x,
     using T = KernelType<scalar_t>;
     const LayerPlan plan = plan_for<T>(cell, hidden, sequence, x, w_hr.has_value(), false);
     if (plan.tier == Tier::kOneStep) return forward_one_step<T>(f, rows, w_ih, b_ih, b_hh);
-    const Tensor bias = input_bias(cell, b_ih, b_hh), bias_of_product = product_bias(cell, b_hh);
+    const Tensor bias = input_bias(cell, b_ih, b_hh, w_ih.size(0));
+    const Tensor bias_of_product = product_bias(cell, b_hh, w_ih.size(0));
     const Tensor inputs = bias.defined() ? at::addmm(bias, rows, w_ih.t()) : at::mm(rows, w_ih.t());
     if (plan.tier == Tier::kSteps) {
       const Tensor c = cell.has_c ? copied(f.c0, wide) : Tensor();
@@ -439,31 +530,36 @@ BackwardResult recurrent_backward_cuda(
     const OptionalTensor& masks, const Tensor& y, const Tensor& gates, const Tensor& saved,
     bool reverse, bool need_dx, bool need_dh0, bool need_dw) {
   const NoAutocast no_autocast;
-  const auto [cell, op] = check_cuda_cell(name, "backward");
+  const auto [cell, op] = check_cell(name, "backward");
   const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
   check_recurrent(op.c_str(), cell, inputs);
   check_recurrent_backward(op.c_str(), cell, inputs, y, gates, saved, dy, dh_n, dc_n);
   const DeviceGuard guard(x.device());
-  const int64_t hidden = w_hh.size(0) / cell.gates, output = h0.size(1);
+  const int64_t hidden = w_ih.size(0) / cell.gates, output = h0.size(1);
+  const int64_t depth = depth_of(cell, w_hh, hidden);
   const Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
 
   const auto dtype = x.scalar_type(), wide = wide_type(dtype);
   const auto options = x.options();
   const auto none = [&] { return at::empty({0}, options); };
   const Tensor rows = x.reshape({sequence.rows, x.size(-1)});
-  const Tensor dinputs = at::empty({sequence.rows, w_hh.size(0)}, options);
+  const bool split = cell.bias_parts && !cell.deep;
+  const Tensor dgates = at::empty({sequence.rows, w_hh.size(0)}, options);
+  const Tensor dinputs = micro_step_of(dgates, 0, w_ih.size(0));
   const BackwardTensors b = {.cell = cell,
                              .op = op.c_str(),
+                             .depth = depth,
                              .cuts = cuts_of(sequence, batch_sizes, resets, reverse),
                              .h0 = h0.contiguous(),
                              .c0 = contiguous_or_none(c0),
                              .w_hh = w_hh.contiguous(),
                              .w_hr = w_hr.value_or(Tensor()),
+                             .masks = contiguous_or_none(masks),
                              .y = y.reshape({sequence.rows, output}).contiguous(),
                              .gates = gates.contiguous(),
                              .saved = saved.contiguous(),
-                             .dinputs = dinputs,
-                             .dproducts = cell.bias_parts ? at::empty_like(dinputs) : dinputs};
+                             .dinputs = dgates,
+                             .dproducts = split ? at::empty_like(dgates) : dgates};
   Tensor douts = dy.reshape({sequence.rows, output}), dh, dc;
   ISS_DISPATCH(dtype, "recurrent_backward", [&] {
     using T = KernelType<scalar_t>;
@@ -519,7 +615,7 @@ BackwardResult recurrent_backward_cuda(
           dh,
           dc,
           at::mm(dinputs.t(), rows),
-          at::mm(b.dproducts.t(), before),
+          w_hh_gradient(b, sequence, !batch_sizes, before),
           dinputs.sum(0),
           cell.bias_parts ? b.dproducts.sum(0) : none(),
           dw_hr};
@@ -542,7 +638,8 @@ void recurrent_step_cuda_(std::string_view name, const Tensor& x, const Tensor& 
                           const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
                           const OptionalTensor& b_ih, const OptionalTensor& b_hh,
                           const Tensor& out) {
-  const auto [cell, op] = check_cuda_cell(name, "step_");
+  const auto [cell, op] = check_cell(name, "step_");
+  TORCH_CHECK(!cell.deep, op, ": expected a cell of one micro-step, got ", name);
   check_recurrent_step(op.c_str(), cell, x, h, c, w_ih, w_hh, b_ih, b_hh, out,
                        wide_type(x.scalar_type()));
   const DeviceGuard guard(x.device());
