@@ -148,8 +148,8 @@ def explain_plan(
         return CpuPlan(**found)
     if of.deep:
         raise ValueError(
-            f"explain_plan: expected device to be cpu for {cell}, which has no CUDA "
-            f"kernels, got {device!r}"
+            f"explain_plan: expected device to be cpu for {cell}, which takes a GEMM and a kernel "
+            f"for each micro-step on every GPU, got {device!r}"
         )
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"

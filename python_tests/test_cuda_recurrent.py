@@ -151,12 +151,6 @@ def test_no_infinity_crosses_a_reset(gpu, tier, cell):
     assert all((states[k] == 0).all() for k in ("h0", "c0") if k in states)
 
 
-def test_a_highway_network_is_refused_by_name(gpu):
-    inputs = gpu.to(make_inputs(SMALL, torch.float32, cell="rhn"))
-    with pytest.raises(RuntimeError, match="^rhn_forward: expected tensors on the CPU"):
-        lib.recurrent_forward(*inputs.values(), False)
-
-
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("case", PROJECTED, ids=str)
 @by_name("dtype", DTYPES)

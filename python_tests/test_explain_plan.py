@@ -71,7 +71,8 @@ DEVICES = (
     ({"dtype": torch.int8}, "expected dtype float32, float64, bfloat16 or float16, got int8"),
     ({"cell": "gru", "proj_size": 3}, "expected proj_size 0 for gru, got 3"),
     ({"cell": "rhn", "device": "H100"},
-     "expected device to be cpu for rhn, which has no CUDA kernels, got 'H100'"),
+     "expected device to be cpu for rhn, which takes a GEMM and a kernel for each micro-step on "
+     "every GPU, got 'H100'"),
     ({"device": "H1000"}, f"{DEVICES}, got 'H1000'"),
     ({"device": (9, 0)}, f"{DEVICES}, got (9, 0)"),
 ])  # fmt: skip

@@ -187,27 +187,74 @@ def results(inputs):
     return [y, h_n, *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_kernels_are_no_worse_than_torch(isa, case, cell, dtype, two_threads):
-    for reverse, masked in ((False, False), (True, True)):
-        inputs = make_inputs(case, dtype, reverse, cell=cell)
+def assert_no_worse(case, cell, dtype, gpu=None):
+    """Kernels against plain torch in the same dtype: as it is, then with all that there is."""
+    for everything in (False, True):
+        inputs = make_inputs(case, dtype, everything, cell=cell)
         inputs["w_hh"] *= 0.5  # else errors double from step to step
-        if masked:
-            kept = torch.rand(2, case.B, case.H) > 0.4
-            inputs["masks"] = (kept * 2.0).to(dtype)
+        if everything:
+            inputs["masks"] = ((torch.rand(2, case.B, case.H) > 0.4) * 2.0).to(dtype)
+            inputs["resets"] = torch.rand(inputs["x"].shape[:-1]) < 0.1
+        else:
+            inputs["b_ih"] = None
         double = {
             k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
             for k, v in inputs.items()
         }
-        ours = results(inputs)
+        ours = results(inputs if gpu is None else gpu.to(inputs))
         with use_backend("reference"):
-            for a, b, truth in zip(ours, results(inputs), results(double), strict=True):
-                if dtype == torch.float64:  # torch's own error is not known
-                    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-                else:
-                    assert_no_worse_than_torch(a, b, truth)
+            torchs, truths = results(inputs), results(double)
+        for a, b, truth in zip(ours, torchs, truths, strict=True):
+            if dtype == torch.float64:  # torch's own error is not known
+                torch.testing.assert_close(a.cpu(), b, rtol=1e-11, atol=1e-11)
+            else:
+                assert_no_worse_than_torch(a.cpu(), b, truth)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_kernels_are_no_worse_than_torch(isa, case, cell, dtype, two_threads):
+    assert_no_worse(case, cell, dtype)
+
+
+ON_A_GPU = [
+    Case("odd", 5, 3, 4, 5),
+    Case("aligned", 3, 3, 5, 64),  # 16 bytes at a time
+    Case("packed", 7, 5, 3, 33, batch_sizes=(5, 5, 3, 3, 2, 1, 1)),
+    Case("one_step", 1, 9, 4, 17),
+    Case("no_steps", 0, 3, 4, 5),
+]
+
+
+@pytest.mark.parametrize("case", ON_A_GPU, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_cuda_kernels_are_no_worse_than_torch(gpu, case, cell, dtype):
+    assert_no_worse(case, cell, dtype, gpu)
+
+
+def test_cuda_kernels_touch_nothing_else(checked_gpu):
+    """Every access is checked, and memory is NaN until it is written."""
+    with checked_gpu.simulator.guarded_tensors():
+        for case in ON_A_GPU[:3]:
+            assert_no_worse(case, "rhn", torch.float32, checked_gpu)
+
+
+def test_a_module_on_a_gpu(gpu):
+    rhn, x = make(dropout_state=0.5), torch.randn(T, B, I).double()
+    with use_backend("reference"):
+        torch.manual_seed(3)
+        y, h_n = rhn.cpu()(x, lengths=[3, 6, 1, 3])
+    if gpu.simulator is not None:  # a real one draws other numbers
+        torch.manual_seed(3)
+        same(rhn(x, lengths=[3, 6, 1, 3]), (y, h_n))
+    inputs = make_inputs(ON_A_GPU[0], torch.float32, cell="rhn")
+    x, h, w_ih, w_hh = gpu.to([inputs[k] for k in ("x", "h0", "w_ih", "w_hh")])
+    with pytest.raises(RuntimeError, match="^rhn_step_: expected a cell of one micro-step"):
+        ops.recurrent_step_("rhn", x[0], h, None, w_ih, w_hh, None, None, torch.empty_like(h))
 
 
 def test_parameters_begin_as_in_the_papers_code():
