@@ -16,6 +16,7 @@ from iss_kernels.gru import ISSGRU
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.plan import explain_plan
 from iss_kernels.prepare import prepare
+from iss_kernels.recurrent_cell import ISSGRUCell, ISSLSTMCell, ISSRNNCell
 from iss_kernels.rhn import ISSRHN
 from iss_kernels.rnn import ISSRNN
 from iss_kernels.shrink import ShrinkReport, shrink
@@ -23,9 +24,12 @@ from iss_kernels.stream import Stream
 
 __all__ = [
     "ISSGRU",
+    "ISSGRUCell",
     "ISSLSTM",
+    "ISSLSTMCell",
     "ISSRHN",
     "ISSRNN",
+    "ISSRNNCell",
     "GroupError",
     "GroupLasso",
     "Groups",

@@ -212,7 +212,9 @@ def _replace_in(holder: Any, new: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Replace every nn.LSTM, nn.GRU and nn.RNN in `model`, in place, by ours; state_dict stays.
+    """Replace every nn.LSTM, nn.GRU, nn.RNN and their cells in `model`, in place, by ours.
+
+    The state_dict stays as it is.
 
     Returns the model (the new module, where the model is itself one). Parameters are shared with
     the old modules, so an optimizer goes on working; hooks, buffers, submodules and attributes come
@@ -227,7 +229,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     holdings = [("", None, model), *_holdings(model)]
     names: dict[Any, str] = {}
     for path, _, held in holdings:
-        parametrized = isinstance(held, nn.RNNBase) and is_parametrized(held)
+        recurrent = isinstance(held, (nn.RNNBase, nn.RNNCellBase))
+        parametrized = recurrent and is_parametrized(held)
         bases = MODULES.keys() | CELL_MODULES.keys()
         if _ours(held) is not None or (parametrized and type(held).__base__ in bases):
             names.setdefault(held, path or f"the {_kind(held)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,8 @@ def recurrent(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer of a cell in one direction over all time steps, as `reference.recurrent`.
 
+    A single step, x [B, I], reads weights on the CPU in place; a sequence packs them first, which
+    pays from a few steps on.
     For the gradient it saves what `cells.Cell` says (float32 for 16 bits) beside its arguments and
     y; with recompute=True nothing more, and the backward runs the forward again.
 
@@ -103,6 +105,12 @@ def recurrent(
         raise RuntimeError(f"{cell}: expected no masks, got some")
     if masks is not None and masks.requires_grad:
         raise RuntimeError(f"{cell}: expected masks without a gradient, got one that requires it")
+    if x.dim() == 2 and batch_sizes is None and backend.on_cuda(x.device):
+        _, h, c = recurrent(
+            cell, x.unsqueeze(0), None, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks,
+            reverse, recompute,
+        )  # fmt: skip
+        return h, h, c
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if _by_reference():
@@ -129,6 +137,22 @@ def recurrent(
         save = False
     y, h_n, c_n, _, _ = torch.ops.iss_kernels.recurrent_forward.default(*arguments, save)
     return y, h_n, None if c0 is None else c_n
+
+
+def cell_step(
+    cell: str, parameters: Mapping[str, Tensor | None], x: Tensor, hx: Any
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """A step of a torch cell on the CPU: `recurrent` of x [B, I], without the cost of Python's ops.
+
+    parameters: weight_ih [G H, I], weight_hh [G H, H], bias_ih and bias_hh [G H], None, or absent.
+    hx: h [B, H], of an LSTM (h, c), or None for zeros. Returns the state after the step in the form
+    of hx; None, having done nothing, unless all of it is as expected and nobody else (a transform,
+    a mode of torch, a tracer) takes part.
+    """
+    if torch.compiler.is_compiling() or backend.backend() == "reference":
+        return None
+    if not hasattr(backend.native(),"cell_step"): return None  # TEMP
+    return backend.native().cell_step(cell, parameters, x, hx)  # type: ignore[no-any-return]
 
 
 def _recurrent_forward_fake(

@@ -104,9 +104,10 @@ class RecurrentCell(nn.RNNCellBase):
                     f"Input batch size {x.size(0)} doesn't match hidden{which} batch size "
                     f"{state.size(0)}"
                 )
-            if state.dim() != 2 or state.size(1) != self.hidden_size:
+            if state.shape != (x.size(0), self.hidden_size):
+                got = state.size(1) if state.dim() > 1 else "none"
                 raise RuntimeError(
-                    f"hidden{which} has inconsistent hidden_size: got {state.size(-1)}, "
+                    f"hidden{which} has inconsistent hidden_size: got {got}, "
                     f"expected {self.hidden_size}"
                 )
         kind, dtype = x.device.type, self.weight_ih.dtype
@@ -135,7 +136,7 @@ class RecurrentCell(nn.RNNCellBase):
         w_ih, w_hh, b_ih, b_hh = (w if w is None else w.to(dtype) for w in weights)
         c0 = states[1] if len(states) == 2 else None
         h, _, c = ops.recurrent(
-            self._step, x, None, None, states[0], c0, w_ih, w_hh, b_ih, b_hh, None, reverse=False
+            self._step, x, None, None, states[0], c0, w_ih, w_hh, b_ih, b_hh, None, None, False
         )
         return (h,) if c is None else (h, c)
 

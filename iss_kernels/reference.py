@@ -35,14 +35,18 @@ def recurrent(
     """One layer of a cell in one direction, over all time steps.
 
     cell: a name in `cells.CELLS`; the equations are those of `STEPS`.
-    x: [T, B, I]; or [N, I] with batch_sizes: [T] int64 on the CPU, as in a PackedSequence.
+    x: [T, B, I]; or [N, I] with batch_sizes: [T] int64 on the CPU, as in a PackedSequence; or
+    [B, I], a single step.
     resets: bool [T, B] or [N]; where True the state is zero before step t, whichever way the layer
     walks: in a reverse direction that falls between steps t and t - 1.
     h0: [B, P], c0: [B, H] for a cell with a state c. w_ih: [G H, I], w_hh: [G H, P], b_ih and b_hh:
     [G H], w_hr: [P, H], gates in torch's order. Of a deep cell w_hh: [D G H, H], b_hh: [D G H].
     masks: [2, B, H], for a deep cell alone, the same at all steps: see `rhn_step`.
-    Returns y: [T, B, P] or [N, P], h_n: [B, P], c_n: [B, H] or None.
+    Returns y: [T, B, P], [N, P] or [B, P], h_n: [B, P], c_n: [B, H] or None.
     """
+    single = x.dim() == 2 and batch_sizes is None
+    if single:
+        x = x.unsqueeze(0)
     steps = x.unbind(0) if batch_sizes is None else torch.split(x, batch_sizes.tolist())
     cuts: Sequence[Tensor | None] = [None] * len(steps)
     if resets is not None:
@@ -67,7 +71,7 @@ def recurrent(
         y = x.new_empty((*x.shape[:-1], h0.shape[1]))
     else:
         y = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
-    return y, h, c
+    return (y[0] if single else y), h, c
 
 
 def lstm_step(
