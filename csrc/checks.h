@@ -124,8 +124,11 @@ inline void check_masks(const char* op, const Tensor& masks, const Tensor& x, co
 inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& in) {
   const Tensor& x = in.x;
   check_floating(op, "x", x);
-  TORCH_CHECK(x.dim() == (in.batch_sizes ? 2 : 3), op, ": expected x of shape ",
+  const bool single = is_single_step(in) && !on_cuda(x);
+  TORCH_CHECK(single || x.dim() == (in.batch_sizes ? 2 : 3), op, ": expected x of shape ",
               in.batch_sizes ? "[N, I]" : "[T, B, I]", ", got ", x.sizes());
+  TORCH_CHECK(!single || !(in.resets || in.w_hr || cell.deep), op,
+              ": expected no resets, w_hr or micro-steps in a single step, got some");
   TORCH_CHECK(cell.has_c == in.c0.has_value(), op, ": expected ", cell.has_c ? "a c0" : "no c0",
               ", got ", in.c0 ? "one" : "none");
   if (cell.has_c) {
@@ -138,7 +141,7 @@ inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& 
   TORCH_CHECK(cell.deep || !in.masks, op, ": expected no masks, got some");
   const int64_t input = x.size(-1), output = in.h0.size(1);
   const int64_t hidden = cell.has_c ? in.c0->size(1) : output;
-  const int64_t batch = in.batch_sizes ? in.h0.size(0) : x.size(1);
+  const int64_t batch = in.batch_sizes ? in.h0.size(0) : x.size(x.dim() - 2);
   check_sizes(op, {{in.batch_sizes ? "N" : "T", x.size(0)},
                    {"B", batch},
                    {"I", input},

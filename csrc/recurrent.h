@@ -46,4 +46,9 @@ struct Inputs {
   const OptionalTensor &b_ih, &b_hh, &w_hr, &masks;
 };
 
+// Whether it is a single step, x [B, I]: on the CPU, and of a plain cell.
+inline bool is_single_step(const Inputs& in) {
+  return in.x.dim() == 2 && !in.batch_sizes;
+}
+
 }  // namespace iss

@@ -5,7 +5,6 @@
 
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/COW.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -15,12 +14,14 @@
 #include <algorithm>
 #include <sstream>
 
+#include "cell_step.h"
 #include "checks.h"
 #include "cpu/kernels/table.h"
 #include "cpu/network.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
+#include "plain.h"
 #ifdef ISS_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -116,29 +117,8 @@ py::dict plan(int gates, int64_t hidden, int64_t batch, at::ScalarType dtype, bo
 using CellTuple = std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor,
                              OptionalTensor, OptionalTensor, OptionalTensor, bool>;
 
-// Whether no one would take part in an op at this moment but its kernel: no tracer, no transform of
-// torch.func, no mode of Python's.
-bool nobody_watches() {
-  const uint64_t usual = (c10::default_included_set | c10::autocast_dispatch_keyset).raw_repr();
-  return (c10::impl::tls_local_dispatch_key_set().included_.raw_repr() & ~usual) == 0;
-}
-
-// The dispatch keys of a tensor whose memory holds its values: dense, on the CPU, of no class with
-// a dispatch of its own (FakeTensor), under no transform (vmap).
-constexpr c10::DispatchKeySet kDense({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                      c10::DispatchKey::AutogradCPU,
-                                      c10::DispatchKey::AutocastCPU});
 // The keys of one whose values torch negates (x.conj().imag) or fills in when they are read.
 constexpr c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
-
-bool has_only(const at::Tensor& tensor, c10::DispatchKeySet keys) {
-  return (tensor.key_set() | keys) == keys;
-}
-
-// Whether a tensor is what its memory holds, and has no tangent.
-bool is_plain(const at::Tensor& t) {
-  return has_only(t, kDense) && !t._fw_grad(/*level=*/0).defined();
-}
 
 // The network of a prepared module, and the buffers that it was packed from.
 class BoundNetwork : public Network {
@@ -482,6 +462,11 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.def("nobody_watches", &nobody_watches);
   module.def("is_plain", &is_plain);
+  static PyMethodDef cell_step_definition = {
+      "cell_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cell_step)),
+      METH_FASTCALL, "cell_step(cell, parameters, x, hx)"};
+  module.attr("cell_step") =
+      py::reinterpret_steal<py::object>(PyCFunction_New(&cell_step_definition, nullptr));
   py::class_<BoundNetwork, std::shared_ptr<BoundNetwork>>(module, "Network")
       .def(py::init(&make_network))
       .def("is_current", &BoundNetwork::is_current)

@@ -151,7 +151,6 @@ def cell_step(
     """
     if torch.compiler.is_compiling() or backend.backend() == "reference":
         return None
-    if not hasattr(backend.native(),"cell_step"): return None  # TEMP
     return backend.native().cell_step(cell, parameters, x, hx)  # type: ignore[no-any-return]
 
 

@@ -33,10 +33,10 @@ KINDS = {
     "rnn_tanh": (nn.RNNCell, ISSRNNCell, ISSRNN, {}),
     "rnn_relu": (nn.RNNCell, ISSRNNCell, ISSRNN, RELU),
 }
-# I, H, B: every height of a tile, tails of every ISA, one row, wide input, no rows, no inputs
+# I, H, B: every height of a tile, tails of every ISA, one row, wide input, no rows, no inputs, no units
 SIZES = [
     (1, 1, 1), (4, 16, 5), (5, 17, 1), (3, 31, 7), (33, 8, 2), (40, 40, 13), (7, 70, 3), (4, 5, 0),
-    (0, 5, 3), (64, 64, 1), (128, 100, 20), (20, 9, 70),
+    (0, 5, 3), (4, 0, 3), (64, 64, 1), (128, 100, 20), (20, 9, 70),
 ]  # fmt: skip
 
 
@@ -332,6 +332,7 @@ def test_a_weight_written_behind_torchs_back_counts_in_the_next_call(isa, kind):
 
 
 def test_compile(kind):
+    torch.compiler.reset()
     torchs, ours = pair(kind, 4, 5)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x, hx = torch.randn(3, 4), state_of(kind, 3, 5)
@@ -368,6 +369,8 @@ def test_inference_mode_and_no_grad(implementation, kind):
     assert ours.requires_grad_(False)(x, hx) is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
 def test_trace(kind):
     torchs, ours = pair(kind, 4, 5)
     x, hx = torch.randn(3, 4), state_of(kind, 3, 5)
@@ -400,9 +403,7 @@ def test_the_plain_call_is_taken_by_the_extension(kind, monkeypatch):
         ours(x, hx)
     with use_backend("reference"):
         ours(x, hx)
-    ours.weight_hh.data = ours.weight_hh.data.t().contiguous().t()
-    ours(x, hx)
-    assert len(calls) == 4
+    assert len(calls) == 3
 
 
 # -- The module

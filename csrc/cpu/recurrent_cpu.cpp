@@ -17,6 +17,7 @@
 #include "cpu/kernels/table.h"
 #include "memory.h"
 #include "cpu/recurrence.h"
+#include "cpu/step.h"
 #include "cpu/weight_gradients.h"
 #include "cpu/team.h"
 #include "host.h"
@@ -47,8 +48,12 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
                                     const OptionalTensor& masks, bool reverse, bool save) {
   const NoAutocast no_autocast;
   const auto [spec, op] = check_cell(name, "forward");
-  check_recurrent(op.c_str(), spec,
-                  {name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks});
+  const Inputs given{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
+  check_recurrent(op.c_str(), spec, given);
+  if (is_single_step(given)) {
+    const auto [h, c, gates, saved] = step_forward_cpu(spec, given, save);
+    return {h, h.clone(), c, gates, saved};
+  }
   const int64_t input = x.size(-1), output = h0.size(1), hidden = w_ih.size(0) / spec.gates;
   const int64_t depth = depth_of(spec, w_hh, hidden);
   Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));
@@ -131,6 +136,9 @@ BackwardResult recurrent_backward_cpu(
   const Inputs inputs{name, x, batch_sizes, resets, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, masks};
   check_recurrent(op.c_str(), spec, inputs);
   check_recurrent_backward(op.c_str(), spec, inputs, y, gates, cells, dy, dh_n, dc_n);
+  if (is_single_step(inputs))
+    return step_backward_cpu(spec, inputs, dy, dh_n, dc_n, y, gates, cells, need_dx, need_dh0,
+                             need_dw);
   const int64_t input = x.size(-1), output = h0.size(1), hidden = w_ih.size(0) / spec.gates;
   const int64_t depth = depth_of(spec, w_hh, hidden);
   Sequence sequence = sequence_of(x, batch_sizes, h0.size(0));

@@ -45,9 +45,14 @@ struct PackArgs {
   void* packed = nullptr;         // [Kernels::packed_bytes(...)]
 };
 
+// How a matrix B [K, columns] lies in memory: cut into panels; or, in floats or Bfloat16, as torch
+// stores it, B or B.T row after row.
+enum class Order { kPanels, kStored, kTransposed };
+
 struct Packed {
   Format format;
-  const void* panels;  // PackArgs::packed
+  const void* panels;  // PackArgs::packed, or the first element of what is stored
+  Order order = Order::kPanels;
 };
 
 // out = a @ B + bias, or out += that, with B packed for one gate; the columns of `panels` are
@@ -64,6 +69,11 @@ struct MatmulArgs {
   T* out;  // [rows, columns], out_stride elements from row to row
   int64_t out_stride;
   void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; for int8
+  // Where b is transposed, a_more @ B_more [k_more, columns] may be added to each product: one sum
+  // over both is cheaper than two. B_more has the order and format of b.
+  const T* a_more = nullptr;
+  int64_t a_more_stride = 0, k_more = 0;
+  Packed b_more = {};
 };
 
 // to = from, transposed; sums += the sum of each column.
@@ -104,6 +114,7 @@ struct StepArgs {
   int64_t gates_stride;
   T* saved;       // [n, H] kSavedState; nullptr when not training
   void* scratch;  // as in MatmulArgs
+  int64_t product_bias_stride = 0;  // from row to row; 0: the same for all
 };
 
 // One time step's gradient for the units of `panels`: dh = a @ B + dy + dh_n, and what follows from

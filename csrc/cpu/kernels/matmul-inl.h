@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A product with a packed matrix, by the tiles of its operand.
+// A product with a matrix, by the tiles of its operand.
 
-// The tiles of a [rows, k] @ b [k, columns], b packed in panels of kVectors.
+// The tiles of a [rows, k] @ b [k, columns], in panels of kVectors.
 template <typename T, int kVectors, typename Prefetch, typename Finish>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
                       int64_t columns, PanelRange panels, void* scratch, const Prefetch& prefetch,
@@ -64,6 +64,18 @@ void matmul(const MatmulArgs<T>& args) {
           for (int64_t at = 0; at < left; at += kLanes) put(at, left - at);
       }
   };
-  each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b, args.columns,
-                         args.panels, args.scratch, prefetch, finish);
+  if (args.b.order == Order::kPanels)
+    return each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b, args.columns,
+                                  args.panels, args.scratch, prefetch, finish);
+  const auto in_place = [&](const auto& operand) {
+    each_tile_of<T, kVectors>(operand, args.rows, args.k, args.columns, args.panels, prefetch,
+                              finish);
+  };
+  const auto stored = [&]<typename W>(W) {
+    args.b.order == Order::kStored ? in_place(StoredOperand<T, kVectors, W>(args))
+                                   : in_place(TransposedOperand<T, kVectors, W>(args));
+  };
+  if constexpr (std::is_same_v<T, float>)
+    if (args.b.format == Format::kBfloat16) return stored(Bfloat16());
+  stored(T());
 }

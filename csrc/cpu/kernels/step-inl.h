@@ -57,7 +57,7 @@ void step(const StepArgs<T>& args) {
           }
           V bias = V::set(Cell::kMasked ? 1 : 0), saved, h;
           if (Cell::kProductBias && args.product_bias != nullptr)
-            bias = lanes.load(args.product_bias + unit);
+            bias = lanes.load(args.product_bias + row * args.product_bias_stride + unit);
           if (Cell::kMasked && args.mask != nullptr)
             bias = lanes.load(args.mask + row * hidden + unit);
           Cell::forward(gates, input, before, bias, saved, h);

@@ -84,6 +84,15 @@ struct Vec<float> {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  static Vec sums(const Vec* rows) {
+    __m256 fours[2];  // of four rows, in both halves
+    for (int i = 0; i < 2; ++i) {
+      const Vec* const r = rows + 4 * i;
+      fours[i] = _mm256_hadd_ps(_mm256_hadd_ps(r[0].v, r[1].v), _mm256_hadd_ps(r[2].v, r[3].v));
+    }
+    return {_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                          _mm256_permute2f128_ps(fours[0], fours[1], 0x31))};
+  }
 };
 
 template <>
@@ -103,6 +112,12 @@ struct Vec<double> {
   double sum() const {
     const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+  static Vec sums(const Vec* rows) {
+    const __m256d low = _mm256_hadd_pd(rows[0].v, rows[1].v);
+    const __m256d high = _mm256_hadd_pd(rows[2].v, rows[3].v);
+    return {_mm256_add_pd(_mm256_permute2f128_pd(low, high, 0x20),
+                          _mm256_permute2f128_pd(low, high, 0x31))};
   }
 };
 

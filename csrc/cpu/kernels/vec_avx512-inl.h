@@ -90,6 +90,26 @@ struct Vec<float> {
   void store(Bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded()); }
   void store(Bfloat16* p, int64_t n) const { _mm256_mask_storeu_epi16(p, first(n), rounded()); }
   float sum() const { return _mm512_reduce_add_ps(v); }
+  static Vec sums(const Vec* rows) {
+    __m512 eights[8], fours[4];  // of rows i and i + 8; of rows i, i + 4, i + 8 and i + 12
+    for (int i = 0; i < 8; ++i) {
+      const __m512 a = rows[i].v, b = rows[i + 8].v;
+      eights[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b),
+                                _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(1, 0, 3, 2)));
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512 a = eights[i], b = eights[i + 4], swapped = _mm512_mask_blend_ps(0x0f0f, a, b);
+      fours[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b),
+                               _mm512_shuffle_f32x4(swapped, swapped, _MM_SHUFFLE(2, 3, 0, 1)));
+    }
+    __m512 pairs[2];  // of fours 0 and 1; of 2 and 3
+    for (int i = 0; i < 2; ++i) {
+      const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+      pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    return {_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], _MM_SHUFFLE(1, 0, 1, 0)),
+                          _mm512_shuffle_ps(pairs[0], pairs[1], _MM_SHUFFLE(3, 2, 3, 2)))};
+  }
 };
 
 template <>
@@ -106,6 +126,21 @@ struct Vec<double> {
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   void store(double* p, int64_t n) const { _mm512_mask_storeu_pd(p, first(n), v); }
   double sum() const { return _mm512_reduce_add_pd(v); }
+  static Vec sums(const Vec* rows) {
+    __m512d fours[4], twos[2];  // of rows i and i + 4; of rows i, i + 2, i + 4 and i + 6
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = rows[i].v, b = rows[i + 4].v;
+      fours[i] = _mm512_add_pd(_mm512_mask_blend_pd(0xf0, a, b),
+                               _mm512_shuffle_f64x2(a, b, _MM_SHUFFLE(1, 0, 3, 2)));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = fours[i], b = fours[i + 2], swapped = _mm512_mask_blend_pd(0x33, a, b);
+      twos[i] = _mm512_add_pd(_mm512_mask_blend_pd(0xcc, a, b),
+                              _mm512_shuffle_f64x2(swapped, swapped, _MM_SHUFFLE(2, 3, 0, 1)));
+    }
+    return {_mm512_add_pd(_mm512_unpacklo_pd(twos[0], twos[1]),
+                          _mm512_unpackhi_pd(twos[0], twos[1]))};
+  }
 };
 
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }

@@ -58,6 +58,9 @@ struct Vec<float> {
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
   }
   float sum() const { return vaddvq_f32(v); }
+  static Vec sums(const Vec* rows) {
+    return {vpaddq_f32(vpaddq_f32(rows[0].v, rows[1].v), vpaddq_f32(rows[2].v, rows[3].v))};
+  }
 };
 
 template <>
@@ -81,6 +84,7 @@ struct Vec<double> {
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
   }
   double sum() const { return vaddvq_f64(v); }
+  static Vec sums(const Vec* rows) { return {vpaddq_f64(rows[0].v, rows[1].v)}; }
 };
 
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {vaddq_f32(a.v, b.v)}; }

@@ -55,6 +55,8 @@ struct Vec {
   void store(Bfloat16* p) const { *p = to_bfloat16(v); }
   void store(Bfloat16* p, int64_t) const { store(p); }
   T sum() const { return v; }
+  // Lane l: the sum of the lanes of rows[l].
+  static Vec sums(const Vec* rows) { return rows[0]; }
 };
 
 template <typename T>
