@@ -8,6 +8,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -126,8 +127,8 @@ PyObject* cell_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     error.restore();
   } catch (const py::builtin_exception& error) {
     error.set_error();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (...) {  // torch's own: also what a hook on saved tensors raised
+    torch::translate_exception_to_python(std::current_exception());
   }
   return nullptr;
 }
