@@ -23,6 +23,8 @@ from iss_kernels import backend, reference
 from iss_kernels.cells import CELLS
 
 _Tensors = Sequence[Tensor]
+_is_compiling = torch.compiler.is_compiling
+_cell_step = backend.native().cell_step if backend.is_built() else None
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
@@ -149,9 +151,9 @@ def cell_step(
     of hx; None, having done nothing, unless all of it is as expected and nobody else (a transform,
     a mode of torch, a tracer) takes part.
     """
-    if torch.compiler.is_compiling() or backend.backend() == "reference":
+    if _is_compiling() or backend.backend() == "reference":
         return None
-    return backend.native().cell_step(cell, parameters, x, hx)  # type: ignore[no-any-return]
+    return _cell_step(cell, parameters, x, hx)  # type: ignore[no-any-return]
 
 
 def _recurrent_forward_fake(

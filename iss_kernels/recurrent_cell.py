@@ -188,7 +188,7 @@ class ISSLSTMCell(RecurrentCell):
         """
         fast = ops.cell_step(self._step, self._parameters, input, hx)
         if fast is not None:
-            return cast(tuple[Tensor, Tensor], fast)
+            return fast  # type: ignore[return-value]
         h, c = self._forward(input, hx)
         return h, c
 
@@ -203,7 +203,7 @@ class _OneStateCell(RecurrentCell):
         form of hx.
         """
         fast = ops.cell_step(self._step, self._parameters, input, hx)
-        return self._forward(input, hx)[0] if fast is None else cast(Tensor, fast)
+        return self._forward(input, hx)[0] if fast is None else fast  # type: ignore[return-value]
 
 
 class ISSGRUCell(_OneStateCell):

@@ -52,7 +52,14 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
   check_recurrent(op.c_str(), spec, given);
   if (is_single_step(given)) {
     const auto [h, c, gates, saved] = step_forward_cpu(spec, given, save);
-    return {h, h.clone(), c, gates, saved};
+    const auto or_empty = [&](const Tensor& t, at::IntArrayRef shape, at::ScalarType type) {
+      return t.defined() ? t : at::empty(shape, type);
+    };
+    const auto wide = wide_type(x.scalar_type());
+    const int64_t hidden = h0.size(1);
+    return {h, h.clone(), or_empty(c, {0}, x.scalar_type()),
+            or_empty(gates, {0, spec.saved_gates * hidden}, wide),
+            or_empty(saved, {0, spec.saved_states * hidden}, wide)};
   }
   const int64_t input = x.size(-1), output = h0.size(1), hidden = w_ih.size(0) / spec.gates;
   const int64_t depth = depth_of(spec, w_hh, hidden);

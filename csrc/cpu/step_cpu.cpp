@@ -172,20 +172,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_forward_cpu(const CellSpec& spec
   const Tensor b_ih = in_.b_ih ? widened(*in_.b_ih) : Tensor();
   const Tensor b_hh = in_.b_hh ? widened(*in_.b_hh) : Tensor();
   const Tensor y = made({rows, hidden}, wide);
-  const Tensor c = in_.c0 ? made({rows, hidden}, wide) : made({0}, wide);
-  const int64_t saved_rows = save ? rows : 0;
-  const Tensor gates = made({saved_rows, spec.saved_gates * hidden}, wide);
-  const Tensor saved = made({saved_rows, spec.saved_states * hidden}, wide);
+  const Tensor c = in_.c0 ? made({rows, hidden}, wide) : Tensor();
+  Tensor gates, saved;
+  if (save) {
+    gates = made({rows, spec.saved_gates * hidden}, wide);
+    saved = made({rows, spec.saved_states * hidden}, wide);
+  }
   AT_DISPATCH_FLOATING_TYPES(wide, "recurrent_forward", [&] {
     using T = scalar_t;
     const auto if_given = [](const Tensor& t) { return t.defined() ? data<T>(t) : nullptr; };
     Forward<T>{spec,           rows,           input,         hidden, data<T>(x),
                data<T>(h0),    if_given(c0),   w_ih,          w_hh,   if_given(b_ih),
-               if_given(b_hh), data<T>(y),     data<T>(c),    data<T>(gates),
-               data<T>(saved)}
+               if_given(b_hh), data<T>(y),     if_given(c),   if_given(gates),
+               if_given(saved)}
         .run();
   });
-  return {in(dtype, y), in(dtype, c), gates, saved};
+  return {in(dtype, y), c.defined() ? in(dtype, c) : c, gates, saved};
 }
 
 BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const Tensor& dy_,
