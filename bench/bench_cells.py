@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of a cell against torch's cell and a Stream step, and training through a loop; check, then
+time.
+
+python bench/bench_cells.py [--cell lstm|gru|rnn] [--quick] [--threads N ...] [--output CSV]
+
+I = H, float32. A call takes one step without gradients, from a given state; a Stream step of the
+same size is the layer's, with packed weights. Training: a loop over T = 20 steps, forward and
+backward, with gradients of weights and inputs. Times of a training row are those of a whole loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import interleaved_ms, machine, percentiles, record, write_csv
+from torch import Tensor, nn
+
+import iss_kernels
+from iss_kernels.testing import assert_no_worse_than_torch
+
+CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
+HIDDEN = (64, 128, 256, 512, 1024)
+BATCH = (1, 16, 64)
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """H inputs and hidden units, B rows; T steps of training, or none: a single call."""
+
+    H: int
+    B: int
+    T: int = 0
+
+    def __str__(self) -> str:
+        return f"H{self.H} B{self.B}" + f" train T{self.T}" * (self.T > 0)
+
+
+PROBLEMS = [Problem(h, b, t) for t, h, b in itertools.product((0, STEPS), HIDDEN, BATCH)]
+QUICK = [Problem(64, 1), Problem(128, 16), Problem(64, 4, STEPS)]
+
+
+def states_in(state: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """h, or h and c."""
+    return [state] if isinstance(state, Tensor) else list(state)
+
+
+def call(
+    cell: nn.Module, cell_name: str, problem: Problem, dtype: torch.dtype
+) -> Callable[[], list[Tensor]]:
+    """One step without gradients; returns the state."""
+    torch.manual_seed(1)
+    x, h, c = (torch.randn(problem.B, problem.H).to(dtype) for _ in range(3))
+    hx = (h, c) if cell_name == "lstm" else h
+
+    def step() -> list[Tensor]:
+        with torch.no_grad():
+            return states_in(cell(x, hx))
+
+    return step
+
+
+def training(
+    cell: nn.Module, cell_name: str, problem: Problem, dtype: torch.dtype
+) -> Callable[[], list[Tensor]]:
+    """A loop over T steps, forward and backward; returns h and the gradients of x and w_hh."""
+    torch.manual_seed(1)
+    x = torch.randn(problem.T, problem.B, problem.H).to(dtype).requires_grad_()
+
+    def step() -> list[Tensor]:
+        x.grad = None
+        cell.zero_grad()
+        state = None
+        for x_t in x.unbind(0):
+            state = cell(x_t, state)
+        h = states_in(state)[0]
+        h.sum().backward()
+        return [h.detach(), x.grad, cell.get_parameter("weight_hh").grad]
+
+    return step
+
+
+def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[dict[str, object]]:
+    """Rows for all providers of one problem: torch's cell first, then ours, then a Stream."""
+    torch.manual_seed(0)
+    kind, ours_name = CELLS[name], f"ISS{CELLS[name].__name__}"
+    ours_of: Any = getattr(iss_kernels, ours_name)
+    torchs, double = kind(problem.H, problem.H), kind(problem.H, problem.H).double()
+    double.load_state_dict(torchs.state_dict())
+    ours = ours_of.from_torch(torchs)
+    steps_of = training if problem.T else call
+    steps: dict[str, Callable[[], object]] = {
+        f"nn.{kind.__name__}": steps_of(torchs, name, problem, torch.float32),
+        ours_name: steps_of(ours, name, problem, torch.float32),
+    }
+    truth = steps_of(double, name, problem, torch.float64)()
+    torchs_own, own = (step() for step in steps.values())
+    for got, theirs, true in zip(own, torchs_own, truth, strict=True):  # type: ignore[call-overload]
+        assert_no_worse_than_torch(got, theirs, true)
+    if not problem.T:
+        layer: Any = getattr(iss_kernels, ours_name.removesuffix("Cell"))
+        weights = {f"{key}_l0": p for key, p in torchs.state_dict().items()}
+        module = layer(problem.H, problem.H)
+        module.load_state_dict(weights)
+        stream, x = iss_kernels.Stream(module, problem.B), torch.randn(problem.B, problem.H)
+        steps["Stream"] = lambda: stream(x)
+    rows: list[dict[str, object]] = []
+    for provider, values in interleaved_ms(steps, seconds).items():
+        p20, p50, p80 = percentiles(values)
+        rows.append(
+            {
+                "provider": provider, "H": problem.H, "B": problem.B, "T": problem.T,
+                "dtype": "float32", "threads": threads,
+                "ms_p50": f"{p50:.5f}", "ms_p20": f"{p20:.5f}", "ms_p80": f"{p80:.5f}",
+                **machine(),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cell", choices=tuple(CELLS), default="lstm")
+    parser.add_argument("--quick", action="store_true", help="three problems, a few seconds")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--output", type=Path, help="bench/results/cells[_CELL].csv")
+    options = parser.parse_args()
+    output = options.output or record("cells", options.cell)
+    rows: list[dict[str, object]] = []
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
+    print(f"{'us, p50':<26}{'torch':>10}{'ours':>10}{'Stream':>10}  torch / ours, ours - Stream")
+    with contextlib.suppress(KeyboardInterrupt):
+        for threads in dict.fromkeys(options.threads):
+            torch.set_num_threads(threads)
+            ratios: dict[str, list[float]] = {}
+            for problem in QUICK if options.quick else PROBLEMS:
+                new = measure(problem, options.cell, threads, 0.3 if options.quick else 1)
+                rows += new
+                us = [1e3 * float(str(row["ms_p50"])) for row in new]
+                ratios.setdefault("training" if problem.T else "call", []).append(us[0] / us[1])
+                print(f"{f'{problem} x{threads}':<26}", *(f"{t:9.2f}" for t in us), end="")
+                print(" " * 10 * (3 - len(us)), f"{us[0] / us[1]:7.2f}", end="")
+                print("" if problem.T else f"{us[1] - us[2]:7.2f}", flush=True)
+            for series, values in ratios.items():
+                mean, least = statistics.geometric_mean(values), min(values)
+                print(f"{series} x{threads}: torch / ours: mean {mean:.2f}, least {least:.2f}")
+    if rows:
+        write_csv(output, rows)
+        print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
