@@ -79,12 +79,13 @@ def training(
     def step() -> list[Tensor]:
         x.grad = None
         cell.zero_grad()
-        state = None
+        state: Any = None
         for x_t in x.unbind(0):
             state = cell(x_t, state)
         h = states_in(state)[0]
-        h.sum().backward()
-        return [h.detach(), x.grad, cell.get_parameter("weight_hh").grad]
+        torch.autograd.backward(h, torch.ones_like(h))
+        gradients = (x.grad, cell.get_parameter("weight_hh").grad)
+        return [h.detach(), *(g for g in gradients if g is not None)]
 
     return step
 

@@ -82,8 +82,7 @@ py::object step(py::handle name, py::handle parameters, py::handle input, py::ha
     if (spec->has_c) c0 = h0;
   } else {
     const bool pair = PyTuple_CheckExact(hx.ptr()) || PyList_CheckExact(hx.ptr());
-    if (pair != spec->has_c || (pair && PySequence_Fast_GET_SIZE(hx.ptr()) != 2))
-      return py::none();
+    if (pair != spec->has_c || (pair && PySequence_Fast_GET_SIZE(hx.ptr()) != 2)) return py::none();
     PyObject* const lone[] = {hx.ptr()};
     PyObject* const* const states = pair ? PySequence_Fast_ITEMS(hx.ptr()) : lone;
     const Tensor* const h = plain(states[0], dtype, {rows, hidden});
@@ -93,10 +92,10 @@ py::object step(py::handle name, py::handle parameters, py::handle input, py::ha
     if (pair) c0 = *c;
   }
   const auto wants = [](const OptionalTensor& t) { return t && t->requires_grad(); };
-  const bool trains = at::GradMode::is_enabled() &&
-                      (x.requires_grad() || h0.requires_grad() || wants(c0) ||
-                       w_ih->requires_grad() || w_hh->requires_grad() || wants(biases[0]) ||
-                       wants(biases[1]));
+  const bool trains =
+      at::GradMode::is_enabled() &&
+      (x.requires_grad() || h0.requires_grad() || wants(c0) || w_ih->requires_grad() ||
+       w_hh->requires_grad() || wants(biases[0]) || wants(biases[1]));
   // The objects are the caller's, who might let go of them while others run.
   const Tensor x_kept = x, w_ih_kept = *w_ih, w_hh_kept = *w_hh;
   Tensor h, c;
@@ -108,9 +107,11 @@ py::object step(py::handle name, py::handle parameters, py::handle input, py::ha
           forward_op().call(spec->name, x_kept, kNone, kNone, h0, c0, w_ih_kept, w_hh_kept,
                             biases[0], biases[1], kNone, kNone, /*reverse=*/false, /*save=*/true);
     else
-      std::tie(h, c, std::ignore, std::ignore) = step_forward_cpu(
-          *spec, {spec->name, x_kept, kNone, kNone, h0, c0, w_ih_kept, w_hh_kept, biases[0],
-                  biases[1], kNone, kNone}, /*save=*/false);
+      std::tie(h, c, std::ignore, std::ignore) =
+          step_forward_cpu(*spec,
+                           {spec->name, x_kept, kNone, kNone, h0, c0, w_ih_kept, w_hh_kept,
+                            biases[0], biases[1], kNone, kNone},
+                           /*save=*/false);
   }
   py::object result = py::reinterpret_steal<py::object>(THPVariable_Wrap(h));
   if (!spec->has_c) return result;

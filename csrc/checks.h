@@ -126,7 +126,10 @@ inline void check_recurrent(const char* op, const CellSpec& cell, const Inputs& 
   check_floating(op, "x", x);
   const bool single = is_single_step(in) && !on_cuda(x);
   TORCH_CHECK(single || x.dim() == (in.batch_sizes ? 2 : 3), op, ": expected x of shape ",
-              in.batch_sizes ? "[N, I]" : "[T, B, I]", ", got ", x.sizes());
+              in.batch_sizes ? "[N, I]"
+              : on_cuda(x)   ? "[T, B, I]"
+                             : "[T, B, I] or [B, I]",
+              ", got ", x.sizes());
   TORCH_CHECK(!single || !(in.resets || in.w_hr || cell.deep), op,
               ": expected no resets, w_hr or micro-steps in a single step, got some");
   TORCH_CHECK(cell.has_c == in.c0.has_value(), op, ": expected ", cell.has_c ? "a c0" : "no c0",

@@ -40,12 +40,12 @@ TORCH_LIBRARY(ISS_NAMESPACE, library) {
         library.impl(name.c_str(),
                      torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&no_kernel>()));
   };
-  // cell: a name of cells/spec.h. x [T, B, I], or [N, I] with batch_sizes [T], or on the CPU [B, I],
-  // a single step (of a cell without micro-steps, w_hr or resets); resets, bool [T, B]
-  // or [N]: where the state is zero before a step; h0 [B, P], c0 [B, H] where the cell has a c;
-  // w_ih [G H, I], w_hh [G H, P], b_ih and b_hh [G H], w_hr [P, H]; gates in torch's order. Of a
-  // deep cell w_hh [D G H, H], b_hh [D G H], and masks [2, B, H] multiply each state before a
-  // product, and each candidate.
+  // cell: a name of cells/spec.h. x [T, B, I], or [N, I] with batch_sizes [T], or on the CPU [B,
+  // I], a single step (of a cell without micro-steps, w_hr or resets); resets, bool [T, B] or [N]:
+  // where the state is zero before a step; h0 [B, P], c0 [B, H] where the cell has a c; w_ih [G H,
+  // I], w_hh [G H, P], b_ih and b_hh [G H], w_hr [P, H]; gates in torch's order. Of a deep cell
+  // w_hh [D G H, H], b_hh [D G H], and masks [2, B, H] multiply each state before a product, and
+  // each candidate.
   // -> y [T, B, P] or [N, P], h_n [B, P], c_n [B, H] (empty without c); with `save`, what
   // recurrent_backward needs beside them: gates [N, saved_gates * H], cells [N, saved_states * H];
   // without, those two have no rows.

@@ -47,8 +47,6 @@ struct Inputs {
 };
 
 // Whether it is a single step, x [B, I]: on the CPU, and of a plain cell.
-inline bool is_single_step(const Inputs& in) {
-  return in.x.dim() == 2 && !in.batch_sizes;
-}
+inline bool is_single_step(const Inputs& in) { return in.x.dim() == 2 && !in.batch_sizes; }
 
 }  // namespace iss

@@ -24,7 +24,7 @@ from iss_kernels.cells import CELLS
 
 _Tensors = Sequence[Tensor]
 _is_compiling = torch.compiler.is_compiling
-_cell_step = backend.native().cell_step if backend.is_built() else None
+_cell_step: Any = getattr(backend.native(), "cell_step", None)
 _functorch_active = torch._C._are_functorch_transforms_active
 
 

@@ -128,9 +128,7 @@ class RecurrentCell(nn.RNNCellBase):
                 )
         return self._run(x, states, dtype)
 
-    def _run(
-        self, x: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
+    def _run(self, x: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The step in `dtype`."""
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         w_ih, w_hh, b_ih, b_hh = (w if w is None else w.to(dtype) for w in weights)
@@ -262,6 +260,4 @@ class ISSRNNCell(_OneStateCell):
         return f"rnn_{self.nonlinearity}"
 
 
-CELL_MODULES.update(
-    {nn.LSTMCell: ISSLSTMCell, nn.GRUCell: ISSGRUCell, nn.RNNCell: ISSRNNCell}
-)
+CELL_MODULES.update({nn.LSTMCell: ISSLSTMCell, nn.GRUCell: ISSGRUCell, nn.RNNCell: ISSRNNCell})

@@ -48,7 +48,7 @@ GRU_INPUTS, RNN_INPUTS = (
 @pytest.mark.parametrize(
     ("inputs", "changes", "message"),
     [
-        (LSTM_INPUTS, {"x": torch.randn(3, 2)}, "expected x of shape [T, B, I], got [3, 2]"),
+        (LSTM_INPUTS, {"x": torch.randn(2)}, "expected x of shape [T, B, I] or [B, I], got [2]"),
         (PACKED, {"x": torch.randn(3, 2, 5)}, "expected x of shape [N, I], got [3, 2, 5]"),
         (LSTM_INPUTS, {"h0": torch.randn(3)}, "expected h0 [B, P] and c0 [B, H], got [3] and [2, 4]"),
         (LSTM_INPUTS, {"h0": torch.randn(1, 3)}, "expected h0 of shape [B, P] = [2, 3], got [1, 3]"),

@@ -33,7 +33,8 @@ KINDS = {
     "rnn_tanh": (nn.RNNCell, ISSRNNCell, ISSRNN, {}),
     "rnn_relu": (nn.RNNCell, ISSRNNCell, ISSRNN, RELU),
 }
-# I, H, B: every height of a tile, tails of every ISA, one row, wide input, no rows, no inputs, no units
+# I, H, B: every height of a tile, tails of every ISA, one row, wide input, no rows, no inputs, no
+# units
 SIZES = [
     (1, 1, 1), (4, 16, 5), (5, 17, 1), (3, 31, 7), (33, 8, 2), (40, 40, 13), (7, 70, 3), (4, 5, 0),
     (0, 5, 3), (4, 0, 3), (64, 64, 1), (128, 100, 20), (20, 9, 70),
@@ -191,9 +192,9 @@ def test_strided_inputs_and_states(implementation, kind):
     torch.testing.assert_close(ours(x, hx), torchs(x, hx))
     wide = torch.randn(12, 10)
     torch.testing.assert_close(ours(wide[::2, ::2], hx), torchs(wide[::2, ::2], hx))
-    w_hh, w_ih = torchs.weight_hh.detach().t().contiguous().t(), torch.randn(*torchs.weight_ih.T.shape)
+    w_hh, w_ih = (p.detach().t().contiguous().t() for p in (torchs.weight_hh, torchs.weight_ih))
     for cell in (torchs, ours):
-        cell.weight_hh.data, cell.weight_ih.data = w_hh, w_ih.t()
+        cell.weight_hh.data, cell.weight_ih.data = w_hh, w_ih
     torch.testing.assert_close(ours(x, hx), torchs(x, hx))
 
 

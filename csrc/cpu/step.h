@@ -8,7 +8,8 @@ namespace iss {
 
 // h', c', gates and saved, as recurrent_forward's, but undefined where there is no c, or without
 // `save`. Inputs are checked before.
-std::tuple<Tensor, Tensor, Tensor, Tensor> step_forward_cpu(const CellSpec& spec, const Inputs& inputs, bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor> step_forward_cpu(const CellSpec& spec,
+                                                            const Inputs& inputs, bool save);
 BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& inputs, const Tensor& dy,
                                  const Tensor& dh_n, const OptionalTensor& dc_n, const Tensor& y,
                                  const Tensor& gates, const Tensor& saved, bool need_dx,

@@ -75,10 +75,10 @@ template <typename T>
 struct Forward {
   const CellSpec& spec;
   int64_t rows, input, hidden;
-  const T *x, *h0, *c0;          // [B, I], [B, H]
-  const Tensor &w_ih, &w_hh;     // [G H, I], [G H, H], contiguous
-  const T *b_ih, *b_hh;          // [G H], or nullptr
-  T *h, *c, *gates, *saved;      // as in StepArgs
+  const T *x, *h0, *c0;       // [B, I], [B, H]
+  const Tensor &w_ih, &w_hh;  // [G H, I], [G H, H], contiguous
+  const T *b_ih, *b_hh;       // [G H], or nullptr
+  T *h, *c, *gates, *saved;   // as in StepArgs
 
   void run() const {
     const Call call;
@@ -132,30 +132,28 @@ struct Forward {
     }
     const T* const before = spec.has_c ? c0 : h0;
     each_part(kernels.panels(hidden, spec.gates),
-              rows * kPointwise * kernels.panel_units(spec.gates),
-              [&](int64_t begin, int64_t end) {
-                kernels.of(spec.kind)
-                    .step({.rows = rows,
-                           .hidden = hidden,
-                           .k = 0,
-                           .panels = {begin, end},
-                           .h_prev = h0,
-                           .h_prev_stride = hidden,
-                           .before = before,
-                           .before_stride = hidden,
-                           .resets = nullptr,
-                           .w_hh = {},
-                           .inputs = inputs,
-                           .inputs_stride = columns,
-                           .product_bias = apart > 0 ? product : nullptr,
-                           .c = c,
-                           .h = h,
-                           .h_stride = hidden,
-                           .gates = gates,
-                           .gates_stride = spec.saved_gates * hidden,
-                           .saved = saved,
-                           .scratch = nullptr,
-                           .product_bias_stride = hidden});
+              rows * kPointwise * kernels.panel_units(spec.gates), [&](int64_t begin, int64_t end) {
+                kernels.of(spec.kind).step({.rows = rows,
+                                            .hidden = hidden,
+                                            .k = 0,
+                                            .panels = {begin, end},
+                                            .h_prev = h0,
+                                            .h_prev_stride = hidden,
+                                            .before = before,
+                                            .before_stride = hidden,
+                                            .resets = nullptr,
+                                            .w_hh = {},
+                                            .inputs = inputs,
+                                            .inputs_stride = columns,
+                                            .product_bias = apart > 0 ? product : nullptr,
+                                            .c = c,
+                                            .h = h,
+                                            .h_stride = hidden,
+                                            .gates = gates,
+                                            .gates_stride = spec.saved_gates * hidden,
+                                            .saved = saved,
+                                            .scratch = nullptr,
+                                            .product_bias_stride = hidden});
               });
   }
 };
@@ -181,9 +179,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_forward_cpu(const CellSpec& spec
   AT_DISPATCH_FLOATING_TYPES(wide, "recurrent_forward", [&] {
     using T = scalar_t;
     const auto if_given = [](const Tensor& t) { return t.defined() ? data<T>(t) : nullptr; };
-    Forward<T>{spec,           rows,           input,         hidden, data<T>(x),
-               data<T>(h0),    if_given(c0),   w_ih,          w_hh,   if_given(b_ih),
-               if_given(b_hh), data<T>(y),     if_given(c),   if_given(gates),
+    Forward<T>{spec,           rows,
+               input,          hidden,
+               data<T>(x),     data<T>(h0),
+               if_given(c0),   w_ih,
+               w_hh,           if_given(b_ih),
+               if_given(b_hh), data<T>(y),
+               if_given(c),    if_given(gates),
                if_given(saved)}
         .run();
   });
@@ -248,30 +250,31 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
     };
     lay_out({static_cast<char*>(scratch(lay_out({nullptr})))});
     T* const carried = spec.has_c ? data<T>(dc) : carries_h ? data<T>(dh0) : nullptr;
-    each_part(kernels.panels(hidden), rows * kPointwise * kernels.panel_units(),
-              [&](int64_t begin, int64_t end) {
-                kernels.of(spec.kind)
-                    .step_backward({.rows = rows,
-                                    .hidden = hidden,
-                                    .k = 0,
-                                    .panels = {begin, end},
-                                    .a = dproducts,
-                                    .a_stride = columns,
-                                    .b = {},
-                                    .resets = nullptr,
-                                    .resets_after = nullptr,
-                                    .dy = data<T>(dy),
-                                    .dh_n = carries_h ? nullptr : data<T>(dh_n),
-                                    .gates = data<T>(gates),
-                                    .saved = data<T>(saved),
-                                    .before = spec.has_c ? data<T>(c0) : data<T>(h0),
-                                    .before_stride = hidden,
-                                    .y = data<T>(y),
-                                    .y_stride = hidden,
-                                    .carried = carried,
-                                    .dinputs = dinputs,
-                                    .dproducts = dproducts});
-              });
+    each_part(
+        kernels.panels(hidden), rows * kPointwise * kernels.panel_units(),
+        [&](int64_t begin, int64_t end) {
+          kernels.of(spec.kind).step_backward({.rows = rows,
+                                               .hidden = hidden,
+                                               .k = 0,
+                                               .panels = {begin, end},
+                                               .a = dproducts,
+                                               .a_stride = columns,
+                                               .b = {},
+                                               .resets = nullptr,
+                                               .resets_after = nullptr,
+                                               .dy = data<T>(dy),
+                                               .dh_n = carries_h ? nullptr : data<T>(dh_n),
+                                               .gates = data<T>(gates),
+                                               .gates_stride = columns,
+                                               .saved = data<T>(saved),
+                                               .before = spec.has_c ? data<T>(c0) : data<T>(h0),
+                                               .before_stride = hidden,
+                                               .y = data<T>(y),
+                                               .y_stride = hidden,
+                                               .carried = carried,
+                                               .dinputs = dinputs,
+                                               .dproducts = dproducts});
+        });
     // out = or += d @ w, a weight in place.
     const auto through = [&](const T* d, const Tensor& w, bool accumulate, const Tensor& out) {
       multiply_in_place<T>({.rows = rows,
@@ -296,22 +299,19 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
     weights.add({.steps = {0, 1, 0, rows},
                  .dinputs = dinputs,
                  .dproducts = dproducts,
+                 .stride = columns,
                  .outputs = nullptr,
-                 .h_prev = data<T>(h0)},
+                 .h_prev = data<T>(h0),
+                 .masked = nullptr},
                 false);
   });
   if (need_dw && rows == 0) dw_ih.zero_(), dw_hh.zero_();
   const auto or_empty = [&](bool needed, const Tensor& t) {
     return needed && t.defined() ? in(dtype, t) : made({0}, dtype);
   };
-  return {or_empty(need_dx, dx),
-          or_empty(need_dh0, dh0),
-          or_empty(true, dc),
-          or_empty(need_dw, dw_ih),
-          or_empty(need_dw, dw_hh),
-          or_empty(need_dw, db_ih),
-          or_empty(need_dw, db_hh),
-          made({0}, dtype)};
+  return {or_empty(need_dx, dx),    or_empty(need_dh0, dh0),  or_empty(true, dc),
+          or_empty(need_dw, dw_ih), or_empty(need_dw, dw_hh), or_empty(need_dw, db_ih),
+          or_empty(need_dw, db_hh), made({0}, dtype)};
 }
 
 }  // namespace iss

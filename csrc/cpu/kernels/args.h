@@ -112,8 +112,8 @@ struct StepArgs {
   T* masked = nullptr;
   T* gates;  // [n, kSavedGates * H], gates_stride; nullptr when not training
   int64_t gates_stride;
-  T* saved;       // [n, H] kSavedState; nullptr when not training
-  void* scratch;  // as in MatmulArgs
+  T* saved;                         // [n, H] kSavedState; nullptr when not training
+  void* scratch;                    // as in MatmulArgs
   int64_t product_bias_stride = 0;  // from row to row; 0: the same for all
 };
 

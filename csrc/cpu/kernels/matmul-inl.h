@@ -7,9 +7,8 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
                       int64_t columns, PanelRange panels, void* scratch, const Prefetch& prefetch,
                       const Finish& finish) {
   const auto floats = [&]<typename W>(const W* weights) {
-    each_tile_of<T, kVectors>(
-        FloatOperand<T, kVectors, W>(a, stride, rows, k, panels, weights), rows, k, columns, panels,
-        prefetch, finish);
+    each_tile_of<T, kVectors>(FloatOperand<T, kVectors, W>(a, stride, rows, k, panels, weights),
+                              rows, k, columns, panels, prefetch, finish);
   };
   if constexpr (std::is_same_v<T, float>) {
     if (b.format == Format::kFloat16 && rows == 1 && Vec<T>::halves())
@@ -34,8 +33,7 @@ void matmul(const MatmulArgs<T>& args) {
   constexpr int64_t kLanes = Vec<T>::kLanes, kColumns = kPanelColumns<T, kVectors>;
   const auto prefetch = [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t at = panel * kColumns; at < (panel + panels) * kColumns;
-           at += 64 / sizeof(T))
+      for (int64_t at = panel * kColumns; at < (panel + panels) * kColumns; at += 64 / sizeof(T))
         __builtin_prefetch(args.out + (row + r) * args.out_stride + at, 1, 2);
   };
   const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel,

@@ -145,10 +145,11 @@ struct StoredOperand {
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) {
         __builtin_prefetch(next + j * kLanes);
-        const V from_w = kWhole || j + 1 < Vectors ? V::load(w + j * kLanes)
-                                                   : V::load(w + j * kLanes, left);
+        const V from_w =
+            kWhole || j + 1 < Vectors ? V::load(w + j * kLanes) : V::load(w + j * kLanes, left);
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) sum[r][j] = fma(V::set(x[r * stride + i]), from_w, sum[r][j]);
+        for (int r = 0; r < Rows; ++r)
+          sum[r][j] = fma(V::set(x[r * stride + i]), from_w, sum[r][j]);
       }
     }
 #pragma GCC unroll 16

@@ -138,8 +138,8 @@ struct Vec<double> {
       twos[i] = _mm512_add_pd(_mm512_mask_blend_pd(0xcc, a, b),
                               _mm512_shuffle_f64x2(swapped, swapped, _MM_SHUFFLE(2, 3, 0, 1)));
     }
-    return {_mm512_add_pd(_mm512_unpacklo_pd(twos[0], twos[1]),
-                          _mm512_unpackhi_pd(twos[0], twos[1]))};
+    return {
+        _mm512_add_pd(_mm512_unpacklo_pd(twos[0], twos[1]), _mm512_unpackhi_pd(twos[0], twos[1]))};
   }
 };
 
