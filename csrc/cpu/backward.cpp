@@ -12,9 +12,9 @@
 namespace iss {
 namespace {
 
-// Steps [first, last) of a share, last first, and of each the micro-steps. A step's dy is complete
-// when the product with the gradients of the step that follows has been added to it; then the
-// cell's own gradient follows from it.
+// Walks the steps [first, last) of a share, last first, and the micro-steps of each. The gradient
+// of a step's output is dy plus the product of w_hh with the gradients of the step that follows;
+// the finish of that product computes the cell's own gradients.
 template <typename T>
 void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, int64_t last,
                const CellGradient<T>& gradient, const T* dproducts_after,
@@ -48,7 +48,7 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
     return std::pair{panels.begin * kernels.panel_units(),
                      std::min(panels.end * kernels.panel_units(), output)};
   };
-  // What a reset stops: the share's columns of `rows` rows of P where `resets` says so.
+  // Zeroes the share's columns of those of `rows` rows [P] that a reset cuts off.
   const auto clear = [&](const bool* resets, int64_t rows, T* to) {
     const auto [begin, end] = own_columns();
     for (int64_t r = 0; resets != nullptr && r < rows; ++r)
@@ -197,7 +197,7 @@ Backward<T>::Backward(const PackedCell& cell, const Sequence& sequence, bool nee
     : cell_(cell), sequence_(sequence), need_h_prev_(need_h_prev) {
   const int64_t chunks = std::max<int64_t>(1, (sequence.rows + kTerms - 1) / kTerms);
   for (int64_t last = sequence.steps, first; last > 0; last = first) {
-    int64_t rows = 0;  // as many in each chunk, but no more than kTerms; at least one step
+    int64_t rows = 0;  // chunks of equal size, of at most kTerms rows but at least one step
     const auto fits = [&](int64_t k) {
       return rows * chunks < sequence.rows &&
              rows + sequence.sizes[sequence.step(k, cell.reverse)] <= kTerms;
@@ -241,7 +241,7 @@ void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
     const auto walk = [&, first, last](const Share& share) {
       walk_back(cell_, sequence_, first, last, gradient, dproducts_after, result, share);
     };
-    // One of them may have come late in the chunk before.
+    // A thread may have been late in the chunk before.
     const int64_t threads = most_threads == 1 || i == 0
                                 ? most_threads
                                 : std::min(most_threads, free_threads(Clock::now()));

@@ -9,7 +9,7 @@
 namespace iss {
 
 // How a weight is read: as B = weight [K, columns], or as B = weight.T for a weight [columns, K];
-// gates: as in PackArgs. parts: the weight consists of so many matrices, one below the other, each
+// gates: as in PackArgs. parts: the weight is so many matrices, one below the other, and each is
 // packed by itself.
 struct Layout {
   bool transposed;
@@ -22,7 +22,7 @@ struct Layout {
 struct Matrix {
   at::Tensor panels;
   Format format = Format::kSame;
-  bool finite = false;  // no value is inf or NaN; looked at where it is asked for
+  bool finite = false;  // no value is inf or NaN; false also where pack() did not look
   int64_t part_bytes = 0;
 
   Packed view(int64_t part = 0) const {
@@ -30,22 +30,21 @@ struct Matrix {
   }
 };
 
-// What a kernel is told to pack a contiguous weight, or the first of its parts, but for which
-// panels and where to: float64, float32, float16, bfloat16, or int8 with scales [rows of the
-// weight]. The format follows from its dtype.
+// The arguments that pack a contiguous weight, or the first of its parts; the caller adds the
+// panels and the destination. The format follows from the dtype: float64, float32, float16,
+// bfloat16, or int8 with scales [rows of the weight].
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {});
 
-// Packs all of it, for this call or to be kept. Matrix::finite is left false without `look`.
+// Packs a whole weight. Without `look`, Matrix::finite stays false.
 Matrix pack(const at::Tensor& weight, Layout layout, const at::Tensor& scales = {},
             bool look = false);
 
-// The same, kept in the tensor itself and found again while it has the same values; panels go with
-// their tensor. What decides is a fingerprint of all values, taken on every call, and not the
-// tensor's version: writing through .data, a NumPy view or shared memory changes a weight without
-// changing its version.
+// The same, cached in the tensor itself, so the panels die with it. A fingerprint of all values,
+// taken in every call, decides whether they still hold. The tensor's version would not do: writing
+// through .data, a NumPy view or shared memory does not change it.
 Matrix pack_once(const at::Tensor& weight, Layout layout, bool look = false);
 
-// Packs all panels, to weight.packed. T: what kernels compute in.
+// Packs all panels to weight.packed. T: the type that kernels compute in.
 template <typename T>
 void pack_all(const PackArgs& weight);
 

@@ -9,16 +9,16 @@
 namespace iss {
 namespace {
 
-// Multiplies that take about 0.5 us: what it costs to meet at a barrier, and then some.
+// The least work between two meetings, in multiplies: about 0.5 us, more than a barrier costs.
 constexpr int64_t kWorthABarrier = 1 << 14;
-// Weights that stay in a core's L2 cache from step to step.
+// So many weights stay in a core's L2 cache from step to step.
 constexpr int64_t kCachedWeights = 1 << 17;
-// Rows that take longer to multiply than the weights take to come from beyond that cache.
+// With so many rows, multiplying takes longer than reading the weights from beyond that cache.
 constexpr int64_t kManyRows = 16;
-// Rows that are worth a thread of their own where all weights stay in its cache: the fewest of
-// which a tile is more than half as fast as a tall one.
+// The fewest rows that are worth a thread where all weights stay in its cache: a tile of two rows
+// is more than half as fast as a tall one.
 constexpr int64_t kFewRows = 2;
-// What a division by units, which reads each weight once, may cost over one by rows.
+// A split by units reads each weight once, and may be this much less even than one by rows.
 constexpr double kUneven = 1.15;
 
 }  // namespace
@@ -48,15 +48,15 @@ Plan plan_threads(const PlanProblem& problem, int64_t by_work, int64_t threads) 
   const int64_t by_step = rows_per_step * narrowest / kWorthABarrier;
   const int64_t members = std::max<int64_t>(1, std::min({by_work, panels, by_step}));
   const bool both_directions = problem.directions == 2;
-  // What the one with most units has to do, as a multiple of its share.
+  // The work of the member with most units, as a multiple of the mean.
   double uneven = 1;
   for (const CellSize& cell : problem.cells) {
     const int64_t each = (problem.panels(cell) + members - 1) / members;
     const int64_t most = std::min(each * problem.panel_units(cell), cell.hidden);
     uneven = std::max(uneven, static_cast<double>(most * members) / cell.hidden);
   }
-  // Rows that fill the register tile of every thread are best divided, unless they are few and each
-  // thread would then read weights again in every step that its cache cannot hold.
+  // A split by rows is best where the rows fill every thread's tile, unless they are few and the
+  // weights exceed the cache: then each thread would read all weights in every step.
   if (problem.batch >= threads * problem.tile_rows) {
     if (widest <= kCachedWeights)
       return {Split::kRows, by_work, "each thread keeps all weights in its cache"};
@@ -67,7 +67,7 @@ Plan plan_threads(const PlanProblem& problem, int64_t by_work, int64_t threads) 
     if (both_directions) return {Split::kRows, by_work, "there are rows enough for all threads"};
   }
   if (both_directions) {
-    // An odd thread would leave one direction slower, and the other waiting.
+    // With an odd number of threads one direction would be slower, and the other would wait.
     const int64_t even = std::min(by_work, std::max<int64_t>(2, 2 * by_step)) / 2 * 2;
     return {Split::kDirections, std::min(even, 2 * panels), "the two directions are independent"};
   }

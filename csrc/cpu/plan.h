@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How threads divide the work of a stack, forward and backward: decided from numbers alone, so that
-// it can be asked and tested without a tensor (iss_kernels.explain_plan).
+// How threads divide a call, forward and backward. The plan follows from numbers alone, so it can
+// be tested and explained without a tensor (iss_kernels.explain_plan).
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 namespace iss {
 
 enum class Split {
-  kRows,        // each takes rows of the batch through all layers and steps; nobody waits
-  kUnits,       // each takes units of every cell; they meet after each step
-  kDirections,  // half of them take the forward cells, half the backward ones, each by units
-  kLayers,      // each takes layers, and follows the one below from chunk to chunk
+  kRows,        // each thread takes rows of the batch through all layers and steps; nobody waits
+  kUnits,       // each thread takes units of every cell; they meet after each step
+  kDirections,  // half of the threads take the forward cells, half the backward ones, by units
+  kLayers,      // a thread takes the next chunk of any layer whose input is there
 };
 
 struct Plan {
@@ -40,14 +40,14 @@ struct PlanProblem {
   int64_t lanes, tile_rows;  // of the kernels (cpu/kernels/table.h)
 
   int64_t multiplies() const;  // of the whole call
-  // Units whose columns one panel holds: what is divided.
+  // The units of a panel; threads divide panels.
   int64_t panel_units(const CellSize& cell) const;
   int64_t panels(const CellSize& cell) const {
     return (cell.hidden + panel_units(cell) - 1) / panel_units(cell);
   }
 };
 
-// by_work: threads that the work is worth. threads: those that are free, by_work or more.
+// by_work: how many threads the work is worth. threads: how many are free, at least by_work.
 Plan plan_threads(const PlanProblem& problem, int64_t by_work, int64_t threads);
 
 }  // namespace iss

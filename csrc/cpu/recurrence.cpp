@@ -23,8 +23,8 @@
 namespace iss {
 namespace {
 
-// Projected inputs are made for so many steps at a time that they stay in a core's L2 cache, but
-// for kBlockRows rows at least: fewer would read w_ih too often.
+// Bytes of the projected inputs of a chunk, which stay in a core's L2 cache. A chunk has at least
+// kBlockRows rows: with fewer, w_ih would be read too often.
 constexpr int64_t kChunkBytes = 1 << 18;
 
 template <typename T>
@@ -33,7 +33,7 @@ void copy_rows(const T* from, int64_t rows, int64_t from_stride, int64_t columns
     std::memcpy(to + r * columns, from + r * from_stride, columns * sizeof(T));
 }
 
-// A cell at work: where it reads and writes.
+// One cell of a call: what it reads and writes.
 template <typename T>
 struct Job {
   const PackedCell& cell;
@@ -45,11 +45,12 @@ struct Job {
   int64_t chunk;   // steps whose inputs are projected together
   T* inputs;       // [rows of a chunk, G H]; unused where CellState has them
   T* unprojected;  // [B, H] with a projection
-  T* states;       // [2, B, H] of a deep cell that does not keep them: what every second micro-step
-                   // leaves, which the next one reads while it writes its own
-  T* masked;       // [3, B, H] with masks: the same, masked, and h_0
-  const T* zeros;  // what resets make of h [P], where w_hh is not finite; the inputs [G H] of
-                   // micro-steps that have no bias
+  // [2, B, H] of a deep cell that saves no states: a micro-step reads one and writes the other.
+  T* states;
+  T* masked;  // [3, B, H] with masks: these two states and h_0, times the mask of the states
+  // A state [P] after a reset, where w_hh is not finite; the inputs [G H] of a micro-step that has
+  // neither input nor bias.
+  const T* zeros;
 };
 
 // inputs = x @ w_ih.T + bias for `rows` rows from `row`: [rows, I] -> [rows, G H].
@@ -84,8 +85,8 @@ std::pair<T*, int64_t> state_after(const Job<T>& job, int64_t d, int64_t b, int6
   return {job.states + (d % 2 * job.sequence.batch + b) * hidden, hidden};
 }
 
-// The product of micro-step d of the k-th step, and the cell that finishes it, for rows of the
-// batch that come from the same step (Sequence::each_piece).
+// Micro-step d of the k-th step, product and finish, for rows of the batch whose states come from
+// the same step (Sequence::each_piece).
 template <typename T>
 void take_step(const Job<T>& job, StepArgs<T> args, int64_t k, int64_t d, int64_t b, int64_t row,
                int64_t previous) {
@@ -112,7 +113,8 @@ void take_step(const Job<T>& job, StepArgs<T> args, int64_t k, int64_t d, int64_
     args.masked = job.masked + now * all + b * output;
   }
   if (args.resets == nullptr || job.cell.w_hh.finite) return step(args);
-  // The product of zeros with what is not finite is no zero: each run of rows goes by itself.
+  // The product of zeros with a matrix that is not finite is not zero. So rows with a reset and
+  // rows without one are multiplied separately, in runs.
   for (int64_t end = 0, rows = args.rows; end < rows;) {
     const int64_t begin = end;
     const bool reset = args.resets[begin];
@@ -138,8 +140,8 @@ void take_step(const Job<T>& job, StepArgs<T> args, int64_t k, int64_t d, int64_
   }
 }
 
-// The steps [first, last) that a cell takes, inputs first.
-// False where the share's member has left its team on the way.
+// Projects the inputs of steps [first, last) of a cell, then takes these steps. False if the member
+// of the share has left its team.
 template <typename T>
 bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t last, void* scratch) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
@@ -153,8 +155,9 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
       cell.product_bias.defined() ? cell.product_bias.template const_data_ptr<T>() : nullptr;
   const StepRange steps = sequence.steps_taken(first, last, reverse);
   const bool whole = share.begin == 0 && share.end == sequence.batch;
-  // Projected inputs are kept for a chunk, unless the caller has memory for all of them. Threads
-  // that share the batch, which may be in different chunks, each keep their own rows.
+  // There is memory for the projected inputs of a chunk, unless the caller has some for all of
+  // them. Threads that divide the batch may be in different chunks, so each has a part for its own
+  // rows.
   const auto inputs_at = [&](int64_t t, int64_t b) {
     if (state.inputs) return state.inputs + (sequence.offsets[t] + b) * gates;
     const int64_t row = whole ? sequence.offsets[t] + b - steps.first_row
@@ -234,7 +237,7 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
   return true;
 }
 
-// y of each row's last step -> h_n.
+// Copies y of each row's last step to h_n.
 template <typename T>
 void keep_last(const Job<T>& job, int64_t begin, int64_t end) {
   const int64_t output = job.cell.output;
@@ -246,7 +249,7 @@ void keep_last(const Job<T>& job, int64_t begin, int64_t end) {
   }
 }
 
-// One cell from beginning to end. False where the share's member has left its team on the way.
+// All steps of a cell. False if the member of the share has left its team.
 template <typename T>
 bool run_cell(const Job<T>& job, const Share& share, void* scratch) {
   for (int64_t first = 0; first < job.sequence.steps; first += job.chunk)
@@ -256,8 +259,8 @@ bool run_cell(const Job<T>& job, const Share& share, void* scratch) {
   return true;
 }
 
-// Split::kLayers. A thread takes the next chunk of any layer that has its input and that nobody
-// works on: of the layer it took last, whose weights it has in its cache, or else of the topmost.
+// Split::kLayers. A thread takes the next chunk of a layer whose input is there and that no other
+// thread works on: of the layer it took last, whose weights are in its cache, else of the topmost.
 template <typename T, typename ScratchOf>
 void run_layers(const std::vector<Job<T>>& jobs, int64_t chunk, int64_t threads,
                 const ScratchOf& scratch_of) {
@@ -272,7 +275,7 @@ void run_layers(const std::vector<Job<T>>& jobs, int64_t chunk, int64_t threads,
     return l < 0 ? steps : progress[l].done.load(std::memory_order_acquire);
   };
   run_team(threads, [&](int64_t member, int64_t) {
-    // Whether there was a chunk to take of the layer.
+    // Takes the next chunk of a layer; false if there is none to take.
     const auto take = [&](int64_t l) {
       if (done(l) == done(l - 1) || progress[l].taken.exchange(true, std::memory_order_acquire))
         return false;
@@ -307,13 +310,13 @@ std::pair<at::Tensor, at::Tensor> merged_biases(const CellSpec& spec, const at::
   if (!spec.bias_parts)
     return {b_ih.defined() && b_hh.defined() ? b_ih + b_hh : b_ih.defined() ? b_ih : b_hh, {}};
   if (!b_hh.defined()) return {b_ih, {}};
-  if (spec.deep) {  // that of the first micro-step is the input's
+  if (spec.deep) {  // the bias of the first micro-step is added to the inputs
     const int64_t first = b_hh.size(0) / depth;
     const at::Tensor of_inputs = b_hh.narrow(0, 0, first);
     return {b_ih.defined() ? b_ih + of_inputs : of_inputs,
             b_hh.narrow(0, first, b_hh.size(0) - first)};
   }
-  // All products but the last are added to their inputs before anything else happens.
+  // All products but the last are just added to their inputs, so their biases can be merged.
   const int64_t merged = b_hh.size(0) / spec.gates * (spec.gates - 1);
   const at::Tensor of_inputs = at::zeros_like(b_hh);
   if (b_ih.defined()) of_inputs.copy_(b_ih);
@@ -334,7 +337,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const int64_t directions = static_cast<int64_t>(stack[0].size());
   const int64_t layers = static_cast<int64_t>(stack.size());
 
-  // Of the projected inputs; of h; of the inputs of micro-steps that have none.
+  // The widest projected inputs, the longest state, and the inputs of micro-steps without any.
   int64_t widest = 1, longest_row = 0, idle = 0;
   for (const Layer& layer : stack)
     for (const PackedCell& cell : layer) {
@@ -343,7 +346,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
       if (cell.depth > 1 && !cell.product_bias.defined()) idle = std::max(idle, cell.gates());
     }
   const int64_t all_zeros = std::max(sequence.resets ? longest_row : 0, idle);
-  // Layers that follow each other do so chunk by chunk, so there should be some chunks.
+  // Layers can only run at the same time if there are several chunks.
   const int64_t fewest = split == Split::kLayers ? 8 : 1;
   const int64_t step_rows = std::max<int64_t>(1, sequence.batch);
   const int64_t cached = kChunkBytes / (step_rows * widest * int64_t{sizeof(T)});
@@ -412,7 +415,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
     const bool divided = split == Split::kDirections && members > 1;
     const int64_t size = divided ? members / 2 : members;
     const int64_t direction = divided ? member / size : 0;
-    // An odd one is left where there are fewer threads than asked for.
+    // With fewer threads than wanted their number may be odd; the odd one has nothing to do.
     bool stays = direction <= 1;
     const Share share{0, sequence.batch, divided ? member % size : member, size,
                       stays ? &of_direction[direction] : nullptr};
@@ -420,7 +423,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
       for (int64_t d = direction; stays && d < directions; d += divided ? 2 : 1)
         stays = run_cell(jobs[l * directions + d], share, own + member * quantising);
       if (divided)
-        everyone.meet(members, false);  // a cell by units ends at a meeting of its own
+        everyone.meet(members, false);  // a split by units needs none: a cell ends with a meeting
       else if (!stays)
         return;
     }

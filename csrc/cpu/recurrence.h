@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layers of recurrent cells with packed weights, run over a sequence by as many threads as they
-// feed: what recurrent_forward (one cell), prepared models and streams (whole stacks) have in
-// common. Nothing here knows a cell's equations.
+// The walk over time: layers of recurrent cells with packed weights run over a sequence, on as many
+// threads as the work is worth. recurrent_forward runs one cell; prepared models and streams run
+// whole stacks. Nothing here knows the equations of a cell.
 #pragma once
 
 #include <algorithm>
@@ -22,11 +22,11 @@ struct PackedCell {
   const CellSpec* spec;
   int64_t input, hidden, output;  // I, H, P
   bool reverse;
-  // w_ih is undefined where CellState::inputs are given, w_hr where there is no projection.
+  // Undefined: w_ih where CellState::inputs holds the projected inputs, w_hr without a projection.
   Matrix w_ih, w_hh, w_hr;
   at::Tensor bias;  // [G H] of the inputs; undefined without
-  // What is not added to the inputs, undefined without: [H] of the last product alone (GRU), or
-  // [(D - 1) G H] of the micro-steps that have no input.
+  // The bias that is not added to the inputs: that of the last product [H] (GRU), or those of the
+  // micro-steps without an input [(D - 1) G H]. Undefined for other cells and without a bias.
   at::Tensor product_bias;
   int64_t depth = 1;  // D, parts of w_hh: micro-steps of a step
 
@@ -41,8 +41,8 @@ inline CellSize size_of(const PackedCell& cell) {
 using Layer = std::vector<PackedCell>;  // the one or two directions
 using Stack = std::vector<Layer>;
 
-// The two biases of a cell as its kernels take them, PackedCell::bias and product_bias, which is
-// nothing for most cells. Any of these tensors may be undefined.
+// b_ih and b_hh as the kernels take them: PackedCell::bias and product_bias. Any of these tensors
+// may be undefined.
 std::pair<at::Tensor, at::Tensor> merged_biases(const CellSpec& spec, const at::Tensor& b_ih,
                                                 const at::Tensor& b_hh, int64_t depth = 1);
 
@@ -52,7 +52,8 @@ struct CellState {
   const T* h0;  // [B, P]
   T* c;         // [B, H]  in: c_0; out: c_n; nullptr for a cell without c
   T* h_n;       // [B, P]  may be h0
-  T* inputs;    // [N, G H] where the projected inputs go or, without w_ih, are; nullptr: nowhere
+  T* inputs;    // [N, G H] memory for the projected inputs; without w_ih they are there already;
+                // nullptr: the walk has memory for a chunk of them
   T* gates;     // [N, gates kept * H] may be `inputs`; nullptr when not training
   T* saved;     // [N, states kept * H]; nullptr when not training
   const T* masks = nullptr;  // [2, B, H] of a deep cell: of states, of candidates; nullptr: none
@@ -71,33 +72,34 @@ struct CellGradient {
   const T *gates, *saved;  // as in CellState
   const T *dy, *dh_n;      // [N, P], [B, P]
   T* dh0;                  // [B, P]  nullptr where it is not needed
-  T* carried;  // [B, H]  of c: the gradient of c_n in, of c_0 out. Of a cell that carries one of h:
-               // that of h_n in, of h_0 out, and then dh0 is this. nullptr for other cells.
+  // [B, H]  The gradient that goes from step to step without a product. A cell with c: of c_n in,
+  // of c_0 out. A cell that carries h: of h_n in, of h_0 out, and dh0 is this. Others: nullptr.
+  T* carried;
   const T* masks = nullptr;  // as in CellState
 };
 
-// Whether a state is that of a sequence's beginning: its product with finite factors adds nothing,
-// and is left out.
+// Whether a state is zero, as at the beginning of a sequence. Its product with a finite matrix is
+// left out.
 template <typename T>
 bool all_zero(const T* state, int64_t count) {
   return std::all_of(state, state + count, [](T value) { return value == 0; });
 }
 
-// What some steps leave, n = steps.rows.
+// What the backward walk leaves of some steps, n = steps.rows.
 template <typename T>
 struct StepGradients {
   StepRange steps;
   T* dinputs;      // [n, G H] gradient of the inputs
-  T* dproducts;    // [n, D G H] gradient of the recurrent products; dinputs itself for most cells,
-                   // and of a deep one its first G H columns are
+  T* dproducts;    // [n, D G H] gradient of the recurrent products. It is dinputs for most cells;
+                   // the first G H columns of a deep cell's are its dinputs
   int64_t stride;  // of both, from row to row
-  T* outputs;      // [n, P]  gradient of a step's output, as it left the cell; a projection's alone
-  T* h_prev;       // [D, n, P]  what each product multiplied; nullptr where it is not needed
+  T* outputs;      // [n, P]  gradient of the projected output; with a projection only
+  T* h_prev;       // [D, n, P]  the states that each product multiplied; nullptr: not needed
   T* masked;       // [B, H]  of a deep cell, for its own use
 };
 
-// The backward pass of a cell, last step first, in chunks of some hundred rows: what a chunk leaves
-// is used while it is in the cache, and takes no more memory for a longer sequence.
+// The backward walk of a cell, last step first, in chunks of some hundred rows. The results of a
+// chunk are used while they are in the cache, and a longer sequence takes no more memory for them.
 // cell: w_hh packed as [G H, P] (D of them), w_hr as [P, H]; its w_ih and biases are not used.
 template <typename T>
 class Backward {
@@ -108,7 +110,7 @@ class Backward {
 
   int64_t most_rows() const { return most_rows_; }  // of a chunk
   void lay_out(Arena& arena);
-  // Calls use(what it leaves, whether others came before) for each chunk.
+  // Calls use(gradients, accumulate) for each chunk; accumulate is false for the first one.
   void run(const CellGradient<T>& gradient, const Use& use) const;
 
  private:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// recurrent_forward and recurrent_backward on the CPU. bfloat16 computes in float32: activations
-// are widened at the door, weights as they are loaded.
+// recurrent_forward and recurrent_backward on the CPU. bfloat16 is computed in float32: activations
+// are widened when the op begins, weights as they are loaded.
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -30,10 +30,10 @@ T* data(const Tensor& t) {
   return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr;
 }
 
-// In the type that the kernels compute in, row after row.
+// A contiguous tensor in the type that the kernels compute in.
 Tensor widened(const Tensor& t) { return t.to(wide_type(t.scalar_type())).contiguous(); }
 
-// The same as a copy of its own. (Tensor::to takes a microsecond more.)
+// The same, always as a copy. (Tensor::to takes a microsecond longer.)
 Tensor copied(const Tensor& t) {
   const Tensor from = widened(t), copy = recycled(from.sizes(), from.scalar_type());
   if (from.numel() > 0) std::memcpy(copy.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
@@ -80,9 +80,9 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
   const Tensor rows = widened(x), h_first = widened(h0);
   const Tensor wide_masks = masks ? widened(*masks) : Tensor();
 
-  // When training, weights change before they are used again; w_ih may serve one product alone.
+  // When training, weights change before they are used again, so w_ih serves this call only.
   const bool once = save && sequence.rows <= kBlockRows;
-  // To look whether w_hh is finite takes as long as to multiply a few states of zeros by it.
+  // Looking whether w_hh is finite takes as long as multiplying a few rows of zeros by it.
   const bool look = h0.size(0) > 4 || resets;
   const auto packed = [&](const Tensor& weight, int gates, int64_t parts, bool look) {
     const Layout layout{.transposed = true, .gates = gates, .parts = parts};
@@ -109,7 +109,7 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
   AT_DISPATCH_FLOATING_TYPES(wide, "recurrent_forward", [&] {
     using T = scalar_t;
     const auto if_saved = [&](const Tensor& t) { return save ? data<T>(t) : nullptr; };
-    if (once) {  // all of K in one part, for the sums of run_stack
+    if (once) {  // K is not cut into parts, so that sums have the bits of run_stack's
       const int64_t terms = std::max<int64_t>(1, input);
       const int64_t panel = terms * cpu_kernels().of<T>().panel_units() * sizeof(T);
       const Tensor weight = w_ih.contiguous();

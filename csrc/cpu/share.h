@@ -31,37 +31,37 @@ Plan plan_call(std::span<const CellSize> cells, int64_t directions, const Sequen
   return plan_threads(problem, by_work, by_work == 1 ? 1 : free_threads(Clock::now()));
 }
 
-// Rows [begin, end) of the batch, and what falls to member `member` of the team that divides the
-// units, of `all` members at first.
+// A share: rows [begin, end) of the batch, and of each matrix the panels of member `member`. The
+// team had `all` members at the start.
 struct Share {
   int64_t begin, end;
   int64_t member = 0, all = 1;
-  Team* team = nullptr;  // of a thread that waits for nobody: none
+  Team* team = nullptr;  // nullptr for a thread that waits for nobody
 
   int64_t members() const { return team == nullptr ? 1 : team->members(all); }
 
-  // This member's part of so many panels: the same one until the next meeting.
+  // This member's panels of so many. They stay the same until the next meeting.
   PanelRange of(int64_t panels, bool backwards = false) const {
     const int64_t parts = members();
     if (parts == 1) return {0, panels, backwards};
     return {panels * member / parts, panels * (member + 1) / parts, backwards};
   }
 
-  // Waits for the other members. False where this one has left the team: then it stops.
+  // Waits for the other members. False if this member has left the team; then it stops.
   bool meet() const {
     if (team != nullptr) team->meet(all);
     return member < members();
   }
 };
 
-// Calls body(share, thread) for each thread's rows of the batch, chosen so that all threads have as
-// many steps of a row to do, of those `steps`: Split::kRows.
+// Split::kRows: calls body(share, thread) for each thread. The rows of the batch are divided so
+// that every thread has the same number of rows of `steps`, summed over these steps.
 template <typename Body>
 void each_share_of_rows(const Sequence& sequence, const StepRange& steps, int64_t threads,
                         const Body& body) {
   if (threads == 1) return body(Share{0, sequence.batch}, 0);
   std::vector<int64_t> ends(threads, sequence.batch);
-  int64_t row_end = steps.end, before = 0;  // of row b; the steps of all rows up to it
+  int64_t row_end = steps.end, before = 0;  // the end of row b; the steps of all rows up to it
   for (int64_t b = 0, thread = 0; b < sequence.batch; ++b) {
     while (row_end > steps.begin && sequence.sizes[row_end - 1] <= b) --row_end;
     before += row_end - steps.begin;

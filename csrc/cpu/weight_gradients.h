@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products of a layer's backward pass over many rows at once, and those of few rows that use a
-// weight once: all on the register tile of the rest. (torch's GEMM took 1.3 times as long, with
-// AVX-512 on an AMD CPU.)
+// The products of a layer's backward pass over all rows of a chunk, and products of few rows that
+// use a weight once. They run on the same micro-kernels as the steps, which are faster for these
+// shapes than torch's GEMM.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,7 @@
 
 namespace iss {
 
-// A matrix, `stride` elements from row to row. (Tensors that share memory take a microsecond each
-// to make.)
+// A matrix, `stride` elements from row to row. (To make a tensor over it would take a microsecond.)
 template <typename T>
 struct Rows {
   const T* data;
@@ -26,18 +25,20 @@ struct Rows {
   }
 };
 
-// Sums over all rows of a long sequence are cut into parts of so many terms, for their rounding; a
-// part of what they go over also stays in the L2 cache.
+// Sums over all rows of a sequence are cut into parts of so many terms. That bounds their rounding
+// error, and the operands of a part stay in the L2 cache.
 inline constexpr int64_t kTerms = 512;
 
-// out [rows, columns] = a [rows, K] @ B + bias for so few rows that B is used once. A thread packs
-// up to `terms` rows of a panel of B at a time, into its own part of `panels` [available_threads(),
-// terms * a panel's columns], and multiplies with them while they are in its cache.
+// out [rows, columns] = a [rows, K] @ B + bias, for at most kBlockRows rows, so that each panel of
+// B is used once. A thread packs up to `terms` rows of a panel into its own part of `panels`
+// [available_threads(), terms * a panel's columns] and multiplies with them while they are in its
+// cache.
 template <typename T>
 void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* bias, T* panels,
                    T* out);
 
-// B [K, columns] of a product, packed in parts of kTerms rows, in memory that its maker keeps.
+// The packed right-hand side B [K, columns] of a product, in parts of kTerms rows. The caller owns
+// its memory.
 template <typename T>
 class PackedRhs {
  public:
@@ -45,10 +46,11 @@ class PackedRhs {
   static int64_t bytes(int64_t k, int64_t columns, Format format = Format::kSame);
 
   PackedRhs(const PackArgs& b, void* packed) : PackedRhs(b, 0, b.k, packed) {}
-  // B made of states, whose first or last rows may be zeros, for a product a.T @ B.
+  // B of states, for a product a.T @ B. Rows of zeros at its beginning and end are left out.
   static PackedRhs of_states(const Rows<T>& b, const Rows<T>& a, void* packed);
 
-  // out [rows, columns] = or += a [rows, K of the part] @ the part that begins in row `first`.
+  // out [rows, columns] = or += a [rows, K of the part] @ (the part of B that begins at row
+  // `first`).
   void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, bool accumulate,
                 T* out) const;
 
@@ -69,16 +71,17 @@ class PackedRhs {
   char* packed_;
 };
 
-// What Backward leaves, chunk by chunk, made into the gradients of x and of the weights. Pointers
-// are nullptr where a gradient is not asked for; those of weights are all given or none, w_hr's
-// with a projection alone. What is to be added up, biases, starts from zero.
+// The gradients of x and of the weights, from what Backward leaves of each chunk. A pointer is
+// nullptr where the gradient is not needed. Those of the weights are all given or none, that of
+// w_hr with a projection only. The gradients of biases are added to, so they start from zero.
 template <typename T>
 class WeightGradients {
  public:
   struct Targets {
     T *dx, *dw_ih, *dw_hh, *dw_hr;  // [N, I], [G H, I], [D G H, P], [P, H]
-    T *db_ih, *db_hh;               // [G H], [D G H]; db_hh: only where it differs (bias_parts); of
-                                    // a deep cell it begins with the other, which is left out
+    // [G H], [D G H]. db_hh: only where it differs from db_ih (bias_parts). Of a deep cell db_hh
+    // alone is written; its first G H elements are the gradient of both.
+    T *db_ih, *db_hh;
   };
 
   // w_ih, contiguous, as B of dinputs @ w_ih; x [N, I]. gates, saved: as the forward kept them.

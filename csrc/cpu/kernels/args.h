@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a kernel is told: plain structs of raw pointers, no torch. Letters: types.h.
+// The arguments of the kernels: plain structs of raw pointers, no torch. Letters: types.h.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace iss {
 
-// Panels [begin, end) of a packed matrix: a thread's share of the columns or units. A kernel may
-// take them the other way round, `backwards`.
+// Panels [begin, end) of a packed matrix: a thread's share of the columns or units. With
+// `backwards` a kernel takes them from the last to the first.
 struct PanelRange {
   int64_t begin, end;
   bool backwards = false;
 };
 
-// Rows of a product that are worked on together: few enough that they stay in the cache while the
-// panels pass by; a multiple of every tile.
+// Rows of a product that are worked on together: few enough to stay in the cache while a kernel
+// goes over the panels, and a multiple of the height of every tile.
 constexpr int64_t kBlockRows = 66;
 
 // Vectors of a panel: as many as the gates of a unit, or a multiple of them.
@@ -25,15 +25,14 @@ constexpr int panel_vectors(int gates) { return gates == 3 ? 3 : 4; }
 // A matrix B [K, columns] to be multiplied from the right, cut into panels of V = panel_vectors
 // vectors of columns: packed [panel][K][V][lanes], zero where a panel reaches past the last column.
 //
-// With G > 1 gates the columns are G H gate rows, one gate after the other, and a panel holds all
-// gates of the same units, so that one tile of sums is all that those units need: V / G blocks of
-// `lanes` units, each with G vectors. Where fewer units are left for the last block, its gates
-// stand that many columns apart instead of `lanes`: the end of the panel is empty, and no kernel
-// reads it.
+// With G > 1 gates the columns are G H gate rows, one gate after the other. A panel holds all gates
+// of the same units, so one tile of sums is all that those units need: V / G blocks of `lanes`
+// units, each with G vectors. If fewer units are left for the last block, its gates stand that many
+// columns apart instead of `lanes`. The end of the panel is then empty, and no kernel reads it.
 //
-// kBfloat16: each two vectors of a panel are interleaved; a third one stands alone. kInt8:
-// [panel][K / depth][V][lanes][depth], then the panel's scales, float [V][lanes], and what its sums
-// start from, int32 [V][lanes].
+// kBfloat16: two vectors of a panel are interleaved; a third one stands alone. kInt8:
+// [panel][K / depth][V][lanes][depth], then the scales of the panel, float [V][lanes], and the
+// initial values of its sums, int32 [V][lanes].
 struct PackArgs {
   int64_t k, columns;
   int gates = 1;
@@ -55,8 +54,7 @@ struct Packed {
   Order order = Order::kPanels;
 };
 
-// out = a @ B + bias, or out += that, with B packed for one gate; the columns of `panels` are
-// written.
+// out = or += a @ B + bias, with B packed for one gate. The columns of `panels` are written.
 template <typename T>
 struct MatmulArgs {
   int64_t rows, k, columns;
@@ -76,7 +74,7 @@ struct MatmulArgs {
   Packed b_more = {};
 };
 
-// to = from, transposed; sums += the sum of each column.
+// to = from.T; sums += the sum of each column of `from`.
 template <typename T>
 struct TransposeArgs {
   int64_t rows, columns;
@@ -88,21 +86,21 @@ struct TransposeArgs {
 };
 
 // One time step of a cell (cells/*-inl.h), or a micro-step of one that is deep, for the units of
-// `panels`: the product h_prev @ w_hh.T, and the cell's mathematics where it ends. gates may be
-// inputs itself, c may be `before`.
+// `panels`: the product h_prev @ w_hh.T, and the cell as its finish. `gates` may be `inputs`, and
+// `c` may be `before`.
 template <typename T>
 struct StepArgs {
   int64_t rows, hidden, k;  // n, H, P
   PanelRange panels;
   const T* h_prev;  // [n, P], h_prev_stride elements from row to row
   int64_t h_prev_stride;
-  const T* before;  // [n, H], before_stride: c of an LSTM, else h, of the step before
+  const T* before;  // [n, H], before_stride: of the step before, c of an LSTM, h of other cells
   int64_t before_stride;
-  const bool* resets;  // [n] rows whose state is zero before this step; nullptr: none
+  const bool* resets;  // [n] whether the state is zero before this step; nullptr: no resets
   Packed w_hh;         // w_hh.T [P, G H], packed with G gates
   const T* inputs;     // [n, G H] x_t @ w_ih.T and the biases
   int64_t inputs_stride;
-  const T* product_bias;  // [H] kProductBias: what joins the last product; nullptr: zero
+  const T* product_bias;  // [H] kProductBias: the bias of the last product; nullptr: zero
   T* c;                   // [n, H] kHasC
   T* h;                   // [n, H] the output, or what w_hr projects
   int64_t h_stride;
@@ -117,19 +115,19 @@ struct StepArgs {
   int64_t product_bias_stride = 0;  // from row to row; 0: the same for all
 };
 
-// One time step's gradient for the units of `panels`: dh = a @ B + dy + dh_n, and what follows from
-// it. carried may be in place: it is read and written.
+// The gradient of a time step for the units of `panels`: dh = a @ B + dy + dh_n, and the gradients
+// of the cell as its finish. `carried` is read and written.
 template <typename T>
 struct StepBackwardArgs {
   int64_t rows, hidden, k;  // n, H, K
   PanelRange panels;
-  const T* a;  // [n, K], a_stride elements from row to row: the next step's gradient of products,
-               // K = G H; with a projection the gradient of this step's output, K = P; K = 0 where
-               // no step follows
+  // [n, K], a_stride elements from row to row: the gradient of the next step's products, K = G H;
+  // with a projection the gradient of this step's output, K = P. K = 0 where no step follows.
+  const T* a;
   int64_t a_stride;
   Packed b;                  // [K, H], packed for one gate: w_hh, or w_hr
-  const bool* resets;        // [n] rows whose state was zero before this step; nullptr: none
-  const bool* resets_after;  // [n] the same of the step that follows: a @ B is zero there
+  const bool* resets;        // [n] whether the state was zero before this step; nullptr: no resets
+  const bool* resets_after;  // [n] the same for the step that follows: a @ B counts as zero there
   const T *dy, *dh_n;        // [n, H], or nullptr
   // kMasked, [n, H]: as in StepArgs; state_mask multiplies a @ B.
   const T *mask = nullptr, *state_mask = nullptr;
@@ -140,8 +138,8 @@ struct StepBackwardArgs {
   int64_t before_stride;
   const T* y;  // [n, H], y_stride: the output of this step
   int64_t y_stride;
-  T* carried;    // [n, H] kCarries; in: gradient of c_t (kHasC), or what joins dh; out: the same
-                 // for the step before
+  T* carried;    // [n, H] kCarries; in: the gradient of c_t (kHasC), or a summand of dh; out: the
+                 // same for the step before
   T* dinputs;    // [n, G H] gradient of the inputs
   T* dproducts;  // [n, G H] gradient of the products; dinputs itself but for kSplit
 };

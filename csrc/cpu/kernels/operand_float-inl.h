@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // A packed matrix of floats: T as it is, or 16 bits that are widened as a vector is loaded.
 
-// B stored as W: T, or what a vector of T is widened from. kHalves: as Vec<T>::halves has it.
+// B stored as W: T, or a 16-bit type. kHalves: as in Vec<T>::halves().
 template <typename T, int kVectors, typename W, bool kHalves = false>
 struct FloatOperand {
-  // A K block: several tiles of rows go over this many bytes of a panel while they are in the L1
-  // cache. Tall tiles take 11 bytes a cycle, which the L2 cache gives too: longer blocks then save
-  // reading sums again.
+  // The bytes of a K block, which several tiles of rows use while it is in the L1 cache. Tall tiles
+  // read 11 bytes a cycle, which the L2 cache delivers too; so their blocks are longer, and sums
+  // are stored and loaded less often.
   static constexpr int64_t kBlockBytes = Vec<T>::kTileRows < 6 ? 1 << 14 : 1 << 16;
-  // A matrix of more than kCacheBytes comes from L3 or memory, where the hardware's prefetcher
-  // falls behind what several rows can use. More than two tiles prefetch the next K block together,
-  // which spreads the requests. One or two tiles do so later on processors with tall tiles, whose
-  // own prefetcher is better up to kFarBytes: a tile that is alone prefetches kAhead bytes ahead,
-  // the first of two, which come back to each block, kNear.
+  // A matrix of more than kCacheBytes comes from L3 or memory, where the hardware prefetcher is too
+  // slow for several rows. More than two tiles prefetch the next K block together, which spreads
+  // the requests. One or two tiles prefetch only from kFarBytes on: on processors with tall tiles
+  // the hardware does better below. A single tile prefetches kAhead bytes ahead; the first of two,
+  // which use each block twice, kNear.
   static constexpr int64_t kCacheBytes = 1 << 21, kAhead = 1 << 16, kNear = 1 << 13;
   static constexpr int64_t kFarBytes = Vec<T>::kTileRows < 6 ? kCacheBytes : 1 << 23;
   static constexpr int64_t kStepBytes = kPanelColumns<T, kVectors> * sizeof(W);
@@ -23,7 +23,8 @@ struct FloatOperand {
   int64_t most_rows, tiles;
   bool beyond_cache, far;
 
-  FloatOperand(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range, const void* packed)
+  FloatOperand(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range,
+               const void* packed)
       : a(a),
         stride(stride),
         k(k),
@@ -35,11 +36,11 @@ struct FloatOperand {
 
   int64_t bytes(PanelRange range) const { return (range.end - range.begin) * k * kStepBytes; }
 
-  // Rows of one panel to take at a time.
+  // Rows of a K block.
   int64_t block() const { return kBlockBytes / kStepBytes; }
 
-  // Panels that a single row takes at a time: two where weights are widened, which the cache is
-  // fast enough for, or come from afar, where the hardware's prefetcher follows both.
+  // Panels that a tile of a single row covers: two where weights are widened, since the cache is
+  // fast enough, and where they come from L3 or memory, since the hardware prefetcher follows both.
   int row_panels() const {
     return std::is_same_v<T, W> && !beyond_cache ? Vec<T>::kRowPanels : kMostPanels;
   }
@@ -52,22 +53,22 @@ struct FloatOperand {
       return Vec<T>::template load<kHalves>(at);
     else if constexpr (std::is_same_v<W, Bfloat16>)
       return in_panel == 2 && kVectors == 3 ? Vec<T>::load(at)
-             : in_panel % 2 == 0 ? Vec<T>::load_even(at)
-                                 : Vec<T>::template load_odd<Rows>(at - Vec<T>::kLanes);
+             : in_panel % 2 == 0            ? Vec<T>::load_even(at)
+                                            : Vec<T>::template load_odd<Rows>(at - Vec<T>::kLanes);
     else
       return Vec<T>::load(at);
   }
 
-  // sums += the products of rows [begin, end) of B; = where begin is 0. Vectors: from the panel's
-  // first on, those of the next panel included.
+  // The micro-kernel: sums += a @ rows [begin, end) of B; sums = where begin is 0. Vectors counts
+  // from the first of the panel on, and may go on into the next panel.
   template <int Rows, int Vectors>
   void multiply(int64_t row, int64_t panel, int64_t begin, int64_t end, T* sums) const {
     far ? multiply_as<true, Rows, Vectors>(row, panel, begin, end, sums)
         : multiply_as<false, Rows, Vectors>(row, panel, begin, end, sums);
   }
 
-  // Not inlined: next to the code that finishes a tile, the compiler would keep that code's
-  // constants in registers and the sums in memory.
+  // Not inlined: the compiler would keep the constants of the finish in registers and the sums in
+  // memory.
   template <bool kFar, int Rows, int Vectors>
   __attribute__((noinline)) void multiply_as(int64_t row, int64_t panel, int64_t begin, int64_t end,
                                              T* sums) const {
@@ -102,12 +103,11 @@ struct FloatOperand {
       }
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j) {
-        const W* const at =
-            of_step + j / kVectors * to_next + j % kVectors * Vec<T>::kLanes;
+        const W* const at = of_step + j / kVectors * to_next + j % kVectors * Vec<T>::kLanes;
         const V w = load<Rows>(at, j);
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
-        // Keeps the compiler from holding both vectors of a pair: there is no register for that.
+        // Keeps the compiler from loading both vectors of a pair at once: registers are too few.
         if constexpr (std::is_same_v<W, Bfloat16> && Rows > 1) __asm__ volatile("" ::: "memory");
       }
     }

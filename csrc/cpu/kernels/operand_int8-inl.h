@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // A packed matrix of 8-bit integers, times rows that are quantised on the fly.
 
-// B in 8 bits with a scale per column, times rows quantised to 8 bits (7 on AVX2) with a scale
-// each; or to two such terms, of which the second holds what the first has rounded away. A row has
-// a second term only where its elements differ widely in size, so that small ones would be lost.
-// The sums of a term are integers: exact, in any order.
+// B has 8 bits and a scale for each column. Rows of `a` are quantised to 8 bits (7 on AVX2) with a
+// scale each, or to two such terms; the second term holds what the first has rounded away. A row
+// has a second term only where its elements differ widely in size: small ones would be lost. The
+// sums of a term are integers, so they are exact in any order.
 template <int kVectors>
 struct Int8Operand {
   using Activation = Dot::Activation;
   static constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
-  // A larger element, also an infinite one, counts as this: gates saturate as they do for an
-  // infinite sum, where 0 * inf would be NaN.
+  // A larger element, also an infinite one, counts as this. Gates then saturate, as they do for an
+  // infinite sum; with inf itself, 0 * inf would be NaN.
   static constexpr float kLargest = 0x1p127f;
-  // A row without a larger element counts as zeros: kLevels / smaller elements would overflow.
+  // A row without a larger element counts as zeros: kLevels / size would overflow.
   static constexpr float kSmallest = 0x1p-112f;
-  // A row has a second term where its largest element is on average so many times the size of those
-  // that are not zero, in powers of two; normal features stay below. With few elements it always
-  // has.
+  // A row has a second term where its largest element is this much larger than its mean nonzero
+  // element, in powers of two; normally distributed features stay below. A row of up to kFew
+  // elements always has one.
   static constexpr float kWide = 3.5;
   static constexpr int64_t kFew = 32;
 
@@ -30,7 +30,7 @@ struct Int8Operand {
   }
 
   Int8Operand(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, int64_t terms,
-            const void* packed, void* scratch)
+              const void* packed, void* scratch)
       : rows(rows),
         groups((k + Dot::kDepth - 1) / Dot::kDepth),
         terms(terms),
@@ -41,7 +41,7 @@ struct Int8Operand {
     a = activations;
     for (int64_t r = 0; r < rows; ++r) {
       const float* const from = rows_of_a + r * stride;
-      // Of floats without their sign, the larger has the larger bits; NaN's are the largest.
+      // Without their signs, floats compare as their bits do; NaN has the largest.
       uint32_t largest = 0, exponents = 0, count = 0;
       for (int64_t i = 0; i < k; ++i) {
         const uint32_t bits = std::bit_cast<uint32_t>(from[i]) & 0x7fffffffu;
@@ -58,7 +58,7 @@ struct Int8Operand {
         const auto put = [&](int64_t term, float its_scale, const auto& steps) {
           row_scales[term * rows + r] = its_scale;
           Activation* const to = activations + (term * rows + r) * groups * Dot::kDepth;
-          // Adding 1.5 * 2^23 has left the rounded integer in the low bits.
+          // steps(i) has 1.5 * 2^23 added, so the rounded integer is in its low bits.
           for (int64_t i = 0; i < k; ++i)
             to[i] = static_cast<Activation>(std::bit_cast<int32_t>(steps(i)) -
                                             std::bit_cast<int32_t>(kShift) + Dot::kZero);

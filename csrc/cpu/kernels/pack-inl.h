@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Cuts a matrix into panels (PackArgs), and transposes one.
+// Packs a matrix into panels (PackArgs); transposes a matrix.
 
-// Calls visit(panel, slot, column) for each column of args.panels, -1 where there is none. In a
-// block of a panel (PackArgs) that has `count` units from `first` on, slot s is gate s / count of
-// unit first + s % count.
+// Calls visit(panel, slot, column) for each place of a panel's rows, for all of args.panels; column
+// is -1 where the place is empty. In a block of `count` units from `first` on (PackArgs), slot s is
+// gate s / count of unit first + s % count.
 template <typename T, int kVectors, typename Visit>
 inline void each_column(const PackArgs& args, const Visit& visit) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
@@ -18,7 +18,7 @@ inline void each_column(const PackArgs& args, const Visit& visit) {
     }
 }
 
-// to[i * stride + s] = rows[s][i] for i < count and s < lanes. There are Vec::kLanes rows to read.
+// to[i * stride + s] = rows[s][i] for i < count and s < lanes. All Vec::kLanes rows are readable.
 inline void transpose_rows(const float* const* rows, int64_t lanes, int64_t count, int64_t stride,
                            float* to) {
   using V = Vec<float>;
@@ -37,7 +37,7 @@ inline void transpose_rows(const float* const* rows, int64_t lanes, int64_t coun
 
 template <typename T, int kVectors, typename W>
 inline void pack_as(const PackArgs& args) {
-  // So many rows of a panel at a time that both they and the lines they come from stay in L1.
+  // kRows rows of a panel at a time: they and the cache lines that they come from stay in L1.
   constexpr int64_t kRows = 64, kColumns = kPanelColumns<T, kVectors>, kLanes = Vec<T>::kLanes;
   static constexpr W kZeros[kRows] = {};
   const W* from[kColumns];
@@ -47,11 +47,10 @@ inline void pack_as(const PackArgs& args) {
     to[slot] = slot;
     if constexpr (std::is_same_v<W, Bfloat16>) {  // two vectors interleaved: Vec::load_even
       const int64_t vector = slot / kLanes, lane = slot % kLanes;
-      if (vector / 2 * 2 + 1 < kVectors)
-        to[slot] = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
+      if (vector / 2 * 2 + 1 < kVectors) to[slot] = vector / 2 * 2 * kLanes + 2 * lane + vector % 2;
     }
     if (slot + 1 < kColumns) return;
-    // The panel's last column: all are known.
+    // This was the last column of the panel: all places are known.
     for (int64_t begin = 0; begin < args.k; begin += kRows) {
       W* const rows = static_cast<W*>(args.packed) + (panel * args.k + begin) * kColumns;
       const int64_t count = std::min(kRows, args.k - begin);
@@ -79,7 +78,7 @@ inline void pack_as(const PackArgs& args) {
   });
 }
 
-// B as it is, row by row: nothing to gather.
+// For one gate and contiguous rows of B: each row of a panel is copied.
 template <typename T>
 inline void pack_rows(const PackArgs& args) {
   constexpr int64_t kColumns = kPanelColumns<T, panel_vectors(1)>;
@@ -137,8 +136,8 @@ void pack(const PackArgs& args) {
 template <typename T>
 void transpose(const TransposeArgs<T>& args) {
   using V = Vec<T>;
-  // A block that is a line wide and a line high at a time, down all rows, so that the lines which
-  // are written stay in L1 though they may fall into one set of it. The block below is prefetched.
+  // Blocks of a cache line by a cache line, from top to bottom. So few lines are written at a time
+  // that they stay in L1 even if they fall into one set. The next block is prefetched.
   constexpr int64_t kRows = 16, kColumns = 16;
   static_assert(kColumns % V::kLanes == 0);
   for (int64_t column = 0; column < args.columns; column += kColumns) {

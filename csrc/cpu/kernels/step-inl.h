@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One time step of a cell, forward and backward. The forward product leaves all gates of the same
-// units in one register tile, so the cell is finished there and the products never travel through
-// memory. The backward product leaves dh there, and the gradient of the gates follows from it.
+// units in one tile, and its finish computes the cell from them, so the sums need not be stored.
+// The backward product leaves dh in a tile, and its finish computes the gradients of the gates.
 
-// load and store of whole vectors, or of the first `left` lanes where fewer units are left.
+// Loads and stores whole vectors, or the first `left` lanes where fewer units are left.
 template <typename T>
 struct Whole {
   static ISS_CELL Vec<T> load(const T* from) { return Vec<T>::load(from); }

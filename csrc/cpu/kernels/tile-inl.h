@@ -3,26 +3,27 @@
 // panel. Each sum runs over k in order with one accumulator, so a result depends neither on the
 // other rows of the batch nor on how work is split: batch 1 and batch 64 give the same bits.
 
-// A single row takes up to two panels at a time, where one has too few sums to keep in flight.
+// A tile of a single row may be two panels wide: one panel has too few sums to hide the latency of
+// their additions.
 constexpr int kMostPanels = 2;
 
 // kVectors: of a panel, 3 or 4.
 template <typename T, int kVectors>
 constexpr int64_t kPanelColumns = kVectors * Vec<T>::kLanes;
 
-// The sums of some rows and of up to two panels: [panel][row][kPanelColumns]. A last panel that is
-// partly empty leaves the end of its rows as it was.
+// The size of the sums of up to kBlockRows rows and two panels: [panel][row][kPanelColumns]. Where
+// a last panel is partly empty, the end of its rows is not written.
 template <typename T, int kVectors>
 constexpr int64_t kSums = kMostPanels * kBlockRows * kPanelColumns<T, kVectors>;
 
-// Where the j-th vector of row r is, counted over both panels.
+// The offset of vector j of row r in the sums; j counts over both panels.
 template <typename T, int kVectors>
 constexpr int64_t sum_at(int64_t r, int64_t j) {
   return (j / kVectors * kBlockRows + r) * kPanelColumns<T, kVectors> +
          j % kVectors * Vec<T>::kLanes;
 }
 
-// multiply() for up to Rows rows, 0 included, and up to Vectors vectors.
+// Calls multiply() with the number of rows and vectors as constants: 0 to Rows, 1 to Vectors.
 template <int Rows, int Vectors, typename T, typename Operands>
 inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t panel,
                  int64_t vectors, int64_t begin, int64_t end, T* sums) {
@@ -42,8 +43,8 @@ inline int64_t vectors_from(int64_t panel, int64_t columns) {
   return (columns - panel * kPanelColumns<T, kVectors> + Vec<T>::kLanes - 1) / Vec<T>::kLanes;
 }
 
-// A single row: each_tile_of without its loops, also within finish, which is compiled for one row.
-// That much counts where a panel's product takes a few hundred cycles.
+// each_tile_of for a single row. It has no loops over rows, and `finish` is compiled for one row:
+// the product of one panel takes only a few hundred cycles, so such overhead counts.
 template <typename T, int kVectors, int kPanels, typename Operands, typename Prefetch,
           typename Finish>
 inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, PanelRange range,
@@ -53,7 +54,7 @@ inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, 
   alignas(64) T sums[kSums<T, kVectors>];
   for (int64_t done = range.begin; done < range.end; done += kPanels) {
     const int64_t panels = std::min<int64_t>(kPanels, range.end - done);
-    // Backwards, it finds those panels in the cache that the last call came to last.
+    // Backwards: the panels that the last call used last are still in the cache.
     const int64_t panel = range.backwards ? range.begin + range.end - done - panels : done;
     const int64_t vectors = std::min(panels * kVectors, vectors_from<T, kVectors>(panel, columns));
     prefetch(0, 1, panel, panels);
@@ -65,19 +66,22 @@ inline void each_panel_of(const Operands& operands, int64_t k, int64_t columns, 
   }
 }
 
-// Calls finish(sums, first_row, rows, first_panel, panels) until it has had all rows and panels.
-// Before the last K block of those sums it calls prefetch(first_row, rows, first_panel, panels) for
-// what finish reads and writes: earlier, the weights would evict it again. Tiles are as few as
-// registers allow. Their heights are as even as possible, since one of two or three rows runs at
-// 0.8 of the speed; they are as wide as a panel, of which the last may be partly empty. A single
-// row that would be left over is a tile of its own, two panels wide.
+// Computes the sums of all rows and panels, and calls finish(sums, first_row, rows, first_panel,
+// panels) for each part of them. Just before the last K block of a part it calls
+// prefetch(first_row, rows, first_panel, panels) for what finish reads and writes; prefetched
+// earlier, it would be evicted by the weights.
+//
+// There are as few tiles as registers allow. Their heights are as even as possible, since a tile of
+// two or three rows runs at 0.8 of the speed. They are as wide as a panel. A single row that would
+// be left over is a tile of its own, two panels wide.
 template <typename T, int kVectors, typename Operands, typename Prefetch, typename Finish>
 inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, int64_t columns,
                          PanelRange range, const Prefetch& prefetch, const Finish& finish) {
   if (all_rows == 1)
     return operands.row_panels() == 1
                ? each_panel_of<T, kVectors, 1>(operands, k, columns, range, prefetch, finish)
-               : each_panel_of<T, kVectors, kMostPanels>(operands, k, columns, range, prefetch, finish);
+               : each_panel_of<T, kVectors, kMostPanels>(operands, k, columns, range, prefetch,
+                                                         finish);
   constexpr int kTileRows = Vec<T>::kTileRows;
   alignas(64) T sums[kSums<T, kVectors>];
   for (int64_t start = 0; start < all_rows; start += kBlockRows) {
@@ -93,7 +97,8 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
     const int64_t group = k <= block ? 1 : tiles;
     for (int64_t panel = range.begin; panel < range.end; panel += most_panels) {
       const int64_t panels = std::min(most_panels, range.end - panel);
-      const int64_t vectors = std::min(panels * kVectors, vectors_from<T, kVectors>(panel, columns));
+      const int64_t vectors =
+          std::min(panels * kVectors, vectors_from<T, kVectors>(panel, columns));
       for (int64_t of = 0; of < tiles; of += group) {
         const int64_t first = row_of(of), last = row_of(of + group);
         int64_t begin = 0;
@@ -104,13 +109,12 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
             const int64_t row = row_of(t), rows_here = row_of(t + 1) - row;
             T* const to = sums + sum_at<T, kVectors>(row - first, 0);
             if (rows_here == 1 && single)
-              tile<1, kMostPanels * kVectors>(operands, row, 1, panel, vectors, begin, end,
-                                                   to);
+              tile<1, kMostPanels * kVectors>(operands, row, 1, panel, vectors, begin, end, to);
             else
               for (int64_t p = 0; p < panels; ++p)
                 tile<kTileRows, kVectors>(operands, row, rows_here, panel + p,
-                                               vectors - p * kVectors, begin, end,
-                                               to + sum_at<T, kVectors>(0, p * kVectors));
+                                          vectors - p * kVectors, begin, end,
+                                          to + sum_at<T, kVectors>(0, p * kVectors));
           }
           begin = end;
         } while (begin < k);
