@@ -56,13 +56,14 @@ DeviceLimits make_limits(int major, int minor, int multiprocessors, int64_t shar
 }
 
 // How threads divide a stack's work on the CPU (cpu/plan.h), by the kernels that run now. cells:
-// (G, I, H, P, whether it projects) by layer and direction. threads: all are free and spinning.
-py::dict plan_cpu(const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, bool>>& cells,
-                  int64_t directions, int64_t steps, int64_t batch, at::ScalarType dtype,
-                  bool backward, int64_t threads) {
+// (G, I, H, P, whether it projects, D) by layer and direction. threads: all are free and spinning.
+py::dict plan_cpu(
+    const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t>>& cells,
+    int64_t directions, int64_t steps, int64_t batch, at::ScalarType dtype, bool backward,
+    int64_t threads) {
   std::vector<CellSize> sizes;
-  for (const auto& [gates, input, hidden, output, projected] : cells)
-    sizes.push_back({gates, input, hidden, output, projected});
+  for (const auto& [gates, input, hidden, output, projected, depth] : cells)
+    sizes.push_back({gates, input, hidden, output, projected, depth});
   const CpuKernels& kernels = cpu_kernels();
   const bool is_double = dtype == at::kDouble;
   const PlanProblem problem{.cells = sizes,

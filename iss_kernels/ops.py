@@ -501,6 +501,4 @@ def recurrent_step_(
     is to project. Weights have the dtype of x, or 16 bits beside float32. Rows may be further apart
     than they are long; where each begins at a multiple of 16 bytes they are read faster.
     """
-    torch.ops.iss_kernels.recurrent_step_.default(
-        cell, x, h, c, w_ih, w_hh, b_ih, b_hh, out
-    )
+    torch.ops.iss_kernels.recurrent_step_.default(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, out)

@@ -89,13 +89,15 @@ def explain_plan(
     input_size: int | None = None,
     num_layers: int = 1,
     bidirectional: bool = False,
+    depth: int = 10,
     threads: int | None = None,
 ) -> Plan | CpuPlan:
     """The `Plan` of a layer, or on the CPU the `CpuPlan` of a stack; print it.
 
-    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu". On device="cpu" also: input_size (hidden_size by
-    default), num_layers, bidirectional, and threads (torch.get_num_threads() by default, all of
-    them free); steps: None stands for 35.
+    cell: "lstm", "gru", "rnn_tanh", "rnn_relu", or on the CPU "rhn" or "rhn_carry" of `depth`
+    micro-steps. On device="cpu" also: input_size (hidden_size by default), num_layers,
+    bidirectional, and threads (torch.get_num_threads() by default, all of them free); steps: None
+    stands for 35.
     device: a CUDA device of this machine, the name of a GPU ("A100", "L40S", "RTX 4090", "H100",
     "H200", "B200", "RTX 5090"), or (major, minor, multiprocessors, shared memory bytes per block);
     by default the current CUDA device, or an H100 where there is none. How many clusters it holds
@@ -114,6 +116,7 @@ def explain_plan(
         ("steps", 1 if steps is None else steps, 1),
         ("input_size", 1 if input_size is None else input_size, 1),
         ("num_layers", num_layers, 1),
+        ("depth", depth, 1),
         ("threads", 1 if threads is None else threads, 1),
     ):
         if type(value) is not int or value < least:
@@ -137,7 +140,7 @@ def explain_plan(
         directions = 2 if bidirectional else 1
         inputs = [input_size or hidden_size] + [outputs * directions] * (num_layers - 1)
         sizes = [
-            (of.gates, i, hidden_size, outputs, proj_size > 0)
+            (of.gates, i, hidden_size, outputs, proj_size > 0, depth if of.deep else 1)
             for i in inputs
             for _ in range(directions)
         ]

@@ -388,7 +388,7 @@ class Prepared(Recurrent):
         return torch.float32
 
     def _dropped(
-        self, x: Tensor, batch_sizes: Tensor | None, batch: int
+        self, x: Tensor, batch_sizes: Tensor | None, states: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, Tensor | None]:
         return x, None
 

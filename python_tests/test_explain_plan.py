@@ -103,6 +103,14 @@ def test_the_cpu_plan_is_from_numbers_and_says_why():
             assert str(plan) == f"2 threads ({plan.isa}) divide the {split}: {plan.why}"
 
 
+def test_the_cpu_plan_counts_micro_steps():
+    shallow, deep = (
+        iss.explain_plan(48, 1, device="cpu", cell="rhn", depth=depth, steps=20, threads=2)
+        for depth in (1, 10)
+    )
+    assert (shallow.threads, deep.threads) == (1, 2), (shallow, deep)
+
+
 def test_the_cpu_plan_refuses_other_arguments():
     for bad in (dict(threads=0), dict(num_layers=0), dict(input_size=0)):
         ((name, value),) = bad.items()
