@@ -65,37 +65,64 @@ def test_neon_under_an_emulator(tmp_path):
     assert lines == ["neon: passed", "scalar: passed"]
 
 
-@pytest.mark.parametrize(
-    "kernel", ["lstm_step_backward", "matmul", "lstm_step", "squares", "scale", "bfloat16"]
-)
-def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, kernel):
-    """A program that cannot fail tests nothing: a copy with one broken operation must fail."""
-    changes = {
-        "lstm_step_backward": ("step-inl.h", "one - tanh_c * tanh_c", "one"),
-        "matmul": ("matmul-inl.h", "const int64_t left = args.columns - column;",
-                   "const int64_t left = args.columns - column - 1;"),
-        "lstm_step": ("step-inl.h", "fma(f, c_prev, i * g)", "i * g"),
-        "squares": ("group_lasso-inl.h", "args.column_sums[c] -= w * w;", "(void)w;"),
-        "scale": ("group_lasso-inl.h", "{ args.of_columns[c] = value; }", "{}"),
-        "bfloat16": ("vec_scalar-inl.h", " + (bits >> 16 & 1)", ""),
-    }  # fmt: skip
-    name, right, wrong = changes[kernel]
+# Copies of the kernels with broken operations: (file, right, wrong, what must fail). Each cell has
+# one in a copy, so that what fails tells them apart.
+MUTANTS = {
+    "forward": [
+        ("cells/lstm-inl.h", "fma(gates[1], before, gates[0] * gates[2])", "gates[0] * gates[2]",
+         "lstm_step c["),
+        ("cells/gru-inl.h", "fma(gates[0], saved, input[2])", "saved + input[2]", "gru_step h["),
+        ("cells/rnn-inl.h", "h = relu(sum)", "h = sum", "rnn_relu_step h["),
+        ("cells/rhn-inl.h", "mask * gates[0] - before, before", "gates[0] - before, before",
+         "rhn_step h["),
+        ("cpu/kernels/matmul-inl.h", "const int64_t left = args.columns - column;",
+         "const int64_t left = args.columns - column - 1;", "matmul["),
+        ("cpu/kernels/group_lasso-inl.h", "args.column_sums[c] -= w * w;", "(void)w;",
+         "squares of columns["),
+    ],
+    "backward": [
+        ("cells/lstm-inl.h", "one - tanh_c * tanh_c", "one", "lstm_step_backward dinputs["),
+        ("cells/gru-inl.h", "dproduct[2] = dn * r", "dproduct[2] = dn",
+         "gru_step_backward dproducts["),
+        ("cells/rnn-inl.h", "constant<V>(1) - y * y", "constant<V>(1)",
+         "rnn_tanh_step_backward dinputs["),
+        ("cells/rhn-inl.h", "dbefore = dh * carry", "dbefore = dh",
+         "rhn_carry_step_backward carried["),
+        ("cpu/kernels/group_lasso-inl.h", "{ args.of_columns[c] = value; }", "{}",
+         "scale["),
+        ("cpu/kernels/vec_scalar-inl.h", " + (bits >> 16 & 1)", "", "bfloat16 rounded["),
+    ],
+    "resets and masks": [
+        ("cpu/kernels/step-inl.h", "reset ? zero : dbefore", "dbefore",
+         "gru_step_backward carried["),
+        ("cpu/kernels/step-inl.h", "V dh = reset_after ? zero : V::load", "V dh = V::load",
+         "rnn_relu_step_backward dinputs["),
+        ("cpu/kernels/step-inl.h", "before = V::set(0);", "", "lstm_step c["),
+        ("cpu/kernels/step-inl.h", "lanes.store(h * lanes.load(args.state_mask",
+         "lanes.store(h + lanes.load(args.state_mask", "rhn_step masked["),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutants", MUTANTS)
+def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, mutants):
+    """A program that cannot fail tests nothing: it must name each broken operation of a copy."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc/cpu/kernels" / name
-    text = path.read_text()
-    assert text.count(right) == 1
-    path.write_text(text.replace(right, wrong))
+    for name, right, wrong, _ in MUTANTS[mutants]:
+        path = tmp_path / "csrc" / name
+        text = path.read_text()
+        assert text.count(right) == 1, right
+        path.write_text(text.replace(right, wrong))
     program = tmp_path / "kernels_test"
-    sources = [
-        tmp_path / "csrc/cpu/kernels/isa_scalar.cpp",
-        tmp_path / "csrc/cpu/kernels/dispatch.cpp",
-    ]
+    kernels = tmp_path / "csrc/cpu/kernels"
+    sources = [kernels / "isa_scalar.cpp", kernels / "dispatch.cpp"]
     # Only the scalar table is built in: the others are declared, and defined away.
-    (tmp_path / "csrc/cpu/kernels/dispatch.cpp").write_text(
-        (tmp_path / "csrc/cpu/kernels/dispatch.cpp").read_text().replace("__x86_64__", "NOT_HERE")
-    )
+    sources[1].write_text(sources[1].read_text().replace("__x86_64__", "NOT_HERE"))
     flags = [*FLAGS[:-1], str(tmp_path / "csrc"), "-w"]
     test = Path(__file__).parent / "kernels_test.cpp"
     subprocess.run(["c++", *flags, *map(str, sources), str(test), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "scalar: FAILED" in result.stdout
+    lines = result.stdout.splitlines()
+    missed = [m for m in MUTANTS[mutants] if not any(line.startswith(m[-1]) for line in lines)]
+    assert missed == []

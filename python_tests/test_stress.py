@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lstm_ops import run
+from test_recurrent_ops import run
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from iss_kernels import ISSLSTM, ops, reference
@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_the_references(numbers):
             run(without(biases, reference.recurrent), case, dtype, reverse, numbers)
             for dtype in (numbers, torch.float64)
         )
-        # This looks for mistakes; how exact the kernels are, test_lstm_ops.py holds. Sums over all
+        # This looks for mistakes; how exact the kernels are, test_recurrent_ops.py holds. Sums over all
         # rows of all steps round as their root, and the largest tensor passes it on to the others.
         rows = sum(case.batch_sizes or (case.T * case.B,))
         largest = max(1.0, *(float(t.abs().max()) for t in truth))
