@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from iss_kernels import ISSLSTM, ops, reference
 from iss_kernels.backend import supported_isas, use_isa
-from iss_kernels.testing import Case, max_error
+from iss_kernels.cells import CELLS
+from iss_kernels.testing import RESETS, Case, max_error
 
 SIZE = st.integers(1, 70)  # past four vectors of 16, and every tail on the way there
 WORK = 4_000_000  # multiply-adds of a layer at most: sequences get as short as that asks for
@@ -23,10 +24,11 @@ stress = settings(derandomize=True, deadline=None, database=None)
 
 
 @st.composite
-def cases(draw):
-    """A Case of `testing` with sizes in 1..70, projected or not, padded or packed."""
+def cases(draw, cells=tuple(CELLS)):
+    """A cell and a Case of `testing` with sizes in 1..70, projected or not, padded or packed."""
+    cell = draw(st.sampled_from(("lstm", *cells)))
     B, I, H = draw(SIZE), draw(SIZE), draw(SIZE)  # noqa: E741  (the letter of the shape alphabet)
-    P = draw(st.just(0) | SIZE)
+    P = draw(st.just(0) | SIZE) if CELLS[cell].projects else 0
     # Over many steps, random weights with more outputs than cells amplify rounding without bound.
     longest = 4 if P > H else 70
     T = draw(st.integers(1, max(1, min(longest, WORK // (4 * B * H * (I + (P or H)))))))
@@ -35,7 +37,7 @@ def cases(draw):
         length = st.integers(1, T) | st.sampled_from([1, T])  # many ties, ones and full lengths
         lengths = draw(st.lists(length, min_size=B, max_size=B))
         batch_sizes = tuple(sum(n > t for n in lengths) for t in range(max(lengths)))
-    return Case("random", T, B, I, H, P, batch_sizes)
+    return cell, Case("random", T, B, I, H, P, batch_sizes)
 
 
 def without(biases, function):
@@ -43,22 +45,28 @@ def without(biases, function):
     return lambda inputs: function(**(inputs | dict.fromkeys(biases)))
 
 
+RESET = st.sampled_from((None, None, *RESETS))
 BIASES = st.sampled_from([(), ("b_ih", "b_hh"), ("b_ih",), ("b_hh",)])
 
 
 @pytest.mark.parametrize("numbers", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_outputs_and_gradients_are_the_references(numbers):
-    @settings(stress, max_examples=60)
-    @given(cases(), st.booleans(), BIASES, st.sampled_from(supported_isas()))
-    def check(case, reverse, biases, isa):
+    # A sum that rounds to the other side of zero switches a gradient of relu on or off.
+    cells = [cell for cell in CELLS if (cell, numbers) != ("rnn_relu", torch.bfloat16)]
+
+    @settings(stress, max_examples=90)
+    @given(cases(cells), st.booleans(), BIASES, RESET, st.sampled_from(supported_isas()))
+    def check(problem, reverse, biases, resets, isa):
+        cell, case = problem
+        options = {"numbers": numbers, "cell": cell, "resets": resets}
         with use_isa(isa):
-            result = run(without(biases, ops.recurrent), case, numbers, reverse, numbers)
+            result = run(without(biases, ops.recurrent), case, numbers, reverse, **options)
         same, truth = (
-            run(without(biases, reference.recurrent), case, dtype, reverse, numbers)
+            run(without(biases, reference.recurrent), case, dtype, reverse, **options)
             for dtype in (numbers, torch.float64)
         )
-        # This looks for mistakes; how exact the kernels are, test_recurrent_ops.py holds. Sums over all
-        # rows of all steps round as their root, and the largest tensor passes it on to the others.
+        # This looks for mistakes; how exact the kernels are, test_recurrent_ops.py holds. Sums over
+        # all rows of all steps round as their root, and the largest tensor passes it on to others.
         rows = sum(case.batch_sizes or (case.T * case.B,))
         largest = max(1.0, *(float(t.abs().max()) for t in truth))
         eps = torch.finfo(torch.promote_types(numbers, torch.float32)).eps  # of what sums
@@ -73,13 +81,15 @@ def test_outputs_and_gradients_are_the_references(numbers):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_bits_are_the_same_again_and_outputs_on_any_number_of_threads(dtype, two_threads):
-    @settings(stress, max_examples=25)
-    @given(cases(), st.booleans(), BIASES)
-    def check(case, reverse, biases):
+    @settings(stress, max_examples=40)
+    @given(cases(), st.booleans(), BIASES, RESET)
+    def check(problem, reverse, biases, resets):
+        cell, case = problem
         results = []
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            results.append(run(without(biases, ops.recurrent), case, dtype, reverse))
+            function = without(biases, ops.recurrent)
+            results.append(run(function, case, dtype, reverse, cell=cell, resets=resets))
         one, *two = results
         assert all(all(map(torch.equal, one, other)) for other in two)
 
