@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import Kind, every_kind
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -79,6 +80,18 @@ def test_a_copy_answers_alike_and_shares_nothing(name: str) -> None:
                 parameter.add_(1)
     assert torch.equal(model(X), expected)
     assert (other(X) - expected).abs().min() > 0  # computed anew, from the copy's own parameters
+
+
+@every_kind
+def test_a_pruned_recurrent_module_is_copied(kind: Kind) -> None:
+    for model in kind.pair(4, 3, bidirectional=True):
+        prune.l1_unstructured(model, "weight_hh_l0_reverse", 0.4)
+        expected = model(X)[0]
+        other = copied(model)
+        assert torch.equal(other(X)[0], expected)
+        with torch.no_grad():
+            other.get_parameter("weight_hh_l0_reverse_orig").add_(1)
+        assert torch.equal(model(X)[0], expected) and not torch.equal(other(X)[0], expected)
 
 
 def test_tensors_that_are_one_stay_one() -> None:
