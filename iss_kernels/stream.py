@@ -26,9 +26,10 @@ class Stream:
     only. Weights are a snapshot in the format of the model (float32 unless `prepare` chose
     another). Nothing is allocated per call.
 
-    On a CUDA device x, y and out are tensors there; a step is one launch per recurrent layer,
-    torch's operations for the rest, and one to take over the states. int8 weights are widened to
-    float32. It can be captured in a CUDA graph, whose replays go on from the state.
+    On a CUDA device x, y and out are tensors there; a step is one launch per recurrent layer (of an
+    ISSRHN several per micro-step), torch's operations for the rest, and one to take over the
+    states. int8 weights are widened to float32. It can be captured in a CUDA graph, whose replays
+    go on from the state.
 
         step = iss.Stream(model, batch_size=1)
         y = step(x)                    # x [B, I] -> y [B, O], tensors or NumPy arrays, float32
@@ -320,12 +321,21 @@ class _Cell:
         self.h, self.y = self.h_rows[:, :output], self.y_rows[:, :output]
         self.y_memory = self.y_rows.untyped_storage().data_ptr()
         self._name = layer.cell.name
+        # Several micro-steps take a launch each, those of a sequence.
+        self._deep = layer._parameters_of(index, layer.held) if layer.cell.deep else None
         self.c = zeros if "c" in layer.cell.states else None
         self.states = (self.h,) if self.c is None else (self.h, self.c)
         self._out = self.y if w_hr is None else torch.empty_like(zeros)  # [B, H]
 
     def step(self, x: Tensor) -> Tensor:
         """Put the next h into y."""
+        if self._deep is not None:
+            dtype = self._deep[0].dtype
+            y, _, _ = ops.recurrent(
+                self._name, x.to(dtype)[None], None, None, self.h.to(dtype), None, *self._deep,
+                None, False,
+            )  # fmt: skip
+            return self.y.copy_(y[0])
         ops.recurrent_step_(
             self._name, x, self.h, self.c, self._w_ih, self._w_hh, self._b_ih, self._b_hh,
             self._out,

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from kinds import every_kind
+from kinds import KINDS, every_kind
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -994,10 +994,11 @@ def test_two_python_threads_make_their_streams_at_once():
 # -- on a GPU --------------------------------------------------------------------------------------
 
 
-@every_kind
 @pytest.mark.parametrize("weights", FORMATS)
-def test_every_kind_streams_on_a_gpu(gpu, kind, weights):
-    model, x = Chain(nn.Linear(5, 9), kind(9, [12, 7], 2), nn.Linear(7, 3)), torch.randn(8, 3, 5)
+@pytest.mark.parametrize("name", [*KINDS, "rhn"])
+def test_every_kind_streams_on_a_gpu(gpu, name, weights):
+    layer = KINDS[name](9, [12, 7], 2) if name in KINDS else ISSRHN(9, 7, depth=3)
+    model, x = Chain(nn.Linear(5, 9), layer, nn.Linear(7, 3)), torch.randn(8, 3, 5)
     resets = torch.rand(8, 3) < 0.3
     step, expected = Stream(prepare(model, weights).to(gpu.device), 3), whole_sequence(model, x)
     bounds = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2, "int8": 5e-2}
@@ -1005,7 +1006,7 @@ def test_every_kind_streams_on_a_gpu(gpu, kind, weights):
     for x_t, y in zip(x, expected, strict=True):
         torch.testing.assert_close(step(gpu.to(x_t)).cpu(), y, **close)
     step.reset()
-    prepared = prepare(model.layers[1])
+    prepared = prepare(layer)
     inside, _ = prepared(model.layers[0](x).detach(), resets=resets)
     expected = model.layers[2](inside).detach()
     for x_t, mask, y in zip(x, resets, expected, strict=True):
