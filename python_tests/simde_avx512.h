@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included before csrc/cpu/kernels/isa_avx512.cpp (-include), so that its intrinsics are SIMDe's and run on
-// a CPU with AVX2 alone.
+// Included before csrc/cpu/kernels/isa_avx512.cpp (-include), so that its intrinsics are SIMDe's
+// and run on a CPU with AVX2 alone.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -58,6 +58,19 @@ To converted(From vector) {
   return result;
 }
 
+// Four quarters: two of a, then two of b, chosen by two bits of `which` each.
+template <typename Vector>
+Vector quarters(Vector a, Vector b, int which) {
+  char from[2][64], to[64];
+  __builtin_memcpy(from[0], &a, 64);
+  __builtin_memcpy(from[1], &b, 64);
+  for (int q = 0; q < 4; ++q)
+    __builtin_memcpy(to + 16 * q, from[q / 2] + 16 * (which >> 2 * q & 3), 16);
+  Vector result;
+  __builtin_memcpy(&result, to, 64);
+  return result;
+}
+
 }  // namespace simde_missing
 
 #define _mm512_maskz_loadu_ps simde_missing::load<__m512>
@@ -70,6 +83,8 @@ To converted(From vector) {
 #define _mm512_cvtepi32_epi16 simde_missing::converted<__m256i, uint16_t, uint32_t>
 #define _mm512_reduce_add_ps simde_missing::sum<float>
 #define _mm512_reduce_add_pd simde_missing::sum<double>
+#define _mm512_shuffle_f32x4 simde_missing::quarters
+#define _mm512_shuffle_f64x2 simde_missing::quarters
 #define _mm512_cvtph_ps(halves)                                           \
   simde_missing::both([](__m128i half) { return _mm256_cvtph_ps(half); }, \
                       _mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1))
