@@ -20,7 +20,7 @@ from torch.library import register_autograd, register_fake
 from torch.utils.checkpoint import checkpoint
 
 from iss_kernels import backend, reference
-from iss_kernels.cells import CELLS
+from iss_kernels.cells import CELLS, cell_of
 
 _Tensors = Sequence[Tensor]
 _is_compiling = torch.compiler.is_compiling
@@ -116,6 +116,7 @@ def recurrent(
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if _by_reference():
+        cell_of(cell)
         _check_devices(
             cell, x, batch_sizes=batch_sizes, resets=resets, h0=h0, c0=c0, w_ih=w_ih, w_hh=w_hh,
             b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, masks=masks,

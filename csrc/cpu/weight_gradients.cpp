@@ -201,7 +201,7 @@ void WeightGradients<T>::lay_out(Arena& arena, int64_t most_rows) {
   const auto take = [&](bool needed, const auto&... of) {
     return arena.take<char>(needed ? PackedRhs<T>::bytes(of...) : 0);
   };
-  const bool weights = to_.dw_ih != nullptr, projected = to_.dw_hr != nullptr;
+  const bool weights = to_.dw_hh != nullptr, projected = to_.dw_hr != nullptr;
   blocks_ = arena.take<T>(available_threads() * kBlockElements);
   packed_input_ = take(to_.dx && !once_, by_input_.k, by_input_.columns, by_input_.format);
   packed_x_ = take(weights, most_rows, cell_.input);
@@ -228,7 +228,7 @@ void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
     else
       multiply<T>(dinputs, *input_, out);
   }
-  if (!to_.dw_ih) return;
+  if (!to_.dw_hh) return;
   const Rows<T> x{x_ + steps.first_row * cell_.input, steps.rows, cell_.input};
   for (int64_t d = 0; d < cell_.depth; ++d) {
     const Rows<T> dproducts{of.dproducts + d * gates, steps.rows, gates, of.stride};
