@@ -307,7 +307,7 @@ def measure(
     return [
         row("layer", name, values, precision=point.precision, H=point.H, B=point.B, T=point.T,
             mode="training" if point.training else "forward", graph=int(graph),
-            tier=plan.tier if name == "ISSLSTM" else "", device=device,
+            tier=getattr(plan, "tier", "") if name == "ISSLSTM" else "", device=device,
             gflops=f"{point.flops / percentiles(values)[1] / 1e6:.1f}")
         for (name, graph), values in times.items()
     ]  # fmt: skip

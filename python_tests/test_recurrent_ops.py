@@ -521,3 +521,15 @@ def test_recompute_with_resets_has_the_same_bits(isa, dtype, cell):
                 for again in (False, True)
             ]  # fmt: skip
             assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_have_gradients_where_there_are_no_inputs(cell):
+    inputs = make_inputs(Case("no_inputs", 4, 3, 0, 5), torch.float64, cell=cell)
+    names = ("h0", "w_hh", "b_hh")
+    results = []
+    for function in (ops.recurrent, reference.recurrent):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+        y, *_ = function(**(inputs | leaves))
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))])
+    torch.testing.assert_close(*results)
