@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from iss_kernels import ISSRHN, GroupLasso, find_groups, ops, shrink
-from iss_kernels.backend import use_backend
+from iss_kernels.backend import supported_isas, use_backend
 from iss_kernels.testing import Case, assert_no_worse_than_torch, make_inputs
 
 T, B, I, H, DEPTH = 6, 4, 3, 5, 3  # noqa: E741  (the letter of the shape alphabet)
@@ -138,9 +138,10 @@ def test_resets_begin_anew(implementation, carry):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "masked", "reverse"),
+    [(False, False, False), (True, True, False), (True, False, True), (False, True, True)],
+)
 def test_derivatives(implementation, cell, packed, masked, reverse):
     sizes = (3, 2, 1) if packed else None
     inputs = make_inputs(
@@ -157,7 +158,8 @@ def test_derivatives(implementation, cell, packed, masked, reverse):
 
     leaves = [inputs[name].clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    if implementation == supported_isas()[0]:  # second derivatives are the reference's
+        assert torch.autograd.gradgradcheck(function, leaves)
 
 
 SHAPES = [
