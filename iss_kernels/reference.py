@@ -126,7 +126,7 @@ def rhn_step(
     masks: Tensor | None = None,
     separate_carry: bool = False,
 ) -> tuple[Tensor]:
-    """A step of a recurrent highway network: Zilly et al. 2017, equations 7 to 9.
+    """A step of a recurrent highway network: Zilly et al. 2017, equations 6 to 9.
 
     D micro-steps, each with matrices of its own, w_hh: [D G H, H]; the input enters the first.
     Gates in the order candidate, transform, carry; without a carry gate it is 1 - transform.
