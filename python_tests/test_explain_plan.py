@@ -105,7 +105,7 @@ def test_the_cpu_plan_is_from_numbers_and_says_why():
 
 def test_the_cpu_plan_counts_micro_steps():
     shallow, deep = (
-        iss.explain_plan(48, 1, device="cpu", cell="rhn", depth=depth, steps=20, threads=2)
+        iss.explain_plan(128, 1, device="cpu", cell="rhn", depth=depth, steps=3, threads=2)
         for depth in (1, 10)
     )
     assert (shallow.threads, deep.threads) == (1, 2), (shallow, deep)
