@@ -29,6 +29,8 @@ States: TypeAlias = State | tuple[State, State]
 
 _Module = TypeVar("_Module", bound="Recurrent")
 
+_CELLS_BY_MODE = {name.upper(): cell for name, cell in CELLS.items()}
+
 # {a module of torch: ours in its place}; a module that torch does not have stands for itself.
 MODULES: dict[type[nn.Module], type[Recurrent]] = {}
 CELL_MODULES: dict[type[nn.Module], type[nn.Module]] = {}  # the same for nn.LSTMCell and its like
@@ -228,7 +230,7 @@ class Recurrent(nn.RNNBase):
     @property
     def cell(self) -> Cell:
         """The row of the registry."""
-        return CELLS[self.mode.lower()]
+        return _CELLS_BY_MODE.get(self.mode) or CELLS[self.mode.lower()]
 
     @property
     def _kind(self) -> str:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <functional>
 #include <utility>
@@ -226,8 +227,8 @@ void Backward<T>::lay_out(Arena& arena) {
 template <typename T>
 void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
   const Call call;
-  const CellSize size = size_of(cell_);
-  const auto [split, most_threads, why] = plan_call<T>({&size, 1}, 1, sequence_, true);
+  const auto [split, most_threads, why] =
+      plan_call<T>([&] { return std::array{size_of(cell_)}; }, 1, sequence_, true);
   const T* dproducts_after = nullptr;
   for (size_t i = 0; i < chunks_.size(); ++i) {
     const auto [first, last] = chunks_[i];

@@ -86,11 +86,10 @@ std::pair<T*, int64_t> state_after(const Job<T>& job, int64_t d, int64_t b, int6
 }
 
 // Micro-step d of the k-th step, product and finish, for rows of the batch whose states come from
-// the same step (Sequence::each_piece).
+// the same step (Sequence::each_piece). w_hh: of that micro-step.
 template <typename T>
-void take_step(const Job<T>& job, StepArgs<T> args, int64_t k, int64_t d, int64_t b, int64_t row,
-               int64_t previous) {
-  const auto& step = cpu_kernels().of<T>().of(job.cell.spec->kind).step;
+void take_step(const Job<T>& job, void (*step)(const StepArgs<T>&), const Packed& w_hh,
+               StepArgs<T>& args, int64_t k, int64_t d, int64_t b, int64_t row, int64_t previous) {
   const int64_t output = job.cell.output, depth = job.cell.depth;
   const bool is_first = d == 0 && previous < 0;
   if (d > 0) {
@@ -103,7 +102,7 @@ void take_step(const Job<T>& job, StepArgs<T> args, int64_t k, int64_t d, int64_
   if (!job.cell.spec->has_c) args.before = args.h_prev, args.before_stride = args.h_prev_stride;
   const bool product = !is_first || !job.cell.w_hh.finite ||
                        !all_zero(job.state.h0 + b * output, args.rows * output);
-  if (product) args.k = output, args.w_hh = job.cell.w_hh.view(d);
+  if (product) args.k = output, args.w_hh = w_hh;
   if (job.state.masks) {
     const int64_t all = job.sequence.batch * output, now = (k * depth + d) % 2;
     args.state_mask = job.state.masks + b * output;
@@ -178,10 +177,13 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
   if (!share.meet()) return false;
 
   const int64_t all_panels = kernels.panels(hidden, spec.gates);
+  const auto step = kernels.of(spec.kind).step;
+  Packed w_hh = cell.w_hh.view();
   for (int64_t k = first; k < last; ++k) {
     const int64_t t = sequence.step(k, reverse);
     for (int64_t d = 0; d < depth; ++d) {
       const PanelRange panels = share.of(all_panels, (k * depth + d) % 2 == 1);
+      if (depth > 1) w_hh = cell.w_hh.view(d);
       const T* const no_input = d == 0         ? nullptr
                                 : product_bias ? product_bias + (d - 1) * gates
                                                : zeros;
@@ -190,29 +192,28 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
           [&](int64_t b, int64_t rows, int64_t row, int64_t previous) {
             const auto [h, h_stride] = projected ? std::pair{unprojected + b * hidden, hidden}
                                                  : state_after(job, d, b, row);
-            take_step<T>(
-                job,
-                {.rows = rows,
-                 .hidden = hidden,
-                 .k = 0,
-                 .panels = panels,
-                 .h_prev = nullptr,
-                 .h_prev_stride = 0,
-                 .before = state.c ? state.c + b * hidden : nullptr,
-                 .before_stride = hidden,
-                 .resets = nullptr,
-                 .w_hh = {},
-                 .inputs = d == 0 ? inputs_at(t, b) : no_input,
-                 .inputs_stride = d == 0 ? gates : 0,
-                 .product_bias = product_bias,
-                 .c = state.c ? state.c + b * hidden : nullptr,
-                 .h = h,
-                 .h_stride = h_stride,
-                 .gates = state.gates ? state.gates + row * gates_kept + d * gates : nullptr,
-                 .gates_stride = gates_kept,
-                 .saved = state.saved ? state.saved + row * hidden : nullptr,
-                 .scratch = scratch},
-                k, d, b, row, previous);
+            StepArgs<T> args{
+                .rows = rows,
+                .hidden = hidden,
+                .k = 0,
+                .panels = panels,
+                .h_prev = nullptr,
+                .h_prev_stride = 0,
+                .before = state.c ? state.c + b * hidden : nullptr,
+                .before_stride = hidden,
+                .resets = nullptr,
+                .w_hh = {},
+                .inputs = d == 0 ? inputs_at(t, b) : no_input,
+                .inputs_stride = d == 0 ? gates : 0,
+                .product_bias = product_bias,
+                .c = state.c ? state.c + b * hidden : nullptr,
+                .h = h,
+                .h_stride = h_stride,
+                .gates = state.gates ? state.gates + row * gates_kept + d * gates : nullptr,
+                .gates_stride = gates_kept,
+                .saved = state.saved ? state.saved + row * hidden : nullptr,
+                .scratch = scratch};
+            take_step(job, step, w_hh, args, k, d, b, row, previous);
           });
       if (!share.meet()) return false;
     }
@@ -329,11 +330,14 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
                const std::vector<CellState<T>>& states, T* y) {
   const Call call;
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  c10::SmallVector<CellSize, 8> sizes;
-  for (const Layer& layer : stack)
-    for (const PackedCell& cell : layer) sizes.push_back(size_of(cell));
-  const auto [split, threads, why] =
-      plan_call<T>(sizes, static_cast<int64_t>(stack[0].size()), sequence, false);
+  const auto [split, threads, why] = plan_call<T>(
+      [&] {
+        c10::SmallVector<CellSize, 8> sizes;
+        for (const Layer& layer : stack)
+          for (const PackedCell& cell : layer) sizes.push_back(size_of(cell));
+        return sizes;
+      },
+      static_cast<int64_t>(stack[0].size()), sequence, false);
   const int64_t directions = static_cast<int64_t>(stack[0].size());
   const int64_t layers = static_cast<int64_t>(stack.size());
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "cpu/kernels/table.h"
@@ -14,10 +13,11 @@
 namespace iss {
 
 // How the threads that torch has now divide a call.
-template <typename T>
-Plan plan_call(std::span<const CellSize> cells, int64_t directions, const Sequence& sequence,
-               bool backward) {
+// sizes(): a range of CellSize, by layer and direction.
+template <typename T, typename Sizes>
+Plan plan_call(const Sizes& sizes, int64_t directions, const Sequence& sequence, bool backward) {
   if (available_threads() == 1) return {Split::kRows, 1, "torch has one thread"};
+  const auto cells = sizes();
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const PlanProblem problem{.cells = cells,
                             .directions = directions,
