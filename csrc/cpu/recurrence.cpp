@@ -11,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <span>
 #include <tuple>
 #include <utility>
 
@@ -263,7 +264,7 @@ bool run_cell(const Job<T>& job, const Share& share, void* scratch) {
 // Split::kLayers. A thread takes the next chunk of a layer whose input is there and that no other
 // thread works on: of the layer it took last, whose weights are in its cache, else of the topmost.
 template <typename T, typename ScratchOf>
-void run_layers(const std::vector<Job<T>>& jobs, int64_t chunk, int64_t threads,
+void run_layers(std::span<const Job<T>> jobs, int64_t chunk, int64_t threads,
                 const ScratchOf& scratch_of) {
   const int64_t layers = static_cast<int64_t>(jobs.size()), steps = jobs[0].sequence.steps;
   const Share whole{0, jobs[0].sequence.batch};
@@ -357,7 +358,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const int64_t chunk = std::clamp<int64_t>(std::max(cached, kBlockRows / step_rows), 1,
                                             std::max<int64_t>(1, sequence.steps / fewest));
 
-  std::vector<Job<T>> jobs;
+  c10::SmallVector<Job<T>, 4> jobs;
   jobs.reserve(layers * directions);
   int64_t quantising = 0;  // bytes that a thread needs to quantise rows
   T* zeros = nullptr;
@@ -410,7 +411,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
     return;
   }
   if (split == Split::kLayers) {
-    run_layers(jobs, chunk, threads, [&](int64_t member) { return own + member * quantising; });
+    run_layers<T>(jobs, chunk, threads, [&](int64_t member) { return own + member * quantising; });
     return;
   }
   Team of_direction[2], everyone;
