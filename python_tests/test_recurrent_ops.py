@@ -124,6 +124,7 @@ def test_activations_are_right_to_a_few_ulp(isa, dtype, name):
         None,
         None,
         None,
+        None,
         False,
         True,
     )
