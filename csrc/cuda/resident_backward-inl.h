@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(max_threads(math), 1)
   using T = Element<math>;
   using W = Wide<T>;
   constexpr int kGates = Cell::kGates, kEights = kWeightRows / kUnits;
+  // As many loads together as the registers allow: the gradients that a split cell keeps take some.
   constexpr bool kFew = uses_tensor_cores(math) && math != Math::kTf32 && kRows <= 8;
-  using P = WarpProduct<math, kRows, kEights, !kFew ? 1 : Cell::kSplit ? 2 : 4>;
+  using P = WarpProduct<math, kRows, kEights, kFew && !Cell::kSplit ? 4 : 1>;
   constexpr int kSpread = column_step(math, kRows);
 
   SIMT_DYN_SHARED(uint4, shared);
