@@ -77,9 +77,9 @@ struct Group {
   uint32_t expected;
 
   __device__ __forceinline__ Group(const LayerTiles& tiles, uint32_t* all_arrivals)
-      : index(blockIdx.x / tiles.blocks),
-        rank(blockIdx.x % tiles.blocks),
-        blocks(tiles.blocks),
+      : index(tier == Tier::kBlock ? blockIdx.x : blockIdx.x / tiles.blocks),
+        rank(tier == Tier::kBlock ? 0 : blockIdx.x % tiles.blocks),
+        blocks(tier == Tier::kBlock ? 1 : tiles.blocks),
         arrivals(all_arrivals + (tier == Tier::kGrid ? index : 0)),
         expected(0) {}
 

@@ -24,7 +24,6 @@ template <typename Cell, typename T>
 struct ItemInputs {
   Wide<T> gates[Cell::kGates], saved, before, y;
   T dy;
-  bool cut;
 };
 
 template <typename Cell, Math math, Tier tier, int kRows>
@@ -99,6 +98,11 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     const auto runs = [&](int n, const StepRows& rows) {
       return batch_row[n] >= 0 && batch_row[n] < rows.n;
     };
+    // Whether the state before the step of `rows` is zero. It is not loaded ahead, for want of
+    // registers: other rows and steps share its cache line.
+    const auto cuts = [&](int n, const StepRows& rows) {
+      return args.sequence.cuts && args.sequence.cuts[rows.first + batch_row[n]];
+    };
     ItemInputs<Cell, T> inputs[kItems] = {};
     // before: the rows of the step before in the layer's order; none where there is no such step.
     const auto load = [&](const StepRows& rows, const StepRows& before) {
@@ -124,7 +128,6 @@ __global__ void __launch_bounds__(max_threads(math), 1)
         if constexpr (needs_h<Cell>) in.before = state_before(args.y, args.h0);
         if constexpr (needs_y<Cell>) in.y = widen(args.y[at]);
         in.dy = args.dy[at];
-        in.cut = args.sequence.cuts && args.sequence.cuts[row];
       }
     };
 
@@ -142,7 +145,6 @@ __global__ void __launch_bounds__(max_threads(math), 1)
     };
     look_ahead();
     while (left > 0) {
-      bool cut[kItems] = {};
       T dinputs[kItems][kGates];  // where they are not the products' too
 #pragma unroll
       for (int n = 0; n < kItems; ++n) {
@@ -150,11 +152,11 @@ __global__ void __launch_bounds__(max_threads(math), 1)
         W dproduct[kGates] = {};
         if (runs(n, rows)) {
           const auto& in = inputs[n];
-          cut[n] = in.cut;
+          const bool cut = cuts(n, rows);
           W dinput[kGates], dbefore = 0;
           Cell::backward(dh[n] + widen(in.dy), carried[n], in.gates, in.saved,
-                         in.cut ? W(0) : in.before, in.y, dinput, dproduct, dbefore);
-          carried[n] = in.cut ? W(0) : dbefore;
+                         cut ? W(0) : in.before, in.y, dinput, dproduct, dbefore);
+          carried[n] = cut ? W(0) : dbefore;
 #pragma unroll
           for (int gate = 0; gate < kGates; ++gate) {
             if constexpr (Cell::kSplit)
@@ -235,11 +237,12 @@ __global__ void __launch_bounds__(max_threads(math), 1)
       for (int n = 0; n < kItems; ++n) {
         if (!runs(n, done)) continue;
         W sum = 0;
-#pragma unroll 4
+// As many loads together as registers allow.
+#pragma unroll(tier == Tier::kCluster ? 4 : tier == Tier::kGrid ? 2 : 1)
         for (int part = 0; part < to_add; ++part)
           sum += from[part * count + threadIdx.x + n * blockDim.x];
         if constexpr (needs_h<Cell>) sum += carried[n];
-        dh[n] = cut[n] ? W(0) : sum;
+        dh[n] = cuts(n, done) ? W(0) : sum;
       }
       parity ^= 1;
     }
