@@ -137,14 +137,14 @@ __global__ void __launch_bounds__(kPointwiseThreads)
   if (!Cell::kMasked || args.dh) read(args.dh + at_unit, dh);
   if constexpr (Cell::kMasked) {
     V state_mask[N] = {}, through[N] = {};
-    if (args.mask)
-      read(args.mask + at_unit, saved);
-    else
-      for (V& of_unit : saved) of_unit = V(1);
     if (args.through) read(args.through + at_unit, through);
     if (args.state_mask) read(args.state_mask + at_unit, state_mask);
 #pragma unroll
-    for (int k = 0; k < N; ++k) dh[k] += args.state_mask ? through[k] * state_mask[k] : through[k];
+    for (int k = 0; k < N; ++k) {
+      dh[k] += args.state_mask ? through[k] * state_mask[k] : through[k];
+      saved[k] = V(1);
+    }
+    if (args.mask) read(args.mask + at_unit, saved);
   }
 #pragma unroll
   for (int k = 0; k < N; ++k) {
