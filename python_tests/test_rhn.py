@@ -213,9 +213,21 @@ def assert_no_worse(case, cell, dtype, gpu=None):
                 assert_no_worse_than_torch(a.cpu(), b, truth)
 
 
-@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(
+            case,
+            dtype,
+            # The reference takes seconds for a long sequence, as often as there are ISAs.
+            marks=[pytest.mark.slow] * (case.T > 20 and dtype != torch.float32),
+            id=f"{case}-{dtype}",
+        )
+        for case in SHAPES
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ],
+)
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_kernels_are_no_worse_than_torch(isa, case, cell, dtype, two_threads):
     assert_no_worse(case, cell, dtype)
 
