@@ -97,14 +97,14 @@ def test_autocast_computes_in_its_dtype_and_trains_float32_weights(gpu, dtype):
     module = ISSLSTM.from_torch(copy.deepcopy(theirs)).to(gpu.device)
     x = torch.randn(4, 3, 5).to(dtype).float()
     kinds = []
-    original = ops.lstm
+    original = ops.recurrent
 
-    def noting(x, *rest):
+    def noting(cell, x, *rest):
         kinds.append(x.dtype)
-        return original(x, *rest)
+        return original(cell, x, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "lstm", noting)
+        patch.setattr(ops, "recurrent", noting)
         with torch.autocast(gpu.device.type, dtype):
             results = gradients(module, gpu.to(x))
     assert kinds == [dtype] * 2
