@@ -28,12 +28,6 @@ namespace {
 // kBlockRows rows: with fewer, w_ih would be read too often.
 constexpr int64_t kChunkBytes = 1 << 18;
 
-template <typename T>
-void copy_rows(const T* from, int64_t rows, int64_t from_stride, int64_t columns, T* to) {
-  for (int64_t r = 0; r < rows; ++r)
-    std::memcpy(to + r * columns, from + r * from_stride, columns * sizeof(T));
-}
-
 // One cell of a call: what it reads and writes.
 template <typename T>
 struct Job {
@@ -124,8 +118,7 @@ void take_step(const Job<T>& job, void (*step)(const StepArgs<T>&), const Packed
     run.h_prev = reset ? job.zeros : args.h_prev + begin * args.h_prev_stride;
     run.h_prev_stride = reset ? 0 : args.h_prev_stride;
     run.before = args.before + begin * args.before_stride;
-    if (reset && !job.cell.spec->has_c) run.before = run.h_prev, run.before_stride = 0;
-    if (reset && job.cell.spec->has_c) run.before = job.zeros, run.before_stride = 0;
+    if (reset) run.before = job.zeros, run.before_stride = 0;
     run.resets = nullptr;
     run.inputs += begin * args.inputs_stride;
     if (run.c) run.c += begin * args.hidden;
@@ -247,7 +240,7 @@ void keep_last(const Job<T>& job, int64_t begin, int64_t end) {
     const int64_t last = job.sequence.last_row(b, job.cell.reverse);
     const T* from = last < 0 ? job.state.h0 + b * output : job.y + last * job.y_stride;
     T* const to = job.state.h_n + b * output;
-    if (from != to) copy_rows(from, 1, output, output, to);
+    if (from != to) std::memcpy(to, from, output * sizeof(T));
   }
 }
 

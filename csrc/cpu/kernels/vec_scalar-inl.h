@@ -34,8 +34,8 @@ struct Vec {
   static Vec load(const Float16* p) {
     return {to_float(*p)};
   }
-  // Of 2 * kLanes elements: p[0], p[2], ... and p[1], p[3], .... They are cheaper to widen than
-  // neighbours.
+  // Every other one of 2 * kLanes elements, which are cheaper to widen than neighbours: load_even
+  // takes p[0], p[2], ..., load_odd the rest.
   static Vec load_even(const Bfloat16* p) {
     return {std::bit_cast<float>(static_cast<uint32_t>(p[0].bits) << 16)};
   }
