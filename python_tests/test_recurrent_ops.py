@@ -217,14 +217,16 @@ def test_the_same_input_gives_the_same_bits(isa, dtype, cell, case):
 
 
 @pytest.mark.parametrize("resets", [None, "few"])
+@pytest.mark.parametrize(
+    "case", [Case("rows", 30, 13, 8, 70), Case("one_tile", 2, 10, 8, 480)], ids=str
+)
 @by_cell
 def test_a_row_does_not_depend_on_its_batch_or_on_the_threads(
-    isa, dtype, two_threads, cell, resets
+    isa, dtype, two_threads, cell, case, resets
 ):
-    case = Case("rows", 30, 13, 8, 70)
     inputs = make_inputs(case, dtype, cell=cell, resets=resets)
     y, *final = ours(inputs)
-    for row in (0, 5, 12):
+    for row in (0, 5, case.B - 1):
         one_y, *one_final = ours(of_row(inputs, row))
         assert torch.equal(one_y[:, 0], y[:, row])
         for one, whole in zip(one_final, final, strict=True):

@@ -4,6 +4,12 @@
 // B stored as W: T, or a 16-bit type. kHalves: as in Vec<T>::halves().
 template <typename T, int kVectors, typename W, bool kHalves = false>
 struct FloatOperand {
+  // A panel of three vectors leaves registers for taller tiles. The tallest of AVX-512 keep one of
+  // the vectors in a register and load the others again for each row: worth it only where one tile
+  // takes all rows, and then from L2 on, since the weights are read once.
+  static constexpr int kTileRows =
+      kVectors == 3 && std::is_same_v<T, W> ? Vec<T>::kTallRows : Vec<T>::kTileRows;
+  static constexpr int kManyRows = std::min(kTileRows, 6);
   // The bytes of a K block, which several tiles of rows use while it is in the L1 cache. Tall tiles
   // read 11 bytes a cycle, which the L2 cache delivers too; so their blocks are longer, and sums
   // are stored and loaded less often.
@@ -20,8 +26,10 @@ struct FloatOperand {
   const T* a;
   int64_t stride, k;
   const W* panels;
-  int64_t most_rows, tiles;
-  bool beyond_cache, far;
+  int64_t most_rows;
+  bool beyond_cache;
+  int64_t tile_rows, tiles;
+  bool far;
 
   FloatOperand(const T* a, int64_t stride, int64_t rows, int64_t k, PanelRange range,
                const void* packed)
@@ -30,8 +38,10 @@ struct FloatOperand {
         k(k),
         panels(static_cast<const W*>(packed)),
         most_rows(std::min(rows, kBlockRows)),
-        tiles((most_rows + Vec<T>::kTileRows - 1) / Vec<T>::kTileRows),
         beyond_cache(bytes(range) > kCacheBytes),
+        tile_rows(most_rows < kTileRows || (most_rows == kTileRows && beyond_cache) ? kTileRows
+                                                                                    : kManyRows),
+        tiles((most_rows + tile_rows - 1) / tile_rows),
         far(rows > 1 && bytes(range) > (tiles > 2 ? kCacheBytes : kFarBytes)) {}
 
   int64_t bytes(PanelRange range) const { return (range.end - range.begin) * k * kStepBytes; }
@@ -89,10 +99,6 @@ struct FloatOperand {
       for (int j = 0; j < Vectors; ++j)
         sum[r][j] = begin == 0 ? V::set(0) : V::load(sums + sum_at<T, kVectors>(r, j));
     for (int64_t i = 0; i < steps; ++i) {
-      V x[Rows];
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) x[r] = V::set(x_rows[r * x_stride + i]);
-      const W* const of_step = weights + i * kPanelColumns<T, kVectors>;
       if constexpr (kFar) {
         if (together) __builtin_prefetch(next, 0, 2);
         if (ahead)
@@ -101,14 +107,33 @@ struct FloatOperand {
             __builtin_prefetch(here + i * kStepBytes + distance + line, 0, 2);
         next += share;
       }
+      if constexpr (Rows > Vec<T>::kTileRows) {
+        const W* const at = weights + i * kPanelColumns<T, kVectors>;
+        const V first = V::load(at);
 #pragma GCC unroll 16
-      for (int j = 0; j < Vectors; ++j) {
-        const W* const at = of_step + j / kVectors * to_next + j % kVectors * Vec<T>::kLanes;
-        const V w = load<Rows>(at, j);
+        for (int r = 0; r < Rows; ++r) {
+          const V x = V::set(x_rows[r * x_stride + i]);
+          // Keeps the compiler from loading all vectors at once, as in a tile of fewer rows.
+          if constexpr (Rows == 10) __asm__ volatile("" ::: "memory");
+          sum[r][0] = fma(x, first, sum[r][0]);
+#pragma GCC unroll 4
+          for (int j = 1; j < Vectors; ++j)
+            sum[r][j] = fma(x, V::load(at + j * Vec<T>::kLanes), sum[r][j]);
+        }
+      } else {
+        V x[Rows];
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
-        // Keeps the compiler from loading both vectors of a pair at once: registers are too few.
-        if constexpr (std::is_same_v<W, Bfloat16> && Rows > 1) __asm__ volatile("" ::: "memory");
+        for (int r = 0; r < Rows; ++r) x[r] = V::set(x_rows[r * x_stride + i]);
+        const W* const of_step = weights + i * kPanelColumns<T, kVectors>;
+#pragma GCC unroll 16
+        for (int j = 0; j < Vectors; ++j) {
+          const W* const at = of_step + j / kVectors * to_next + j % kVectors * Vec<T>::kLanes;
+          const V w = load<Rows>(at, j);
+#pragma GCC unroll 16
+          for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
+          // Keeps the compiler from loading both vectors of a pair at once: registers are too few.
+          if constexpr (std::is_same_v<W, Bfloat16> && Rows > 1) __asm__ volatile("" ::: "memory");
+        }
       }
     }
 #pragma GCC unroll 16

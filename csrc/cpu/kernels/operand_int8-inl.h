@@ -7,6 +7,7 @@
 // sums of a term are integers, so they are exact in any order.
 template <int kVectors>
 struct Int8Operand {
+  static constexpr int kTileRows = Vec<float>::kTileRows, tile_rows = kTileRows;
   using Activation = Dot::Activation;
   static constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
   // A larger element, also an infinite one, counts as this. Gates then saturate, as they do for an

@@ -7,6 +7,7 @@
 // nor on how work is split.
 template <typename T, int kVectors, typename W>
 struct TransposedOperand {
+  static constexpr int kTileRows = Vec<T>::kTileRows, tile_rows = kTileRows;
   using V = Vec<T>;
   static constexpr int64_t kLanes = V::kLanes;
   // Weights of more bytes come from beyond the L2 cache: each group of rows prefetches the next.
@@ -99,6 +100,7 @@ struct TransposedOperand {
 // B as it is stored, [K, columns].
 template <typename T, int kVectors, typename W>
 struct StoredOperand {
+  static constexpr int kTileRows = Vec<T>::kTileRows, tile_rows = kTileRows;
   using V = Vec<T>;
   static constexpr int64_t kLanes = V::kLanes;
   // A K block: the lines of a panel that several tiles of rows find in the L1 cache.

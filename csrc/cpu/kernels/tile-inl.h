@@ -82,14 +82,15 @@ inline void each_tile_of(const Operands& operands, int64_t all_rows, int64_t k, 
                ? each_panel_of<T, kVectors, 1>(operands, k, columns, range, prefetch, finish)
                : each_panel_of<T, kVectors, kMostPanels>(operands, k, columns, range, prefetch,
                                                          finish);
-  constexpr int kTileRows = Vec<T>::kTileRows;
+  constexpr int kTileRows = Operands::kTileRows;
+  const int64_t tile_rows = operands.tile_rows;
   alignas(64) T sums[kSums<T, kVectors>];
   for (int64_t start = 0; start < all_rows; start += kBlockRows) {
     const int64_t rows = std::min(kBlockRows, all_rows - start);
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    const bool single = rows % kTileRows == 1 && rows <= 4 * kTileRows;
+    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+    const bool single = rows % tile_rows == 1 && rows <= 4 * tile_rows;
     const int64_t most_panels = single ? kMostPanels : 1;
-    const int64_t height = single ? kTileRows : rows / tiles, higher = single ? 0 : rows % tiles;
+    const int64_t height = single ? tile_rows : rows / tiles, higher = single ? 0 : rows % tiles;
     const auto row_of = [&](int64_t t) {  // a tile's first
       return start + std::min(rows, t * height + std::min(t, higher));
     };

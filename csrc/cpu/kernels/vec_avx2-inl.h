@@ -14,6 +14,7 @@ template <>
 struct Vec<float> {
   static constexpr int64_t kLanes = 8;
   static constexpr int kTileRows = 3;  // 3 rows x 4 accumulators + 3 broadcasts of 16 registers
+  static constexpr int kTallRows = 4;  // 4 rows x 3 accumulators + 3 vectors + a broadcast
   static constexpr int kRowPanels = 2;
   __m256 v;
 
@@ -99,6 +100,7 @@ template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 4;
   static constexpr int kTileRows = 3;
+  static constexpr int kTallRows = 4;
   static constexpr int kRowPanels = 2;
   __m256d v;
 

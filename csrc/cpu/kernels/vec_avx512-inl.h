@@ -24,7 +24,8 @@ struct Vec;
 template <>
 struct Vec<float> {
   static constexpr int64_t kLanes = 16;
-  static constexpr int kTileRows = 6;  // 6 rows x 4 accumulators + 6 broadcasts of 32 registers
+  static constexpr int kTileRows = 6;   // 6 rows x 4 accumulators + 6 broadcasts of 32 registers
+  static constexpr int kTallRows = 10;  // 10 rows x 3 accumulators + a vector + a broadcast
   static constexpr int kRowPanels = 1;
   __m512 v;
 
@@ -116,6 +117,7 @@ template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 8;
   static constexpr int kTileRows = 6;
+  static constexpr int kTallRows = 10;
   static constexpr int kRowPanels = 1;
   __m512d v;
 

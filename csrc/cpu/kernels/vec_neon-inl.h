@@ -8,6 +8,7 @@ template <>
 struct Vec<float> {
   static constexpr int64_t kLanes = 4;
   static constexpr int kTileRows = 6;  // 6 rows x 4 accumulators + 6 broadcasts of 32 registers
+  static constexpr int kTallRows = 6;
   static constexpr int kRowPanels = 2;
   float32x4_t v;
 
@@ -67,6 +68,7 @@ template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 2;
   static constexpr int kTileRows = 6;
+  static constexpr int kTallRows = 6;
   static constexpr int kRowPanels = 2;
   float64x2_t v;
 

@@ -21,7 +21,8 @@ inline Bfloat16 to_bfloat16(float x) {
 template <typename T>
 struct Vec {
   static constexpr int64_t kLanes = 1;
-  static constexpr int kTileRows = 2;   // 2 rows x 4 accumulators of 16 registers
+  static constexpr int kTileRows = 2;  // 2 rows x 4 accumulators of 16 registers
+  static constexpr int kTallRows = 2;
   static constexpr int kRowPanels = 2;  // panels that a tile of one row covers
   T v;
 
