@@ -417,22 +417,20 @@ class _Tracer(TorchFunctionMode):
         layers = self.layouts[name]
         self._set(y, torch.cat([layout.outputs for layout in layers[-1]]).expand(y.shape))
         h_n, *others = final if len(cell.states) > 1 else (final,)
-        self._set_state(h_n, [[layout.outputs for layout in layer] for layer in layers])
+        self._set_state(h_n, [layout.outputs for layer in layers for layout in layer])
         for state in others:
-            self._set_state(state, [[layout.cells for layout in layer] for layer in layers])
+            self._set_state(state, [layout.cells for layer in layers for layout in layer])
         self.states |= {id(state): name for state in tensors(final)}
         self.stacked[name] = isinstance(h_n, Tensor)
 
-    def _set_state(self, state: Any, units: Any) -> None:
-        """Label one tensor [L * D, B, H], or per layer [D, B, H], or per direction too [B, H]."""
+    def _set_state(self, state: Any, units: list[Tensor]) -> None:
+        """Label one tensor [L * D, B, H], or L * D tensors [B, H]."""
         if not isinstance(state, Tensor):
-            for part, its_units in zip(state, units, strict=True):
-                self._set_state(part, its_units)
+            for row, its_units in zip(state, units, strict=True):
+                self._set(row, its_units.expand(row.shape))
             return
-        if not isinstance(units, Tensor):
-            units = torch.stack(list(tensors(units)))
-            units = units.view(len(units), *[1] * (state.dim() - 2), -1)
-        self._set(state, units.expand(state.shape))
+        labels = torch.stack(units).view(len(units), *[1] * (state.dim() - 2), -1)
+        self._set(state, labels.expand(state.shape))
 
     # -- Torch functions
 

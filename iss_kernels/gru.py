@@ -16,16 +16,16 @@ class ISSGRU(Recurrent):
 
     Arguments, parameters (gates in the order r, z, n), inputs and outputs as torch.nn.GRU; beyond
     it, hidden_size by layer and direction, `lengths` and `resets`: see `Recurrent`. hx and the
-    final state are one tensor h, where sizes differ a tuple. Raises what nn.GRU raises for the same
-    mistakes.
+    final state are one tensor h [L * D, B, H], where sizes differ a tuple of L * D tensors [B, H].
+    Raises what nn.GRU raises for the same mistakes.
 
     For the gradient, each layer and direction saves 4 H elements per step and row (gates, and the
     recurrent part of n; 4 bytes each, 8 in float64), with recompute=True none.
 
     >>> gru = ISSGRU(3, [4, 2], num_layers=2)
     >>> y, h = gru(torch.zeros(7, 1, 3))
-    >>> y.shape, [tuple(layer.shape) for layer in h]
-    (torch.Size([7, 1, 2]), [(1, 1, 4), (1, 1, 2)])
+    >>> y.shape, [tuple(state.shape) for state in h]
+    (torch.Size([7, 1, 2]), [(1, 4), (1, 2)])
     """
 
     mode = "GRU"

@@ -16,16 +16,16 @@ class ISSLSTM(Recurrent):
 
     Arguments, parameters (gates in the order i, f, g, o), inputs and outputs as torch.nn.LSTM;
     beyond it, hidden_size and proj_size by layer and direction, `lengths` and `resets`: see
-    `Recurrent`. hx and the final state are (h, c), where sizes differ two tuples. Raises what
-    nn.LSTM raises for the same mistakes.
+    `Recurrent`. hx and the final state are (h, c), each one tensor [L * D, B, size], where sizes
+    differ a tuple of L * D tensors [B, size]. Raises what nn.LSTM raises for the same mistakes.
 
     For the gradient, each layer and direction saves 5 H elements per step and row (gates and cells;
     4 bytes each, 8 in float64), with recompute=True none.
 
     >>> lstm = ISSLSTM(3, [4, (2, 5)], num_layers=2, bidirectional=True)
     >>> y, (h, c) = lstm(torch.zeros(7, 1, 3))
-    >>> y.shape, [[tuple(s.shape) for s in layer] for layer in h]
-    (torch.Size([7, 1, 7]), [[(1, 4), (1, 4)], [(1, 2), (1, 5)]])
+    >>> y.shape, [tuple(state.shape) for state in h]
+    (torch.Size([7, 1, 7]), [(1, 4), (1, 4), (1, 2), (1, 5)])
     """
 
     mode = "LSTM"

@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 from iss_kernels import backend
 from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
 from iss_kernels.copying import copied
-from iss_kernels.recurrent import MODULES, Recurrent, States, class_of
+from iss_kernels.recurrent import MODULES, Recurrent, class_of
+from iss_kernels.states import States
 
 _DTYPES = {
     "float32": torch.float32,
@@ -106,6 +107,7 @@ class Prepared(Recurrent):
     def __init__(self, module: Any, weights: str) -> None:
         super().__init__(**self.options_of(module), device="meta")
         self.weights = weights
+        self.kept = getattr(module, "kept", None)  # torch's have none
         self._native: Any = None
         # Weights as CUDA kernels take them: made of what versions, of which buffers (kept, so that
         # no other has their id), and the result.
@@ -204,7 +206,7 @@ class Prepared(Recurrent):
             return fn(t) if like.dtype == t.dtype else t.to(like.device)
 
         with torch.inference_mode(False):
-            super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+            super()._apply(moved, recurse)
         self._native, self._converted = None, {}
         return self
 

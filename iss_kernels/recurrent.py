@@ -19,13 +19,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from iss_kernels import backend, ops
 from iss_kernels.cells import CELLS, Cell
+from iss_kernels.states import Shrinkable, State, States, cut, stacked
 
 # One int for all layers; or per layer an int, or a (forward, backward) pair.
 Sizes: TypeAlias = int | Sequence[int | Sequence[int]]
-# [layers * D, B, size] where all sizes are equal; else per layer [D, B, size] or D times [B, size].
-State: TypeAlias = Tensor | tuple[Any, ...]
-# What users give and get: h, or (h, c) of an LSTM.
-States: TypeAlias = State | tuple[State, State]
 
 _Module = TypeVar("_Module", bound="Recurrent")
 
@@ -78,15 +75,15 @@ def _shortest(sizes: list[list[int]]) -> Sizes:
     return [layer[0] if len(set(layer)) == 1 else tuple(layer) for layer in sizes]
 
 
-class Recurrent(nn.RNNBase):
+class Recurrent(Shrinkable, nn.RNNBase):
     """Base of ISSLSTM, ISSGRU and ISSRNN: torch's module, with sizes by layer and direction.
 
     Arguments, parameters (`weight_ih_l0`, ..., gates in torch's order), initialisation, input and
     output shapes and errors are those of torch's module, and a state_dict loads either way. Beyond
     it, hidden_size (and an LSTM's proj_size) may be a list with one entry per layer: an int, or
-    with bidirectional=True a (forward, backward) pair. Where sizes differ, a final state is a tuple
-    with one tensor [D, B, size] per layer (where a layer's directions differ, a tuple of D tensors
-    [B, size]), and hx takes the same form.
+    with bidirectional=True a (forward, backward) pair. Where its sizes differ, h_n (and an LSTM's
+    c_n) is a tuple of L * D tensors [B, size], in the order of the rows of torch's; hx takes both
+    forms. Where units have left (`shrink`), hx of the width before is cut to those that stayed.
 
     Weights are float32, float64, or bfloat16 (on a CUDA device also float16), which is summed in
     float32. Under autocast the layers compute in the weights' dtype, but on a CUDA device with
@@ -112,7 +109,6 @@ class Recurrent(nn.RNNBase):
     __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
     __getstate__ = nn.Module.__getstate__
     __setstate__ = nn.Module.__setstate__
-    _apply = nn.Module._apply
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
     def __init__(
@@ -130,6 +126,7 @@ class Recurrent(nn.RNNBase):
         recompute: bool = False,
     ) -> None:
         nn.Module.__init__(self)
+        self.kept = None
         if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an "
@@ -186,6 +183,9 @@ class Recurrent(nn.RNNBase):
             for hs, ps in zip(hidden_sizes, proj_sizes, strict=True)
         ]
         self._uniform = all(isinstance(s, int) for s in (self.hidden_size, self.proj_size))
+        # Of each state: its widths by layer and direction, and whether these are equal.
+        self._widths = list(map(list, zip(*self._state_sizes(), strict=True)))
+        self._equal = [len(set(widths)) == 1 for widths in self._widths]
 
         self._all_weights: list[list[str]] = []
         layer_input = input_size
@@ -214,6 +214,9 @@ class Recurrent(nn.RNNBase):
         if projects:
             shapes["weight_hr"] = (p, h)
         return shapes
+
+    def _state_sizes(self) -> list[tuple[int, ...]]:
+        return [(p, h)[: len(self.cell.states)] for h, p in sum(self.sizes, [])]
 
     def reset_parameters(self) -> None:
         """Draw all parameters from U(-1/sqrt(H), 1/sqrt(H)), in torch's order."""
@@ -290,7 +293,10 @@ class Recurrent(nn.RNNBase):
         return cast(_Module, converted("from_torch", module, cls, **cls.options_of(module)))
 
     def to_torch(self) -> nn.RNNBase:
-        """torch's module with the same parameters; ValueError where sizes differ by layer."""
+        """torch's module with the same parameters; ValueError where sizes differ by layer.
+
+        It has no `kept`: it takes hx of its present width alone.
+        """
         from iss_kernels.accelerate import converted
 
         if self.torch_class is None:
@@ -565,80 +571,83 @@ class Recurrent(nn.RNNBase):
             if len(hx) != count:
                 raise RuntimeError(f"{self.cell.name} expects two hidden states")
             given = hx
-        elif self._uniform and not isinstance(hx, Tensor):
-            raise TypeError(
-                f"{self._kind}: expected hx to be a tensor h_0, got a {type(hx).__name__}"
-            )
-        parts = []
-        for which, state in enumerate(given):
-            name = f"hidden[{which}]" if count > 1 else "hidden"
-            widths = [size[1 - which] for size in sizes]
-            if not self._uniform:
-                parts.append(self._taken_apart(state, name, widths, batch, batched))
-                continue
-            expected = (len(sizes), batch, widths[0])
-            if not isinstance(state, Tensor) or state.dim() != (3 if batched else 2):
-                if isinstance(state, Tensor) and packed:  # as torch, which expects no dimensions
-                    raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-                raise RuntimeError(_wrong_dimensions(given, batched))
-            state = state if batched else state.unsqueeze(1)
-            if state.shape != expected:
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-            parts.append(list(state.unbind(0)))
+        parts = [self._rows(given, which, batch, batched, packed) for which in range(count)]
         if permutation is not None:
             parts = [[s.index_select(0, permutation) for s in part] for part in parts]
         return list(zip(*parts, strict=True))
 
-    def _taken_apart(
-        self, state: Any, name: str, sizes: list[int], batch: int, batched: bool
-    ) -> list[Tensor]:
-        """A state by layer, where sizes differ, as a list of [B, size] by layer and direction."""
-        flat: list[Any] = []
-        if isinstance(state, (tuple, list)) and len(state) == self.num_layers:
-            for layer in state:
-                layer = layer.unbind(0) if isinstance(layer, Tensor) else layer
-                flat += layer if isinstance(layer, (tuple, list)) else [layer]
-        expected = [(batch, size) if batched else (size,) for size in sizes]
-        shapes = [tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in flat]
-        if shapes != expected:
-            got = str(shapes)
-            if isinstance(state, Tensor):
-                got = f"a tensor of size {list(state.shape)}"
-            elif not flat:
-                got = f"{len(state)} entries" if hasattr(state, "__len__") else f"{state}"
-            raise RuntimeError(
-                f"Expected {name} to be a tuple of {self.num_layers} layers with "
-                f"{len(self.sizes[0])} states of sizes {expected}, got {got}"
-            )
-        return flat if batched else [s.unsqueeze(0) for s in flat]
+    def _rows(
+        self, given: Any, which: int, batch: int, batched: bool, packed: bool
+    ) -> Sequence[Tensor]:
+        """One state of hx by layer and direction, [B, size], without the units that have left."""
+        state, widths = given[which], self._widths[which]
+        rows: Sequence[Tensor] = ()
+        if isinstance(state, Tensor):
+            if state.dim() == (3 if batched else 2):
+                state = state if batched else state.unsqueeze(1)
+                rows = state.unbind(0)
+                if self._equal[which] and state.shape == (len(widths), batch, widths[0]):
+                    return rows
+        elif _are_tensors(state):
+            rows = state if batched else [s.unsqueeze(0) for s in state]
+        if len(rows) == len(widths):
+            if self.kept is not None:
+                rows = [cut(row, k[which]) for row, k in zip(rows, self.kept, strict=True)]
+            if all(row.shape == (batch, w) for row, w in zip(rows, widths, strict=True)):
+                return rows
+        raise self._misfit(given, which, batch, batched, packed)
+
+    def _misfit(self, given: Any, which: int, batch: int, batched: bool, packed: bool) -> Exception:
+        """The error for a state that `_rows` cannot take: torch's, where it has one."""
+        state, name = given[which], f"hidden[{which}]" if len(given) > 1 else "hidden"
+        is_tensor, wanted = isinstance(state, Tensor), 3 if batched else 2
+        if self._equal[which]:
+            if len(given) == 1 and not is_tensor:
+                got = type(state).__name__
+                return TypeError(f"{self._kind}: expected hx to be a tensor h_0, got a {got}")
+            # torch expects no dimensions where the input is packed.
+            if state.dim() != wanted and not packed if is_tensor else not _are_tensors(state):
+                return RuntimeError(_wrong_dimensions(given, batched))
+        expected = _form(self._widths[which], batch, batched)
+        if self.kept is not None:
+            before = _form([k[which].before for k in self.kept], batch, batched)
+            expected += f", or, from before shrinking, {before}"
+        if is_tensor:
+            state = state.unsqueeze(1) if state.dim() == wanted and not batched else state
+            got = str(list(state.shape))
+            got = got if self._equal[which] else f"a tensor of size {got}"
+        elif isinstance(state, (tuple, list)):
+            shapes = (tuple(s.shape) if isinstance(s, Tensor) else type(s).__name__ for s in state)
+            got = str(list(shapes))
+        else:
+            got = type(state).__name__
+        return RuntimeError(f"Expected {name} {expected}, got {got}")
 
     def _final(
         self, states: list[tuple[Tensor, ...]], permutation: Tensor | None, batched: bool
     ) -> States:
         """Put the states together again, in the form that hx takes."""
         parts: list[State] = []
-        for part in zip(*states, strict=True):
-            rows = list(part)
+        for equal, part in zip(self._equal, zip(*states, strict=True), strict=True):
+            rows: Sequence[Tensor] = part
             if permutation is not None:
                 rows = [s.index_select(0, permutation) for s in rows]
             if not batched:
                 rows = [s.squeeze(0) for s in rows]
-            parts.append(_stacked(rows) if self._uniform else self._by_layer(rows))
+            parts.append(stacked(rows) if equal else tuple(rows))
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
-    def _by_layer(self, states: list[Tensor]) -> tuple[State, ...]:
-        directions = len(self.sizes[0])
-        layers = []
-        for layer in range(self.num_layers):
-            of_layer = states[layer * directions : (layer + 1) * directions]
-            same = len({s.size(-1) for s in of_layer}) == 1  # B may be symbolic, with no hash
-            layers.append(_stacked(of_layer) if same else tuple(of_layer))
-        return tuple(layers)
+
+def _form(widths: list[int], batch: int, batched: bool) -> str:
+    """The size of a state of these widths, as error messages write it."""
+    if len(set(widths)) == 1:
+        return f"size {(len(widths), batch, widths[0])}"
+    sizes = [(batch, width) if batched else (width,) for width in widths]
+    return f"to be a tuple of {len(widths)} tensors of sizes {sizes}"
 
 
-def _stacked(states: list[Tensor]) -> Tensor:
-    """torch.stack, which would copy a single one."""
-    return torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)
+def _are_tensors(state: Any) -> bool:
+    return isinstance(state, (tuple, list)) and all(isinstance(s, Tensor) for s in state)
 
 
 def _wrong_dimensions(states: Sequence[Any], batched: bool) -> str:

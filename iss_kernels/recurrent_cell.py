@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from iss_kernels import backend, ops
+from iss_kernels.cells import CELLS
 from iss_kernels.recurrent import CELL_MODULES
+from iss_kernels.states import Shrinkable, cut
 
 # h, or (h, c) of an LSTM.
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -21,7 +23,7 @@ State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 _Module = TypeVar("_Module", bound="RecurrentCell")
 
 
-class RecurrentCell(nn.RNNCellBase):
+class RecurrentCell(Shrinkable, nn.RNNCellBase):
     """Base of ISSLSTMCell, ISSGRUCell and ISSRNNCell: torch's cell over this package's kernels.
 
     Arguments, parameters (`weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`; gates in torch's order),
@@ -33,11 +35,20 @@ class RecurrentCell(nn.RNNCellBase):
     On the CPU each call reads the weights where they are, so a weight that anything has written to
     counts in the next call.
 
+    Where units have left (`shrink`), hx of the width before is cut to those that stayed.
+
     It is an nn.RNNCellBase but none of torch's classes, as the layers are (`Recurrent`).
     """
 
     torch_class: ClassVar[type[nn.RNNCellBase]]
     _step: str  # the cell's name in the registry
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.kept = None
+
+    def _state_sizes(self) -> list[tuple[int, ...]]:
+        return [(self.hidden_size,) * len(CELLS[self._step].states)]
 
     @classmethod
     def from_torch(cls: type[_Module], cell: nn.RNNCellBase) -> _Module:
@@ -52,7 +63,10 @@ class RecurrentCell(nn.RNNCellBase):
         return cast(_Module, converted("from_torch", cell, cls, **_options(cell)))
 
     def to_torch(self) -> nn.RNNCellBase:
-        """torch's cell with the same parameters (shared, not copied), hooks and mode."""
+        """torch's cell with the same parameters (shared, not copied), hooks and mode.
+
+        It has no `kept`: it takes hx of its present width alone.
+        """
         from iss_kernels.accelerate import converted
 
         new = converted("to_torch", self, self.torch_class, **_options(self))
@@ -87,6 +101,8 @@ class RecurrentCell(nn.RNNCellBase):
                 raise ValueError(
                     f"{self._kind}: Expected {name} to be 1D or 2D, got {state.dim()}D instead"
                 )
+        if self.kept is not None:
+            states = tuple(cut(state, k) for state, k in zip(states, self.kept[0], strict=True))
         return states
 
     def _batched(self, x: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
@@ -106,9 +122,12 @@ class RecurrentCell(nn.RNNCellBase):
                 )
             if state.shape != (x.size(0), self.hidden_size):
                 got = state.size(1) if state.dim() > 1 else "none"
+                before = ""
+                if self.kept is not None:
+                    before = f", or, from before shrinking, {self.kept[0][which].before}"
                 raise RuntimeError(
                     f"hidden{which} has inconsistent hidden_size: got {got}, "
-                    f"expected {self.hidden_size}"
+                    f"expected {self.hidden_size}{before}"
                 )
         kind, dtype = x.device.type, self.weight_ih.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind):

@@ -16,9 +16,9 @@ class ISSRNN(Recurrent):
 
     Arguments (nonlinearity "tanh" or "relu" among them), parameters, inputs and outputs as
     torch.nn.RNN; beyond it, hidden_size by layer and direction, `lengths` and `resets`: see
-    `Recurrent`. hx and the final state are one tensor h, where sizes differ a tuple. Raises what
-    nn.RNN raises for the same mistakes. For the gradient it saves nothing beside its input and
-    output.
+    `Recurrent`. hx and the final state are one tensor h [L * D, B, H], where sizes differ a tuple
+    of L * D tensors [B, H]. Raises what nn.RNN raises for the same mistakes. For the gradient it
+    saves nothing beside its input and output.
 
     >>> rnn = ISSRNN(3, 4, nonlinearity="relu", bidirectional=True)
     >>> y, h = rnn(torch.zeros(7, 1, 3))

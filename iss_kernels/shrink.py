@@ -70,7 +70,7 @@ def shrink(
     those in `groups.tied` keep one common size. The units taken back are those of largest norm.
 
     Every nn.LSTM that changes becomes an ISSLSTM, and so on for each kind; final states shrink, and
-    come apart into tuples where sizes differ (see ISSLSTM). Raises ValueError for arguments that do
+    are tuples of tensors where sizes differ (see ISSLSTM). Raises ValueError for arguments that do
     not fit together or do not fit the groups.
     """
     _check(model, groups, keep, ratio, round_to)

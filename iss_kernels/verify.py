@@ -211,17 +211,12 @@ class Experiment:
 def _cut_states(module: Recurrent, hx: Any, masks: list[list[Tensor | None]]) -> Any:
     """hx in the form that a module takes that has only the units of these masks."""
     states = hx if len(module.cell.states) > 1 else (hx,)
-    # A state is one tensor [L * D, B, H], or by layer [D, B, H], or by direction too [B, H].
-    rows = [
-        [row for part in ([state] if isinstance(state, Tensor) else state) for row in part]
-        for state in states
-    ]
     cut = [
         tuple(
             row if mask is None else row[..., mask.to(row.device)]
-            for row, mask in zip(pair, its_masks, strict=True)
+            for row, mask in zip(rows, its_masks, strict=True)
         )
-        for pair, its_masks in zip(zip(*rows, strict=True), masks, strict=True)
+        for rows, its_masks in zip(zip(*states, strict=True), masks, strict=True)
     ]
     return module._final(cut, None, batched=True)
 

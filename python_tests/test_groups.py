@@ -240,9 +240,7 @@ def test_states_read_as_one_tensor_tie_their_families() -> None:
 def test_states_that_are_apart_stay_apart(kind: Any) -> None:
     """If sizes became equal, h_n would be one tensor and the model's code would read it wrongly."""
     model = Net(
-        lambda m, x: (
-            m.top(m.head(h_n(m.rnn(x)[1])[-1][-1]))[0][..., :1] * m.last(m.again(x)[0]).sum()
-        ),
+        lambda m, x: m.top(m.head(h_n(m.rnn(x)[1])[-1]))[0][..., :1] * m.last(m.again(x)[0]).sum(),
         rnn=kind(5, [3, 4, 3], 3),
         top=nn.LSTM(2, 2),
         again=nn.LSTM(5, 4),

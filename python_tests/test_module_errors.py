@@ -156,13 +156,13 @@ CALLS = {
     "hx of one tensor where sizes differ": (
         lambda: UNEQUAL(X, (torch.randn(4, 2, 4), torch.randn(4, 2, 4))),
         RuntimeError,
-        "Expected hidden[0] to be a tuple of 2 layers with 2 states of sizes "
+        "Expected hidden[0] to be a tuple of 4 tensors of sizes "
         "[(2, 4), (2, 4), (2, 2), (2, 5)], got a tensor of size [4, 2, 4]",
     ),
     "hx of a wrong size where sizes differ": (
-        lambda: UNEQUAL(X, ((torch.randn(2, 2, 4), torch.randn(2, 2, 2)), ())),
+        lambda: UNEQUAL(X, ([torch.randn(2, h) for h in (4, 4, 2, 2)], ())),
         RuntimeError,
-        "Expected hidden[0] to be a tuple of 2 layers with 2 states of sizes "
+        "Expected hidden[0] to be a tuple of 4 tensors of sizes "
         "[(2, 4), (2, 4), (2, 2), (2, 5)], got [(2, 4), (2, 4), (2, 2), (2, 2)]",
     ),
     "no hx inside the tuple": (
@@ -219,26 +219,26 @@ CALLS = {
     "a GRU of unequal sizes given (h, c)": (
         lambda: UNEQUAL_GRU(X, UNEQUAL(X)[1]),
         RuntimeError,
-        "Expected hidden to be a tuple of 2 layers with 2 states of sizes "
-        "[(2, 4), (2, 4), (2, 2), (2, 5)], got [(2, 2, 4), 'tuple', (2, 2, 4), 'tuple']",
+        "Expected hidden to be a tuple of 4 tensors of sizes "
+        "[(2, 4), (2, 4), (2, 2), (2, 5)], got ['tuple', 'tuple']",
     ),
     "a GRU of unequal sizes given a tensor": (
         lambda: UNEQUAL_GRU(X, states(layers=4)[0]),
         RuntimeError,
-        "Expected hidden to be a tuple of 2 layers with 2 states of sizes "
+        "Expected hidden to be a tuple of 4 tensors of sizes "
         "[(2, 4), (2, 4), (2, 2), (2, 5)], got a tensor of size [4, 2, 4]",
     ),
     "nothing where sizes differ, unbatched": (
         lambda: UNEQUAL_GRU(X[:, 0], (None, None)),
         RuntimeError,
-        "Expected hidden to be a tuple of 2 layers with 2 states of sizes "
+        "Expected hidden to be a tuple of 4 tensors of sizes "
         "[(4,), (4,), (2,), (5,)], got ['NoneType', 'NoneType']",
     ),
     "two layers of three": (
         lambda: ISSGRU(3, [4, 2, 3], 3)(X, (None, None)),
         RuntimeError,
-        "Expected hidden to be a tuple of 3 layers with 1 states of sizes "
-        "[(2, 4), (2, 2), (2, 3)], got 2 entries",
+        "Expected hidden to be a tuple of 3 tensors of sizes "
+        "[(2, 4), (2, 2), (2, 3)], got ['NoneType', 'NoneType']",
     ),
 }
 

@@ -697,7 +697,7 @@ def test_the_state_of_two_lstms_is_a_pair_of_states(implementation):
     step = Stream(STATEFUL["two LSTMs"](), 2)
     (h, c), (h_of_second, _) = step.state
     assert h.shape == c.shape == (2, 2, 6)
-    assert [s.shape for s in h_of_second] == [(1, 2, 3), (1, 2, 4)]
+    assert [s.shape for s in h_of_second] == [(2, 3), (2, 4)]
     step(torch.randn(2, 5))
     assert not h.any() and step.state[0][0].any()  # a copy of what was
 
