@@ -116,7 +116,7 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     tracer = _Tracer(copied(model), list(recurrent), example_inputs)
     tracer.run()
     groups = tracer.groups(model)
-    experiment = Experiment(model, example_inputs, tracer.returned, tracer.rows, tracer.eps)
+    experiment = Experiment(model, example_inputs, tracer.returned, tracer.eps)
     failure = experiment.failure(groups)
     for tied in tracer.ties(groups) if failure else ():
         candidate = replace(groups, tied=tied)

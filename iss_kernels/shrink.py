@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from iss_kernels.accelerate import take_over
 from iss_kernels.copying import copied
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups, LabelledWeight, cell_of, plain_recurrent
-from iss_kernels.recurrent import class_of
+from iss_kernels.recurrent import Recurrent, class_of
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def shrink(
     those in `groups.tied` keep one common size. The units taken back are those of largest norm.
 
     Every nn.LSTM that changes becomes an ISSLSTM, and so on for each kind; final states shrink, and
-    are tuples of tensors where sizes differ (see ISSLSTM). Raises ValueError for arguments that do
-    not fit together or do not fit the groups.
+    are tuples of tensors where sizes differ (see ISSLSTM). An initial state of the width before,
+    as the model's code or its caller may go on making it, is cut. Raises ValueError for arguments
+    that do not fit together or do not fit the groups.
     """
     _check(model, groups, keep, ratio, round_to)
     kept = _kept(replace(groups, model=model), keep, ratio, round_to)
@@ -94,13 +95,21 @@ def removed(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> nn.
     Every nn.LSTM with a labelled weight is an ISSLSTM there, and so on for each kind. What the
     model shares, the copy shares.
     """
-    cut = _cut_parameters(model, groups, torch.cat([kept[f.name] for f in groups.families]))
+    of_units = torch.cat([*(kept[f.name].cpu() for f in groups.families), all_of(1)])
+    cut = _cut_parameters(model, groups, of_units)
     new = set(cut.values())
+    masks = {
+        cut[model.get_parameter(weight.name)]: (
+            of_units[weight.row_units.long()], of_units[weight.column_units.long()]
+        )
+        for weight in groups.weights
+    }  # fmt: skip
     small = copied(model, {id(parameter): smaller for parameter, smaller in cut.items()})
     for module in plain_recurrent("shrink", small).values():
         if new & set(module.parameters()):
             # In place, so that whatever refers to the module goes on to refer to it.
             rebuilt = _rebuilt(module)
+            rebuilt.remember(_stayed(module, masks))
             module.__dict__, module.__class__ = rebuilt.__dict__, type(rebuilt)
     for linear in small.modules():
         if isinstance(linear, nn.Linear) and linear.weight in new:
@@ -203,8 +212,7 @@ def _mask(units: Any, size: int, name: str) -> Tensor:
 def _cut_parameters(
     model: nn.Module, groups: Groups, kept: Tensor
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """{parameter: the same without the units that go}; kept: bool [units]."""
-    kept = torch.cat([kept.cpu(), all_of(1)])  # at -1: what is of no unit
+    """{parameter: the same without the units that go}; kept: bool [units + 1], at -1 True."""
     cut = {}
     for labelled in groups.labelled:
         parameter = model.get_parameter(labelled.name)
@@ -215,7 +223,23 @@ def _cut_parameters(
     return cut
 
 
-def _rebuilt(module: Any) -> nn.Module:
+def _stayed(
+    module: Any, masks: Mapping[nn.Parameter, tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, ...]]:
+    """For each layer and direction, for each state: bool [size before], True where a unit stayed.
+
+    module: with its cut parameters; masks: of these, by rows and by columns.
+    """
+    cell, stayed = cell_of(module), []
+    for names in module._all_weights:
+        w_ih, w_hh = (module._parameters[name] for name in names[:2])
+        rows, _ = masks.get(w_ih) or map(all_of, w_ih.shape)
+        _, outputs = masks.get(w_hh) or map(all_of, w_hh.shape)
+        stayed.append((outputs, rows[: len(rows) // cell.gates])[: len(cell.states)])
+    return stayed
+
+
+def _rebuilt(module: Any) -> Recurrent:
     """This package's module like `module`, with its parameters and of the sizes that these have."""
     cell, directions = cell_of(module), 1 + module.bidirectional
     parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
@@ -231,7 +255,7 @@ def _rebuilt(module: Any) -> nn.Module:
     for name, flat in sizes.items():
         options[name] = [flat[i : i + directions] for i in range(0, len(flat), directions)]
     # On meta: no storage and no random numbers, since the parameters follow.
-    return take_over(kind(**options, device="meta"), module, parameters)
+    return cast(Recurrent, take_over(kind(**options, device="meta"), module, parameters))
 
 
 def _count(module: nn.Module) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from iss_kernels.copying import copied
 from iss_kernels.groups import GroupError, Groups
-from iss_kernels.recurrent import Recurrent
 from iss_kernels.shrink import all_of, removed
 
 Path: TypeAlias = tuple[Any, ...]  # keys, indices and attribute names down to a value
@@ -84,7 +82,6 @@ class Experiment:
     """Compares copies of a model that have lost units with the whole model.
 
     states: paths of the final states in what the model returns, which get as small as the units.
-    families: of every recurrent module, by layer and direction: the name of each state's family.
     eps: machine epsilon of the least precise dtype that the model computes in.
 
     All copies are in eval mode and without dropout. Their labelled weights, and the parameters
@@ -96,10 +93,9 @@ class Experiment:
         model: nn.Module,
         inputs: Any,
         states: list[Path],
-        families: Mapping[str, list[tuple[str, ...]]],
         eps: float,
     ) -> None:
-        self.model, self.states, self.families = model, states, families
+        self.model, self.states = model, states
         if torch.get_float32_matmul_precision() != "highest":
             eps = max(eps, 2**-8)  # bfloat16
         elif any(parameter.is_cuda for parameter in model.parameters()):
@@ -107,7 +103,6 @@ class Experiment:
         # Rounding errors grow on their way to the answers, yet stay far below what a unit that is
         # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
         self.tolerance = eps**0.6
-        self.given: set[int] = set()  # ids of the tensors in the inputs of the present run
         whole = copied(model).eval()
         self._check(self._outcome(whole, inputs))
         self.inputs = [inputs]
@@ -145,7 +140,6 @@ class Experiment:
         groups = replace(groups, model=whole)
         _draw(groups)
         small = removed(whole, groups, kept)
-        self._cut_given_states(small, kept)
         gone = torch.cat([*(~kept[f.name] for f in groups.families), ~all_of(1)])
         for weight, parameter in zip(groups.weights, groups.parameters(), strict=True):
             parameter[:, gone[weight.column_units.long()].to(parameter.device)] = 0
@@ -163,7 +157,6 @@ class Experiment:
     def _outcome(self, model: nn.Module, inputs: Any) -> dict[Path, Any] | Exception:
         """The model's answers, or what it raises."""
         inputs = replaced(inputs, torch.clone)  # it may write into them
-        self.given = {id(tensor) for tensor in tensors(inputs)}
         try:
             with _NoDropout():
                 output = call(model, inputs)
@@ -190,35 +183,6 @@ class Experiment:
     def _is_state(self, path: Path) -> bool:
         # A state is one tensor where sizes are equal, else a tuple of them: its path gets longer.
         return any(path[: len(s)] == s or s[: len(path)] == path for s in self.states)
-
-    def _cut_given_states(self, small: nn.Module, kept: Mapping[str, Tensor]) -> None:
-        """Cut initial states that come with the example as their module is cut."""
-        for name, families in self.families.items():
-            module = small.get_submodule(name)
-            if isinstance(module, Recurrent):
-                masks = [[kept.get(family) for family in which] for which in families]
-                module.forward = partial(self._forward, module, module.forward, masks)  # type: ignore[method-assign]
-
-    def _forward(
-        self, module: Recurrent, forward: Any, masks: Any, input: Any, hx: Any = None, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        if hx is not None and all(id(state) in self.given for state in tensors(hx)):
-            hx = _cut_states(module, hx, masks)
-        return forward(input, hx, *args, **kwargs)
-
-
-def _cut_states(module: Recurrent, hx: Any, masks: list[list[Tensor | None]]) -> Any:
-    """hx in the form that a module takes that has only the units of these masks."""
-    states = hx if len(module.cell.states) > 1 else (hx,)
-    cut = [
-        tuple(
-            row if mask is None else row[..., mask.to(row.device)]
-            for row, mask in zip(rows, its_masks, strict=True)
-        )
-        for rows, its_masks in zip(zip(*states, strict=True), masks, strict=True)
-    ]
-    return module._final(cut, None, batched=True)
 
 
 def _blocks(groups: Groups) -> list[list[str]]:

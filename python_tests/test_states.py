@@ -18,7 +18,9 @@ from iss_kernels import (
     ISSLSTMCell,
     ISSRNNCell,
     Stream,
+    find_groups,
     prepare,
+    shrink,
 )
 from iss_kernels.states import cut_state
 
@@ -308,3 +310,36 @@ def test_masks_that_do_not_fit_are_refused():
     gru.remember([[mask_of(4, 6)], [mask_of(2, 6)]])
     with pytest.raises(ValueError, match="remember: expected"):  # of other units than it had
         gru.remember([[mask_of(4, 6)], [mask_of(2, 6)]])
+
+
+# -- shrink ----------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """A recurrent module that gets its initial state from its caller, and a label for each step."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+        width = (getattr(rnn, "proj_size", 0) or rnn.hidden_size) * (1 + rnn.bidirectional)
+        self.head = nn.Linear(width, 2, dtype=torch.float64)
+
+    def forward(self, x, hx):
+        y, states = self.rnn(x, hx)
+        return self.head(y), states
+
+
+@every_kind
+def test_a_shrunken_model_takes_the_states_of_the_whole_one(kind):
+    model = Tagger(kind.of_torch(3, 8, **BOTH, dtype=torch.float64))
+    hx = kind.random_hx(4, 2, hidden=8)
+    small = model
+    for _ in range(2):  # the second time out of the small model, still with the first width
+        groups = find_groups(small, (X, hx))
+        dead = {f.name: torch.arange(f.size) % (3 + i) == 1 for i, f in enumerate(groups.families)}
+        with torch.no_grad():
+            groups.zero_units_(dead)
+        expected = small(X, hx)[0]
+        small, _ = shrink(small, groups)
+        torch.testing.assert_close(small(X, hx)[0], expected, rtol=1e-12, atol=1e-12)
+    assert sum(small.rnn.sizes, []) != sum(kind(3, 8, **BOTH).sizes, [])
