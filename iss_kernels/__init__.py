@@ -19,7 +19,7 @@ from iss_kernels.prepare import prepare
 from iss_kernels.recurrent_cell import ISSGRUCell, ISSLSTMCell, ISSRNNCell
 from iss_kernels.rhn import ISSRHN
 from iss_kernels.rnn import ISSRNN
-from iss_kernels.shrink import ShrinkReport, shrink
+from iss_kernels.shrink import ShrinkReport, shrink, shrink_
 from iss_kernels.stream import Stream
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "find_groups",
     "prepare",
     "shrink",
+    "shrink_",
     "use_backend",
 ]

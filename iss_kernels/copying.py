@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies a model, also one whose modules hold computed tensors.
+"""Copies a model, also one whose modules hold computed tensors; finds where it holds a tensor.
 
 torch refuses to deep-copy a tensor with a gradient history. nn.utils.prune, weight_norm and
 spectral_norm leave such a tensor on a module: the weight that they compute before each call.
@@ -8,7 +8,8 @@ spectral_norm leave such a tensor on a module: the weight that they compute befo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -53,3 +54,49 @@ def _tensors_within(model: nn.Module, memo: Mapping[int, Any]) -> Iterator[Tenso
         elif isinstance(item, MethodType):
             stack.append(item.__self__)
         stack += getattr(item, "__dict__", {}).values()
+
+
+def places(
+    model: nn.Module, tensors: Set[Tensor], but: Sequence[Any] = ()
+) -> list[tuple[Any, Any]]:
+    """Where a model holds any of these tensors: (a dict or list, key or index).
+
+    In its modules, their attributes, and containers and objects in reach of these, as deepcopy sees
+    them; objects in `but` are not searched. Raises ValueError where another tensor could not be put
+    in the place: in tuples, sets, arguments of a functools.partial and keys of a dict, such as the
+    state of an optimiser.
+    """
+    found: list[tuple[Any, Any]] = []
+    # Holds what it names, so that no id is given twice.
+    seen: dict[int, Any] = {id(each): each for each in but}
+    stack: list[Any] = [model]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, (str, type, Tensor, FunctionType, ModuleType)):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, MutableMapping):
+            inside, fixed = list(item.items()), list(item)
+        elif isinstance(item, (list, deque)):
+            inside, fixed = list(enumerate(item)), []
+        elif isinstance(item, (tuple, Set)):
+            inside, fixed = [], list(item)
+        elif isinstance(item, partial):
+            inside, fixed = [], [item.func, *item.args, *item.keywords.values()]
+        else:
+            inside, fixed = [], [item.__self__] if isinstance(item, MethodType) else []
+        for held in fixed:
+            if isinstance(held, Tensor) and held in tensors:
+                raise ValueError(
+                    "shrink_: expected a model with its parameters in modules, lists and dicts, "
+                    f"got one of shape {list(held.shape)} in a {type(item).__name__}"
+                    + " as a key"
+                    * isinstance(item, MutableMapping)
+                )
+        for key, held in inside:
+            if isinstance(held, Tensor) and held in tensors:
+                found.append((item, key))
+            else:
+                stack.append(held)
+        stack += [*fixed, getattr(item, "__dict__", None)]
+    return found

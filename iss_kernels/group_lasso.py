@@ -80,7 +80,6 @@ class GroupLasso:
             raise ValueError(f"GroupLasso: expected warmup >= 0, got {warmup}")
         if target is None and horizon is not None:
             raise ValueError("GroupLasso: expected target with horizon, got None")
-        self.groups = groups
         self.eps = eps
         self.paper_overlap = paper_overlap
         self._strengths = torch.tensor(  # of each unit, [units]
@@ -88,8 +87,7 @@ class GroupLasso:
             dtype=torch.float64,
             device="cpu",
         )
-        self._rows = [weight.row_units for weight in groups.weights]
-        self._columns = [weight.column_units for weight in groups.weights]
+        self._label(groups)
         self._given = dict(by_name)
         self._warmup = warmup
         self._steps = 0
@@ -226,6 +224,22 @@ class GroupLasso:
         self._steps, self._factor = state["steps"], state["factor"]
         if self._target is not None:
             self._target.load_state_dict(state["target"])
+
+    def go_on(self, groups: Groups, kept: Tensor) -> None:
+        """Go on with the groups that are left of the former ones; kept: bool [former units].
+
+        What `shrink_` does with a lasso. Strengths, steps and the target, a share of the model as
+        it was when the lasso was made, stay.
+        """
+        self._label(groups)
+        self._strengths = self._strengths[kept.to(self._strengths.device)]
+        if self._target is not None:
+            self._target.go_on(groups, kept)
+
+    def _label(self, groups: Groups) -> None:
+        self.groups = groups
+        self._rows = [weight.row_units for weight in groups.weights]
+        self._columns = [weight.column_units for weight in groups.weights]
 
     def _step(self, norms: Tensor) -> Tensor:
         """Strengths for this step [units], adapted to these norms; counts the step."""

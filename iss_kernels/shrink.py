@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from iss_kernels.accelerate import take_over
-from iss_kernels.copying import copied
+from iss_kernels import optimizers
+from iss_kernels.accelerate import HOOK_TABLES, check_plain, take_over
+from iss_kernels.copying import copied, places
 from iss_kernels.group_lasso import GroupLasso
-from iss_kernels.groups import Groups, LabelledWeight, cell_of, plain_recurrent
+from iss_kernels.groups import Groups, LabelledVector, LabelledWeight, cell_of, plain_recurrent
 from iss_kernels.recurrent import Recurrent, class_of
+
+Masks: TypeAlias = dict[nn.Parameter, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def shrink(
     keep: Mapping[str, Tensor | Sequence[int] | Sequence[bool]] | None = None,
     ratio: float | None = None,
     round_to: int = 1,
+    optimizer: Any = None,
 ) -> tuple[nn.Module, ShrinkReport]:
     """A copy of the model without its dead units, and a report; the model itself stays as it is.
 
@@ -71,21 +75,105 @@ def shrink(
 
     Every nn.LSTM that changes becomes an ISSLSTM, and so on for each kind; final states shrink, and
     are tuples of tensors where sizes differ (see ISSLSTM). An initial state of the width before,
-    as the model's code or its caller may go on making it, is cut. Raises ValueError for arguments
-    that do not fit together or do not fit the groups.
+    as the model's code or its caller may go on making it, is cut.
+
+    optimizer: a torch.optim.Optimizer of the model, or several: each is moved over, to train the
+    copy and no longer the model, so that learning rate schedulers and scalers that know it go on.
+    Its state is cut along, if it is of the parameters' shape, as with SGD, Adam, RMSprop and
+    Adagrad; its param_groups stay. Gradients do not come along, nor hooks of parameters: see
+    `shrink_`.
+
+    Raises ValueError for arguments that do not fit together or do not fit the groups, and for an
+    optimiser whose state is of another shape, as Adafactor's.
     """
     _check(model, groups, keep, ratio, round_to)
     kept = _kept(replace(groups, model=model), keep, ratio, round_to)
     small = removed(model, groups, kept)
-    indices = {name: mask.nonzero().flatten() for name, mask in kept.items()}
+    new = {old: small.get_parameter(name) for name, old in model.named_parameters()}
+    optimizers.move(optimizers.several(optimizer), model, new, _cut(model, groups, kept))
+    before = _counts(model, groups)
+    return small, _report(groups, kept, before, _counts(small, groups))
+
+
+def shrink_(
+    model: nn.Module,
+    groups: Groups,
+    *,
+    optimizer: Any = None,
+    lasso: GroupLasso | None = None,
+    keep: Mapping[str, Tensor | Sequence[int] | Sequence[bool]] | None = None,
+    ratio: float | None = None,
+    round_to: int = 1,
+) -> tuple[ShrinkReport, Groups]:
+    """Shrink a model in place, so that its training goes on in a smaller, faster one.
+
+    Returns the report, and the groups of the model as it is now: no call of find_groups is needed.
+    Other arguments and errors: see `shrink`. After every epoch of training:
+
+        report, groups = iss.shrink_(model, groups, optimizer=optimizer, lasso=lasso)
+
+    All modules stay the objects that they are, with their hooks; an nn.LSTM that changes becomes an
+    ISSLSTM. Parameters that lose units give their place to new ones, with their gradients and
+    hooks: take model.parameters() anew where you keep a list of them, and wrap the model in
+    DistributedDataParallel anew. A state of the former width is cut when it comes in.
+
+    optimizer: as for `shrink`. After it state_dict() of model and optimiser are those of the small
+    ones, and load there. lasso: the GroupLasso of these groups, which goes on with those that are
+    left: its strength, steps and target stay. A moving average (EMA) of the weights shrinks with
+    the former groups: `shrink_(average.module, groups, keep=report.kept)`.
+
+    Where dead units leave and nothing but their weights is set to zero at every step, training goes
+    on as it would have without, to rounding. (A norm of all gradients, which some clip, is smaller:
+    it counted those of the dead.)
+
+    Raises ValueError before anything changes, also for a parameter in a place where no other can be
+    put: a tuple, a set, a key of a dict.
+    """
+    _check(model, groups, keep, ratio, round_to)
+    kept = _kept(replace(groups, model=model), keep, ratio, round_to)
+    before = _counts(model, groups)
+    cut = _cut(model, groups, kept)
+    cut_all = _cut_parameters(model, groups, kept).items()
+    new = {old: its for old, its in cut_all if its.shape != old.shape}
+    # All that may fail comes before all that changes the model.
+    masks = _masks(model, groups, kept, new)
+    rebuilt = {
+        module: _rebuilt(module, new, masks)
+        for module in plain_recurrent("shrink", model).values()
+        if new.keys() & set(module.parameters())
+    }
+    moved = optimizers.several(optimizer)
+    held = places(model, new.keys(), but=moved)
+    left = _left(groups, model, kept)
+    if lasso is not None and lasso.groups.families != groups.families:
+        raise ValueError("shrink_: expected the lasso of these groups, got that of others")
+    optimizers.move(moved, model, new, cut)
+    optimizers.hand_over(new, cut)
+    for container, key in held:
+        container[key] = new[container[key]]
+    _fit(model, rebuilt, set(new.values()))
+    if lasso is not None:
+        lasso.go_on(left, _alive(groups, kept)[:-1])
+    return _report(groups, kept, before, _counts(model, groups)), left
+
+
+def _counts(model: nn.Module, groups: Groups) -> tuple[int, int]:
+    """Parameters of a model, and of those of its recurrent modules that have labelled weights."""
     labelled = {model.get_parameter(weight.name) for weight in groups.weights}
-    cut = [n for n, m in plain_recurrent("shrink", model).items() if labelled & set(m.parameters())]
-    recurrent = [sum(_count(m.get_submodule(name)) for name in cut) for m in (model, small)]
-    return small, ShrinkReport(
+    modules = plain_recurrent("shrink", model).values()
+    cut = [module for module in modules if labelled & set(module.parameters())]
+    return _count(model), sum(map(_count, cut))
+
+
+def _report(
+    groups: Groups, kept: Mapping[str, Tensor], before: tuple[int, int], after: tuple[int, int]
+) -> ShrinkReport:
+    indices = {name: mask.nonzero().flatten() for name, mask in kept.items()}
+    return ShrinkReport(
         kept=indices,
         sizes={f.name: (f.size, len(indices[f.name])) for f in groups.families},
-        parameters=(_count(model), _count(small)),
-        recurrent_parameters=(recurrent[0], recurrent[1]),
+        parameters=(before[0], after[0]),
+        recurrent_parameters=(before[1], after[1]),
     )
 
 
@@ -95,26 +183,28 @@ def removed(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> nn.
     Every nn.LSTM with a labelled weight is an ISSLSTM there, and so on for each kind. What the
     model shares, the copy shares.
     """
-    of_units = torch.cat([*(kept[f.name].cpu() for f in groups.families), all_of(1)])
-    cut = _cut_parameters(model, groups, of_units)
+    cut = _cut_parameters(model, groups, kept)
     new = set(cut.values())
-    masks = {
-        cut[model.get_parameter(weight.name)]: (
-            of_units[weight.row_units.long()], of_units[weight.column_units.long()]
-        )
-        for weight in groups.weights
-    }  # fmt: skip
+    masks = _masks(model, groups, kept, cut)
     small = copied(model, {id(parameter): smaller for parameter, smaller in cut.items()})
-    for module in plain_recurrent("shrink", small).values():
-        if new & set(module.parameters()):
-            # In place, so that whatever refers to the module goes on to refer to it.
-            rebuilt = _rebuilt(module)
-            rebuilt.remember(_stayed(module, masks))
-            module.__dict__, module.__class__ = rebuilt.__dict__, type(rebuilt)
-    for linear in small.modules():
+    rebuilt = {
+        module: _rebuilt(module, {}, masks)
+        for module in plain_recurrent("shrink", small).values()
+        if new & set(module.parameters())
+    }
+    _fit(small, rebuilt, new)
+    return small
+
+
+def _fit(model: nn.Module, rebuilt: Mapping[Any, Any], new: set[nn.Parameter]) -> None:
+    """Make the modules fit their new parameters; rebuilt: {recurrent module: what it becomes}."""
+    for module, its in rebuilt.items():
+        # In place, so that whatever refers to the module, or to its hooks, goes on to refer to it.
+        hooks = {name: vars(module)[name] for name in HOOK_TABLES}
+        module.__dict__, module.__class__ = vars(its) | hooks, type(its)
+    for linear in model.modules():
         if isinstance(linear, nn.Linear) and linear.weight in new:
             linear.in_features = linear.weight.shape[1]
-    return small
 
 
 def _check(model: nn.Module, groups: Groups, keep: Any, ratio: float | None, round_to: int) -> None:
@@ -145,6 +235,9 @@ def _check(model: nn.Module, groups: Groups, keep: Any, ratio: float | None, rou
                 "shrink: expected the model of the groups, with one parameter under "
                 f"{', '.join(one or ['none'])}, got one under {', '.join(other)}"
             )
+        owner = labelled.name.rpartition(".")[0]
+        if isinstance(model.get_submodule(owner), nn.RNNBase):
+            check_plain(model.get_submodule(owner), "shrink", owner or "the model")
 
 
 def names_of_parameters(model: nn.Module) -> dict[str, list[str]]:
@@ -209,40 +302,108 @@ def _mask(units: Any, size: int, name: str) -> Tensor:
     return ~all_of(size).index_fill(0, indices, False)
 
 
-def _cut_parameters(
-    model: nn.Module, groups: Groups, kept: Tensor
-) -> dict[nn.Parameter, nn.Parameter]:
-    """{parameter: the same without the units that go}; kept: bool [units + 1], at -1 True."""
-    cut = {}
-    for labelled in groups.labelled:
-        parameter = model.get_parameter(labelled.name)
-        values = parameter.detach()[kept[labelled.row_units.long()].to(parameter.device)]
-        if isinstance(labelled, LabelledWeight):
-            values = values[:, kept[labelled.column_units.long()].to(parameter.device)]
-        cut[parameter] = nn.Parameter(values, parameter.requires_grad)
+def _alive(groups: Groups, kept: Mapping[str, Tensor]) -> Tensor:
+    """Which units stay, by their ids, bool [units + 1]; the last, at -1, is what is of no unit."""
+    return torch.cat([*(kept[family.name].cpu() for family in groups.families), all_of(1)])
+
+
+def _without(values: Tensor, labelled: LabelledWeight | LabelledVector, alive: Tensor) -> Tensor:
+    """Values in the shape of a labelled parameter, without the units that are not alive."""
+    units = [labelled.row_units]
+    if isinstance(labelled, LabelledWeight):
+        units.append(labelled.column_units)
+    for dim, its in enumerate(units):
+        stay = alive[its.long()].nonzero().flatten()
+        values = values.index_select(dim, stay.to(values.device))
+    return values
+
+
+def _cut(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> optimizers.Cut:
+    """What takes the units that leave out of tensors that have the shape of a parameter."""
+    alive = _alive(groups, kept)
+    labelled = {model.get_parameter(each.name): each for each in groups.labelled}
+
+    def cut(parameter: nn.Parameter, values: Tensor) -> Tensor:
+        its = labelled.get(parameter)
+        return values if its is None else _without(values, its, alive)
+
     return cut
 
 
+def _cut_parameters(
+    model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """{labelled parameter: the same without the units that are not kept}."""
+    cut = _cut(model, groups, kept)
+    labelled = [model.get_parameter(each.name) for each in groups.labelled]
+    return {p: nn.Parameter(cut(p, p.detach()), p.requires_grad) for p in labelled}
+
+
+def _left(groups: Groups, model: nn.Module, kept: Mapping[str, Tensor]) -> Groups:
+    """The groups of a model that has only the units that are kept."""
+    alive = _alive(groups, kept)
+    ids = torch.where(alive, alive.cumsum(0) - 1, -1).int()
+    ids[-1] = -1
+
+    def left(units: Tensor) -> Tensor:
+        return ids[units[alive[units.long()]].long()]
+
+    families, start = [], 0
+    for family in groups.families:
+        families.append(replace(family, start=start, size=int(kept[family.name].sum())))
+        start = families[-1].units.stop
+    return replace(
+        groups,
+        model=model,
+        families=families,
+        weights=[
+            replace(w, row_units=left(w.row_units), column_units=left(w.column_units))
+            for w in groups.weights
+        ],
+        vectors=[replace(v, row_units=left(v.row_units)) for v in groups.vectors],
+    )
+
+
+def _masks(
+    model: nn.Module,
+    groups: Groups,
+    kept: Mapping[str, Tensor],
+    new: Mapping[nn.Parameter, nn.Parameter],
+) -> Masks:
+    """Which rows and columns stayed, by the parameter that is new in a labelled one's place."""
+    alive = _alive(groups, kept)
+    masks = {}
+    for weight in groups.weights:
+        old = model.get_parameter(weight.name)
+        units = weight.row_units.long(), weight.column_units.long()
+        masks[new.get(old, old)] = alive[units[0]], alive[units[1]]
+    return masks
+
+
 def _stayed(
-    module: Any, masks: Mapping[nn.Parameter, tuple[Tensor, Tensor]]
+    module: Any, parameters: Mapping[str, nn.Parameter], masks: Masks
 ) -> list[tuple[Tensor, ...]]:
     """For each layer and direction, for each state: bool [size before], True where a unit stayed.
 
-    module: with its cut parameters; masks: of these, by rows and by columns.
+    parameters: the module's, new ones in the place of those that lost units.
     """
     cell, stayed = cell_of(module), []
     for names in module._all_weights:
-        w_ih, w_hh = (module._parameters[name] for name in names[:2])
+        w_ih, w_hh = (parameters[name] for name in names[:2])
         rows, _ = masks.get(w_ih) or map(all_of, w_ih.shape)
         _, outputs = masks.get(w_hh) or map(all_of, w_hh.shape)
         stayed.append((outputs, rows[: len(rows) // cell.gates])[: len(cell.states)])
     return stayed
 
 
-def _rebuilt(module: Any) -> Recurrent:
-    """This package's module like `module`, with its parameters and of the sizes that these have."""
+def _rebuilt(module: Any, new: Mapping[nn.Parameter, nn.Parameter], masks: Masks) -> Recurrent:
+    """This package's module like `module`, of the sizes that its parameters have.
+
+    new: {parameter: the one in its place}, where it differs; masks: see `_masks`.
+    """
     cell, directions = cell_of(module), 1 + module.bidirectional
-    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    own = module.named_parameters(recurse=False, remove_duplicate=False)
+    parameters = {name: new.get(parameter, parameter) for name, parameter in own}
     matrices = [  # w_ih, w_hh and w_hr
         [parameters[name] for name in names if parameters[name].dim() == 2]
         for names in module._all_weights
@@ -255,7 +416,9 @@ def _rebuilt(module: Any) -> Recurrent:
     for name, flat in sizes.items():
         options[name] = [flat[i : i + directions] for i in range(0, len(flat), directions)]
     # On meta: no storage and no random numbers, since the parameters follow.
-    return cast(Recurrent, take_over(kind(**options, device="meta"), module, parameters))
+    small = cast(Recurrent, take_over(kind(**options, device="meta"), module, parameters))
+    small.remember(_stayed(module, parameters, masks))
+    return small
 
 
 def _count(module: nn.Module) -> int:

@@ -62,9 +62,12 @@ class Target:
             raise ValueError(f"GroupLasso: expected gone between 0 and 1, got {gone}")
         self._target, self._horizon, self._gone = target, horizon, gone
         self._floor = 2 * math.sqrt(eps)  # norms of units that are zero are sqrt(eps)
-        self._ids = may_go.nonzero().flatten()
+        self._of = of
+        self._may_go = may_go
         self._measure = _Measure(groups, of)
-        least = float(self._measure(self._ids)[-1])
+        self._whole = 1.0
+        self._whole = float(self._shares(self._ids[:0])[0])
+        least = float(self._shares(self._ids)[-1])
         if target < least:
             raise ValueError(
                 f"GroupLasso: expected target >= {least:.4f}, the {of} left with one unit in every "
@@ -85,9 +88,9 @@ class Target:
         if self.out is not None:
             return 0.0
         values, order = norms.cpu().double()[self._ids].sort(stable=True)
-        left = self._measure(self._ids[order])
+        left = self._shares(self._ids[order])
         count = int((left > self._target).sum())
-        critical = float(values[count - 1])
+        critical = float(values[count - 1]) if count else 0.0
         self._highest = max(self._highest, critical)
         limit = max(self._gone * self._highest, self._floor)
         if critical <= limit:
@@ -99,9 +102,28 @@ class Target:
         self._behind += behind / self._horizon
         return math.exp(min(_PROPORTIONAL * behind + _INTEGRAL * self._behind, _MOST))
 
+    def go_on(self, groups: Groups, kept: Tensor) -> None:
+        """Go on with what is left of the groups; kept: bool [former units]."""
+        kept = kept.cpu()
+        self._may_go = self._may_go[kept]
+        self._measure = _Measure(groups, self._of)
+        if self.out is not None:
+            out = torch.zeros_like(kept).index_fill_(0, self.out, True)
+            self.out = out[kept].nonzero().flatten()
+
+    @property
+    def _ids(self) -> Tensor:
+        """Ids of the units that may go."""
+        return self._may_go.nonzero().flatten()
+
+    def _shares(self, order: Tensor) -> Tensor:
+        """What is left after the first 0, 1, ... all of the units of these ids went: [n + 1]."""
+        return self._measure(order) / self._whole
+
     def state_dict(self) -> dict[str, Any]:
         """All that changes in training."""
         return {
+            "whole": self._whole,
             "highest": self._highest,
             "behind": self._behind,
             "left": self.left,
@@ -110,13 +132,15 @@ class Target:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self._highest, self._behind = state["highest"], state["behind"]
+        self._whole, self._highest, self._behind = (
+            state[name] for name in ("whole", "highest", "behind")
+        )
         self.left, out = state["left"], state["out"]
         self.out = None if out is None else out.cpu()
 
 
 class _Measure:
-    """What is left of a model as its units go one by one, as a share of what it has at first.
+    """What is left of a model as its units go one by one.
 
     A weight costs its rows times its columns, as `shrink` leaves them: a family keeps at least one
     unit, and tied families as many as the largest of them. A vector has one column, which is of no
@@ -141,11 +165,11 @@ class _Measure:
             rows = [self._per_unit(weight.row_units) for weight in groups.weights]
             columns = [self._per_unit(weight.column_units) for weight in groups.weights]
         if of == "parameters":
-            rows += [self._per_unit(vector.row_units) for vector in groups.vectors]
-            columns += [one_column] * len(groups.vectors)
+            parameters = dict(groups.model.named_parameters(remove_duplicate=False))
+            vectors = [vector for vector in groups.vectors if vector.name in parameters]
+            rows += [self._per_unit(vector.row_units) for vector in vectors]
+            columns += [one_column] * len(vectors)
         self._rows, self._columns = torch.stack(rows), torch.stack(columns)  # [weights, families+1]
-        self._whole = 1.0
-        self._whole = float(self(torch.empty(0, dtype=torch.int64, device="cpu"))[0])
 
     def _per_unit(self, labels: Tensor) -> Tensor:
         """Rows (or columns) that one unit of each family has, and those of no unit."""
@@ -157,9 +181,9 @@ class _Measure:
         return torch.tensor([*counts, others], dtype=torch.float64, device="cpu")
 
     def __call__(self, order: Tensor) -> Tensor:
-        """The share left after the first 0, 1, ... all of the units of these ids: [n + 1]."""
+        """The cost left after the first 0, 1, ... all of the units of these ids: [n + 1]."""
         gone = self._of_family[order].cumsum(0)
         sizes = torch.cat([self._sizes[None], self._sizes - gone]).clamp_min(1)
         for families in self._tied:
             sizes[:, families] = sizes[:, families].amax(1, keepdim=True)
-        return (sizes @ self._rows.T * (sizes @ self._columns.T)).sum(1) / self._whole
+        return (sizes @ self._rows.T * (sizes @ self._columns.T)).sum(1)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training holds of a model's parameters goes on after a shrink: optimisers, gradients, hooks.
+
+An optimiser keeps its state by parameter. Where a state is elementwise, as a momentum is, the state
+of a parameter without some of its rows and columns is the state without these rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+# Takes the units that left out of a tensor that has the shape of the parameter.
+Cut: TypeAlias = Callable[[nn.Parameter, Tensor], Tensor]
+
+
+def several(optimizer: Any) -> list[Any]:
+    """The optimisers in what the user gave: None, one, or several. Raises TypeError."""
+    if optimizer is None:
+        return []
+    given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    for each in given:
+        # Wrappers that are no torch.optim.Optimizer have these too.
+        if not all(hasattr(each, name) for name in ("param_groups", "state")):
+            got = type(each).__name__
+            raise TypeError(f"shrink: expected an optimizer or several of them, got {got}")
+    return given
+
+
+def move(
+    optimizers: Sequence[Any],
+    model: nn.Module,
+    new: Mapping[nn.Parameter, nn.Parameter],
+    cut: Cut,
+) -> None:
+    """Let optimisers go on with new parameters in the place of the model's.
+
+    new: {parameter of the model: the one that takes its place}; cut: gives the state that goes with
+    it. The optimiser stays the same object, with its param_groups in their order and all that these
+    hold but the parameters, so a learning rate scheduler and a GradScaler that know it go on too.
+    Parameters of other models stay in it as they are.
+
+    Raises ValueError before anything changes: where a state is neither of its parameter's shape nor
+    a single number, and for an optimiser without a parameter of the model.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = [_states(each, names, new, cut) for each in optimizers]
+    for each, moved in zip(optimizers, states, strict=True):
+        for group in each.param_groups:
+            group["params"][:] = [new.get(parameter, parameter) for parameter in group["params"]]
+        for parameter, state in moved.items():
+            del each.state[parameter]
+            each.state[new[parameter]] = state
+
+
+def _states(
+    optimizer: Any,
+    names: Mapping[nn.Parameter, str],
+    new: Mapping[nn.Parameter, nn.Parameter],
+    cut: Cut,
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """{parameter that is replaced: the state of the one in its place}."""
+    kind = type(optimizer).__name__
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(parameter in names for parameter in held):
+        raise ValueError(
+            f"shrink: expected an optimizer of the model's parameters, "
+            f"got {kind} with none of these"
+        )
+    states = {}
+    # Those of parameters that lose nothing too: LBFGS keeps one state for all of them.
+    for parameter in (parameter for parameter in held if parameter in optimizer.state):
+        state = optimizer.state[parameter]
+        for key, value in state.items():
+            if not (_is_number(value) or _is_alike(parameter, value)):
+                shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+                raise ValueError(
+                    f"shrink: expected an optimizer whose state is of its parameter's shape, "
+                    f"{list(parameter.shape)} for {names.get(parameter, 'another')}, "
+                    f"got {kind} with {key}{shape or f', a {type(value).__name__}'}"
+                )
+        if parameter in new:
+            states[parameter] = {
+                key: cut(parameter, value) if _is_alike(parameter, value) else value
+                for key, value in state.items()
+            }
+    return states
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a state is one of the whole parameter, such as the number of steps."""
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return plain or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _is_alike(parameter: nn.Parameter, value: Any) -> bool:
+    """Whether a state has an element for each of the parameter's."""
+    dense = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    return dense and value.shape == parameter.shape
+
+
+def hand_over(new: Mapping[nn.Parameter, nn.Parameter], cut: Cut) -> None:
+    """Give every new parameter what hangs on the one whose place it takes.
+
+    Its gradient, cut as it is, so that a sum over several batches goes on; its hooks, with handles
+    that still remove them; and attributes that a user put there.
+    """
+    for old, its in new.items():
+        if old.grad is not None:
+            its.grad = cut(old, old.grad)
+        vars(its).update(vars(old))
+        for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            hooks: OrderedDict[int, Any] | None = getattr(old, table)
+            if hooks is not None:
+                setattr(its, table, hooks)
