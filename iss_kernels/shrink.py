@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from iss_kernels import budget as budgets
 from iss_kernels import optimizers
 from iss_kernels.accelerate import HOOK_TABLES, check_plain, take_over
 from iss_kernels.copying import copied, places
@@ -61,6 +63,8 @@ def shrink(
     *,
     keep: Mapping[str, Tensor | Sequence[int] | Sequence[bool]] | None = None,
     ratio: float | None = None,
+    budget: Mapping[str, float] | None = None,
+    example: Any = None,
     round_to: int = 1,
     optimizer: Any = None,
 ) -> tuple[nn.Module, ShrinkReport]:
@@ -73,6 +77,17 @@ def shrink(
     up to multiples of round_to, no further than the old size; a family keeps at least one unit, and
     those in `groups.tied` keep one common size. The units taken back are those of largest norm.
 
+    budget={"parameters": n, "multiply-adds": n, "ms": t}, one or several of these, which all hold
+    afterwards: parameters of the whole model; multiply-adds of one time step, the elements of the
+    labelled weights; and the time of `prepare(small)` on this machine, with as many threads as
+    torch has, called with `example` (as find_groups takes it, in the sizes that matter), the median
+    of repeated runs. The dead units leave, then as many as it takes of all families together, in
+    the order of
+
+        sum of squares of the unit's weights / parameters that leave with the unit
+
+    or multiply-adds, unless the budget is one of parameters alone. round_to and tied families hold.
+
     Every nn.LSTM that changes becomes an ISSLSTM, and so on for each kind; final states shrink, and
     are tuples of tensors where sizes differ (see ISSLSTM). An initial state of the width before,
     as the model's code or its caller may go on making it, is cut.
@@ -83,11 +98,13 @@ def shrink(
     Adagrad; its param_groups stay. Gradients do not come along, nor hooks of parameters: see
     `shrink_`.
 
-    Raises ValueError for arguments that do not fit together or do not fit the groups, and for an
-    optimiser whose state is of another shape, as Adafactor's.
+    Raises ValueError for arguments that do not fit together or do not fit the groups, a budget that
+    one unit in each family exceeds, and an optimiser whose state is of another shape, as
+    Adafactor's.
+
+        small, report = iss.shrink(model, groups, budget={"ms": 2.0}, example=x)
     """
-    _check(model, groups, keep, ratio, round_to)
-    kept = _kept(replace(groups, model=model), keep, ratio, round_to)
+    kept = _chosen(model, groups, keep, ratio, budget, example, round_to)
     small = removed(model, groups, kept)
     new = {old: small.get_parameter(name) for name, old in model.named_parameters()}
     optimizers.move(optimizers.several(optimizer), model, new, _cut(model, groups, kept))
@@ -103,6 +120,8 @@ def shrink_(
     lasso: GroupLasso | None = None,
     keep: Mapping[str, Tensor | Sequence[int] | Sequence[bool]] | None = None,
     ratio: float | None = None,
+    budget: Mapping[str, float] | None = None,
+    example: Any = None,
     round_to: int = 1,
 ) -> tuple[ShrinkReport, Groups]:
     """Shrink a model in place, so that its training goes on in a smaller, faster one.
@@ -129,8 +148,7 @@ def shrink_(
     Raises ValueError before anything changes, also for a parameter in a place where no other can be
     put: a tuple, a set, a key of a dict.
     """
-    _check(model, groups, keep, ratio, round_to)
-    kept = _kept(replace(groups, model=model), keep, ratio, round_to)
+    kept = _chosen(model, groups, keep, ratio, budget, example, round_to)
     before = _counts(model, groups)
     cut = _cut(model, groups, kept)
     cut_all = _cut_parameters(model, groups, kept).items()
@@ -207,9 +225,29 @@ def _fit(model: nn.Module, rebuilt: Mapping[Any, Any], new: set[nn.Parameter]) -
             linear.in_features = linear.weight.shape[1]
 
 
-def _check(model: nn.Module, groups: Groups, keep: Any, ratio: float | None, round_to: int) -> None:
-    if keep is not None and ratio is not None:
-        raise ValueError("shrink: expected keep or ratio, got both")
+def _chosen(
+    model: nn.Module,
+    groups: Groups,
+    keep: Any,
+    ratio: float | None,
+    budget: Any,
+    example: Any,
+    round_to: int,
+) -> dict[str, Tensor]:
+    """{family name: bool [size]} of the units that stay."""
+    given = {"keep": keep, "ratio": ratio, "budget": budget}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"shrink: expected keep, ratio or budget, got {' and '.join(names)}")
+    _check(model, groups, ratio, round_to)
+    groups = replace(groups, model=model)
+    if budget is None:
+        return _kept(groups, keep, ratio, round_to)
+    budgets.check(budget, example)
+    return budgets.within(groups, budget, example, round_to, partial(removed, model, groups))
+
+
+def _check(model: nn.Module, groups: Groups, ratio: float | None, round_to: int) -> None:
     is_number = isinstance(ratio, Real) and not isinstance(ratio, bool)
     if ratio is not None and not (is_number and 0 <= ratio <= 1):
         raise ValueError(f"shrink: expected ratio between 0 and 1, got {ratio}")
@@ -263,7 +301,7 @@ def _kept(groups: Groups, keep: Any, ratio: float | None, round_to: int) -> dict
         # 1e-9: 0.29 * 100 is 28.999...
         counts = {f.name: f.size - int(ratio * f.size + 1e-9) for f in groups.families}
     for name, mask in wanted.items():
-        counts[name] = min(-(-max(counts[name], 1) // round_to) * round_to, len(mask))
+        counts[name] = budgets.rounded(counts[name], len(mask), round_to)
     for names in groups.tied:
         counts |= dict.fromkeys(names, max(counts[name] for name in names))
     if all(counts[name] == int(mask.sum()) for name, mask in wanted.items()):

@@ -536,7 +536,7 @@ def test_the_report_is_a_table() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": {}, "ratio": 0.5}, "shrink: expected keep or ratio, got both"),
+        ({"keep": {}, "ratio": 0.5}, "shrink: expected keep, ratio or budget, got keep and ratio"),
         ({"ratio": 1.5}, "shrink: expected ratio between 0 and 1, got 1.5"),
         ({"ratio": float("nan")}, "shrink: expected ratio between 0 and 1, got nan"),
         ({"ratio": True}, "shrink: expected ratio between 0 and 1, got True"),
