@@ -133,6 +133,45 @@ def test_dead_units_stay_dead(uninterrupted: Demo) -> None:
     assert all(later <= earlier for earlier, later in zip(alive[0], alive[1], strict=True))
 
 
+def test_units_leave_after_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser goes on, and the check sees each removal."""
+    torch.manual_seed(0)
+    model = LanguageModel(30, 8, 12, 2, 0.0)
+    groups = find_groups(model, torch.zeros(2, 1, dtype=torch.long))
+    trainer = Trainer(model, groups, TINY, TINY.iss, tiny_text())
+    sizes = []
+    for _ in range(2):
+        for _ in range(trainer.batches_per_epoch):
+            trainer.batch()
+        trainer.end_epoch()
+        sizes.append([hidden for ((hidden, _),) in model.lstm.sizes])
+        assert [len(units) for units in trainer.kept.values()] == sizes[-1]
+    assert 24 > sum(sizes[0]) > sum(sizes[1])
+    assert trainer.optimizer.state.keys() == set(model.parameters())
+    monkeypatch.setattr(check, "TOLERANCE", -1.0)
+    groups = trainer.groups
+    groups.zero_units_(
+        {
+            name: torch.arange(n) == 0
+            for name, n in zip(("lstm.l0", "lstm.l1"), sizes[1], strict=True)
+        }
+    )
+    with pytest.raises(check.CheckError):
+        trainer.end_epoch()
+
+
+def test_a_layer_without_units_alive_keeps_one_at_zero() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(30, 8, 12, 2, 0.0)
+    groups = find_groups(model, torch.zeros(2, 1, dtype=torch.long))
+    recipe = replace(TINY, unit_threshold=100.0)
+    trainer = Trainer(model, groups, recipe, TINY.iss, tiny_text())
+    training.train(trainer, Silent(), lambda: None)
+    assert [hidden for ((hidden, _),) in model.lstm.sizes] == [1, 1]
+    assert trainer.history[-1]["alive"] == [0, 0]
+    assert not model.lstm.weight_hh_l0.any()
+
+
 def sparse_and_small() -> tuple[LanguageModel, LanguageModel, list[torch.Tensor]]:
     torch.manual_seed(0)
     big = LanguageModel(30, 8, 12, 2, dropout=0.0)
@@ -396,6 +435,7 @@ def test_demo_command(
     assert (code, err) == (0, "")
     assert out.count("epoch") == 5  # one line each
     assert "LSTM parameters" in out
+    assert re.search(r"s of the baseline over as much text: \d+% (sooner|later)\.", out)
     assert str(output / "report.html") in out
     names = {file.name for file in output.iterdir()}
     assert names == {"checkpoint.pt", "report.html", "result.json"}

@@ -25,8 +25,8 @@ def compare(
 ) -> float:
     """Largest difference between the models' outputs and final states over `words`.
 
-    kept: indices of the units of big that small has, by layer. Raises CheckError beyond
-    TOLERANCE times the largest value.
+    kept: indices of the units of big that small has, by layer. Both are put in evaluation mode.
+    Raises CheckError beyond TOLERANCE times the largest value.
     """
     big.eval()
     small.eval()
@@ -38,9 +38,10 @@ def compare(
         small_logits, small_state = small(tokens, small_state)
         pairs = [(logits, small_logits)]
         for whole, parts in zip(state, small_state, strict=True):  # h_n, then c_n
-            # One tensor [layers, B, H]; or, where sizes differ, one [1, B, H] per layer.
+            # One tensor for each layer, or one for all; of [B, H], or of [1, B, H].
             for layer, units in enumerate(kept):
-                pairs.append((whole[layer][:, units], parts[layer].view(len(whole[layer]), -1)))
+                values, others = (part[layer].view(tokens.size(1), -1) for part in (whole, parts))
+                pairs.append((values[:, units], others))
         for values, others in pairs:
             differences.append((values - others).abs().max())
             sizes.append(values.abs().max())

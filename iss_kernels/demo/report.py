@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from iss_kernels.demo import figures
-from iss_kernels.demo.show import HEADINGS, NOISY, TITLES, rows, units
+from iss_kernels.demo.show import HEADINGS, NOISY, TITLES, rows, sooner, units
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def html(result: dict[str, Any], pictures: Pictures, shrink_report: str) -> str:
         headings=HEADINGS,
         rows=rows(result),
         noisy=NOISY,
+        sooner=sooner(result),
         units=units,
         titles=TITLES,
         shrink_report=shrink_report,

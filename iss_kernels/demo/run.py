@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phases of the demo: baseline, ISS, shrink, equality check, fine-tuning, timing, report.
+"""The phases of the demo: baseline, ISS with shrinking, check, fine-tuning, timing, report.
 
 The two models start from the same weights and see the same text for the same number of epochs,
-fine-tuning included; only the second is told to do without the units it does not need.
+fine-tuning included; only the second is told to do without the units it does not need, and loses
+them after each epoch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -21,7 +23,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from iss_kernels import GroupLasso, Groups, build_info, find_groups, prepare, shrink
+from iss_kernels import (
+    GroupLasso,
+    Groups,
+    ShrinkReport,
+    build_info,
+    find_groups,
+    prepare,
+    shrink,
+    shrink_,
+)
 from iss_kernels.demo import figures, report, timing
 from iss_kernels.demo.check import compare
 from iss_kernels.demo.model import LanguageModel, perplexity, strips
@@ -50,7 +61,7 @@ class Demo:
             "seed": seed,
             "recipe": dataclasses.asdict(recipe),
         }
-        self.finished: dict[str, dict[str, Any]] = {}  # stage -> "model", "history"
+        self.finished: dict[str, dict[str, Any]] = {}  # stage -> "model", "history", ...
         self.interrupted: dict[str, Any] = {}  # what the checkpoint holds of the stage in work
         self.saved = False  # whether the checkpoint is one of this run
 
@@ -60,18 +71,17 @@ class Demo:
         Raises KeyboardInterrupt after Ctrl-C, CheckError where big and small model differ.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        baseline, big = self._model(), self._model()
-        start = _norms(big)
+        baseline, small = self._model(), self._model()
+        start = _norms(small)
         self._learn("baseline", baseline)
-        self._learn("iss", big)
+        self._learn("iss", small)
 
-        groups = self._groups(big)
-        # Their gates too: no answer depends on them, and the pictures show what left.
-        groups.zero_units_(groups.dead())
-        shrunk, shrink_report = shrink(big, groups)
-        small = cast(LanguageModel, shrunk)
-        kept = list(shrink_report.kept.values())
-        difference = compare(big, small, kept, self.text.test)
+        left = self.finished["iss"]["kept"]
+        kept = list(left.values())
+        big, shrink_report = self._enlarged(small, left)
+        difference = max(
+            self.finished["iss"]["difference"], compare(big, small, kept, self.text.test)
+        )
         self.watcher.note(f"{sum(map(len, kept))} units are left; the rest is out, same answers")
         timings = timing.compare(big.lstm, small.lstm, kept[-1], self._example_vectors(small))
         sparse = perplexity(big, self.text.test)
@@ -94,6 +104,7 @@ class Demo:
             **timings,
             **self._circumstances(),
         }
+        groups = self._groups(big)
         pictures = report.Pictures(
             start, _norms(baseline), _norms(big), figures.weight_pictures(groups)
         )
@@ -105,10 +116,15 @@ class Demo:
     def _circumstances(self) -> dict[str, Any]:
         """What was run, on what."""
         parts = {part: len(getattr(self.text, part)) for part in PARTS}
+        seconds = dict.fromkeys(STAGES, 0.0)  # of training
+        for row in self.history():
+            seconds[row["stage"]] += row["seconds"]
         return {
             "text": self.text.description,
             "words": {"vocabulary": len(self.text.vocabulary), **parts},
-            "seconds": round(sum(row["seconds"] for row in self.history()), 1),  # of training
+            "seconds": round(sum(seconds.values()), 1),
+            "seconds_before": round(seconds["baseline"], 1),
+            "seconds_after": round(seconds["iss"] + seconds["tune"], 1),  # of as many epochs
             "seed": self.seed,
             "recipe": dataclasses.asdict(self.recipe),
             "history": self.history(),
@@ -137,6 +153,7 @@ class Demo:
     def _learn(self, name: str, model: LanguageModel) -> None:
         """Train a stage, or take over what a checkpoint holds of it."""
         if name in self.finished:
+            shrink_(model, self._groups(model), keep=self.finished[name]["kept"])
             model.load_state_dict(self.finished[name]["model"])
             return
         stage = getattr(self.recipe, name)
@@ -147,7 +164,31 @@ class Demo:
             self.interrupted = {}
         self.watcher.stage(name, trainer)
         train(trainer, self.watcher, partial(self._save, trainer))
-        self.finished[name] = {"model": model.state_dict(), "history": trainer.history}
+        self.finished[name] = {
+            "model": copy.deepcopy(model.state_dict()),  # the small model learns on
+            "history": trainer.history,
+            "kept": trainer.kept,
+            "difference": trainer.difference,
+        }
+
+    @torch.no_grad()
+    def _enlarged(
+        self, small: LanguageModel, kept: dict[str, Tensor]
+    ) -> tuple[LanguageModel, ShrinkReport]:
+        """The small model in the first size, with zeros where units left; and what that cuts out.
+
+        kept: {family name: the units that are left}.
+        """
+        big = self._model()
+        places = copy.deepcopy(big).double()
+        for parameter in places.parameters():  # the place of each element in it
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
+        where, shrink_report = shrink(places, self._groups(big), keep=kept)
+        for parameter, its, place in zip(
+            big.parameters(), small.parameters(), where.parameters(), strict=True
+        ):
+            parameter.zero_().view(-1)[place.long().flatten()] = its.flatten()
+        return big, shrink_report
 
     def _example_vectors(self, model: LanguageModel) -> Tensor:
         """Embedded words of the test text, [L, B, E]: what the LSTMs are timed on."""

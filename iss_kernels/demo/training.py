@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe of the demo, and a training loop that can stop after any batch and go on exactly.
 
-Everything that the next batch depends on is in `Trainer.state_dict`, the random state and the
-position in the text included; so Ctrl-C means: finish this batch, save, stop.
+Units that die leave the model after each epoch, so the next one is faster. Everything that the next
+batch depends on is in `Trainer.state_dict`, the random state and the position in the text included;
+so Ctrl-C means: finish this batch, save, stop.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from iss_kernels import GroupLasso, Groups
+from iss_kernels import GroupLasso, Groups, shrink_
+from iss_kernels.demo.check import compare
 from iss_kernels.demo.model import LanguageModel, detach, perplexity, strips
 from iss_kernels.demo.text import Text
 
@@ -50,8 +53,8 @@ class Recipe:
     # "gradient" adds the lasso's gradient to the loss's, as the paper does; "proximal" shrinks
     # the norms after each step instead.
     method: str
-    # A unit whose norm is below this at the end of an epoch is zeroed and stays zero: Adam's steps
-    # are too long to come to rest at zero by themselves.
+    # A unit whose norm is below this at the end of an epoch is zeroed and leaves: Adam's steps are
+    # too long to come to rest at zero by themselves.
     unit_threshold: float
     batch: int = 10  # strips of text: half the paper's, so that a small text makes enough steps
     steps: int = 35  # per batch: the paper's, section 4.1
@@ -123,7 +126,11 @@ class Trainer:
         self.words = 0
         self.seconds = 0.0  # of this epoch
         self.history: list[dict[str, Any]] = []
-        self.zeroed = torch.zeros(groups.units, dtype=torch.bool)
+        # Of each family, the units of the model as it came that are left, and those of them that
+        # are held at zero: only the last unit of a family, which cannot leave.
+        self.kept = {family.name: torch.arange(family.size) for family in groups.families}
+        self.zeroed: dict[str, Tensor] = {}
+        self.difference = 0.0  # largest one between answers before and after units left
 
     def batch(self) -> None:
         """Train on the next batch."""
@@ -165,16 +172,23 @@ class Trainer:
         self.optimizer.step()
         if lasso is not None and recipe.method == "proximal":
             lasso.proximal_(learning_rate)
-        if self.zeroed.any():
-            self.groups.zero_units_(self.groups.by_family(self.zeroed))
+        if self.zeroed:
+            self.groups.zero_units_(self.zeroed)
 
     def end_epoch(self) -> dict[str, Any]:
-        """Zero the units that have become small, measure, and add a row to the history."""
+        """Take out the units that have become small, measure, and add a row to the history.
+
+        Raises CheckError where the model's answers on the validation text change with that.
+        """
         begin = time.perf_counter()
+        sparse, left = None, None
         if self.stage.strength:
-            norms = torch.cat(list(GroupLasso(self.groups).norms().values()))
-            self.zeroed |= norms < self.recipe.unit_threshold
-            self.groups.zero_units_(self.groups.by_family(self.zeroed))
+            norms = GroupLasso(self.groups).norms()
+            threshold = self.recipe.unit_threshold
+            self.groups.zero_units_({name: its < threshold for name, its in norms.items()})
+            if any(dead.any() for dead in self.groups.dead().values()):
+                sparse = copy.deepcopy(self.model)
+                left = self._shrink()
         row = {
             "epoch": len(self.history) + 1,
             "train": math.exp(self.loss / self.words),
@@ -183,9 +197,21 @@ class Trainer:
         }
         self.seconds += time.perf_counter() - begin
         self.history.append(row | {"seconds": round(self.seconds, 2)})
+        if sparse is not None and left is not None:
+            difference = compare(sparse, self.model, list(left.values()), self.text.valid)
+            self.difference = max(self.difference, difference)
         return self.history[-1]
 
-    _KEPT = ("done", "state", "loss", "words", "seconds", "history", "zeroed")
+    def _shrink(self, keep: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Take out the dead units, or all but some; {family name: those that stay}."""
+        report, self.groups = shrink_(self.model, self.groups, optimizer=self.optimizer, keep=keep)
+        self.kept = {name: units[report.kept[name]] for name, units in self.kept.items()}
+        self.zeroed = {name: dead for name, dead in self.groups.dead().items() if dead.any()}
+        return report.kept
+
+    _KEPT = (
+        "done", "state", "loss", "words", "seconds", "history", "kept", "zeroed", "difference",
+    )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on exactly here."""
@@ -196,7 +222,8 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken, with the model as it was at the start."""
+        self._shrink(state["kept"])
         for name in self._KEPT:
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
