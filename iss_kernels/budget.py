@@ -30,7 +30,7 @@ Kept: TypeAlias = dict[str, Tensor]  # {family name: bool [size]}
 
 _SECONDS = 0.2  # that each model is run for, at least, for the median of its times
 # Models that differ by less in their multiply-adds differ by less in time than two timings do.
-_ALIKE = 0.01
+_ALIKE = 0.02
 
 
 def check(budget: Any, example: Any) -> None:
@@ -164,7 +164,8 @@ def _elements(groups: Groups, of: str) -> Tensor:
 
 def _left(groups: Groups, of: str, kept: Kept) -> int:
     """Parameters of the model, or multiply-adds of its labelled weights, with these units."""
-    alive = torch.cat([*(kept[f.name] for f in groups.families), torch.ones(1, dtype=torch.bool)])
+    of_no_unit = torch.ones(1, dtype=torch.bool, device="cpu")
+    alive = torch.cat([*(kept[family.name] for family in groups.families), of_no_unit])  # at -1
     pairs = list(_labels(groups, of))
     left = sum(int(alive[rows].sum() * alive[columns].sum()) for rows, columns in pairs)
     if of == "parameters":

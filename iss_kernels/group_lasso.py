@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iss_kernels import ops
 from iss_kernels.groups import Groups
@@ -122,11 +122,11 @@ class GroupLasso:
         norms = self._norms(weights)
         strengths = self._step(norms)
         trained, grads = [], []
-        for i, weight in enumerate(weights):
+        for i, weight in enumerate(self.groups.parameters()):
             if weight.requires_grad:
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 trained.append(i)
-                grads.append(weight.grad)
+                grads.append(_matrix(weight.grad))
         if trained:
             ops.add_scaled_by_units_(
                 grads,
@@ -138,6 +138,7 @@ class GroupLasso:
             )
         return torch.dot(strengths, norms)
 
+    @torch.no_grad()
     def threshold_(self, threshold: float = 1e-4) -> None:
         """Set the elements of the groups that are smaller than `threshold` to zero.
 
@@ -256,14 +257,14 @@ class GroupLasso:
             factors[self._target.out] = 0  # type: ignore[union-attr]
         return factors
 
-    def _norms(self, weights: list[nn.Parameter]) -> Tensor:
+    def _norms(self, weights: list[Tensor]) -> Tensor:
         return ops.group_norms(
             weights, self._rows, self._columns, self.groups.units, self.eps, self.paper_overlap
         )
 
-    def _weights(self) -> list[nn.Parameter]:
-        """The weights now; labels and strengths follow them to their device and dtype."""
-        weights = self.groups.parameters()
+    def _weights(self) -> list[Tensor]:
+        """The weights now, as matrices; labels and strengths follow them to device and dtype."""
+        weights = [_matrix(weight) for weight in self.groups.parameters()]
         kinds = {(weight.dtype, weight.device): weight for weight in weights}
         if len(kinds) > 1:
             got = ", ".join(f"{dtype} on {device}" for dtype, device in kinds)
@@ -273,6 +274,16 @@ class GroupLasso:
         self._rows = [rows.to(device) for rows in self._rows]
         self._columns = [columns.to(device) for columns in self._columns]
         return weights
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A weight of any number of dimensions as a matrix over the same memory."""
+    if weight.dim() == 2:
+        return weight
+    if not weight.is_contiguous():
+        got = f"one of shape {list(weight.shape)} that is not"
+        raise ValueError(f"GroupLasso: expected contiguous weights, got {got}")
+    return weight.view(len(weight), -1)
 
 
 def _check_step(argument: str, value: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from iss_kernels.backend import use_backend
 from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
-from iss_kernels.groups import Groups
+from iss_kernels.groups import Family, Groups, LabelledWeight
 
 # nn.LSTM says this itself, once.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -256,3 +256,43 @@ def test_a_gradient_whose_elements_share_memory_is_refused() -> None:
     with pytest.raises(RuntimeError, match="expected tensors to write whose elements share no mem"):
         lasso.add_gradients_()
     assert not weight.grad.any()
+
+
+def test_a_weight_may_have_more_dimensions() -> None:
+    """A convolution [4, 6, 3] over units counts as the matrix [4, 18]."""
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(18, 4).double(), nn.Conv1d(6, 4, 3).double()
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.view(4, 6, 3))
+    units = torch.arange(6, dtype=torch.int32).repeat_interleave(3)
+    none = torch.full((4,), -1, dtype=torch.int32)
+    lassos = []
+    for model in (linear, conv):
+        family = Family("units", "", 0, 6)
+        groups = Groups(model, [family], [LabelledWeight("weight", none, units)])
+        lassos.append(GroupLasso(groups, STRENGTH))
+
+    def assert_same(one: Tensor | None, two: Tensor | None) -> None:
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one.flatten(), two.flatten())
+
+    assert_same(*(lasso.norms()["units"] for lasso in lassos))
+    for lasso in lassos:
+        lasso().backward()
+    assert_same(linear.weight.grad, conv.weight.grad)
+    for change in (
+        lambda lasso: lasso.add_gradients_(),
+        lambda lasso: lasso.threshold_(0.05),
+        lambda lasso: lasso.proximal_(0.5),
+    ):
+        version = conv.weight._version
+        for lasso in lassos:
+            change(lasso)
+        assert_same(linear.weight, conv.weight)
+        assert_same(linear.weight.grad, conv.weight.grad)
+    assert conv.weight._version > version
+    assert 0 < int((conv.weight == 0).sum()) < conv.weight.numel()
+    conv.weight = nn.Parameter(conv.weight.detach().permute(0, 2, 1).contiguous().permute(0, 2, 1))
+    with pytest.raises(ValueError, match=r"expected contiguous weights, got one of shape \[4, 6,"):
+        lassos[1].threshold_(0.05)
