@@ -494,3 +494,14 @@ def test_a_subclass_whose_forward_would_be_lost_is_refused(function: Any) -> Non
         "shrink: expected rnn to be an nn.LSTM or ISSLSTM itself, got a Doubled, whose own methods "
         "would be lost"
     )
+
+
+def test_a_state_of_the_first_width_is_cut() -> None:
+    model, groups = make()
+    whole, x = copy.deepcopy(model), torch.randn(3, 2, 5, dtype=torch.float64)
+    first, left = shrink_(model, groups, ratio=0.3)
+    second, _ = shrink_(model, left, keep={"rnn.l1": [1, 2, 4]})
+    keep = {name: units[second.kept[name]] for name, units in first.kept.items()}
+    once, _ = shrink(whole, find_groups(whole, tokens()), keep=keep)
+    state = torch.randn(4, 2, 9).double(), torch.randn(4, 2, 9).double()
+    assert torch.equal(model.rnn(x, state)[0], once.rnn(x, state)[0])
