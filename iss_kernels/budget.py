@@ -84,9 +84,10 @@ def within(
         low, high = gone, len(ranking)  # of these, the first does not hold
         least = measure(ranking(high))
         if least > budget[key]:
+            least = least if isinstance(least, int) else math.ceil(1e4 * least) / 1e4
             raise ValueError(
-                f"shrink: expected a budget of at least {least:,.6g} {key}, which the smallest "
-                f"sizes take, got {budget[key]:,.6g}"
+                f"shrink: expected a budget of at least {least:,} {key}, which the smallest sizes "
+                f"take, got {budget[key]:,}"
             )
         while high - low > 1 and not (key == "ms" and _alike(groups, ranking(low), ranking(high))):
             middle = (low + high) // 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -75,11 +75,11 @@ def places(
         if id(item) in seen or isinstance(item, (str, type, Tensor, FunctionType, ModuleType)):
             continue
         seen[id(item)] = item
-        if isinstance(item, MutableMapping):
+        if isinstance(item, dict):
             inside, fixed = list(item.items()), list(item)
         elif isinstance(item, (list, deque)):
             inside, fixed = list(enumerate(item)), []
-        elif isinstance(item, (tuple, Set)):
+        elif isinstance(item, (tuple, set, frozenset)):
             inside, fixed = [], list(item)
         elif isinstance(item, partial):
             inside, fixed = [], [item.func, *item.args, *item.keywords.values()]
@@ -91,7 +91,7 @@ def places(
                     "shrink_: expected a model with its parameters in modules, lists and dicts, "
                     f"got one of shape {list(held.shape)} in a {type(item).__name__}"
                     + " as a key"
-                    * isinstance(item, MutableMapping)
+                    * isinstance(item, dict)
                 )
         for key, held in inside:
             if isinstance(held, Tensor) and held in tensors:

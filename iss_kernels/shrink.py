@@ -134,8 +134,8 @@ def shrink_(
     All modules stay the objects that they are, with their hooks; an nn.LSTM that changes becomes an
     ISSLSTM. Parameters that lose units give their place to new ones, with their gradients and
     hooks: take model.parameters() anew where you keep a list of them, and wrap the model in
-    DistributedDataParallel anew. Carry no state over: start from none, or from one of the very first
-    width, which is cut when it comes in.
+    DistributedDataParallel anew. Carry no state over: start from none, or from one of the
+    very first width, which is cut when it comes in.
 
     optimizer: as for `shrink`. After it state_dict() of model and optimiser are those of the small
     ones, and load there. lasso: the GroupLasso of these groups, which goes on with those that are
