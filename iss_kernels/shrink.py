@@ -57,6 +57,7 @@ class ShrinkReport:
         )
 
 
+@torch.inference_mode(False)  # in which the new parameters could not be trained
 def shrink(
     model: nn.Module,
     groups: Groups,
@@ -112,6 +113,7 @@ def shrink(
     return small, _report(groups, kept, before, _counts(small, groups))
 
 
+@torch.inference_mode(False)
 def shrink_(
     model: nn.Module,
     groups: Groups,

@@ -505,3 +505,16 @@ def test_a_state_of_the_first_width_is_cut() -> None:
     once, _ = shrink(whole, find_groups(whole, tokens()), keep=keep)
     state = torch.randn(4, 2, 9).double(), torch.randn(4, 2, 9).double()
     assert torch.equal(model.rnn(x, state)[0], once.rnn(x, state)[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_goes_on_after_a_shrink_in_evaluation(mode: Any) -> None:
+    model, groups = make()
+    optimizer = OPTIMIZERS["Adam"](model.parameters())
+    train(model, optimizer, range(2))
+    with mode():
+        _, groups = shrink_(model, groups, ratio=0.3, optimizer=optimizer)
+    train(model, optimizer, range(2))
+    with mode():
+        small, _ = shrink(model, groups, ratio=0.3, optimizer=optimizer)
+    train(small, optimizer, range(2))
