@@ -106,7 +106,7 @@ class _Ranking:
         self._round_to = round_to
         elements = groups.by_family(_elements(groups, of))
         norms, dead = GroupLasso(groups).norms(), groups.dead()
-        squares = {name: its.double().cpu().square() for name, its in norms.items()}
+        squares = {name: its.cpu().double().square() for name, its in norms.items()}
         tied = sum(groups.tied, [])
         self._blocks = groups.tied + [[f.name] for f in groups.families if f.name not in tied]
         self._orders: dict[str, Tensor] = {}  # of a family's units, the first to leave first
