@@ -103,7 +103,12 @@ def shrink(
     one unit in each family exceeds, and an optimiser whose state is of another shape, as
     Adafactor's.
 
-        small, report = iss.shrink(model, groups, budget={"ms": 2.0}, example=x)
+    >>> import iss_kernels as iss
+    >>> lstm = torch.nn.LSTM(4, 16, num_layers=2)  # whose last layer is the answer and stays
+    >>> groups = iss.find_groups(lstm, torch.zeros(3, 1, 4))
+    >>> small, report = iss.shrink(lstm, groups, budget={"parameters": 2000})
+    >>> report.parameters, report.sizes
+    ((3584, 1964), {'l0': (16, 7)})
     """
     kept = _chosen(model, groups, keep, ratio, budget, example, round_to)
     small = removed(model, groups, kept)
@@ -129,9 +134,15 @@ def shrink_(
     """Shrink a model in place, so that its training goes on in a smaller, faster one.
 
     Returns the report, and the groups of the model as it is now: no call of find_groups is needed.
-    Other arguments and errors: see `shrink`. After every epoch of training:
+    Other arguments and errors: see `shrink`.
 
-        report, groups = iss.shrink_(model, groups, optimizer=optimizer, lasso=lasso)
+    >>> import iss_kernels as iss
+    >>> lstm = torch.nn.LSTM(4, 16, num_layers=2)
+    >>> optimizer = torch.optim.Adam(lstm.parameters())
+    >>> groups = iss.find_groups(lstm, torch.zeros(3, 1, 4))
+    >>> report, groups = iss.shrink_(lstm, groups, optimizer=optimizer, keep={"l0": [2, 5, 6]})
+    >>> lstm
+    ISSLSTM(4, [3, 16], num_layers=2)
 
     All modules stay the objects that they are, with their hooks; an nn.LSTM that changes becomes an
     ISSLSTM. Parameters that lose units give their place to new ones, with their gradients and
