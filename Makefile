@@ -88,7 +88,7 @@ clean:
 .venv-cuda/built: $(CUDA_SOURCES)
 	@command -v nvcc >/dev/null || { echo "iss_kernels: no nvcc on the PATH; install the CUDA toolkit of torch's version" >&2; exit 1; }
 	@[ -x $(CUDA_BIN)/python ] || $(PYTHON) -m venv .venv-cuda
-	$(CUDA_PIP) '$(CUDA_TORCH)' 'numpy>=1.26' 'setuptools>=77' ninja
+	$(CUDA_PIP) '$(CUDA_TORCH)' 'numpy>=1.26' 'safetensors>=0.7' 'setuptools>=77' ninja
 	@# What is on the PATH may be a link or a script: nvcc itself knows where its toolkit is.
 	CUDA_HOME=$${CUDA_HOME:-$$(echo | nvcc --dryrun -x cu - -c -o /dev/null 2>&1 | sed -n 's/.* TOP=//p')} \
 	  ISS_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(CUDA_PIP) --no-build-isolation --no-deps .

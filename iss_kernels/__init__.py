@@ -19,6 +19,7 @@ from iss_kernels.prepare import prepare
 from iss_kernels.recurrent_cell import ISSGRUCell, ISSLSTMCell, ISSRNNCell
 from iss_kernels.rhn import ISSRHN
 from iss_kernels.rnn import ISSRNN
+from iss_kernels.saving import load, save
 from iss_kernels.shrink import ShrinkReport, shrink, shrink_
 from iss_kernels.stream import Stream
 
@@ -39,7 +40,9 @@ __all__ = [
     "build_info",
     "explain_plan",
     "find_groups",
+    "load",
     "prepare",
+    "save",
     "shrink",
     "shrink_",
     "use_backend",

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""save and load: a model in one safetensors file that knows the model's sizes.
+
+The file holds every parameter and buffer by its name, and as metadata the class and sizes of each
+recurrent module. All else that a shrunken model differs in follows from the shapes of its tensors.
+The user's class builds the rest of the model, so that a file holds no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from iss_kernels import __version__
+from iss_kernels.accelerate import HOOK_TABLES, _name, added, check_plain, take_over
+from iss_kernels.prepare import _DTYPES as FORMATS
+from iss_kernels.prepare import Prepared, prepared_type
+from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
+from iss_kernels.recurrent_cell import _options as options_of_cell
+from iss_kernels.shrink import fit
+
+FORMAT = 1
+_KEY = "iss_kernels"  # of the metadata; its value is JSON
+_SIZES = ("input_size", "hidden_size", "proj_size")  # the options that shrinking changes
+_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A recurrent module as the file describes it.
+
+    kind: the name of its class, torch's or ours. options: the arguments by which the class makes
+    one. weights: the format of a prepared module, "" for others.
+    """
+
+    kind: str
+    options: dict[str, Any]
+    weights: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, dict) or self.weights not in ("", *FORMATS):
+            raise ValueError(f"unknown: {self.options}, {self.weights}")
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """What the file says beside its tensors.
+
+    modules: {name: recurrent module}. shared: the names of each tensor that has several; the file
+    holds it under the first. transient: names of the buffers that a state_dict leaves out.
+    """
+
+    modules: dict[str, _Entry]
+    shared: list[list[str]]
+    transient: list[str]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model to a safetensors file that `load` reads, whatever sizes the model has.
+
+    The file holds all parameters and buffers (also those that a state_dict leaves out, which
+    shrinking cuts too), the sizes of the recurrent modules, and no code. What `prepare` made is
+    saved in its format. The file takes the place of an older one in the last step, so that an error
+    leaves the older one as it was.
+
+    Raises ValueError for a model with state that is no plain tensor; OSError where the file cannot
+    be written.
+
+    >>> import os, tempfile
+    >>> model = nn.Sequential(nn.Embedding(9, 4), ISSLSTM(4, [3, 5], num_layers=2))
+    >>> path = os.path.join(tempfile.mkdtemp(), "small.safetensors")
+    >>> save(model, path)
+    >>> fresh = nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 8, num_layers=2))
+    >>> load(path, fresh)
+    Sequential(
+      (0): Embedding(9, 4)
+      (1): ISSLSTM(4, [3, 5], num_layers=2)
+    )
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"save: expected a torch.nn.Module, got {type(model).__name__}")
+    tensors, transient = _tensors_of(model)
+    for name, tensor in tensors.items():
+        _check_tensor("save", name, tensor)
+        if tensor.is_meta or tensor.dtype not in _DTYPES:
+            got = "one on the meta device" if tensor.is_meta else str(tensor.dtype)
+            raise ValueError(f"save: expected {name} with values that a file can hold, got {got}")
+    others = [name for name in model.state_dict() if name not in tensors]
+    if others:
+        raise ValueError(
+            "save: expected a model whose state is its parameters and buffers, got other state "
+            f"under {others[0]}"
+        )
+    modules = {path: _entry(path, module) for path, module in model.named_modules()}
+    metadata = _Metadata(
+        {path: entry for path, entry in modules.items() if entry is not None},
+        [names for names in _shared(tensors) if len(names) > 1],
+        [name for name in tensors if name in transient],
+    )
+    text = json.dumps({"format": FORMAT, "version": __version__, **asdict(metadata)})
+    values = {name: _copy_of(tensors[name]) for name, *_ in _shared(tensors)}
+    _write(safetensors.torch.save(values, {_KEY: text}), path)
+
+
+def _write(data: bytes, path: str | os.PathLike[str]) -> None:
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    """Its values alone, in memory of their own on the CPU."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Give a model the sizes and values of a file that `save` wrote; returns the model.
+
+    model: of the class that made the saved one, with any sizes and values; what is on the meta
+    device comes to the CPU. It is changed in place: recurrent modules get the class and sizes of
+    the file, parameters and buffers its shapes, dtypes and values, on the devices that they are on.
+    Hooks, the training mode and requires_grad stay as they are. An optimizer is to be made
+    afterwards.
+
+    Raises ValueError, and changes nothing, for a file that `save` did not write, that is damaged or
+    of a newer format, and for a model of another structure; OSError where the file cannot be read.
+    See `save` for an example.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load: expected a torch.nn.Module, got {type(model).__name__}")
+    metadata, stored = _read(path)
+    new = _replacements(model, metadata, stored)
+    tensors, transient = _tensors_of(model, new)
+    _check_names(metadata, tensors, transient, stored)
+    resized = [
+        module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if _check_shapes(path, module, new.get(module, module), stored)
+    ]
+    shared = _shared({name: tensor for name, tensor in tensors.items() if name in stored})
+    values = [
+        stored[first].to("cpu" if own.is_meta else own.device, copy=True)
+        for first, own in ((names[0], tensors[names[0]]) for names in shared)
+    ]
+    # Nothing below fails.
+    for old, made in new.items():
+        # In place, so that whatever refers to the module, a hook's handle too, goes on to do so.
+        vars(made).update({table: vars(old)[table] for table in HOOK_TABLES})
+        old.__dict__, old.__class__ = vars(made), type(made)
+    for names, value in zip(shared, values, strict=True):
+        _fill(model, names, tensors[names[0]], value)
+    for module in resized:
+        fit(module)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+    return model
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[_Metadata, dict[str, Tensor]]:
+    """The metadata of a file and its tensors, by all of their names."""
+    with open(path, "rb"):
+        pass  # which says what is wrong with a path better than safetensors does
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"load: expected a whole safetensors file, got {os.fspath(path)!r}: {error}"
+        ) from error
+    if text is None:
+        raise ValueError(
+            f"load: expected a file that save wrote, got {os.fspath(path)!r} without its metadata"
+        )
+    try:
+        found = json.loads(text)
+        number, version = int(found["format"]), found["version"]
+        if number <= FORMAT:
+            modules = {path: _Entry(**entry) for path, entry in found["modules"].items()}
+            for first, *others in found["shared"]:
+                stored |= dict.fromkeys(map(str, others), stored[first])
+            return _Metadata(modules, found["shared"], sorted(found["transient"])), stored
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"load: expected metadata as save writes it, got others in {os.fspath(path)!r}"
+        ) from error
+    raise ValueError(
+        f"load: expected a file of format {FORMAT}, got {os.fspath(path)!r} of format {number}, "
+        f"which iss_kernels {version} wrote"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _tensors_of(
+    model: nn.Module, new: Mapping[nn.Module, nn.Module] | None = None
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Parameters and buffers by all of their names; names of buffers that no state_dict has.
+
+    new: modules that are to take the place of others.
+    """
+    tensors: dict[str, Tensor] = {}
+    transient = set()
+    for path, old in model.named_modules(remove_duplicate=False):
+        module, prefix = (new or {}).get(old, old), path and f"{path}."
+        for held in (module._parameters, module._buffers):
+            tensors |= {prefix + name: t for name, t in held.items() if t is not None}
+        transient |= {prefix + name for name in module._non_persistent_buffers_set}
+    return tensors, transient
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def _check_tensor(function: str, name: str, tensor: Tensor) -> None:
+    """Refuse what is not a dense tensor of torch's own classes."""
+    got = ""
+    if is_lazy(tensor):
+        got = "one without a shape; call the model once before"
+    elif type(tensor) not in (Tensor, nn.Parameter):
+        got = f"a {type(tensor).__name__}"
+    elif tensor.layout != torch.strided or tensor.is_quantized:
+        got = f"one of {tensor.layout if tensor.layout != torch.strided else tensor.dtype}"
+    if got:
+        raise ValueError(f"{function}: expected {name} to be a dense tensor, got {got}")
+
+
+def _check_names(
+    metadata: _Metadata, tensors: Mapping[str, Tensor], transient: set[str], stored: dict[str, Any]
+) -> None:
+    """Refuse a model that does not have the tensors of the file, shared as there."""
+    # The code of a model may make a buffer of its own in a call, which a state_dict leaves out.
+    missing = [n for n in stored if n not in tensors and n not in metadata.transient]
+    further = [
+        n for n, t in tensors.items() if n not in stored and (n not in transient or t.is_meta)
+    ]
+    for names, which in ((missing, "without"), (further, "with a further")):
+        if names:
+            more = f" and {len(names) - 3} others" if len(names) > 3 else ""
+            raise ValueError(
+                "load: expected a model with the parameters and buffers of the file, got one "
+                f"{which} {', '.join(names[:3])}{more}"
+            )
+    shared = {name: names for names in metadata.shared for name in names}
+    for names in _shared({name: t for name, t in tensors.items() if name in stored}):
+        expected = [n for n in shared.get(names[0], names[:1]) if n in tensors]
+        if set(names) != set(expected):
+            raise ValueError(
+                f"load: expected one tensor under {', '.join(expected)}, as in the file, "
+                f"got one under {', '.join(names)}"
+            )
+
+
+def _check_shapes(
+    path: str, module: nn.Module, made: nn.Module, stored: Mapping[str, Tensor]
+) -> bool:
+    """Refuse what `load` cannot put into a module; return whether that changes a shape.
+
+    made: what takes the place of the module, or the module itself.
+    """
+    prefix, differs = path and f"{path}.", False
+    for name, own in [*made._parameters.items(), *made._buffers.items()]:
+        value = stored.get(prefix + name)
+        if own is None or value is None:
+            continue
+        _check_tensor("load", prefix + name, own)
+        if own.requires_grad and not (value.is_floating_point() or value.is_complex()):
+            raise ValueError(
+                f"load: expected {prefix}{name} without requires_grad, as {value.dtype} has no "
+                "gradient, got one with it"
+            )
+        fixed = 2 if isinstance(made, _ConvNd) else own.dim()  # a kernel keeps its size
+        if own.dim() != value.dim() or own.shape[fixed:] != value.shape[fixed:]:
+            raise ValueError(
+                f"load: expected {prefix}{name} of a shape like {list(value.shape)}, as in the "
+                f"file, got {list(own.shape)}"
+            )
+        differs |= own.shape != value.shape
+    if made is module and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        for name, own in _tensors_of(module)[0].items():
+            value = stored.get(prefix + name, own)
+            if own.shape != value.shape:
+                raise ValueError(
+                    f"load: expected {prefix}{name} of shape {list(value.shape)}, which a "
+                    f"{type(module).__name__} cannot be given later, got {list(own.shape)}"
+                )
+    return differs
+
+
+def _fill(model: nn.Module, names: list[str], own: Tensor, value: Tensor) -> None:
+    """Give a tensor of the model, which has these names, other values, a dtype and a shape."""
+    if own.is_meta:
+        new = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
+        for name in names:
+            path, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(path), attribute, new)
+        return
+    if own.is_leaf and (own.shape, own.dtype) != (value.shape, value.dtype):
+        own.grad = None
+    own.data = value  # the tensor stays, for all that refer to it
+
+
+# -------------------------------------------------------------------------------------------------
+# Recurrent modules
+
+
+def _kinds() -> dict[str, tuple[Any, Any, Any]]:
+    """{name of a class that a file may name: the class; torch's and ours of that kind}."""
+    pairs = (MODULES | CELL_MODULES).items()
+    return {kind.__name__: (kind, *pair) for pair in pairs for kind in pair}
+
+
+def _options(module: Any, ours: Any) -> dict[str, Any]:
+    """The arguments by which its class makes such a module, as JSON gives them back."""
+    options = ours.options_of if issubclass(ours, Recurrent) else options_of_cell
+    return json.loads(json.dumps(options(module), default=int))  # type: ignore[no-any-return]
+
+
+def _entry(path: str, module: nn.Module) -> _Entry | None:
+    """What the file says of a recurrent module; None for others and where weights are computed."""
+    if isinstance(module, Prepared):
+        ours = next(kind for kind in MODULES.values() if isinstance(module, kind))
+        return _Entry(ours.__name__, _options(module, ours), module.weights)
+    kind, _, ours = _kinds().get(type(module).__name__, (None, None, None))
+    if type(module) is not kind:
+        return None
+    options = _options(module, ours)
+    for name, expected in kind(**options, device="meta").named_parameters():
+        own = module._parameters.get(name)
+        if own is None:
+            return None
+        if own.shape != expected.shape:
+            raise ValueError(
+                f"save: expected {path and f'{path}.'}{name} of shape {list(expected.shape)}, as "
+                f"the sizes of its {kind.__name__} say, got {list(own.shape)}"
+            )
+    return _Entry(kind.__name__, options, "")
+
+
+def _replacements(
+    model: nn.Module, metadata: _Metadata, stored: Mapping[str, Tensor]
+) -> dict[nn.Module, nn.Module]:
+    """{recurrent module of the model: one of the class and sizes of the file, where they differ}.
+
+    The new one has the parameters, hooks and attributes of the old, but for the shapes.
+    """
+    modules, kinds = dict(model.named_modules(remove_duplicate=False)), _kinds()
+    for path, module in modules.items():
+        if isinstance(module, Prepared):
+            raise ValueError(
+                f"load: expected a model that is not prepared, got {path or 'one'} as a "
+                f"{type(module).__name__}; load first, then prepare"
+            )
+    new: dict[nn.Module, nn.Module] = {}
+    for path, entry in metadata.modules.items():
+        label, old = path or "the model", modules.get(path)
+        if entry.kind not in kinds:
+            raise ValueError(
+                f"load: expected {label} of a class that this version has, got {entry.kind!r}"
+            )
+        kind, torchs, ours = kinds[entry.kind]
+        if not isinstance(old, (torchs, ours)):
+            names = " or ".join(map(_name, dict.fromkeys((torchs, ours))))
+            got = "none" if old is None else f"a {type(old).__name__}"
+            raise ValueError(f"load: expected {label} to be an {names}, as in the file, got {got}")
+        options = _options(old, ours)
+        for option, value in entry.options.items():
+            own = options.get(option)
+            fits = bool(value and own) if option in _SIZES else option.startswith("dropout")
+            if value != own and not fits:
+                raise ValueError(
+                    f"load: expected {label} with {option}={value!r}, as in the file, got {own!r}"
+                )
+        kind = ours if entry.weights or kind is ours else type(old)
+        sizes = {name: entry.options.get(name) for name in _SIZES if name in options}
+        if (type(old), options, entry.weights) == (kind, options | sizes, ""):
+            continue
+        check_plain(old, "load", label)
+        try:
+            made = kind(**options | sizes, device="meta")
+            made = _prepared(made, old, entry.weights) if entry.weights else made
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"load: expected {label} of sizes that an {ours.__name__} can have, got {sizes}"
+            ) from error
+        for name, expected in _tensors_of(made)[0].items():
+            value = stored.get(f"{path}.{name}" if path else name, expected)
+            if value.shape != expected.shape or (entry.weights and value.dtype != expected.dtype):
+                raise ValueError(
+                    f"load: expected {name} of shape {list(expected.shape)}, as the sizes of "
+                    f"{label} say, got {list(value.shape)} of {value.dtype} in the file"
+                )
+        parameters = cast(Any, old)._parameters
+        new[old] = made if entry.weights else take_over(made, old, parameters)
+    return new
+
+
+@torch.no_grad()
+def _prepared(made: Any, old: Any, weights: str) -> nn.Module:
+    """What `prepare` makes of a module, whose values are to follow, with all that `old` has."""
+    if not isinstance(made, Recurrent):
+        raise TypeError(f"there is no prepared {type(made).__name__}")
+    source = made.to_empty(device="cpu").float()
+    for parameter in source.parameters():
+        parameter.zero_()
+    like: Tensor = old.weight_ih_l0
+    fast = prepared_type(type(made))(source, weights).to("cpu" if like.is_meta else like.device)
+    for table in ("_parameters", "_buffers", "_modules"):
+        others = {k: v for k, v in vars(old)[table].items() if k not in fast._buffers}
+        vars(fast)[table].update(others)
+    vars(fast).update({name: vars(old)[name] for name in added(old)}, training=old.training)
+    return fast
