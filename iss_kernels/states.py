@@ -144,6 +144,18 @@ class Shrinkable(nn.Module):
             self.kept = [tuple(k._on(device) for k in of_layer) for of_layer in self.kept]
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """As torch's, which lists every parameter of another size and names no way out."""
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        for name, own in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if own is not None and isinstance(given, Tensor) and given.shape != own.shape:
+                raise RuntimeError(
+                    f"load_state_dict: expected {prefix}{name} of shape {list(own.shape)}, got "
+                    f"{list(given.shape)}; a state_dict says no sizes: iss.save writes and "
+                    "iss.load reads a model of any"
+                )
+
 
 def _all_of(mask: Tensor) -> Kept:
     """All units that a mask speaks of."""

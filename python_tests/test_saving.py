@@ -294,6 +294,55 @@ def test_buffers_that_a_call_makes_need_not_be_there(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
+# state_dict
+
+
+def torchs_round_trip(model: nn.Module, tmp_path: Any) -> Any:
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    return torch.load(tmp_path / "m.pt", weights_only=True)
+
+
+@every_pair
+def test_a_state_dict_loads_into_a_model_that_load_made(name, tmp_path):
+    small, fresh = PAIRS[name]()
+    result = round_trip(small, fresh, tmp_path)
+    for parameter in result.parameters():
+        nn.init.zeros_(parameter)
+    result.load_state_dict(torchs_round_trip(small, tmp_path))
+    assert same(answers(result.eval()), answers(small.eval()))
+
+
+def test_a_state_dict_loads_into_a_model_that_shrink_made(tmp_path):
+    def shrunken() -> nn.Module:
+        model = tagger(nn.LSTM(5, 8, 2), 8)
+        return iss.shrink(model, iss.find_groups(model, X), keep={"rnn.l0": [0, 2, 5]})[0]
+
+    one, other = shrunken(), shrunken()
+    other.load_state_dict(torchs_round_trip(one, tmp_path))
+    assert same(answers(one), answers(other))
+
+
+@pytest.mark.parametrize("name", [name for name in (*RNNS, *CELLS) if name != "as large"])
+def test_a_state_dict_of_other_sizes_is_one_sentence_that_names_load(name):
+    small, fresh = PAIRS[name]()
+    fresh = iss.accelerate(fresh)
+    with pytest.raises(RuntimeError, match="iss.load") as got:
+        fresh.load_state_dict(small.state_dict(), strict=False)
+    assert str(got.value).startswith("load_state_dict: expected ") and "\n" not in str(got.value)
+
+
+def test_a_hook_may_change_a_state_dict_before_its_sizes_are_compared():
+    lstm = iss.ISSLSTM(5, 3)
+
+    def halved(module: Any, values: Any, prefix: str, *_: Any) -> None:
+        for name in list(values):
+            values[name] = values[name][:12]
+
+    lstm.register_load_state_dict_pre_hook(halved)
+    lstm.load_state_dict({n: torch.cat([v, v]) for n, v in lstm.state_dict().items()})
+
+
+# -------------------------------------------------------------------------------------------------
 # Errors
 
 
