@@ -81,12 +81,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises ValueError for a model with state that is no plain tensor; OSError where the file cannot
     be written.
 
-    >>> import os, tempfile
-    >>> model = nn.Sequential(nn.Embedding(9, 4), ISSLSTM(4, [3, 5], num_layers=2))
-    >>> path = os.path.join(tempfile.mkdtemp(), "small.safetensors")
-    >>> save(model, path)
+    >>> import tempfile, iss_kernels as iss
+    >>> small = nn.Sequential(nn.Embedding(9, 4), iss.ISSLSTM(4, [3, 5], num_layers=2))
+    >>> path = tempfile.mkdtemp() + "/small.safetensors"
+    >>> iss.save(small, path)
     >>> fresh = nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 8, num_layers=2))
-    >>> load(path, fresh)
+    >>> iss.load(path, fresh)
     Sequential(
       (0): Embedding(9, 4)
       (1): ISSLSTM(4, [3, 5], num_layers=2)
@@ -177,8 +177,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     for module in resized:
         fit(module)
     for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()
+        if type(module) in MODULES:  # torch keeps a list of the weights, and cuDNN's form of them
+            cast(nn.RNNBase, module)._init_flat_weights()
     return model
 
 
@@ -322,7 +322,7 @@ def _check_shapes(
 
 def _fill(model: nn.Module, names: list[str], own: Tensor, value: Tensor) -> None:
     """Give a tensor of the model, which has these names, other values, a dtype and a shape."""
-    if own.is_meta:
+    if own.is_meta or own.is_inference():  # which cannot hold the memory of another
         new = nn.Parameter(value, own.requires_grad) if isinstance(own, nn.Parameter) else value
         for name in names:
             path, _, attribute = name.rpartition(".")

@@ -158,6 +158,7 @@ def test_a_model_on_the_meta_device_comes_to_the_cpu(name, tmp_path):
     result = round_trip(small, fresh, tmp_path)
     assert same(answers(result.eval()), answers(small.eval()))
     assert all(p.requires_grad for p in result.parameters())
+    assert len(list(result.parameters())) == len(list(small.parameters()))  # what is tied, too
 
 
 def test_a_module_of_torch_that_became_ours_stays_ours(tmp_path):
@@ -223,9 +224,13 @@ def test_what_refers_to_a_tensor_or_module_goes_on_to_do_so(tmp_path):
     assert calls == [1]
 
 
-def test_a_loaded_model_is_trained_as_the_saved_one(tmp_path):
-    small, fresh = PAIRS["language model"]()
-    result = round_trip(small, fresh, tmp_path)
+@pytest.mark.parametrize("inference", ["neither", "fresh", "load"])
+def test_a_loaded_model_is_trained_as_the_saved_one(inference, tmp_path):
+    small, _ = PAIRS["language model"]()
+    with torch.inference_mode(inference == "fresh"):
+        _, fresh = PAIRS["language model"]()
+    with torch.inference_mode(inference == "load"):
+        result = round_trip(small, fresh, tmp_path)
     for model in (small, result):
         optimizer = torch.optim.Adam(model.parameters())
         for _ in range(2):
