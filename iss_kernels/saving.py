@@ -53,8 +53,9 @@ class _Entry:
     weights: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.options, dict) or self.weights not in ("", *FORMATS):
-            raise ValueError(f"unknown: {self.options}, {self.weights}")
+        plain = isinstance(self.kind, str) and isinstance(self.options, dict)
+        if not plain or self.weights not in ("", *FORMATS):
+            raise ValueError(f"unknown: {self}")
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Metadata, dict[str, Tensor]]:
         number, version = int(found["format"]), found["version"]
         if number <= FORMAT:
             modules = {path: _Entry(**entry) for path, entry in found["modules"].items()}
-            for first, *others in found["shared"]:
-                stored |= dict.fromkeys(map(str, others), stored[first])
-            return _Metadata(modules, found["shared"], sorted(found["transient"])), stored
+            shared = [list(map(str, names)) for names in found["shared"]]
+            for first, *others in shared:
+                stored |= dict.fromkeys(others, stored[first])
+            return _Metadata(modules, shared, list(map(str, found["transient"]))), stored
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load: expected metadata as save writes it, got others in {os.fspath(path)!r}"
@@ -412,7 +414,7 @@ def _replacements(
         try:
             made = kind(**options | sizes, device="meta")
             made = _prepared(made, old, entry.weights) if entry.weights else made
-        except (TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"load: expected {label} of sizes that an {ours.__name__} can have, got {sizes}"
             ) from error

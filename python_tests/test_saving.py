@@ -474,6 +474,10 @@ FILES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda path: changed(path, lambda f: f["modules"]["rnn"].update(kind="Popen")),
         "rnn of a class that this version has, got 'Popen'",
     ),
+    "no class": (
+        lambda path: changed(path, lambda f: f["modules"]["rnn"].update(kind=[])),
+        "metadata as save",
+    ),
     "sizes": (
         lambda path: changed(path, lambda f: f["modules"]["rnn"]["options"].update(hidden_size=-3)),
         "rnn of sizes that an ISSLSTM can have, got .*-3",
