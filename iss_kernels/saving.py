@@ -8,6 +8,7 @@ The user's class builds the rest of the model, so that a file holds no code.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -30,9 +31,11 @@ from iss_kernels.prepare import Prepared, prepared_type
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
 from iss_kernels.recurrent_cell import _options as options_of_cell
 from iss_kernels.shrink import fit
+from iss_kernels.states import Shrinkable
 
 FORMAT = 1
 _KEY = "iss_kernels"  # of the metadata; its value is JSON
+_KEPT = "iss_kernels.kept."  # before the name of a module whose units have left in part
 _SIZES = ("input_size", "hidden_size", "proj_size")  # the options that shrinking changes
 _DTYPES = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
@@ -45,17 +48,25 @@ class _Entry:
     """A recurrent module as the file describes it.
 
     kind: the name of its class, torch's or ours. options: the arguments by which the class makes
-    one. weights: the format of a prepared module, "" for others.
+    one. weights: the format of a prepared module, "" for others. before: the width of each state
+    before units left, for each layer and direction; empty where none did. The file then holds, as
+    one bool tensor, which of these units stayed.
     """
 
     kind: str
     options: dict[str, Any]
     weights: str
+    before: list[list[int]]
 
     def __post_init__(self) -> None:
         plain = isinstance(self.kind, str) and isinstance(self.options, dict)
         if not plain or self.weights not in ("", *FORMATS):
             raise ValueError(f"unknown: {self}")
+
+    def masks(self, stayed: Any) -> list[list[Tensor]]:
+        """What `Shrinkable.remember` takes, out of the tensor of the file."""
+        parts = iter(stayed.split(sum(self.before, [])))
+        return [[next(parts) for _ in states] for states in self.before]
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,19 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     )
     text = json.dumps({"format": FORMAT, "version": __version__, **asdict(metadata)})
     values = {name: _copy_of(tensors[name]) for name, *_ in _shared(tensors)}
+    for name, module in model.named_modules():
+        if name in metadata.modules and metadata.modules[name].before:
+            values[_KEPT + name] = _stayed(cast(Shrinkable, module))
     _write(safetensors.torch.save(values, {_KEY: text}), path)
+
+
+def _stayed(module: Shrinkable) -> Tensor:
+    """bool: for each layer and direction, and each state, which units stayed, one after another."""
+    masks = []
+    for units, before in itertools.chain(*(module.kept or ())):
+        masks.append(torch.zeros(before, dtype=torch.bool, device="cpu"))
+        masks[-1][units.cpu()] = True
+    return torch.cat(masks)
 
 
 def _write(data: bytes, path: str | os.PathLike[str]) -> None:
@@ -355,7 +378,7 @@ def _entry(path: str, module: nn.Module) -> _Entry | None:
     """What the file says of a recurrent module; None for others and where weights are computed."""
     if isinstance(module, Prepared):
         ours = next(kind for kind in MODULES.values() if isinstance(module, kind))
-        return _Entry(ours.__name__, _options(module, ours), module.weights)
+        return _Entry(ours.__name__, _options(module, ours), module.weights, _before(module))
     kind, _, ours = _kinds().get(type(module).__name__, (None, None, None))
     if type(module) is not kind:
         return None
@@ -369,65 +392,105 @@ def _entry(path: str, module: nn.Module) -> _Entry | None:
                 f"save: expected {path and f'{path}.'}{name} of shape {list(expected.shape)}, as "
                 f"the sizes of its {kind.__name__} say, got {list(own.shape)}"
             )
-    return _Entry(kind.__name__, options, "")
+    return _Entry(kind.__name__, options, "", _before(module))
+
+
+def _before(module: Any) -> list[list[int]]:
+    """The width of each state before units left, for each layer and direction."""
+    return [[k.before for k in states] for states in getattr(module, "kept", None) or ()]
 
 
 def _replacements(
-    model: nn.Module, metadata: _Metadata, stored: Mapping[str, Tensor]
+    model: nn.Module, metadata: _Metadata, stored: dict[str, Tensor]
 ) -> dict[nn.Module, nn.Module]:
     """{recurrent module of the model: one of the class and sizes of the file, where they differ}.
 
-    The new one has the parameters, hooks and attributes of the old, but for the shapes.
+    Takes out of `stored` what is no tensor of the model.
     """
-    modules, kinds = dict(model.named_modules(remove_duplicate=False)), _kinds()
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         if isinstance(module, Prepared):
             raise ValueError(
                 f"load: expected a model that is not prepared, got {path or 'one'} as a "
                 f"{type(module).__name__}; load first, then prepare"
             )
-    new: dict[nn.Module, nn.Module] = {}
+    new = {}
     for path, entry in metadata.modules.items():
-        label, old = path or "the model", modules.get(path)
-        if entry.kind not in kinds:
-            raise ValueError(
-                f"load: expected {label} of a class that this version has, got {entry.kind!r}"
-            )
-        kind, torchs, ours = kinds[entry.kind]
-        if not isinstance(old, (torchs, ours)):
-            names = " or ".join(map(_name, dict.fromkeys((torchs, ours))))
-            got = "none" if old is None else f"a {type(old).__name__}"
-            raise ValueError(f"load: expected {label} to be an {names}, as in the file, got {got}")
-        options = _options(old, ours)
-        for option, value in entry.options.items():
-            own = options.get(option)
-            fits = bool(value and own) if option in _SIZES else option.startswith("dropout")
-            if value != own and not fits:
-                raise ValueError(
-                    f"load: expected {label} with {option}={value!r}, as in the file, got {own!r}"
-                )
-        kind = ours if entry.weights or kind is ours else type(old)
-        sizes = {name: entry.options.get(name) for name in _SIZES if name in options}
-        if (type(old), options, entry.weights) == (kind, options | sizes, ""):
+        label, old = path or "the model", cast(Any, modules.get(path))
+        stayed = stored.pop(_KEPT + path, None)
+        kind, options, differ = _wanted(label, entry, old)
+        if not (differ or type(old) is not kind or entry.weights or entry.before or _before(old)):
             continue
         check_plain(old, "load", label)
-        try:
-            made = kind(**options | sizes, device="meta")
-            made = _prepared(made, old, entry.weights) if entry.weights else made
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"load: expected {label} of sizes that an {ours.__name__} can have, got {sizes}"
-            ) from error
-        for name, expected in _tensors_of(made)[0].items():
-            value = stored.get(f"{path}.{name}" if path else name, expected)
-            if value.shape != expected.shape or (entry.weights and value.dtype != expected.dtype):
+        prefix = path and f"{path}."
+        values = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+        made = _made(label, kind, options, entry.weights, old, values)
+        if isinstance(made, Shrinkable):
+            made.kept = None  # and not what the old module remembers
+        if entry.before:
+            try:
+                made.remember(entry.masks(stayed))
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"load: expected {name} of shape {list(expected.shape)}, as the sizes of "
-                    f"{label} say, got {list(value.shape)} of {value.dtype} in the file"
-                )
-        parameters = cast(Any, old)._parameters
-        new[old] = made if entry.weights else take_over(made, old, parameters)
+                    f"load: expected units of {label} that fit its sizes, got others in the file"
+                ) from error
+        new[old] = made
     return new
+
+
+def _wanted(label: str, entry: _Entry, old: Any) -> tuple[Any, dict[str, Any], bool]:
+    """The class and options of what takes the place of a module; whether the options differ."""
+    if entry.kind not in _kinds():
+        raise ValueError(
+            f"load: expected {label} of a class that this version has, got {entry.kind!r}"
+        )
+    kind, torchs, ours = _kinds()[entry.kind]
+    if not isinstance(old, (torchs, ours)):
+        names = " or ".join(map(_name, dict.fromkeys((torchs, ours))))
+        got = "none" if old is None else f"a {type(old).__name__}"
+        raise ValueError(f"load: expected {label} to be an {names}, as in the file, got {got}")
+    options = _options(old, ours)
+    for option, value in entry.options.items():
+        own = options.get(option)
+        resized = option in _SIZES and value and own
+        if value != own and not resized and not option.startswith("dropout"):
+            raise ValueError(
+                f"load: expected {label} with {option}={value!r}, as in the file, got {own!r}"
+            )
+    sizes = {option: entry.options.get(option) for option in _SIZES if option in options}
+    # A module of torch's that has become ours stays ours.
+    kind = ours if entry.weights or kind is ours else type(old)
+    return kind, options | sizes, options | sizes != options
+
+
+def _made(
+    label: str,
+    kind: Any,
+    options: dict[str, Any],
+    weights: str,
+    old: Any,
+    values: dict[str, Tensor],
+) -> Any:
+    """A module of a class with these options, which has all else that `old` has.
+
+    Its parameters are those of `old`, to be resized; values: what they will hold.
+    """
+    try:
+        made = kind(**options, device="meta")
+        made = _prepared(made, old, weights) if weights else made
+    except (RuntimeError, TypeError, ValueError) as error:
+        sizes = {option: value for option, value in options.items() if option in _SIZES}
+        raise ValueError(
+            f"load: expected {label} of sizes that an {kind.__name__} can have, got {sizes}"
+        ) from error
+    for name, expected in _tensors_of(made)[0].items():
+        value = values.get(name, expected)
+        if value.shape != expected.shape or (weights and value.dtype != expected.dtype):
+            raise ValueError(
+                f"load: expected {name} of shape {list(expected.shape)}, as the sizes of {label} "
+                f"say, got {list(value.shape)} of {value.dtype} in the file"
+            )
+    return made if weights else take_over(made, old, old._parameters)
 
 
 @torch.no_grad()

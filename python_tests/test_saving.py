@@ -299,6 +299,63 @@ def test_buffers_that_a_call_makes_need_not_be_there(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
+# States of the width before shrinking
+
+
+def shrunken_tagger() -> Net:
+    model = tagger(nn.LSTM(5, 8, 2), 8)
+    keep = {"rnn.l0": [0, 2, 5]}
+    return iss.shrink(model, iss.find_groups(model, X), keep=keep)[0]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_loaded_model_cuts_states_of_the_width_before(prepared, device, tmp_path):
+    small: Any = shrunken_tagger()
+    if prepared:
+        small = iss.prepare(small)
+    with torch.device(device):
+        fresh = tagger(nn.LSTM(5, 8, 2), 8)
+    result: Any = round_trip(small, fresh, tmp_path)
+    hx = torch.randn(2, 2, 2, 8).unbind(0)
+    with torch.no_grad():
+        assert same(tensors_in(result.rnn(X, hx)), tensors_in(small.rnn(X, hx)))
+    for ours, theirs in zip(sum(result.rnn.kept, ()), sum(small.rnn.kept, ()), strict=True):
+        assert torch.equal(ours.units, theirs.units) and ours.before == theirs.before == 8
+
+
+def test_a_loaded_cell_cuts_states_of_the_width_before(tmp_path):
+    small = iss.ISSGRUCell(5, 2)
+    small.remember([[torch.tensor([True, False, True, False])]])
+    result = round_trip(small, nn.GRUCell(5, 4), tmp_path)
+    h = torch.randn(2, 4)
+    assert torch.equal(result(X[0], h), small(X[0], h))
+
+
+def test_a_model_forgets_what_the_saved_one_does_not_remember(tmp_path):
+    loaded: Any = round_trip(tagger(iss.ISSLSTM(5, [3, 8], 2), 8), shrunken_tagger(), tmp_path)
+    assert loaded.rnn.kept is None and loaded.rnn.hidden_size == [3, 8]
+
+
+MASKS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    "none": lambda values, entry: values.pop("iss_kernels.kept.rnn"),
+    "others": lambda values, entry: values["iss_kernels.kept.rnn"].logical_not_(),
+    "numbers": lambda values, entry: values.update({"iss_kernels.kept.rnn": torch.zeros(32)}),
+    "fewer": lambda values, entry: entry["before"].pop(),
+    "text": lambda values, entry: entry.update(before="8"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_units_that_do_not_fit_the_sizes_are_refused(name, tmp_path):
+    iss.save(shrunken_tagger(), tmp_path / "m")
+    values = safetensors.torch.load_file(tmp_path / "m")
+    changed(tmp_path / "m", lambda found: MASKS[name](values, found["modules"]["rnn"]), values)
+    with pytest.raises(ValueError, match="^load: expected units of rnn that fit its sizes"):
+        iss.load(tmp_path / "m", tagger(nn.LSTM(5, 8, 2), 8))
+
+
+# -------------------------------------------------------------------------------------------------
 # state_dict
 
 
@@ -318,11 +375,7 @@ def test_a_state_dict_loads_into_a_model_that_load_made(name, tmp_path):
 
 
 def test_a_state_dict_loads_into_a_model_that_shrink_made(tmp_path):
-    def shrunken() -> nn.Module:
-        model = tagger(nn.LSTM(5, 8, 2), 8)
-        return iss.shrink(model, iss.find_groups(model, X), keep={"rnn.l0": [0, 2, 5]})[0]
-
-    one, other = shrunken(), shrunken()
+    one, other = shrunken_tagger(), shrunken_tagger()
     other.load_state_dict(torchs_round_trip(one, tmp_path))
     assert same(answers(one), answers(other))
 
@@ -443,12 +496,12 @@ def test_a_kernel_keeps_its_size(tmp_path):
         iss.load(tmp_path / "m", nn.Conv1d(4, 4, 3))
 
 
-def changed(path: Any, change: Callable[[dict[str, Any]], Any]) -> None:
+def changed(path: Any, change: Callable[[dict[str, Any]], Any], values: Any = None) -> None:
     with safe_open(path, "pt") as file:
         found = json.loads(file.metadata()["iss_kernels"])
+    values = safetensors.torch.load_file(path) if values is None else values
     change(found)
-    tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file(tensors, path, {"iss_kernels": json.dumps(found)})
+    safetensors.torch.save_file(values, path, {"iss_kernels": json.dumps(found)})
 
 
 FILES: dict[str, tuple[Callable[[Any], Any], str]] = {
