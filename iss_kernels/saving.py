@@ -25,7 +25,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from iss_kernels import __version__
-from iss_kernels.accelerate import HOOK_TABLES, _name, added, check_plain, take_over
+from iss_kernels.accelerate import (
+    _REFERENCES,
+    HOOK_TABLES,
+    _contents,
+    _holdings,
+    _name,
+    added,
+    check_plain,
+    take_over,
+)
 from iss_kernels.prepare import _DTYPES as FORMATS
 from iss_kernels.prepare import Prepared, prepared_type
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
@@ -118,6 +127,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "save: expected a model whose state is its parameters and buffers, got other state "
             f"under {others[0]}"
         )
+    _check_held(model, tensors)
     modules = {path: _entry(path, module) for path, module in model.named_modules()}
     metadata = _Metadata(
         {path: entry for path, entry in modules.items() if entry is not None},
@@ -130,6 +140,24 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if name in metadata.modules and metadata.modules[name].before:
             values[_KEPT + name] = _stayed(cast(Shrinkable, module))
     _write(safetensors.torch.save(values, {_KEY: text}), path)
+
+
+def _check_held(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a model that holds parameters which have no name in it."""
+    named = set(map(id, tensors.values()))
+    for path, holder, held in _holdings(model):
+        if isinstance(holder, _REFERENCES) or isinstance(held, _REFERENCES):
+            continue  # to what may be another's
+        if held is getattr(holder, "_flat_weights", None):
+            continue  # torch's list of weights, some of which other code may have replaced
+        inside = (
+            held.parameters() if isinstance(held, nn.Module) else dict(_contents(held)).values()
+        )
+        if any(isinstance(p, nn.Parameter) and id(p) not in named for p in inside):
+            raise ValueError(
+                "save: expected a model that registers all parameters it holds (nn.ModuleList and "
+                f"nn.ParameterList do), got others in {path}"
+            )
 
 
 def _stayed(module: Shrinkable) -> Tensor:
@@ -352,10 +380,11 @@ def _fill(model: nn.Module, names: list[str], own: Tensor, value: Tensor) -> Non
         for name in names:
             path, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(path), attribute, new)
-        return
-    if own.is_leaf and (own.shape, own.dtype) != (value.shape, value.dtype):
+    elif (own.shape, own.dtype) == (value.shape, value.dtype) and 0 not in own.stride():
+        own.copy_(value)  # into its memory, which another tensor may share
+    else:
+        own.data = value  # the tensor stays, for all that refer to it
         own.grad = None
-    own.data = value  # the tensor stays, for all that refer to it
 
 
 # -------------------------------------------------------------------------------------------------

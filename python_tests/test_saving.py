@@ -224,6 +224,14 @@ def test_what_refers_to_a_tensor_or_module_goes_on_to_do_so(tmp_path):
     assert calls == [1]
 
 
+def test_what_shares_the_memory_of_a_tensor_goes_on_to_share_it(tmp_path):
+    model, fresh = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    model.running_mean = torch.randn(3)
+    also = fresh.running_mean.view(3, 1)
+    round_trip(model, fresh, tmp_path)
+    assert torch.equal(also.flatten(), model.running_mean)
+
+
 @pytest.mark.parametrize("inference", ["neither", "fresh", "load"])
 def test_a_loaded_model_is_trained_as_the_saved_one(inference, tmp_path):
     small, _ = PAIRS["language model"]()
@@ -261,7 +269,21 @@ def test_computed_weights_come_back_by_what_they_are_computed_from(tmp_path):
         prune.random_unstructured(net.head, "weight", 0.5)
         return net
 
-    for make in (made, pruned):
+    def dropped() -> Net:
+        """With a weight as a plain tensor, which a hook computes, and its source as a parameter."""
+        net = tagger(nn.LSTM(5, 8), 8)
+        source = net.rnn.weight_hh_l0
+        del net.rnn._parameters["weight_hh_l0"]
+        net.rnn.source = source
+        net.rnn.weight_hh_l0 = source * 2
+
+        def compute(rnn: Any, _: Any) -> None:
+            rnn.weight_hh_l0 = rnn.source * 2
+
+        net.rnn.register_forward_pre_hook(compute)
+        return net
+
+    for make in (made, pruned, dropped):
         model = make()
         answers(model)
         assert same(answers(round_trip(model, make(), tmp_path).eval()), answers(model.eval()))
@@ -588,8 +610,22 @@ def with_parameter(value: Tensor) -> nn.Module:
     return module
 
 
+def with_a_list(held: Any) -> nn.Module:
+    module = nn.Linear(2, 3)
+    module.held = held  # type: ignore[assignment]
+    return module
+
+
 UNSAVED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "extra state": (lambda: WithExtraState(2, 3), "parameters and buffers, got other state under"),
+    "a list of modules": (
+        lambda: with_a_list([nn.Linear(2, 3)]),
+        "registers all parameters it holds .*got others in held.0",
+    ),
+    "a dict of parameters": (
+        lambda: with_a_list({"a": nn.Parameter(torch.zeros(3))}),
+        "registers all parameters it holds .*got others in held",
+    ),
     "meta": (lambda: nn.LSTM(2, 3, device="meta"), "weight_ih_l0 with values.*the meta device"),
     "lazy": (lambda: nn.LazyLinear(3), "weight to be a dense tensor, got one without a shape"),
     "sparse": (lambda: with_parameter(torch.eye(3).to_sparse()), "value.*dense.*sparse_coo"),
