@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds which weights leave together with each recurrent unit, by running the model.
 
-Every output of a recurrent module carries labels: an int32 tensor of its shape that names each
-element's unit, -1 for none. While a copy of the model runs, a torch function that receives a
-labelled tensor either has a rule that says how its result is labelled, or is an error: nothing
-passes unseen. Labels that arrive at a linear layer or a recurrent module become the labels of that
-weight's columns. What was found is verified by removing units from copies (verify.py).
+Every output of a recurrent module carries labels, which name the unit of each element; so does
+every parameter, whose rows and columns are units too until it shows whether they leave with
+recurrent ones. While a copy of the model runs, each torch function does to labels what the table of
+rules.py says, or keeps their units whole: nothing passes unseen. What was found is verified by
+removing units from copies (verify.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,55 +28,37 @@ from iss_kernels.groups import (
     Family,
     GroupError,
     Groups,
-    LabelledVector,
-    LabelledWeight,
+    Labelled,
     cell_of,
     kinds,
+    plain_cells,
     plain_recurrent,
+)
+from iss_kernels.rules import (
+    ANY,
+    COPIES,
+    METADATA,
+    NONE,
+    SIZES,
+    Call,
+    Labels,
+    apply,
+    compact,
+    varies,
+    words,
 )
 from iss_kernels.shrink import names_of_parameters
 from iss_kernels.verify import Experiment, Path, call, replaced, tensors
+from iss_kernels.widths import Width, numbers
+
+# Frames of these are not the user's code.
+_LIBRARIES = (str(FilePath(torch.__file__).parent), str(FilePath(__file__).parent))
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Functions by what they do to labels. Joins and moves do the same to the labels as to the data.
-_JOINS = _words("cat concat concatenate dstack hstack stack vstack")
-_MOVES = _words(
-    """T __getitem__ _pack_padded_sequence chunk expand expand_as flatten flip gather
-    index_select mT moveaxis movedim narrow permute ravel repeat repeat_interleave reshape
-    reshape_as roll select split squeeze swapaxes swapdims t tensor_split tile transpose unbind
-    unflatten unsqueeze view view_as"""
-)
-_ELEMENTWISE = _words(
-    """__add__ __iadd__ __imul__ __isub__ __itruediv__ __mul__ __neg__ __radd__ __rmul__ __rsub__
-    __sub__ __truediv__ abs add add_ alpha_dropout bfloat16 celu clamp clamp_ clip clone contiguous
-    cos cpu cuda data detach div div_ double dropout dropout_ elu elu_ erf exp float gelu half
-    hardshrink hardsigmoid hardswish hardtanh hardtanh_ leaky_relu leaky_relu_ logsigmoid
-    masked_fill masked_fill_ maximum minimum mish mul mul_ multiply nan_to_num neg negative relu
-    relu6 relu_ rsub selu sigmoid sigmoid_ silu sin softplus softshrink softsign square sub sub_
-    subtract tanh tanh_ tanhshrink to true_divide type type_as where"""
-)
-_REDUCTIONS = _words("amax amin logsumexp max mean median min prod sum")
-# These take shape, dtype or device alone: from their later arguments, or from all of them.
-_LIKES = _words("expand_as reshape_as to type_as view_as")
-_METADATA = _words(
-    """__len__ __repr__ device dim dtype get_device is_contiguous is_cpu is_cuda is_floating_point
-    is_nested layout ndim nelement new_empty new_full new_ones new_tensor new_zeros numel
-    requires_grad shape size stride"""
-)
-# These tell a model's code how many units there are.
-_SIZES = _words("__len__ nelement numel shape size")
-# A final state copied by one of these is still that state when the model returns it.
-_COPIES = _words("clone contiguous data detach")
-
-
-def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
+def find_groups(model: nn.Module, example_inputs: Any, *, on_unknown: str = "raise") -> Groups:
     """Find every recurrent module in a model and every weight that reads their units.
 
-    Recurrent modules are nn.LSTM, nn.GRU, nn.RNN and this package's own, ISSLSTM and the like.
+    Recurrent modules are nn.LSTM, nn.GRU, nn.RNN, their cells, and this package's own.
 
     example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
     keyword arguments; any values that take the model's usual path. A copy of the model runs on
@@ -82,19 +66,33 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
     that a whole one gives where these units are dead, on the example, and with one row more along
     its first two dimensions if the model takes that. The model stays as it is.
 
-    Families keep one common size (`Groups.tied`) where the answers change otherwise, as with
-    y.chunk(2, -1) of both directions. Left out are modules that the example does not run, and
-    families whose outputs reach the model's own output. (Final states may: they get as small as the
-    units.)
+    Units of two layers become one where the model adds or multiplies their outputs, compares them
+    (attention scores), or hands one's final state to the other: they leave together. Families keep
+    one common size (`Groups.tied`) where the answers change otherwise, as with y.chunk(2, -1) of
+    both directions. `Groups.kept_whole` lists the families that cannot leave and why: their units
+    reach the model's own output, or a function that needs all of them, such as layer_norm, or the
+    answers change when they are removed. (Final states may reach the output: they get as small as
+    the units.)
+
+    A number in the model's own modules that turns out to be a width, such as self.hidden_size where
+    states are made, changes with the units (`Groups.widths`): it is tried where the answers change
+    otherwise, and taken where they do not.
+
+    on_unknown: "raise" makes it an error if units reach a function that no rule covers; "keep"
+    keeps these units whole.
 
     That takes some 15 forward passes, more where code rearranges units: a short example will do.
 
-    Raises GroupError where a unit cannot be followed to all that reads it, where the answers change
-    with a removal, as with sizes written into the model's own code, or where no unit can leave; and
-    for recurrent modules whose weights are computed (pruning, weight_norm) or whose forward was
-    replaced.
+    Raises GroupError for such a function, which it names with the line of the model's code, or
+    where no unit can leave; and for recurrent modules whose weights are computed (pruning,
+    weight_norm) or whose forward was replaced.
+
+        groups = find_groups(nn.Sequential(nn.LSTM(4, 8), Head()), torch.randn(5, 2, 4))
     """
-    recurrent = plain_recurrent("find_groups", model)
+    if on_unknown not in ("raise", "keep"):
+        raise ValueError(f'find_groups: expected on_unknown "raise" or "keep", got {on_unknown!r}')
+    keep = on_unknown == "keep"
+    recurrent = plain_recurrent("find_groups", model, keep) | plain_cells(model)
     if not recurrent:
         others = [n for n, m in model.named_modules() if isinstance(m, nn.RNNBase)]
         raise GroupError(
@@ -113,75 +111,100 @@ def find_groups(model: nn.Module, example_inputs: Any) -> Groups:
             f"find_groups: expected parameters that have a shape, got {lazy[0]} without one: "
             "call the model once"
         )
-    tracer = _Tracer(copied(model), list(recurrent), example_inputs)
+    tracer = _Tracer(copied(model), list(recurrent), example_inputs, keep)
     tracer.run()
     groups = tracer.groups(model)
     experiment = Experiment(model, example_inputs, tracer.returned, tracer.eps)
-    failure = experiment.failure(groups)
-    for tied in tracer.ties(groups) if failure else ():
-        candidate = replace(groups, tied=tied)
-        if experiment.failure(candidate) is None:
-            groups, failure = candidate, None
-            break
-    if failure:
-        raise tracer.refusal(experiment.culprits(groups), failure)
+    while failure := experiment.failure(groups):
+        culprits: list[str] = []
+        for candidate in tracer.candidates(groups, experiment, culprits):
+            if experiment.failure(candidate) is None:
+                return replace(candidate, verified=str(experiment))
+        why = tracer.reason(groups, culprits, failure)
+        for family in groups.families:
+            if family.name in culprits:
+                tracer.keep_family(family, why)
+        groups = tracer.groups(model)
     return replace(groups, verified=str(experiment))
 
 
-class _Layout(NamedTuple):
+@dataclass(frozen=True)
+class _Layout:
     """One layer and direction: the names of its parameters, and the ids of its units.
 
-    Ids of cells [H] and of outputs [P], the same where nothing projects. families: the name of the
-    family of each state, h first.
+    Ids of cells [H] and of outputs [P], the same where nothing projects.
     """
 
     parameters: list[str]
-    families: tuple[str, ...]
     cells: Tensor
     outputs: Tensor
 
 
-class _Call(NamedTuple):
-    """A call of a torch function, and what it returned."""
+@dataclass(frozen=True)
+class _Stay:
+    """Units that cannot leave: which, why, and whether for want of a rule."""
 
-    name: str
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tensors: list[Tensor]  # arguments whose elements count
-    result: Any
+    units: Tensor
+    operation: str
+    why: str
+    unknown: bool
+
+    def __str__(self) -> str:
+        through = f"it reaches {self.operation}, and " * bool(self.operation)
+        return through + self.why
 
 
 class _Tracer(TorchFunctionMode):
-    """Runs a model and keeps the labels of every tensor that comes from a recurrent module."""
+    """Runs a model and keeps the labels of its tensors; a `rules.Trace`."""
 
-    def __init__(self, model: nn.Module, recurrent: list[str], inputs: Any) -> None:
+    def __init__(self, model: nn.Module, recurrent: list[str], inputs: Any, keep: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.keep = model, keep
         self.inputs = replaced(inputs, torch.clone)  # the model may write into them
         self.given = {id(tensor) for tensor in tensors(self.inputs)}
-        self.families: list[Family] = []
+        self.root = torch.empty(0, dtype=torch.int32, device="cpu")  # unit -> the one it joined
+        self.families: list[Family] = []  # of layers and directions, with their own ids
         self.layouts = {name: self._number_units(name) for name in recurrent}
-        named = reversed(list(model.named_parameters(remove_duplicate=False)))
-        self.names = {id(parameter): name for name, parameter in named}
-        self.weights: dict[str, list[Tensor]] = {}  # name -> units of rows (and columns)
-        self.other_uses: dict[str, str] = {}  # parameter name -> a function that has no rule for it
+        named = [*model.named_buffers(remove_duplicate=False),
+                 *model.named_parameters(remove_duplicate=False)]  # fmt: skip
+        self.names = {id(tensor): name for name, tensor in reversed(named)}
+        self.units: dict[str, list[Tensor]] = {}  # parameter -> the ids of each dimension
+        self.read_dims: set[tuple[str, int]] = set()  # dimensions that units are multiplied with
         # id -> (tensor, labels); holding the tensor keeps its id from being given to another.
-        self.labels: dict[int, tuple[Tensor, Tensor]] = {}
+        self.known: dict[int, tuple[Tensor, Labels]] = {}
+        self.weights: dict[int, Tensor] = {}  # what is computed from parameters alone
+        self.stays: list[_Stay] = []
+        self.values: list[Tensor] = []  # units read by their value
+        self.summed: list[Tensor] = []  # places of parameters that are multiplied with units
         self.states: dict[int, str] = {}  # id of a final state -> its module
+        self.moved: dict[int, str] = {}  # id of a final state in another shape -> its module
+        self.fed: set[str] = set()  # modules whose initial state is data
         self.looked_into: set[str] = set()  # modules whose final states some function reads
         self.stacked: dict[str, bool] = {}  # modules that ran -> whether h_n is one tensor
         self.inside = False
-        self.answer: set[int] = set()  # units that reach the model's own output
+        self.operation = ""
         self.returned: list[Path] = []  # where the model returns final states
         self.by_position: list[tuple[str, Tensor]] = []  # functions that rearranged these units
         self.by_size: list[tuple[str, Tensor]] = []  # functions that told the size of these
         self.called: set[nn.Module] = set()
+        self.looked_up: set[str] = set()  # parameters that were used as embeddings
         self.eps = 0.0  # of the least precise floating dtype that was seen
+
+    # -- Units
+
+    def _new_units(self, size: int) -> Tensor:
+        start = len(self.root)
+        new = torch.arange(start, start + size, dtype=torch.int32, device="cpu")
+        self.root = torch.cat([self.root, new])
+        return new
 
     def _number_units(self, name: str) -> list[list[_Layout]]:
         """Give ids to the units of a module: a layout for each [layer][direction]."""
         module: Any = self.model.get_submodule(name)
+        if isinstance(module, nn.RNNCellBase):
+            units = self._add_family(name, name, module.hidden_size)
+            names = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * bool(module.bias)]
+            return [[_Layout(names, units, units)]]
         cell, directions = cell_of(module), 1 + module.bidirectional
         layouts: list[list[_Layout]] = [[] for _ in range(module.num_layers)]
         for index, parameters in enumerate(module._all_weights):
@@ -190,18 +213,114 @@ class _Tracer(TorchFunctionMode):
             projects = sum(len(shape) == 2 for shape in shapes) > 2  # w_ih, w_hh and w_hr
             family = f"{name}.l{layer}{'_reverse' * direction}".removeprefix(".")
             (rows, _), (_, width), *_ = shapes
-            names = [family + ".cell" * projects, family + ".output" * projects]
-            outputs = cells = self._add_family(names[0], name, rows // cell.gates)
+            outputs = cells = self._add_family(
+                family + ".cell" * projects, name, rows // cell.gates
+            )
             if projects:
-                outputs = self._add_family(names[1], name, width)
-            families = (names[1], *[names[0]] * (len(cell.states) - 1))
-            layouts[layer].append(_Layout(parameters, families, cells, outputs))
+                outputs = self._add_family(family + ".output", name, width)
+            layouts[layer].append(_Layout(parameters, cells, outputs))
         return layouts
 
     def _add_family(self, name: str, module: str, size: int) -> Tensor:
-        start = self.families[-1].units.stop if self.families else 0
-        self.families.append(Family(name, module, start, size))
-        return _ids(self.families[-1])
+        units = self._new_units(size)
+        self.families.append(Family(name, module, int(units[0]) if size else 0, size))
+        return units
+
+    def _dims(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """Ids along each dimension of a parameter or buffer; none along one of size 1."""
+        if name not in self.units:
+            self.units[name] = [
+                self._new_units(size) if size > 1 else _none(size) for size in tensor.shape
+            ]
+        return self.units[name]
+
+    # -- What rules ask and tell
+
+    def labels(self, tensor: Any) -> Labels:
+        """The labels of a tensor; none for data."""
+        if not isinstance(tensor, Tensor):
+            return []
+        if id(tensor) in self.known:
+            return self.known[id(tensor)][1]
+        name = self.names.get(id(tensor))
+        if name is None or not tensor.is_floating_point():
+            return []
+        count = tensor.dim()
+        return [
+            units.view(-1, *[1] * (count - 1 - dim)).expand(*[1] * dim, *[-1] * (count - dim))
+            for dim, units in enumerate(self._dims(name, tensor))
+            if len(units) > 1
+        ]
+
+    def label(self, tensor: Tensor, labels: Iterable[Tensor]) -> None:
+        """Give a tensor its labels, with as many dimensions as it has."""
+        own = [one.reshape((1,) * (tensor.dim() - one.dim()) + one.shape) for one in labels]
+        own = [one for one in own if bool((one != NONE).any())]
+        if own or id(tensor) in self.known:
+            self.known[id(tensor)] = (tensor, own)
+
+    def unite(self, one: Tensor, two: Tensor, why: str) -> Tensor:
+        """Join units place by place."""
+        one, two = torch.broadcast_tensors(one, two)  # type: ignore[no-untyped-call]
+        result = torch.maximum(one, two)
+        pairs = torch.stack([one.flatten(), two.flatten()])
+        both = (pairs >= 0).all(0)
+        alone = ((pairs >= 0).any(0)) & (pairs == NONE).any(0)
+        if bool(alone.any()):
+            self.keep_whole(pairs[:, alone].amax(0), why)
+        joined = pairs[:, both].long()
+        roots = self.root[joined]
+        differ = roots[0] != roots[1]
+        if bool(differ.any()):
+            for a, b in roots[:, differ].unique(dim=1).T.tolist():  # type: ignore[no-untyped-call]
+                a, b = self._find(a), self._find(b)
+                if a != b:
+                    self.root[max(a, b)] = min(a, b)
+            while bool((self.root[self.root.long()] != self.root).any()):
+                self.root = self.root[self.root.long()]
+        return result
+
+    def _find(self, unit: int) -> int:
+        while int(self.root[unit]) != unit:
+            unit = int(self.root[unit])
+        return unit
+
+    def read(self, labels: Tensor) -> None:
+        """These units are read by their value."""
+        self.values.append(labels.flatten())
+
+    def multiplied(self, labels: Tensor) -> None:
+        """These places of a parameter are multiplied with units."""
+        self.summed.append(labels.flatten())
+
+    def keep_whole(self, labels: Tensor, why: str, unknown: bool = False) -> None:
+        """These units cannot leave."""
+        units = labels.flatten()
+        units = units[units >= 0]
+        if len(units):
+            self.stays.append(_Stay(units, self._place(), why, unknown))
+
+    def is_weight(self, tensor: Any) -> bool:
+        """Whether a tensor is computed from parameters alone."""
+        return id(tensor) in self.weights or id(tensor) in self.names
+
+    def keep_family(self, family: Family, why: str) -> None:
+        """Keep the units of a found family whole."""
+        for own in self.families:
+            if own.name in family.members:
+                self.stays.append(_Stay(_ids(own), "", why, False))
+
+    def _place(self) -> str:
+        """The operation, and the line of the user's code that called it."""
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if not file.startswith(_LIBRARIES) and not file.startswith("<"):
+                return f"{self.operation} ({FilePath(file).name}:{frame.f_lineno})"
+            frame = frame.f_back
+        return self.operation
+
+    # -- The run
 
     def run(self) -> None:
         """Run the model on the example inputs and note which units its own output holds."""
@@ -214,154 +333,217 @@ class _Tracer(TorchFunctionMode):
             module.register_forward_pre_hook(lambda module, _: self.called.add(module))
         with self:
             output = call(self.model, self.inputs)
+        self.operation = ""
         for path, tensor in output.items():
-            if id(tensor) in self.states:
+            # One that came in as data goes out to come in again, in whatever shape.
+            if id(tensor) in self.states or self.moved.get(id(tensor)) in self.fed:
                 self.returned.append(path)
-            elif id(tensor) in self.labels:
-                self.answer.update(self.labels[id(tensor)][1].flatten().tolist())
+                continue
+            for labels in self.labels(tensor):
+                units = labels[labels >= 0]
+                self.stays.append(_Stay(units, "", "its outputs are the model's own", False))
 
     def groups(self, model: nn.Module) -> Groups:
         """What was found, with new ids for the units that can leave."""
-        for name, function in self.other_uses.items():
-            if name in self.weights:
-                labels = torch.cat(self.weights[name])
-                if (labels >= 0).any():
-                    raise self._error(labels, function, f"it uses {name}, which leaves in part")
-        fixed = {f.name for f in self.families if self.answer & set(f.units)}
-        tied = []
-        for names in self._read_as_one():
-            owner = next(f.module for f in self.families if f.name == names[0])
-            # States that are apart since sizes differ would become one tensor if these got equal.
-            if fixed & set(names) or not self.stacked[owner]:
-                fixed |= set(names)
-            else:
-                tied.append(names)
+        found, kept_whole = self._blocks()
+        # Places of units: the last is of what is of none.
+        renumber = _none(len(self.root) + 1)
         families: list[Family] = []
-        renumber = _none(self.families[-1].units.stop + 1)
-        for family in self.families:
-            if family.module in self.stacked and family.name not in fixed:
-                start = families[-1].units.stop if families else 0
-                families.append(replace(family, start=start))
-                renumber[family.start : family.units.stop] = _ids(families[-1])
-        if not families:
-            raise GroupError(
-                "find_groups: expected units that can leave, but the outputs of "
-                + ", ".join(family.name for family in self.families)
-                + " are the model's own or not computed"
+        for members, roots in found.items():
+            start = families[-1].units.stop if families else 0
+            names = tuple(self.families[i].name for i in members)
+            # One that is in this block alone names it best.
+            alone = [n for i, n in zip(members, names, strict=True)
+                     if sum(i in block for block in found) == 1]  # fmt: skip
+            name = next(iter(alone), " = ".join(names))
+            families.append(
+                Family(name, self.families[members[0]].module, start, len(roots), names)
             )
-        weights, vectors = [], []
+            renumber[roots.long()] = _ids(families[-1])
+        if not families:
+            self._refuse(kept_whole)
+        of_unit = renumber[torch.cat([self.root, _none(1)]).long()]
+        weights: list[Labelled] = []
+        vectors: list[Labelled] = []
         shared = names_of_parameters(model)
-        for name in [name for name, _ in model.named_parameters() if name in self.weights]:
-            # The last place of renumber is -1, and so are units that cannot leave.
-            units = [renumber[units.long()] for units in self.weights[name]]
-            if (torch.cat(units) < 0).all():
+        order = [*model.named_parameters(), *model.named_buffers()]
+        parameters = {name for name, _ in model.named_parameters()}
+        summed = torch.cat([_none(0), *self.summed])
+        summed = summed[summed >= 0]
+        for name, tensor in order:
+            if name not in self.units:
                 continue
-            self._check_sharing(name, shared[name])
-            if len(units) == 2:
-                weights.append(LabelledWeight(name, *units))
-            else:
-                vectors.append(LabelledVector(name, *units))
-        return Groups(model, families, weights, tied, vectors)
+            units = tuple(of_unit[units.long()] for units in self.units[name])
+            if not units or bool((torch.cat(units) < 0).all()):
+                continue
+            self._check_sharing(name, shared.get(name, [name]), units)
+            reads = tuple(
+                dim for dim, own in enumerate(self.units[name])
+                if (name, dim) in self.read_dims or bool(torch.isin(own, summed).any())
+            )  # fmt: skip
+            is_weight = name in parameters and tensor.dim() > 1
+            (weights if is_weight else vectors).append(Labelled(name, units, reads))
+        tied = []
+        for alike in self._read_as_one():
+            own = [family.name for family in families if set(family.members) & set(alike)]
+            tied += [own] if len(own) > 1 and own not in tied else []
+        read = None
+        if self.values:
+            values = torch.cat(self.values)
+            values = of_unit[values[values >= 0].long()]
+            read = torch.zeros(families[-1].units.stop, dtype=torch.bool, device="cpu")
+            read[values[values >= 0].long()] = True
+            read = read if bool(read.any()) else None
+        return Groups(model, families, weights, tied, vectors, kept_whole=kept_whole, by_value=read)
 
-    def _check_sharing(self, name: str, names: list[str]) -> None:
+    def _blocks(self) -> tuple[dict[tuple[int, ...], Tensor], dict[str, str]]:
+        """{families that share units: these units}; and which families stay whole, and why."""
+        owners: dict[int, list[int]] = {}  # unit -> the families that have it
+        roots = [self.root[_ids(family).long()] for family in self.families]
+        for i, units in enumerate(roots):
+            for unit in dict.fromkeys(units.tolist()):
+                owners.setdefault(unit, []).append(i)
+        blocks: dict[tuple[int, ...], list[int]] = {}
+        for unit, members in owners.items():
+            blocks.setdefault(tuple(members), []).append(unit)
+        why: dict[tuple[int, ...], _Stay] = {}
+        for stay in self.stays:
+            for unit in set(self.root[stay.units.long()].tolist()) & owners.keys():
+                block = tuple(owners[unit])
+                if block not in why or (stay.unknown and not why[block].unknown):
+                    why[block] = stay
+        for block in blocks:
+            if any(self.families[i].module not in self.stacked for i in block):
+                why.setdefault(block, _Stay(_none(0), "", "the example does not run it", False))
+        for names in self._read_as_one():
+            those = [b for b in blocks if any(self.families[i].name in names for i in b)]
+            # States that are apart since sizes differ would become one tensor if these got equal.
+            reason = next((why[block] for block in those if block in why), None)
+            if reason is None and not self.stacked[self.families[those[0][0]].module]:
+                reason = _Stay(_none(0), "", "its states are read apart from each other", False)
+            if reason is not None:
+                for block in those:
+                    why.setdefault(block, reason)
+        kept: dict[str, str] = {}
+        for block, stay in why.items():
+            names = [self.families[i].name for i in block]
+            if stay.unknown and not self.keep:
+                raise self._error(names, stay.operation, stay.why)
+            kept |= {name: str(stay) for name in names}
+        found = {
+            block: torch.tensor(units, dtype=torch.int32, device="cpu")
+            for block, units in blocks.items() if block not in why
+        }  # fmt: skip
+        return found, kept
+
+    def _refuse(self, kept_whole: dict[str, str]) -> None:
+        reasons: dict[str, list[str]] = {}
+        not_run = "the example does not run it"
+        for name, why in kept_whole.items():
+            if why != not_run or set(kept_whole.values()) == {not_run}:
+                reasons.setdefault(why, []).append(name)
+        parts = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
+        raise GroupError(
+            "find_groups: expected units that can leave, but all have to stay; " + "; ".join(parts)
+        )
+
+    def _check_sharing(self, name: str, names: list[str], units: tuple[Tensor, ...]) -> None:
         """All modules that share a weight which leaves in part must have run, to be followed."""
         for other in names if len(names) > 1 else ():
-            if self.model.get_submodule(other.rpartition(".")[0]) not in self.called:
-                raise self._error(
-                    torch.cat(self.weights[name]), name,
-                    f"it is also {other}, in a module that the example does not run",
-                )  # fmt: skip
+            owner = self.model.get_submodule(other.rpartition(".")[0])
+            # A function may have used an embedding's weight without its module.
+            looked_up = isinstance(owner, nn.Embedding) and names[0] in self.looked_up
+            if owner not in self.called and not looked_up:
+                raise GroupError(
+                    f"find_groups: cannot follow {' or '.join(names)}, which is one parameter: the "
+                    f"example does not run the module of {other}"
+                )
 
-    @property
-    def rows(self) -> dict[str, list[tuple[str, ...]]]:
-        """Of every module, by layer and direction: the name of the family of each state."""
-        return {
-            name: [layout.families for layer in layers for layout in layer]
-            for name, layers in self.layouts.items()
-        }
+    def candidates(
+        self, groups: Groups, experiment: Experiment, culprits: list[str]
+    ) -> Iterator[Groups]:
+        """Groups that may hold where these do not, with ever more sizes that are tied.
 
-    def ties(self, groups: Groups) -> Iterator[list[list[str]]]:
-        """Ties that code may need which takes sizes to be alike: ever more of them.
-
-        At first of the parts of a tensor, as chunk makes them; then of all layers and directions,
-        as code does that reads rnn.hidden_size.
+        At first those of the parts of a tensor, as chunk makes them; then of all layers and
+        directions, as code does that reads rnn.hidden_size. Then numbers change with the units
+        that may be their widths. culprits: filled with the families that fail alone.
         """
-        sets = [set(self._names_of(labels)) for _, labels in self.by_position]
-        yield _tied(groups, sets)
-        for rows in self.rows.values():
-            sets += [set(names) for names in zip(*rows, strict=True)]
-        yield _tied(groups, sets)
+        sets = [set(self._names_of(labels, groups)) for _, labels in self.by_position]
+        by_module: dict[str, set[str]] = {}
+        for family in groups.families:
+            by_module.setdefault(family.module, set()).add(family.name)
+        for more in (sets, [*sets, *by_module.values()]):
+            if (tied := _tied(groups, more)) != groups.tied:
+                yield replace(groups, tied=tied)
+        culprits += experiment.culprits(groups)
+        sizes = {f.name: f.size for f in groups.families if f.size > 1}
+        widths, alike = [], {}
+        for module, place, value in numbers(groups.model):
+            for factor in (1, 2, 3, 4):
+                names = [n for n, size in sizes.items() if size * factor == value and n in culprits]
+                if names:
+                    widths.append(Width(module, place, names[0], factor))
+                    alike[value // factor] = set(names)
+                    break
+        if not widths:
+            return
+        # All of them; those of one name or in one module; all but one.
+        subsets = [widths]
+        for key in (lambda w: w.place[-1], lambda w: w.module, str):
+            for value in dict.fromkeys(map(key, widths)):
+                subsets.append([width for width in widths if key(width) == value])
+        subsets += [[w for w in widths if w is not one] for one in widths]
+        subsets = [list(s) for s in dict.fromkeys(tuple(s) for s in subsets if s)]
+        layers = [by_module[f.module] for f in groups.families if f.name in culprits]
+        every = [_tied(groups, [*alike.values(), *more]) for more in ([], layers, sets)]
+        for tied in [t for i, t in enumerate(every) if t not in every[:i]]:
+            for subset in subsets[:_MOST_SUBSETS]:
+                yield replace(groups, tied=tied, widths=subset)
 
-    def refusal(self, families: list[str], failure: str) -> GroupError:
-        """What to say where a copy without units of these families fails."""
-        labels = torch.cat([_ids(f) for f in self.families if f.name in families])
+    def reason(self, groups: Groups, families: list[str], failure: str) -> str:
+        """Why the units of families stay whole that cannot be removed."""
         rearranged, measured = (
             ", ".join(
-                dict.fromkeys(name for name, units in calls if torch.isin(units, labels).any())
+                dict.fromkeys(
+                    name
+                    for name, units in calls
+                    if set(self._names_of(units, groups)) & set(families)
+                )
             )
             for calls in (self.by_position, self.by_size)
         )
-        copy = f"a copy without some of its units {failure}"
+        failure = f"a copy without some of its units {failure}"
         if rearranged:
-            return self._error(labels, rearranged, f"{copy}, as where code picks units by position")
+            return f"it reaches {rearranged}, and {failure}, as where code picks units by position"
         hint = f"a number computed from its {measured}, " * bool(measured)
-        return GroupError(
-            f"find_groups: some output of {', '.join(families)} reaches the model's answers in a "
-            f"way that no torch function shows ({hint}a width written into the code, vmap, a C++ "
-            f"extension, random numbers of its own?): {copy}"
+        return (
+            f"it reaches the model's answers in a way that no torch function shows ({hint}a width "
+            f"written into the code, vmap, a C++ extension, random numbers of its own?): {failure}"
         )
 
     def _read_as_one(self) -> Iterator[list[str]]:
         """Names of families whose states are rows of one tensor that the model's code reads."""
         for module in sorted(self.looked_into):
-            rows = self.rows[module]
-            by_state = zip(*rows, strict=True) if len(rows) > 1 else ()
-            yield from map(list, sorted(set(by_state)))  # "l0.cell", then "l0.output"
+            layouts = [layout for layer in self.layouts[module] for layout in layer]
+            if len(layouts) > 1:
+                cells = frozenset(int(layout.cells[0]) for layout in layouts)
+                outputs = frozenset(int(layout.outputs[0]) for layout in layouts)
+                for starts in dict.fromkeys((cells, outputs)):
+                    yield [family.name for family in self.families if family.start in starts]
 
-    def _names_of(self, labels: Tensor) -> list[str]:
-        units = set(labels.flatten().tolist())
-        return [family.name for family in self.families if units & set(family.units)]
+    def _names_of(self, labels: Tensor, groups: Groups) -> list[str]:
+        """Names of the found families with units among these labels."""
+        units = labels.flatten()
+        roots = set(self.root[units[units >= 0].long()].tolist())
+        members = [f.name for f in self.families
+                   if roots & set(self.root[_ids(f).long()].tolist())]  # fmt: skip
+        return [f.name for f in groups.families if set(f.members) & set(members)]
 
-    def _error(self, labels: Tensor, operation: str, why: str) -> GroupError:
-        families = ", ".join(self._names_of(labels))
+    def _error(self, families: list[str], operation: str, why: str) -> GroupError:
         return GroupError(
-            f"find_groups: cannot follow the output of {families} through {operation}: {why}"
+            f"find_groups: cannot follow the output of {', '.join(families)} through "
+            f"{operation}: {why}"
         )
-
-    # -- Labels of tensors and weights
-
-    def _set(self, tensor: Tensor, labels: Tensor) -> None:
-        """Label a tensor, in its own layout: what can be done to it can be done to its labels."""
-        laid_out = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=torch.int32, device=tensor.device
-        )
-        for dim, stride in enumerate(tensor.stride()):
-            if stride == 0 and tensor.size(dim) > 1:  # expanded, so alike along it
-                laid_out, labels = laid_out.narrow(dim, 0, 1), labels.narrow(dim, 0, 1)
-        laid_out.copy_(labels)
-        self.labels[id(tensor)] = (tensor, laid_out.expand(tensor.shape))
-
-    def _columns(self, tensor: Tensor, operation: str) -> Tensor:
-        """Labels of the last dimension, [C] int32."""
-        if id(tensor) not in self.labels:
-            return _none(tensor.shape[-1])
-        labels = self.labels[id(tensor)][1].cpu()
-        columns = labels.reshape(-1, labels.shape[-1])[0]
-        if (labels != columns).any():
-            raise self._error(labels, operation, "its units are not in the last dimension alone")
-        return columns
-
-    def _label_weight(self, weight: Tensor, operation: str, *units: Tensor) -> None:
-        """Label the rows of a vector, or the rows and the columns of a weight."""
-        labels, name = torch.cat(units), self.names.get(id(weight))
-        if name is None:
-            if (labels >= 0).any():
-                raise self._error(labels, operation, "its weight is not a parameter of the model")
-            return
-        before = torch.cat(self.weights.setdefault(name, list(units)))
-        if not torch.equal(before, labels):
-            labels = torch.cat([labels, before])
-            raise self._error(labels, operation, f"{name} is used twice and reads other units")
 
     # -- Recurrent modules
 
@@ -372,10 +554,18 @@ class _Tracer(TorchFunctionMode):
         if self.inside:  # a module may call itself, as for `lengths`
             return forward(*args, **kwargs)
         self.inside = True
+        self.operation = name or f"the {type(module).__name__}"
         try:
             self._enter(name, module, *args, **kwargs)
             result = forward(*args, **kwargs)
-            self._leave(name, cell_of(module), result)
+            if isinstance(module, nn.RNNCellBase):
+                for state in tensors(result):
+                    self.label(state, [self.layouts[name][0][0].cells])
+                    if name in self.fed:
+                        self.states[id(state)] = name
+                self.stacked[name] = True
+            else:
+                self._leave(name, cell_of(module), result)
         finally:
             self.inside = False
         return result
@@ -383,39 +573,91 @@ class _Tracer(TorchFunctionMode):
     def _enter(
         self, name: str, module: Any, input: Any, hx: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        operation = name or f"the {type(module).__name__}"
-        for state in tensors(hx):
-            if id(state) in self.labels and self.states.get(id(state)) != name:
-                units = self.labels[id(state)][1]
-                raise self._error(units, operation, "it is an initial state there")
-            if id(state) not in self.labels and id(state) not in self.given:
-                raise GroupError(
-                    f"find_groups: expected the initial state of {operation} from the model's "
-                    "inputs or none (zeros), got one made inside, whose size cannot follow"
+        layouts = [layout for layer in self.layouts[name] for layout in layer]
+        if hx is not None:
+            if all(not self.labels(state) for state in tensors(hx)):
+                self.fed.add(name)
+            for which, state in enumerate(hx if len(cell_of(module).states) > 1 else (hx,)):
+                self._enter_state(
+                    state, [layout.cells if which else layout.outputs for layout in layouts]
                 )
         for option in tensors((args, kwargs)):  # lengths and resets
-            if id(option) in self.labels:
-                units = self.labels[id(option)][1].flatten()
-                raise self._error(units, operation, "it says there which steps are taken")
-        columns = self._columns(input[0] if isinstance(input, PackedSequence) else input, operation)
+            for one in self.labels(option):
+                self.keep_whole(one, "it says there which steps are taken", unknown=True)
+        x = input[0] if isinstance(input, PackedSequence) else input
+        columns = self._columns(x)
         for layer in self.layouts[name]:
-            for names, _, cells, outputs in layer:
-                w_ih, w_hh, *others = [getattr(module, parameter) for parameter in names]
-                self._label_weight(w_ih, operation, _repeated(cells, len(w_ih)), columns)
-                self._label_weight(w_hh, operation, _repeated(cells, len(w_hh)), outputs)
+            for layout in layer:
+                w_ih, w_hh, *others = [
+                    (f"{name}.{parameter}".removeprefix("."), getattr(module, parameter))
+                    for parameter in layout.parameters
+                ]
+                self._tie(w_ih, _repeated(layout.cells, len(w_ih[1])), columns)
+                self._tie(w_hh, _repeated(layout.cells, len(w_hh[1])), layout.outputs)
                 for other in others:  # biases, and a projection
-                    if other.dim() == 1:
-                        self._label_weight(other, operation, _repeated(cells, len(other)))
+                    if other[1].dim() == 1:
+                        self._tie(other, _repeated(layout.cells, len(other[1])))
                     else:
-                        self._label_weight(other, operation, outputs, cells)
+                        self._tie(other, layout.outputs, layout.cells)
             columns = torch.cat([layout.outputs for layout in layer])
         self.called.add(module)
+
+    def _tie(self, parameter: tuple[str, Tensor], *units: Tensor) -> None:
+        """Join the dimensions of a parameter with these units."""
+        name = self.names.get(id(parameter[1]), parameter[0])
+        if name not in self.units:
+            # Columns of the input alone get ids of their own.
+            self.units[name] = [
+                self._new_units(len(one)) if bool((one == NONE).all()) else one.clone()
+                for one in units
+            ]
+        if len(units) > 1:
+            self.read_dims.add((name, 1))
+        for own, one in zip(self.units[name], units, strict=True):
+            self.unite(own, one, "it is multiplied there with what does not leave")
+
+    def _enter_state(self, state: Any, units: list[Tensor]) -> None:
+        """A state that is handed over has the units of its module; others are cut there."""
+        parts = [state] if isinstance(state, Tensor) else list(tensors(state))
+        rows: list[Tensor] = []
+        for part in parts:
+            labels = [one for one in self.labels(part) if not bool((one == ANY).all())]
+            if not labels:
+                return
+            for one in labels:
+                if varies(one) & {-2} or varies(one) - {-1, -3}:
+                    self.keep_whole(one, "it is an initial state there")
+                    return
+            one = labels[-1].expand(*labels[-1].shape[:-1], part.shape[-1])
+            one = one.reshape(-1, part.shape[-1])
+            rows += [*one.expand(part.size(0) if part.dim() == 3 else 1, -1)]
+        recurrent = sum(family.size for family in self.families)
+        if len(rows) > 1 and len({tuple(self.root[r.long()].tolist()) for r in rows}) < len(rows):
+            soft = all(bool((self.root[r.long()] >= recurrent).all()) for r in rows)
+            if soft:  # one source for all layers, which each cuts its own way
+                for row in rows:
+                    self.keep_whole(row, "it is the initial state of several layers")
+                return
+        for row, own in zip(rows, units, strict=False):
+            if len(row) == len(own):
+                self.unite(row, own, "it is an initial state there")
+
+    def _columns(self, tensor: Tensor) -> Tensor:
+        """Labels of the last dimension, [C] int32."""
+        for one in self.labels(tensor):
+            if varies(one) - {-1}:
+                self.keep_whole(one, "its units are not in the last dimension alone")
+            elif varies(one):
+                return one.flatten()
+            elif bool((one == ANY).all()):
+                return torch.full((tensor.shape[-1],), ANY, dtype=torch.int32, device="cpu")
+        return _none(tensor.shape[-1])
 
     def _leave(self, name: str, cell: Cell, result: Any) -> None:
         y, final = result
         y = y[0] if isinstance(y, PackedSequence) else y
         layers = self.layouts[name]
-        self._set(y, torch.cat([layout.outputs for layout in layers[-1]]).expand(y.shape))
+        self.label(y, [torch.cat([layout.outputs for layout in layers[-1]])])
         h_n, *others = final if len(cell.states) > 1 else (final,)
         self._set_state(h_n, [layout.outputs for layer in layers for layout in layer])
         for state in others:
@@ -424,13 +666,13 @@ class _Tracer(TorchFunctionMode):
         self.stacked[name] = isinstance(h_n, Tensor)
 
     def _set_state(self, state: Any, units: list[Tensor]) -> None:
-        """Label one tensor [L * D, B, H], or L * D tensors [B, H]."""
-        if not isinstance(state, Tensor):
-            for row, its_units in zip(state, units, strict=True):
-                self._set(row, its_units.expand(row.shape))
+        """Label one tensor [L * D, B, H], or as many of [B, H]."""
+        if isinstance(state, Tensor):
+            rows = torch.stack(units)
+            self.label(state, [compact(rows.view(len(rows), *[1] * (state.dim() - 2), -1))])
             return
-        labels = torch.stack(units).view(len(units), *[1] * (state.dim() - 2), -1)
-        self._set(state, labels.expand(state.shape))
+        for part, own in zip(state, units, strict=True):
+            self.label(part, [own])
 
     # -- Torch functions
 
@@ -442,102 +684,72 @@ class _Tracer(TorchFunctionMode):
         if name == "__iter__":
             return iter(self.__torch_function__(torch.unbind, types, args))
         result = func(*args, **kwargs)
-        if name not in _METADATA:
+        if name not in METADATA:
             dtypes = {tensor.dtype for tensor in tensors(result) if tensor.is_floating_point()}
             self.eps = max([self.eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
         if self.inside:
             return result
         given = list(tensors((args, kwargs)))
-        self.looked_into.update(self.states[id(t)] for t in given if id(t) in self.states)
-        if name in _METADATA:
-            if name in _SIZES and id(args[0]) in self.labels:
-                self.by_size.append((name, self.labels[id(args[0])][1].cpu()))
+        if name in METADATA:
+            self.looked_into.update(self.states[id(t)] for t in given if id(t) in self.states)
+            if name in SIZES and self.labels(args[0]):
+                self.by_size += [(name, labels) for labels in self.labels(args[0])]
             return result
-        call = _Call(name, func, args, kwargs, given[:1] if name in _LIKES else given, result)
-        weight = (args[1] if len(args) > 1 else kwargs["weight"]) if name == "linear" else None
+        if name == "embedding":
+            self.looked_up.update(self.names[id(t)] for t in given if id(t) in self.names)
         for tensor in given:
-            if id(tensor) in self.names and tensor is not weight:
-                self.other_uses.setdefault(self.names[id(tensor)], name)
-        if weight is not None and weight.dim() == 2:
-            columns = self._columns(args[0] if args else kwargs["input"], name)
-            self._label_weight(weight, name, _none(len(weight)), columns)
-        elif any(id(tensor) in self.labels for tensor in call.tensors):
-            self._label_result(call)
-        if name in _COPIES and id(args[0]) in self.states:
+            if id(tensor) in self.states and not _takes_one(name, args):
+                self.looked_into.add(self.states[id(tensor)])
+        before = [self.labels(tensor) for tensor in given]
+        self.operation = name
+        one = Call(name, func, args, kwargs, result)
+        try:
+            apply(self, one)
+        except (RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError) as error:
+            for tensor in given:
+                for labels in self.labels(tensor):
+                    self.keep_whole(labels, f"its rule failed ({error})", unknown=True)
+        if given and all(self.is_weight(tensor) for tensor in given):
+            self.weights |= {id(tensor): tensor for tensor in tensors(result)}
+        if before and before[0] and name in _BY_POSITION:
+            self._note_position(name, before[0], result)
+        if given and name in _SHAPES:
+            of = self.states.get(id(given[0]), self.moved.get(id(given[0])))
+            if of is not None and isinstance(result, Tensor) and id(result) not in self.states:
+                self.moved[id(result)] = of
+                self.known.setdefault(id(result), (result, []))
+        if name in COPIES and id(args[0]) in self.states:
             self.states[id(result)] = self.states[id(args[0])]
+            self.known.setdefault(id(result), (result, []))
         return result
 
-    def _label_result(self, call: _Call) -> None:
-        """Apply the rule of a function that received labelled tensors."""
-        labelled = [tensor for tensor in call.tensors if id(tensor) in self.labels]
-        in_place = call.name.rstrip("_") + "_" == call.name or call.name.startswith("__i")
-        first = labelled[0] is next(tensors((call.args, call.kwargs)))
-        if "out" in call.kwargs or (in_place and not first):
-            self._fail(call)
-        elif call.name in _JOINS or (call.name in _MOVES and first and len(labelled) == 1):
-            self._move(call)
-        elif call.name in _ELEMENTWISE:
-            self._keep(call, labelled)
-        elif call.name in _REDUCTIONS:
-            self._reduce(call)
-        elif call.name == "_pad_packed_sequence":
-            # The padding gets labels too: it is as wide as the units, and constant.
-            columns = self._columns(labelled[0], call.name)
-            self._set(call.result[0], columns.expand(call.result[0].shape))
-        else:
-            self._fail(call)
+    def _note_position(self, name: str, before: Labels, result: Any) -> None:
+        """Note a function that took some units, or put them elsewhere."""
+        for tensor in tensors(result):
+            for labels in before:
+                for after in self.labels(tensor):
+                    if varies(labels) and not _same_rows(labels, after):
+                        self.by_position.append((name, labels))
+                        return
 
-    def _fail(self, call: _Call, why: str = "no rule says what happens to its units there") -> None:
-        labels = [self.labels[id(t)][1].flatten() for t in call.tensors if id(t) in self.labels]
-        raise self._error(torch.cat(labels), call.name, why)
 
-    def _move(self, call: _Call) -> None:
-        """Do to the labels what was done to the data; what a join adds has no unit."""
+_BY_POSITION = words(
+    """T __getitem__ chunk dsplit flatten flip gather hsplit index_select mT masked_select moveaxis
+    movedim narrow permute repeat repeat_interleave reshape roll select split split_with_sizes
+    swapaxes swapdims t take tensor_split tile transpose unflatten unfold unsafe_chunk unsafe_split
+    view"""
+)
 
-        def labels_of(tensor: Tensor) -> Tensor:
-            if id(tensor) in self.labels:
-                return self.labels[id(tensor)][1]
-            return torch.full_like(tensor, -1, dtype=torch.int32) if call.name in _JOINS else tensor
 
-        if any(isinstance(argument, torch.dtype) for argument in call.args):
-            self._fail(call)  # view(dtype) reinterprets the bits
-        args, kwargs = replaced((call.args, call.kwargs), labels_of)
-        moved = call.function(*args, **kwargs)
-        for result, labels in zip(tensors(call.result), tensors(moved), strict=True):
-            # What is not int32 are no labels, but the sizes of a packed batch.
-            if labels.dtype == torch.int32 and (labels >= 0).any():
-                self._set(result, labels)
-            before = self.labels.get(id(call.tensors[0]))
-            if call.name in _MOVES and before and not _same_rows(before[1], labels):
-                self.by_position.append((call.name, before[1].cpu()))
+# What may be done to a final state before the model returns it.
+_SHAPES = words("clone contiguous detach permute reshape squeeze transpose unsqueeze view")
+_MOST_SUBSETS = 16  # of numbers that may be widths
 
-    def _keep(self, call: _Call, labelled: list[Tensor]) -> None:
-        """Elementwise: labels stay where everything mixed in is cut alike, or need not be cut."""
-        every = [self.labels[id(t)][1].broadcast_to(call.result.shape) for t in labelled]
-        if any(not torch.equal(every[0], labels) for labels in every):
-            self._fail(call, "it mixes different units")
-        for dim in range(-every[0].dim(), 0):
-            if torch.equal(every[0], every[0].narrow(dim, 0, 1).expand_as(every[0])):
-                continue
-            for other in call.tensors:
-                varies = other.dim() >= -dim and other.size(dim) > 1 and other.stride(dim) != 0
-                if id(other) not in self.labels and varies:
-                    self._fail(call, "it mixes its units with elements that do not leave with them")
-        self._set(call.result, every[0])
 
-    def _reduce(self, call: _Call) -> None:
-        """Labels stay where each reduced slice lies within one unit."""
-        labels = self.labels[id(call.tensors[0])][1]
-        options = dict(zip(("dim", "keepdim"), call.args[1:], strict=False)) | call.kwargs
-        dim, keepdim = options.get("dim"), options.get("keepdim", False)
-        if len(call.tensors) > 1:
-            self._fail(call)  # max(h, other)
-        dim = tuple(range(labels.dim())) if dim is None else dim
-        reduced = labels.amax(dim, keepdim)
-        if not torch.equal(reduced, labels.amin(dim, keepdim)):
-            self._fail(call, "it reduces over the units")
-        for result in tensors(call.result):
-            self._set(result, reduced)
+def _takes_one(name: str, args: Any) -> bool:
+    """Whether a function takes one layer's state out of all, as h_n[-1] does."""
+    index = args[1] if len(args) > 1 else None
+    return name == "__getitem__" and isinstance(index, int) and not isinstance(index, bool)
 
 
 def _name(function: Any) -> str:
@@ -566,7 +778,7 @@ def _repeated(units: Tensor, rows: int) -> Tensor:
 
 def _none(size: int) -> Tensor:
     """Labels of what is of no unit."""
-    return torch.full((size,), -1, dtype=torch.int32, device="cpu")
+    return torch.full((size,), NONE, dtype=torch.int32, device="cpu")
 
 
 def _ids(family: Family) -> Tensor:
@@ -575,6 +787,6 @@ def _ids(family: Family) -> Tensor:
 
 def _same_rows(one: Tensor, two: Tensor) -> bool:
     """Whether both labels are one row of units, and the same."""
-    rows = [labels.reshape(-1, labels.shape[-1]) for labels in (one, two) if labels.dim() > 0]
-    shapes = {row.shape[-1] for row in rows}
-    return len(rows) == 2 and len(shapes) == 1 and all(bool((r == rows[0][0]).all()) for r in rows)
+    return one.shape[-1:] == two.shape[-1:] and torch.equal(
+        one.reshape(-1, one.shape[-1])[:1], two.reshape(-1, two.shape[-1])[:1]
+    )

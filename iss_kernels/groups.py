@@ -7,7 +7,7 @@ same labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from iss_kernels.accelerate import _name
 from iss_kernels.cells import CELLS, Cell
-from iss_kernels.recurrent import MODULES
+from iss_kernels.recurrent import CELL_MODULES, MODULES
+from iss_kernels.widths import Width
 
 
 class GroupError(ValueError):
@@ -29,13 +30,16 @@ class Family:
     """Units that can leave one by one: those of one layer and direction of a recurrent module.
 
     name: "rnn.l0" or "rnn.l0_reverse" where `module` is "rnn", the module's name in the model; with
-    a projection there are two families, "rnn.l0.cell" and "rnn.l0.output".
+    a projection there are two families, "rnn.l0.cell" and "rnn.l0.output". Where the model adds,
+    multiplies or hands over the units of several layers, unit k of each is one unit of one family,
+    which has the name of the first; members: the names of all.
     """
 
     name: str
     module: str
     start: int
     size: int
+    members: tuple[str, ...] = ()
 
     @property
     def units(self) -> range:
@@ -44,26 +48,29 @@ class Family:
 
 
 @dataclass(frozen=True)
-class LabelledWeight:
-    """A weight matrix [R, C] by its parameter name, with row_units [R] and column_units [C].
+class Labelled:
+    """A parameter or buffer by its name, and for each of its dimensions the units, int32.
 
-    Both int32: the unit that a row or column belongs to, -1 for none.
+    units[d]: the unit that each place along dimension d belongs to, -1 for none. reads: dimensions
+    that units are multiplied with, so that a zero there is an outgoing weight that is zero.
     """
 
     name: str
-    row_units: Tensor
-    column_units: Tensor
+    units: tuple[Tensor, ...]
+    reads: tuple[int, ...] = ()
 
+    @property
+    def row_units(self) -> Tensor:
+        """Units along the first dimension, [R]."""
+        return self.units[0]
 
-@dataclass(frozen=True)
-class LabelledVector:
-    """A parameter [R] by its name, such as a bias, with row_units [R] as a weight has them.
-
-    Its elements are cut with their units, and not penalised.
-    """
-
-    name: str
-    row_units: Tensor
+    @property
+    def column_units(self) -> Tensor:
+        """Units along all others, [C], as `flatten(1)` lays out the parameter."""
+        columns = torch.full((1,), -1, dtype=torch.int32, device="cpu")
+        for units in self.units[1:]:
+            columns = torch.maximum(columns[:, None], units[None]).flatten()
+        return columns
 
 
 @dataclass
@@ -71,17 +78,25 @@ class Groups:
     """The units of a model and the weights that leave with each (Wen et al. 2018, section 3.1).
 
     Parameters are looked up by name in `model` whenever they are used, so moving it or loading a
-    state_dict leaves nothing stale. tied: names of families that must keep one common size, because
-    the model's code takes them from one tensor: final states, or parts of equal width. verified: on
-    which inputs models without some of the units were compared with the whole one.
+    state_dict leaves nothing stale. weights: the matrices, which the lasso penalises; vectors: what
+    is cut and not penalised, such as biases. tied: names of families that must keep one common
+    size, because the model's code takes them from one tensor: final states, or parts of equal
+    width. verified: on which inputs models without some of the units were compared with the whole
+    one. kept_whole: {layer and direction: why its units cannot leave}. by_value: bool [units] of
+    those that something reads without a weight, as attention scores do, which are dead only where
+    all that makes their value is zero too; None where there are none. widths: numbers in the
+    model's own modules that are widths and change with them.
     """
 
     model: nn.Module
     families: list[Family]
-    weights: list[LabelledWeight]
+    weights: list[Labelled]
     tied: list[list[str]] = field(default_factory=list)
-    vectors: list[LabelledVector] = field(default_factory=list)
+    vectors: list[Labelled] = field(default_factory=list)
     verified: str = ""
+    kept_whole: dict[str, str] = field(default_factory=dict)
+    by_value: Tensor | None = None
+    widths: list[Width] = field(default_factory=list)
 
     @property
     def units(self) -> int:
@@ -89,7 +104,7 @@ class Groups:
         return self.families[-1].units.stop
 
     @property
-    def labelled(self) -> list[LabelledWeight | LabelledVector]:
+    def labelled(self) -> list[Labelled]:
         """All that is cut when a unit leaves."""
         return [*self.weights, *self.vectors]
 
@@ -105,14 +120,44 @@ class Groups:
     def dead(self) -> dict[str, Tensor]:
         """{family name: bool [size]}: True where removing the unit changes no answer.
 
-        A unit is dead when all its outgoing weights, the columns labelled with it, are exactly
-        zero: then its value reaches nothing, whatever its gates and biases hold.
+        A unit is dead when all its outgoing weights are exactly zero: then its value reaches
+        nothing, whatever its gates and biases hold. One that is read by its value is dead when all
+        that is labelled with it is zero.
         """
-        alive = torch.zeros(self.units, dtype=torch.bool, device="cpu")
-        for weight, parameter in zip(self.weights, self.parameters(), strict=True):
-            columns = weight.column_units
-            alive[columns[(columns >= 0) & (parameter != 0).any(0).cpu()].long()] = True
-        return self.by_family(~alive)
+        alive = torch.zeros(self.units + 1, dtype=torch.bool, device="cpu")  # the last: of no unit
+        for _, tensor, units, dim, read in self._places():
+            others = [d for d in range(tensor.dim()) if d != dim]
+            holds = ((tensor != 0).any(others) if others else tensor != 0).cpu()
+            alive[units[holds & read].long()] = True
+        return self.by_family(~alive[:-1])
+
+    @torch.no_grad()
+    def zero_(self, gone: Tensor, rows: bool = True) -> None:
+        """Set the weights of these units (bool [units]) to zero, in place.
+
+        rows=False: their outgoing weights alone. What is read by its value loses all, biases too.
+        """
+        padded = torch.cat([gone.cpu(), torch.zeros(1, dtype=torch.bool, device="cpu")])
+        for is_weight, tensor, units, dim, read in self._places():
+            places = padded[units.long()] & (read | (rows and is_weight))
+            tensor.index_fill_(dim, places.nonzero().flatten().to(tensor.device), 0)
+
+    def _places(self) -> Iterator[tuple[bool, Tensor, Tensor, int, Tensor]]:
+        """Every dimension of every labelled parameter.
+
+        Whether that is a weight, the parameter, its units along the dimension, the dimension, and
+        which of these units go out there, or make a value that is read.
+        """
+        by_value = torch.zeros(self.units + 1, dtype=torch.bool, device="cpu")
+        if self.by_value is not None:
+            by_value[:-1] = self.by_value
+        parameters = dict(self.model.named_parameters())
+        for labelled in self.labelled:
+            is_weight = any(labelled is weight for weight in self.weights)
+            if labelled.name in parameters:
+                for dim, units in enumerate(labelled.units):
+                    read = by_value[units.long()] | (dim in labelled.reads)
+                    yield is_weight, parameters[labelled.name], units, dim, read
 
     @torch.no_grad()
     def zero_units_(self, units: Mapping[str, Tensor]) -> None:
@@ -136,20 +181,19 @@ class Groups:
                     f"zero_units_: expected bool masks for {expected}, got {name} {got}"
                 )
             chosen[name] = mask.cpu()
-        no_unit = torch.zeros(1, dtype=torch.bool, device="cpu")
-        padded = torch.cat([*chosen.values(), no_unit])  # no_unit at -1
-        for weight, parameter in zip(self.weights, self.parameters(), strict=True):
-            rows, columns = padded[weight.row_units.long()], padded[weight.column_units.long()]
-            parameter.masked_fill_((rows[:, None] | columns[None, :]).to(parameter.device), 0)
+        self.zero_(torch.cat([*chosen.values()]))
 
     def __str__(self) -> str:
         table = [("family", "units", "read by")]
         for family in self.families:
             readers = [w.name for w in self.weights if family.start in w.column_units]
-            table.append((family.name, str(family.size), ", ".join(readers)))
+            name = " = ".join(family.members) or family.name
+            table.append((name, str(family.size), ", ".join(readers)))
         width = max(len(name) for name, _, _ in table)
         lines = [f"{name:<{width}}  {size:>5}  {readers}" for name, size, readers in table]
         lines += [f"one common size: {', '.join(names)}" for names in self.tied]
+        lines += [f"changed with {width.family}: {width}" for width in self.widths]
+        lines += [f"kept whole: {name}: {why}" for name, why in self.kept_whole.items()]
         return "\n".join([*lines, f"verified: {self.verified}"] if self.verified else lines)
 
 
@@ -159,16 +203,31 @@ def kinds() -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def cell_of(module: nn.RNNBase) -> Cell:
-    """The registry's row of a recurrent module, torch's or ours."""
+def cell_of(module: Any) -> Cell:
+    """The registry's row of a recurrent module or a cell, torch's or ours."""
+    if isinstance(module, nn.RNNCellBase):
+        kind = CELL_MODULES.get(type(module), type(module)).__name__
+        name = {"ISSLSTMCell": "lstm", "ISSGRUCell": "gru"}.get(kind)
+        return CELLS[name or f"rnn_{module.nonlinearity}"]
     return CELLS[module.mode.lower()]
 
 
-def plain_recurrent(function: str, model: nn.Module) -> dict[str, Any]:
+def plain_cells(model: nn.Module) -> dict[str, Any]:
+    """{name: module} of the cells, torch's and ours, but of no subclass."""
+    kinds_of_cells = {*CELL_MODULES, *CELL_MODULES.values()}
+    return {
+        name: module for name, module in model.named_modules()
+        if type(module) in kinds_of_cells and "forward" not in vars(module)
+        and {"weight_ih", "weight_hh"} <= module._parameters.keys()
+    }  # fmt: skip
+
+
+def plain_recurrent(function: str, model: nn.Module, others: bool = False) -> dict[str, Any]:
     """{name: module} of the recurrent modules, but of no subclass with a forward of its own.
 
     Raises GroupError, in the name of `function`, for one that `shrink` could not rebuild: its
-    weights are computed from other parameters, or its forward is not that of its class.
+    weights are computed from other parameters, or its forward is not that of its class. others:
+    such are left out instead.
     """
     found = {}
     for name, module in model.named_modules():
@@ -176,6 +235,8 @@ def plain_recurrent(function: str, model: nn.Module) -> dict[str, Any]:
             continue
         recurrent: Any = module
         computed = [w for w in sum(recurrent._all_weights, []) if w not in recurrent._parameters]
+        if others and (computed or "forward" in vars(recurrent)):
+            continue
         if computed:
             raise GroupError(
                 f"{function}: expected recurrent modules whose weights are parameters, "

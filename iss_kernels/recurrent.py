@@ -582,13 +582,14 @@ class Recurrent(Shrinkable, nn.RNNBase):
         """One state of hx by layer and direction, [B, size], without the units that have left."""
         state, widths = given[which], self._widths[which]
         rows: Sequence[Tensor] = ()
+        dim = 3 if batched else 2
         if isinstance(state, Tensor):
-            if state.dim() == (3 if batched else 2):
+            if state.dim() == dim:
                 state = state if batched else state.unsqueeze(1)
                 rows = state.unbind(0)
                 if self._equal[which] and state.shape == (len(widths), batch, widths[0]):
                     return rows
-        elif _are_tensors(state):
+        elif _are_rows(state, dim - 1):
             rows = state if batched else [s.unsqueeze(0) for s in state]
         if len(rows) == len(widths):
             if self.kept is not None:
@@ -600,20 +601,20 @@ class Recurrent(Shrinkable, nn.RNNBase):
     def _misfit(self, given: Any, which: int, batch: int, batched: bool, packed: bool) -> Exception:
         """The error for a state that `_rows` cannot take: torch's, where it has one."""
         state, name = given[which], f"hidden[{which}]" if len(given) > 1 else "hidden"
-        is_tensor, wanted = isinstance(state, Tensor), 3 if batched else 2
+        is_tensor, dim = isinstance(state, Tensor), 3 if batched else 2
         if self._equal[which]:
-            if len(given) == 1 and not is_tensor:
+            fits = state.dim() == dim or packed if is_tensor else _are_rows(state, dim - 1)
+            if len(given) == 1 and not (is_tensor or fits):
                 got = type(state).__name__
                 return TypeError(f"{self._kind}: expected hx to be a tensor h_0, got a {got}")
-            # torch expects no dimensions where the input is packed.
-            if state.dim() != wanted and not packed if is_tensor else not _are_tensors(state):
+            if not fits:  # any tensor does where the input is packed, as for torch
                 return RuntimeError(_wrong_dimensions(given, batched))
         expected = _form(self._widths[which], batch, batched)
         if self.kept is not None:
             before = _form([k[which].before for k in self.kept], batch, batched)
             expected += f", or, from before shrinking, {before}"
         if is_tensor:
-            state = state.unsqueeze(1) if state.dim() == wanted and not batched else state
+            state = state.unsqueeze(1) if state.dim() == dim and not batched else state
             got = str(list(state.shape))
             got = got if self._equal[which] else f"a tensor of size {got}"
         elif isinstance(state, (tuple, list)):
@@ -646,8 +647,10 @@ def _form(widths: list[int], batch: int, batched: bool) -> str:
     return f"to be a tuple of {len(widths)} tensors of sizes {sizes}"
 
 
-def _are_tensors(state: Any) -> bool:
-    return isinstance(state, (tuple, list)) and all(isinstance(s, Tensor) for s in state)
+def _are_rows(state: Any, dim: int) -> bool:
+    """Whether a state is given as tensors of so many dimensions, one by one."""
+    rows = isinstance(state, (tuple, list))
+    return rows and all(isinstance(s, Tensor) and s.dim() == dim for s in state)
 
 
 def _wrong_dimensions(states: Sequence[Any], batched: bool) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from iss_kernels import __version__
+from iss_kernels import __version__, widths
 from iss_kernels.accelerate import (
     _REFERENCES,
     HOOK_TABLES,
@@ -83,12 +83,14 @@ class _Metadata:
     """What the file says beside its tensors.
 
     modules: {name: recurrent module}. shared: the names of each tensor that has several; the file
-    holds it under the first. transient: names of the buffers that a state_dict leaves out.
+    holds it under the first. transient: names of the buffers that a state_dict leaves out. widths:
+    numbers in the model's own modules that shrinking changed: module, place there, number.
     """
 
     modules: dict[str, _Entry]
     shared: list[list[str]]
     transient: list[str]
+    widths: list[tuple[str, widths.Place, int]]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -133,6 +135,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         {path: entry for path, entry in modules.items() if entry is not None},
         [names for names in _shared(tensors) if len(names) > 1],
         [name for name in tensors if name in transient],
+        [*widths.changed(model)],
     )
     text = json.dumps({"format": FORMAT, "version": __version__, **asdict(metadata)})
     values = {name: _copy_of(tensors[name]) for name, *_ in _shared(tensors)}
@@ -209,6 +212,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     new = _replacements(model, metadata, stored)
     tensors, transient = _tensors_of(model, new)
     _check_names(metadata, tensors, transient, stored)
+    for name, place, number in metadata.widths:
+        if not widths.has_number(model, name, place):
+            raise ValueError(
+                f"load: expected a model with the number {number} at "
+                f"{'.'.join(map(str, (name, *place))).lstrip('.')}, got one without"
+            )
     resized = [
         module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -228,6 +237,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         _fill(model, names, tensors[names[0]], value)
     for module in resized:
         fit(module)
+    for name, place, number in metadata.widths:
+        widths.set_number(model.get_submodule(name), place, number)
     for module in model.modules():
         if type(module) in MODULES:  # torch keeps a list of the weights, and cuDNN's form of them
             cast(nn.RNNBase, module)._init_flat_weights()
@@ -258,7 +269,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[_Metadata, dict[str, Tensor]]:
             shared = [list(map(str, names)) for names in found["shared"]]
             for first, *others in shared:
                 stored |= dict.fromkeys(others, stored[first])
-            return _Metadata(modules, shared, list(map(str, found["transient"]))), stored
+            numbers = [(str(m), tuple(place), int(n)) for m, place, n in found["widths"]]
+            transient = list(map(str, found["transient"]))
+            return _Metadata(modules, shared, transient, numbers), stored
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"load: expected metadata as save writes it, got others in {os.fspath(path)!r}"

@@ -22,10 +22,12 @@ from iss_kernels import optimizers
 from iss_kernels.accelerate import HOOK_TABLES, check_plain, take_over
 from iss_kernels.copying import copied, places
 from iss_kernels.group_lasso import GroupLasso
-from iss_kernels.groups import Groups, LabelledVector, LabelledWeight, cell_of, plain_recurrent
-from iss_kernels.recurrent import Recurrent, class_of
+from iss_kernels.groups import Groups, Labelled, cell_of, plain_cells, plain_recurrent
+from iss_kernels.recurrent import CELL_MODULES, class_of
+from iss_kernels.widths import set_number
 
-Masks: TypeAlias = dict[nn.Parameter, tuple[Tensor, Tensor]]
+# Which places along each dimension stayed, by the tensor that is new in a labelled one's place.
+Masks: TypeAlias = dict[Tensor, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -165,13 +167,18 @@ def shrink_(
     kept = _chosen(model, groups, keep, ratio, budget, example, round_to)
     before = _counts(model, groups)
     cut = _cut(model, groups, kept)
-    cut_all = _cut_parameters(model, groups, kept).items()
+    cut_all = _cut_tensors(model, groups, kept).items()
     new = {old: its for old, its in cut_all if its.shape != old.shape}
+    parameters = {
+        old: its
+        for old, its in new.items()
+        if isinstance(old, nn.Parameter) and isinstance(its, nn.Parameter)
+    }
     # All that may fail comes before all that changes the model.
     masks = _masks(model, groups, kept, new)
     rebuilt = {
         module: _rebuilt(module, new, masks)
-        for module in plain_recurrent("shrink", model).values()
+        for module in _recurrent(model)
         if new.keys() & set(module.parameters())
     }
     moved = optimizers.several(optimizer)
@@ -179,11 +186,11 @@ def shrink_(
     left = _left(groups, model, kept)
     if lasso is not None and lasso.groups.families != groups.families:
         raise ValueError("shrink_: expected the lasso of these groups, got that of others")
-    optimizers.move(moved, model, new, cut)
-    optimizers.hand_over(new, cut)
+    optimizers.move(moved, model, parameters, cut)
+    optimizers.hand_over(parameters, cut)
     for container, key in held:
         container[key] = new[container[key]]
-    _fit(model, rebuilt, set(new.values()))
+    _fit(model, rebuilt, set(new.values()), groups, kept)
     if lasso is not None:
         lasso.go_on(left, _alive(groups, kept)[:-1])
     return _report(groups, kept, before, _counts(model, groups)), left
@@ -192,8 +199,7 @@ def shrink_(
 def _counts(model: nn.Module, groups: Groups) -> tuple[int, int]:
     """Parameters of a model, and of those of its recurrent modules that have labelled weights."""
     labelled = {model.get_parameter(weight.name) for weight in groups.weights}
-    modules = plain_recurrent("shrink", model).values()
-    cut = [module for module in modules if labelled & set(module.parameters())]
+    cut = [module for module in _recurrent(model) if labelled & set(module.parameters())]
     return _count(model), sum(map(_count, cut))
 
 
@@ -215,28 +221,73 @@ def removed(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> nn.
     Every nn.LSTM with a labelled weight is an ISSLSTM there, and so on for each kind. What the
     model shares, the copy shares.
     """
-    cut = _cut_parameters(model, groups, kept)
+    cut = _cut_tensors(model, groups, kept)
     new = set(cut.values())
     masks = _masks(model, groups, kept, cut)
-    small = copied(model, {id(parameter): smaller for parameter, smaller in cut.items()})
+    small = copied(model, {id(tensor): smaller for tensor, smaller in cut.items()})
     rebuilt = {
         module: _rebuilt(module, {}, masks)
-        for module in plain_recurrent("shrink", small).values()
+        for module in _recurrent(small)
         if new & set(module.parameters())
     }
-    _fit(small, rebuilt, new)
+    _fit(small, rebuilt, new, groups, kept)
     return small
 
 
-def _fit(model: nn.Module, rebuilt: Mapping[Any, Any], new: set[nn.Parameter]) -> None:
+def _recurrent(model: nn.Module) -> list[Any]:
+    """The recurrent modules and cells that can be rebuilt."""
+    return [*plain_recurrent("shrink", model, True).values(), *plain_cells(model).values()]
+
+
+def _fit(
+    model: nn.Module,
+    rebuilt: Mapping[Any, Any],
+    new: set[Tensor],
+    groups: Groups,
+    kept: Mapping[str, Tensor],
+) -> None:
     """Make the modules fit their new parameters; rebuilt: {recurrent module: what it becomes}."""
     for module, its in rebuilt.items():
         # In place, so that whatever refers to the module, or to its hooks, goes on to refer to it.
         hooks = {name: vars(module)[name] for name in HOOK_TABLES}
         module.__dict__, module.__class__ = vars(its) | hooks, type(its)
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear) and linear.weight in new:
-            linear.in_features = linear.weight.shape[1]
+    for module in model.modules():
+        if new & {*module.parameters(recurse=False), *module.buffers(recurse=False)}:
+            fit(module)
+    for width in groups.widths:
+        size = width.factor * int(kept[width.family].sum())
+        set_number(model.get_submodule(width.module), width.place, size)
+
+
+# {class of torch.nn: {attribute: (parameter or buffer, dimension)}}: sizes that parameters have.
+_SIZES: dict[type[nn.Module], dict[str, tuple[str, int]]] = {
+    nn.Linear: {"in_features": ("weight", 1), "out_features": ("weight", 0)},
+    nn.Bilinear: {
+        "out_features": ("weight", 0), "in1_features": ("weight", 1), "in2_features": ("weight", 2),
+    },
+    nn.Embedding: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.EmbeddingBag: {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0), "num_groups": ("weight", 0)},
+}  # fmt: skip
+_NORMS = (nn.modules.batchnorm._NormBase,)
+
+
+def fit(module: nn.Module) -> None:
+    """Set the sizes that a module of torch.nn keeps as attributes to those of its parameters."""
+    own: Any = module
+    if isinstance(module, nn.modules.conv._ConvNd):
+        first, second = module.weight.shape[:2]
+        depthwise = module.groups == module.in_channels == module.out_channels
+        module.groups = first if depthwise else module.groups
+        rows, columns = (second, first) if module.transposed else (first, second)
+        module.out_channels, module.in_channels = rows, first if depthwise else columns
+    elif isinstance(module, _NORMS):
+        own.num_features = len(module.running_mean if module.weight is None else module.weight)
+    for kind, sizes in _SIZES.items():
+        if isinstance(module, kind):
+            for attribute, (name, dim) in sizes.items():
+                setattr(own, attribute, getattr(module, name).shape[dim])
 
 
 def _chosen(
@@ -269,19 +320,16 @@ def _check(model: nn.Module, groups: Groups, ratio: float | None, round_to: int)
         raise ValueError(f"shrink: expected round_to to be an int, got {round_to!r}")
     if round_to < 1:
         raise ValueError(f"shrink: expected round_to >= 1, got {round_to}")
-    plain_recurrent("shrink", model)
     names, expected_names = names_of_parameters(model), names_of_parameters(groups.model)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
     for labelled in groups.labelled:
-        expected = (len(labelled.row_units),)
-        if isinstance(labelled, LabelledWeight):
-            expected += (len(labelled.column_units),)
+        expected = tuple(map(len, labelled.units))
         if shapes.get(labelled.name) != expected:
             raise ValueError(
                 f"shrink: expected the model of the groups, with {labelled.name} of shape "
                 f"{list(expected)}, got {list(shapes.get(labelled.name, ())) or 'none'}"
             )
-        one, other = expected_names.get(labelled.name), names[labelled.name]
+        one, other = (of.get(labelled.name, []) for of in (expected_names, names))
         if one != other:
             raise ValueError(
                 "shrink: expected the model of the groups, with one parameter under "
@@ -359,36 +407,42 @@ def _alive(groups: Groups, kept: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([*(kept[family.name].cpu() for family in groups.families), all_of(1)])
 
 
-def _without(values: Tensor, labelled: LabelledWeight | LabelledVector, alive: Tensor) -> Tensor:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _without(values: Tensor, labelled: Labelled, alive: Tensor) -> Tensor:
     """Values in the shape of a labelled parameter, without the units that are not alive."""
-    units = [labelled.row_units]
-    if isinstance(labelled, LabelledWeight):
-        units.append(labelled.column_units)
-    for dim, its in enumerate(units):
-        stay = alive[its.long()].nonzero().flatten()
+    for dim, units in enumerate(labelled.units):
+        stay = alive[units.long()].nonzero().flatten()
         values = values.index_select(dim, stay.to(values.device))
     return values
 
 
 def _cut(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> optimizers.Cut:
     """What takes the units that leave out of tensors that have the shape of a parameter."""
-    alive = _alive(groups, kept)
-    labelled = {model.get_parameter(each.name): each for each in groups.labelled}
+    alive, own = _alive(groups, kept), _tensors(model)
+    labelled = {own[each.name]: each for each in groups.labelled}
 
-    def cut(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    def cut(parameter: Tensor, values: Tensor) -> Tensor:
         its = labelled.get(parameter)
         return values if its is None else _without(values, its, alive)
 
     return cut
 
 
-def _cut_parameters(
+def _cut_tensors(
     model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]
-) -> dict[nn.Parameter, nn.Parameter]:
-    """{labelled parameter: the same without the units that are not kept}."""
-    cut = _cut(model, groups, kept)
-    labelled = [model.get_parameter(each.name) for each in groups.labelled]
-    return {p: nn.Parameter(cut(p, p.detach()), p.requires_grad) for p in labelled}
+) -> dict[Tensor, Tensor]:
+    """{labelled parameter or buffer: the same without the units that are not kept}."""
+    alive, own, cut = _alive(groups, kept), _tensors(model), {}
+    for labelled in groups.labelled:
+        old = own[labelled.name]
+        new = _without(old.detach(), labelled, alive)
+        is_parameter = isinstance(old, nn.Parameter)
+        cut[old] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+    return cut
 
 
 def _left(groups: Groups, model: nn.Module, kept: Mapping[str, Tensor]) -> Groups:
@@ -408,39 +462,34 @@ def _left(groups: Groups, model: nn.Module, kept: Mapping[str, Tensor]) -> Group
         groups,
         model=model,
         families=families,
-        weights=[
-            replace(w, row_units=left(w.row_units), column_units=left(w.column_units))
-            for w in groups.weights
-        ],
-        vectors=[replace(v, row_units=left(v.row_units)) for v in groups.vectors],
+        weights=[replace(one, units=tuple(map(left, one.units))) for one in groups.weights],
+        vectors=[replace(one, units=tuple(map(left, one.units))) for one in groups.vectors],
+        by_value=None if groups.by_value is None else groups.by_value[alive[:-1]],
     )
 
 
 def _masks(
-    model: nn.Module,
-    groups: Groups,
-    kept: Mapping[str, Tensor],
-    new: Mapping[nn.Parameter, nn.Parameter],
+    model: nn.Module, groups: Groups, kept: Mapping[str, Tensor], new: Mapping[Tensor, Tensor]
 ) -> Masks:
-    """Which rows and columns stayed, by the parameter that is new in a labelled one's place."""
-    alive = _alive(groups, kept)
+    """Which places of the labelled tensors stayed."""
+    alive, own = _alive(groups, kept), _tensors(model)
     masks = {}
-    for weight in groups.weights:
-        old = model.get_parameter(weight.name)
-        units = weight.row_units.long(), weight.column_units.long()
-        masks[new.get(old, old)] = alive[units[0]], alive[units[1]]
+    for labelled in groups.labelled:
+        old = own[labelled.name]
+        masks[new.get(old, old)] = [alive[units.long()] for units in labelled.units]
     return masks
 
 
 def _stayed(
-    module: Any, parameters: Mapping[str, nn.Parameter], masks: Masks
+    module: Any, parameters: Mapping[str, Tensor], masks: Masks
 ) -> list[tuple[Tensor, ...]]:
     """For each layer and direction, for each state: bool [size before], True where a unit stayed.
 
     parameters: the module's, new ones in the place of those that lost units.
     """
     cell, stayed = cell_of(module), []
-    for names in module._all_weights:
+    is_cell = isinstance(module, nn.RNNCellBase)
+    for names in [("weight_ih", "weight_hh")] if is_cell else module._all_weights:
         w_ih, w_hh = (parameters[name] for name in names[:2])
         rows, _ = masks.get(w_ih) or map(all_of, w_ih.shape)
         _, outputs = masks.get(w_hh) or map(all_of, w_hh.shape)
@@ -448,14 +497,30 @@ def _stayed(
     return stayed
 
 
-def _rebuilt(module: Any, new: Mapping[nn.Parameter, nn.Parameter], masks: Masks) -> Recurrent:
+def _rebuilt(module: Any, new: Mapping[Tensor, Tensor], masks: Masks) -> Any:
     """This package's module like `module`, of the sizes that its parameters have.
 
     new: {parameter: the one in its place}, where it differs; masks: see `_masks`.
     """
-    cell, directions = cell_of(module), 1 + module.bidirectional
     own = module.named_parameters(recurse=False, remove_duplicate=False)
-    parameters = {name: new.get(parameter, parameter) for name, parameter in own}
+    parameters: dict[str, Any] = {name: new.get(one, one) for name, one in own}
+    # On meta: no storage and no random numbers, since the parameters follow.
+    small: Any
+    if isinstance(module, nn.RNNCellBase):
+        sizes = (parameters["weight_ih"].shape[1], parameters["weight_hh"].shape[1])
+        kind: Any = CELL_MODULES.get(type(module), type(module))
+        options = {"nonlinearity": module.nonlinearity} if hasattr(module, "nonlinearity") else {}
+        small = kind(*sizes, bool(module.bias), device="meta", **options)
+    else:
+        small = _layers_like(module, parameters)
+    small = take_over(small, module, parameters)
+    small.remember(_stayed(module, parameters, masks))
+    return small
+
+
+def _layers_like(module: Any, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """This package's layers like those of `module`, of the sizes of these parameters."""
+    cell, directions = cell_of(module), 1 + module.bidirectional
     matrices = [  # w_ih, w_hh and w_hr
         [parameters[name] for name in names if parameters[name].dim() == 2]
         for names in module._all_weights
@@ -463,14 +528,14 @@ def _rebuilt(module: Any, new: Mapping[nn.Parameter, nn.Parameter], masks: Masks
     sizes = {"hidden_size": [len(w_ih) // cell.gates for w_ih, *_ in matrices]}
     if cell.projects:
         sizes["proj_size"] = [sum(map(len, w_hr)) for _, _, *w_hr in matrices]
+        sizes = sizes if any(sizes["proj_size"]) else {"hidden_size": sizes["hidden_size"]}
     kind: Any = class_of(module)
     options = kind.options_of(module) | {"input_size": matrices[0][0].shape[1]}
     for name, flat in sizes.items():
-        options[name] = [flat[i : i + directions] for i in range(0, len(flat), directions)]
-    # On meta: no storage and no random numbers, since the parameters follow.
-    small = cast(Recurrent, take_over(kind(**options, device="meta"), module, parameters))
-    small.remember(_stayed(module, parameters, masks))
-    return small
+        by_layer = [flat[i : i + directions] for i in range(0, len(flat), directions)]
+        alike = len(set(flat)) == 1 and len(sizes) == 1
+        options[name] = flat[0] if alike else by_layer
+    return cast(nn.Module, kind(**options, device="meta"))
 
 
 def _count(module: nn.Module) -> int:

@@ -47,7 +47,7 @@ def stacked(rows: Sequence[Tensor]) -> Tensor:
 def cut(state: Tensor, kept: Kept) -> Tensor:
     """[..., before] -> [..., size]; a tensor of another width is returned as it is."""
     units, before = kept
-    if state.dim() == 0 or state.size(-1) != before or len(units) == before:
+    if state.dim() == 0 or state.size(-1) != before or units.size(0) == before:
         return state
     return state.index_select(-1, units.to(state.device))
 

@@ -8,10 +8,12 @@ computes with their number (y / y.size(-1)).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -57,7 +59,19 @@ def replaced(tree: Any, function: Callable[[Any], Any], numbers: bool = False) -
 
 @torch.no_grad()
 def call(model: nn.Module, inputs: Any) -> dict[Path, Any]:
-    """The leaves of what the model returns, from the same random state every time."""
+    """The leaves of what the model returns, from the same random state every time.
+
+    That is torch's, Python's and NumPy's, which code for teacher forcing draws from.
+    """
+    states = random.getstate(), np.random.get_state()
+    try:
+        return _called(model, inputs)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _called(model: nn.Module, inputs: Any) -> dict[Path, Any]:
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(cuda):
         if isinstance(inputs, Mapping):
@@ -140,9 +154,7 @@ class Experiment:
         groups = replace(groups, model=whole)
         _draw(groups)
         small = removed(whole, groups, kept)
-        gone = torch.cat([*(~kept[f.name] for f in groups.families), ~all_of(1)])
-        for weight, parameter in zip(groups.weights, groups.parameters(), strict=True):
-            parameter[:, gone[weight.column_units.long()].to(parameter.device)] = 0
+        groups.zero_(torch.cat([~kept[f.name] for f in groups.families]), rows=False)
         for inputs in self.inputs:
             expected, got = self._outcome(whole, inputs), self._outcome(small, inputs)
             expected = self._check(expected)
@@ -152,6 +164,12 @@ class Experiment:
                 _close(value, got[path], self.tolerance) for path, value in expected.items()
             ):
                 return "gives other answers"
+        # Training goes on in the small model: there too, its code must take it.
+        trained = self._outcome(small.train(), self.inputs[0])
+        if isinstance(trained, Exception) and not isinstance(
+            self._outcome(whole.train(), self.inputs[0]), Exception
+        ):
+            return f"fails in training mode with {_brief(trained)}"
         return None
 
     def _outcome(self, model: nn.Module, inputs: Any) -> dict[Path, Any] | Exception:
@@ -197,10 +215,11 @@ def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
     Each block of families keeps scattered units once, the others once, and all once: so each unit
     leaves once. Blocks take turns, so sizes differ, by block and from what they were.
     """
-    random = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     sizes = {family.name: family.size for family in groups.families}
     orders = {
-        name: torch.randperm(size, generator=random, device="cpu") for name, size in sizes.items()
+        name: torch.randperm(size, generator=generator, device="cpu")
+        for name, size in sizes.items()
     }
     for turn in range(3):
         kept = {name: all_of(size) for name, size in sizes.items()}
@@ -217,7 +236,8 @@ def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
 @torch.no_grad()
 def _draw(groups: Groups) -> None:
     """Draw weights anew where their present values may hide a unit: labelled ones, and zeros."""
-    labelled = {groups.model.get_parameter(one.name) for one in groups.labelled}
+    own = dict(groups.model.named_parameters())
+    labelled = {own[one.name] for one in groups.labelled if one.name in own}
     cuda = sorted({p.device.index for p in labelled if p.device.type == "cuda"})
     with torch.random.fork_rng(cuda):
         torch.manual_seed(0)

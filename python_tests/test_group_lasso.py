@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from iss_kernels.backend import use_backend
 from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
-from iss_kernels.groups import Family, Groups, LabelledWeight
+from iss_kernels.groups import Family, Groups, Labelled
 
 # nn.LSTM says this itself, once.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -269,7 +269,7 @@ def test_a_weight_may_have_more_dimensions() -> None:
     lassos = []
     for model in (linear, conv):
         family = Family("units", "", 0, 6)
-        groups = Groups(model, [family], [LabelledWeight("weight", none, units)])
+        groups = Groups(model, [family], [Labelled("weight", (none, units), (1,))])
         lassos.append(GroupLasso(groups, STRENGTH))
 
     def assert_same(one: Tensor | None, two: Tensor | None) -> None:

@@ -274,6 +274,11 @@ def test_a_third_width_is_an_error_that_names_both():
         "Expected hidden size (2, 2, 4), or, from before shrinking, size (2, 2, 6), got [2, 2, 5]",
         lambda: gru(X, torch.zeros(2, 2, 5).double()),
     )
+    raises(
+        "Expected hidden size (2, 2, 4), or, from before shrinking, size (2, 2, 6), "
+        "got [(2, 4), (2, 5)]",
+        lambda: gru(X, [torch.zeros(2, width).double() for width in (4, 5)]),
+    )
     lstm, _ = remembering(ISSLSTM(3, [4, 2], 2, dtype=torch.float64), [6, 6], [6, 6])
     wide = torch.zeros(2, 2, 6).double()
     raises(

@@ -177,7 +177,7 @@ class Reader(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, (h_n, _) = self.rnn(x)
-        return self.head(h_n[-1] if self.states else y)
+        return self.head(h_n.transpose(0, 1)[:, -1] if self.states else y)
 
 
 @pytest.mark.parametrize("of", ["units", "parameters", "multiply-adds"])

@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of many kinds are followed and shrunk exactly, or their units stay for a reason."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from iss_kernels.find import find_groups
+from iss_kernels.groups import GroupError, Groups
+from iss_kernels.saving import load, save
+from iss_kernels.shrink import shrink
+from iss_kernels.verify import call
+
+X = torch.randn(6, 3, 5)  # [T, B, I]
+TOKENS = torch.randint(0, 9, (6, 3))
+
+
+class Model(nn.Module):
+    """Modules, and a function of them and the inputs as forward."""
+
+    def __init__(self, run: Callable[..., Any], **modules: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *args: Any) -> Any:
+        return self.run(self, *args)
+
+
+def halved(groups: Groups) -> dict[str, Tensor]:
+    """About half of the units of each family, scattered; equally many of those of one size."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        f.name: torch.zeros(f.size, dtype=torch.bool).index_fill(
+            0, torch.randperm(f.size, generator=generator)[: f.size // 2], True
+        )
+        for f in groups.families
+    }
+
+
+def shrinks(model: nn.Module, inputs: Any = X, on_unknown: str = "raise") -> Groups:
+    """The groups of a model, which must lose half of each family without another answer."""
+    model.eval()
+    groups = find_groups(model, inputs, on_unknown=on_unknown)
+    masks = halved(groups)
+    groups.zero_units_(masks)
+    assert all(torch.equal(dead | masks[name], dead) for name, dead in groups.dead().items())
+    small, report = shrink(model, groups)
+    expected, got = call(model, inputs), call(small.eval(), inputs)
+    for path, value in expected.items():
+        if path in got and value.shape == got[path].shape:
+            torch.testing.assert_close(got[path], value, rtol=0, atol=1e-5)
+    assert any(a < b for b, a in report.sizes.values())
+    assert report.parameters[1] < report.parameters[0]
+    return groups
+
+
+def sizes(groups: Groups) -> dict[str, int]:
+    return {" = ".join(family.members): family.size for family in groups.families}
+
+
+class Hidden(nn.Module):
+    """A model that makes its states by a width of its own."""
+
+    def __init__(self, layers: int = 1, directions: int = 1) -> None:
+        super().__init__()
+        self.hidden_size, self.layers, self.directions = 8, layers, directions
+        self.lstm = nn.LSTM(5, 8, layers, bidirectional=directions == 2)
+        self.out = nn.Linear(8 * directions, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(self.layers * self.directions, x.size(1), self.hidden_size)
+        y, _ = self.lstm(x, (h, x.new_zeros(h.shape)))
+        return self.out(y.reshape(-1, self.hidden_size * self.directions))
+
+
+def attended(scores: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """A decoder that reads an encoder by these scores of [B, T, H] and [B, S, H]: [B, T, S]."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        memory, (h, c) = m.encoder(x)
+        y, _ = m.decoder(x, (h, c))
+        keys, queries = memory.transpose(0, 1), y.transpose(0, 1)
+        weights = scores(queries, keys).softmax(-1)
+        return m.out(torch.cat([queries, weights @ keys], -1))
+
+    return run
+
+
+def encoder_decoder(run: Callable[..., Any], **others: Any) -> Model:
+    modules = {"encoder": nn.LSTM(5, 8), "decoder": nn.LSTM(5, 8), "out": nn.Linear(16, 2)}
+    return Model(run, **modules | others)
+
+
+def cell_loop(m: Any, x: Tensor) -> Tensor:
+    h = torch.zeros(x.size(1), 8)
+    ys = []
+    for step in x:
+        h = m.cell(step, h)
+        ys.append(h)
+    return m.out(torch.stack(ys))
+
+
+def lstm_cell_loop(m: Any, x: Tensor) -> Tensor:
+    state, below = None, None
+    for step in x:
+        below = m.below(step, below)
+        state = m.cell(below[0], state)
+    return m.out(state[0])
+
+
+def bridge(m: Any, x: Tensor) -> Tensor:
+    _, h = m.encoder(x)
+    h = torch.tanh(m.bridge(torch.cat([h[0], h[1]], 1)))
+    return m.out(m.decoder(x, h.unsqueeze(0))[0])
+
+
+def learned(m: Any, x: Tensor) -> Tensor:
+    h = m.h0.expand(-1, x.size(1), -1).contiguous()
+    return m.out(m.rnn(x, h)[0])
+
+
+def written(m: Any, x: Tensor) -> Tensor:
+    y, _ = m.rnn(x)
+    ys = y.new_zeros(y.shape)
+    for t in range(y.size(0)):
+        ys[t] = y[t] * 2
+    return m.out(ys)
+
+
+def complex_product(m: Any, x: Tensor) -> Tensor:
+    (rr, _), (ri, _), (ir, _), (ii, _) = m.real(x), m.imag(x), m.real(x * 2), m.imag(x * 2)
+    return m.out(rr - ii) + m.out(ri + ir)
+
+
+def packed(m: Any, x: Tensor) -> Tensor:
+    y, _ = m.rnn(pack_padded_sequence(x, torch.tensor([6, 4, 2])))
+    y = pad_packed_sequence(y)[0]
+    mask = (torch.arange(y.size(0))[:, None] < torch.tensor([6, 4, 2])).float()[..., None]
+    return m.out((y * mask).sum(0) / mask.sum(0))
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(50, 8))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.table[: y.size(0), None]  # type: ignore[index]
+
+
+def conv(m: Any, x: Tensor) -> Tensor:
+    y = m.rnn(x)[0].permute(1, 2, 0)  # [B, H, T]
+    y = F.max_pool1d(m.act(m.conv(m.norm(y))), 2)
+    return m.out(F.adaptive_avg_pool1d(y, 1).squeeze(-1))
+
+
+def rnn(size: int = 8, **options: Any) -> nn.GRU:
+    return nn.GRU(5, size, **options)
+
+
+def head(size: int = 8) -> nn.Linear:
+    return nn.Linear(size, 2)
+
+
+MODELS: dict[str, tuple[Model | nn.Module, Any, dict[str, int] | None]] = {
+    "states made inside": (Hidden(), X, {"lstm.l0": 8}),
+    "states made inside, layers and directions": (Hidden(2, 2), X, None),
+    "encoder to decoder": (
+        Model(
+            lambda m, x: m.out(m.decoder(x, m.encoder(x)[1])[0]),
+            encoder=nn.LSTM(5, 8), decoder=nn.LSTM(5, 8), out=head(),
+        ),
+        X, {"encoder.l0 = decoder.l0": 8},
+    ),
+    "a bridge between both": (
+        Model(
+            bridge, encoder=rnn(bidirectional=True), bridge=nn.Linear(16, 12),
+            decoder=rnn(12), out=head(12),
+        ),
+        X, {"encoder.l0": 8, "encoder.l0_reverse": 8, "decoder.l0": 12},
+    ),
+    "a learned state": (
+        Model(learned, h0=nn.Parameter(torch.randn(1, 1, 8)), rnn=rnn(), out=head()), X, None,
+    ),
+    "a learned state of two layers": (
+        Model(
+            learned, h0=nn.Parameter(torch.randn(2, 1, 8)), rnn=rnn(num_layers=2), out=head()
+        ),
+        X, {"rnn.l0": 8, "rnn.l1": 8},
+    ),
+    "dot-product attention": (
+        encoder_decoder(attended(lambda q, k: torch.bmm(q, k.transpose(1, 2)))), X,
+        {"encoder.l0 = decoder.l0": 8},
+    ),
+    "attention by einsum": (
+        encoder_decoder(attended(lambda q, k: torch.einsum("bth,bsh->bts", q, k))), X, None,
+    ),
+    "scaled attention with a scale": (
+        encoder_decoder(
+            lambda m, x: m.out(torch.cat([
+                y := m.decoder(x, (r := m.encoder(x))[1])[0],
+                F.scaled_dot_product_attention(y, r[0], r[0], scale=0.3),
+            ], -1))
+        ),
+        X, {"encoder.l0 = decoder.l0": 8},
+    ),
+    "bilinear attention": (
+        Model(
+            lambda m, x: m.out(
+                (m.w(m.a(x)[0].transpose(0, 1)) @ m.b(x)[0].permute(1, 2, 0)).softmax(-1)
+                @ m.b(x)[0].transpose(0, 1)
+            ),
+            a=rnn(), b=rnn(12), w=nn.Linear(8, 12), out=head(12),
+        ),
+        X, {"a.l0": 8, "b.l0": 12},
+    ),
+    "additive attention": (
+        Model(
+            lambda m, x: m.out(
+                ((y := m.rnn(x)[0]) * (torch.tanh(m.w(y)) @ m.v).softmax(0)[..., None]).sum(0)
+            ),
+            rnn=rnn(), w=nn.Linear(8, 6), v=nn.Parameter(torch.randn(6)), out=head(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "nn.Bilinear": (
+        Model(
+            lambda m, x: m.out(m.a(x)[0], m.b(x)[0]), a=rnn(), b=rnn(6), out=nn.Bilinear(8, 6, 2)
+        ),
+        X, {"a.l0": 8, "b.l0": 6},
+    ),
+    "a matrix of parameters": (
+        Model(
+            lambda m, x: torch.matmul(m.rnn(x)[0], m.w) + m.b,
+            rnn=rnn(), w=nn.Parameter(torch.randn(8, 2)), b=nn.Parameter(torch.randn(2)),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "residual": (
+        Model(
+            lambda m, x: m.out((y := m.into(x)) + m.a(y)[0] + m.b(y)[0]),
+            into=nn.Linear(5, 8), a=nn.LSTM(8, 8), b=nn.GRU(8, 8), out=head(),
+        ),
+        X, {"a.l0 = b.l0": 8},
+    ),
+    "gated": (
+        Model(
+            lambda m, x: m.out((y := m.rnn(x)[0]) * torch.sigmoid(m.gate(y))),
+            rnn=rnn(), gate=nn.Linear(8, 8), out=head(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "both directions added": (
+        Model(
+            lambda m, x: m.out(m.rnn(x)[0].unflatten(-1, (2, -1)).sum(2)),
+            rnn=rnn(bidirectional=True), out=head(),
+        ),
+        X, {"rnn.l0 = rnn.l0_reverse": 8},
+    ),
+    "maximum of both directions": (
+        Model(
+            lambda m, x: m.out(torch.maximum(*m.rnn(x)[0].chunk(2, -1))),
+            rnn=rnn(bidirectional=True), out=head(),
+        ),
+        X, {"rnn.l0 = rnn.l0_reverse": 8},
+    ),
+    "glu": (
+        Model(lambda m, x: m.out(F.glu(m.rnn(x)[0])), rnn=rnn(), out=head(4)), X, {"rnn.l0": 4},
+    ),
+    "complex product": (
+        Model(complex_product, real=nn.LSTM(5, 8), imag=nn.LSTM(5, 8), out=head()), X,
+        {"real.l0 = imag.l0": 8},
+    ),
+    "tied embedding": (
+        Model(
+            lambda m, x: F.linear(m.rnn(m.embed(x))[0], m.embed.weight),
+            embed=nn.Embedding(9, 8), rnn=nn.LSTM(8, 8),
+        ),
+        TOKENS, {"rnn.l0": 8},
+    ),
+    "one head for two": (
+        Model(lambda m, x: m.out(m.a(x)[0]) + m.out(m.b(x)[0]), a=rnn(), b=rnn(), out=head()), X,
+        {"a.l0 = b.l0": 8},
+    ),
+    "GRU cell in a loop": (
+        Model(cell_loop, cell=nn.GRUCell(5, 8), out=head()), X, {"cell": 8},
+    ),
+    "RNN cell in a loop": (
+        Model(cell_loop, cell=nn.RNNCell(5, 8, nonlinearity="relu"), out=head()), X, {"cell": 8},
+    ),
+    "LSTM cells in a loop": (
+        Model(lstm_cell_loop, below=nn.LSTMCell(5, 6), cell=nn.LSTMCell(6, 8), out=head()), X,
+        {"below": 6, "cell": 8},
+    ),
+    "BatchNorm, Conv1d, PReLU, pooling": (
+        Model(
+            conv, rnn=rnn(), norm=nn.BatchNorm1d(8), conv=nn.Conv1d(8, 4, 3, padding=1),
+            act=nn.PReLU(4), out=head(4),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "depthwise convolution": (
+        Model(
+            conv, rnn=rnn(), norm=nn.InstanceNorm1d(8, affine=True),
+            conv=nn.Conv1d(8, 8, 3, groups=8), act=nn.PReLU(8), out=head(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "transposed convolution": (
+        Model(
+            conv, rnn=rnn(), norm=nn.GroupNorm(8, 8), conv=nn.ConvTranspose1d(8, 3, 2),
+            act=nn.PReLU(), out=head(3),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "writes into a buffer": (Model(written, rnn=rnn(), out=head()), X, {"rnn.l0": 8}),
+    "index_copy": (
+        Model(
+            lambda m, x: m.out(
+                (y := m.rnn(x)[0]).index_copy(0, torch.tensor([1, 3]), y[[0, 2]] * 2)
+            ),
+            rnn=rnn(), out=head(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "padded over time": (
+        Model(
+            lambda m, x: m.out(F.pad(m.rnn(x)[0], (0, 0, 0, 0, 2, 0))[:-2]), rnn=rnn(), out=head()
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "statistics over time": (
+        Model(
+            lambda m, x: m.out(torch.cat([
+                (y := m.rnn(x)[0]).std(0), y.var(0), y.topk(2, 0)[0].sum(0), y.sort(0)[0][-1],
+                y.cumsum(0)[2], y.softmax(0)[1], y.norm(dim=0), y.amax(0),
+            ], -1)),
+            rnn=rnn(), out=head(64),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "packed and averaged": (Model(packed, rnn=rnn(), out=head()), X, {"rnn.l0": 8}),
+    "normalised": (
+        Model(
+            lambda m, x: m.out(F.normalize(m.rnn(x)[0], dim=-1)), rnn=rnn(), out=head()
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "a table of positions": (
+        Model(
+            lambda m, x: m.out(m.positions(m.rnn(x)[0])), rnn=rnn(), positions=Positions(),
+            out=head(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "the last layer's state": (
+        Model(lambda m, x: m.out(m.rnn(x)[1][-1]), rnn=rnn(num_layers=3), out=head()), X,
+        {"rnn.l0": 8, "rnn.l1": 8, "rnn.l2": 8},
+    ),
+    "isfinite": (
+        Model(
+            lambda m, x: m.out(torch.where(torch.isfinite(y := m.rnn(x)[0]), y, 0)),
+            rnn=rnn(), out=head(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_lose_units_and_give_the_same_answers(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs, expected = MODELS[name]
+    groups = shrinks(model, inputs)
+    assert expected is None or sizes(groups) == expected
+
+
+def test_a_number_that_is_a_width_changes_with_the_units() -> None:
+    model = Hidden(2, 2)
+    groups = find_groups(model, X)
+    assert [str(width) for width in groups.widths] == ["hidden_size"]
+    small, report = shrink(model, groups, ratio=0.5)
+    assert small.hidden_size == 4
+    assert model.hidden_size == 8
+    assert set(report.sizes.values()) == {(8, 4)}
+
+
+def test_a_width_that_changed_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = Hidden(2, 2).eval()
+    small, _ = shrink(model, find_groups(model, X), ratio=0.5)
+    save(small, tmp_path / "small.safetensors")
+    fresh = load(tmp_path / "small.safetensors", Hidden(2, 2)).eval()
+    assert fresh.hidden_size == 4
+    assert torch.equal(fresh(X), small(X))
+
+
+def test_a_width_may_be_in_an_object_that_the_model_holds() -> None:
+    config = SimpleNamespace(hidden=8, other=3)
+    model = Model(
+        lambda m, x: m.out(m.rnn(x)[0].view(-1, m.config.hidden)), config=config, rnn=rnn(),
+        out=head(),
+    )  # fmt: skip
+    groups = shrinks(model)
+    assert [str(width) for width in groups.widths] == ["config.hidden"]
+    assert config.hidden == 8
+
+
+STAY: dict[str, tuple[Callable[..., Any], str]] = {
+    "layer_norm": (lambda m, y: F.layer_norm(y, y.shape[-1:]), "layer_norm"),
+    "softmax": (lambda m, y: y.softmax(-1), "softmax"),
+    "mean of the units": (lambda m, y: y * y.mean(-1, keepdim=True), "mean"),
+    "attention with the root of the width": (
+        lambda m, y: F.scaled_dot_product_attention(y, y, y), "scaled_dot_product_attention",
+    ),
+    "the inputs added": (lambda m, y: y + torch.cat([X, X], -1)[..., :8], "__add__|add"),
+    "half of the units": (lambda m, y: torch.cat([y[..., :4], y[..., :4]], -1), "__getitem__"),
+    "the root of the width": (lambda m, y: y / math.sqrt(y.size(-1)), "size"),
+    "many heads": (lambda m, y: m.attention(y, y, y)[0], "multi_head_attention_forward"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_units_that_cannot_leave_stay_whole_for_a_reason(name: str) -> None:
+    run, operation = STAY[name]
+    model = Model(
+        lambda m, x: m.out(run(m, m.top(m.rnn(x)[0])[0])), rnn=rnn(), top=nn.GRU(8, 8),
+        attention=nn.MultiheadAttention(8, 2), out=head(),
+    )  # fmt: skip
+    groups = shrinks(model)
+    assert sizes(groups) == {"rnn.l0": 8}
+    assert list(groups.kept_whole) == ["top.l0"]
+    assert any(part in groups.kept_whole["top.l0"] for part in operation.split("|"))
+    assert "kept whole: top.l0" in str(groups)
+
+
+def test_what_has_no_rule_is_an_error_that_names_the_line_or_stays_whole() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, _ = m.rnn(x)
+        z, _ = m.top(y)
+        return m.out(torch.fft.rfft(z, dim=0).abs())
+
+    model = Model(run, rnn=rnn(), top=nn.GRU(8, 8), out=head())
+    with pytest.raises(GroupError) as error:
+        find_groups(model, X)
+    assert "the output of top.l0 through" in str(error.value)
+    assert "fft_rfft (test_rules.py:" in str(error.value)
+    groups = shrinks(model, on_unknown="keep")
+    assert sizes(groups) == {"rnn.l0": 8}
+    assert "no rule says" in groups.kept_whole["top.l0"]
+
+
+def test_units_read_by_their_value_are_dead_only_without_biases() -> None:
+    model = encoder_decoder(attended(lambda q, k: torch.bmm(q, k.transpose(1, 2))))
+    groups = find_groups(model, X)
+    assert groups.by_value is not None
+    assert bool(groups.by_value.all())
+    with torch.no_grad():
+        for weight in groups.weights:
+            groups.model.get_parameter(weight.name).zero_()
+    assert not any(dead.any() for dead in groups.dead().values())
+    groups.zero_units_({"encoder.l0": torch.ones(8, dtype=torch.bool)})
+    assert all(dead.all() for dead in groups.dead().values())
+
+
+def test_on_unknown_is_checked() -> None:
+    with pytest.raises(ValueError, match='expected on_unknown "raise" or "keep", got'):
+        find_groups(Hidden(), X, on_unknown="drop")
