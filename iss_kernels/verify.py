@@ -117,6 +117,7 @@ class Experiment:
         # Rounding errors grow on their way to the answers, yet stay far below what a unit that is
         # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
         self.tolerance = eps**0.6
+        self.drawn: tuple[list[str], nn.Module] | None = None  # with weights drawn for these names
         whole = copied(model).eval()
         self._check(self._outcome(whole, inputs))
         self.inputs = [inputs]
@@ -134,28 +135,43 @@ class Experiment:
 
     def failure(self, groups: Groups) -> str | None:
         """What a copy without some of the units does wrong; None where nothing."""
-        return next(filter(None, (self._failure(groups, kept) for kept in _trials(groups))), None)
+        return self._failures(groups, list(_trials(groups)))
 
     def culprits(self, groups: Groups) -> list[str]:
         """Names of the families that fail while the others stay whole; of all, if none does."""
         names = []
         for block in _blocks(groups):
-            for kept in _trials(groups):
-                alone = {f: mask if f in block else all_of(len(mask)) for f, mask in kept.items()}
-                if self._failure(groups, alone):
-                    names += block
-                    break
+            trials = [
+                {f: mask if f in block else all_of(len(mask)) for f, mask in kept.items()}
+                for kept in _trials(groups)
+            ]
+            if self._failures(groups, trials):
+                names += block
         return names or [family.name for family in groups.families]
 
+    def _failures(self, groups: Groups, trials: list[dict[str, Tensor]]) -> str | None:
+        """The first failure: the first trial takes all inputs, each other one of them."""
+        for i, kept in enumerate(trials):
+            inputs = self.inputs if i == 0 else [self.inputs[i % len(self.inputs)]]
+            if failure := self._failure(groups, kept, inputs, trains=i == 0):
+                return failure
+        return None
+
     @torch.no_grad()
-    def _failure(self, groups: Groups, kept: Mapping[str, Tensor]) -> str | None:
+    def _failure(
+        self, groups: Groups, kept: Mapping[str, Tensor], examples: list[Any], trains: bool
+    ) -> str | None:
         """Compare a copy that keeps these units with one where the others are dead."""
-        whole = copied(self.model).eval()
+        names = [one.name for one in groups.labelled]
+        if self.drawn is None or self.drawn[0] != names:
+            model = copied(self.model).eval()
+            _draw(replace(groups, model=model))
+            self.drawn = names, model
+        whole = copied(self.drawn[1])
         groups = replace(groups, model=whole)
-        _draw(groups)
         small = removed(whole, groups, kept)
         groups.zero_(torch.cat([~kept[f.name] for f in groups.families]), rows=False)
-        for inputs in self.inputs:
+        for inputs in examples:
             expected, got = self._outcome(whole, inputs), self._outcome(small, inputs)
             expected = self._check(expected)
             if isinstance(got, Exception):
@@ -164,6 +180,8 @@ class Experiment:
                 _close(value, got[path], self.tolerance) for path, value in expected.items()
             ):
                 return "gives other answers"
+        if not trains:
+            return None
         # Training goes on in the small model: there too, its code must take it.
         trained = self._outcome(small.train(), self.inputs[0])
         if isinstance(trained, Exception) and not isinstance(
