@@ -9,7 +9,7 @@ others, and every labelled vector their elements. Modules of torch.nn become thi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, TypeAlias, cast
@@ -24,6 +24,7 @@ from iss_kernels.copying import copied, places
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups, Labelled, cell_of, plain_cells, plain_recurrent
 from iss_kernels.recurrent import CELL_MODULES, class_of
+from iss_kernels.states import States, cut_state
 from iss_kernels.widths import set_number
 
 # Which places along each dimension stayed, by the tensor that is new in a labelled one's place.
@@ -36,13 +37,39 @@ class ShrinkReport:
 
     kept: {family name: indices of the units that stayed, ascending}; sizes: {family name: (before,
     after)}; parameters and recurrent_parameters: (before, after), of the model and of its recurrent
-    modules.
+    modules. stayed: {recurrent module: for each layer and direction, for each state, bool [width
+    before], True for the units that stayed}.
     """
 
     kept: dict[str, Tensor]
     sizes: dict[str, tuple[int, int]]
     parameters: tuple[int, int]
     recurrent_parameters: tuple[int, int]
+    stayed: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+
+    def cut_state(self, hx: States, module: str | None = None) -> States:
+        """A state of the width before, cut to the units that stayed.
+
+        hx: as the recurrent module took it before: h, of an LSTM (h, c), each [L * D, B, H] (or
+        L * D tensors [B, H]), of a cell [B, H]. module: its name in the model, which a report on
+        one module alone does not need. Raises ValueError for another name or width.
+
+        >>> import iss_kernels as iss
+        >>> gru = torch.nn.GRU(4, 16, num_layers=2)
+        >>> groups = iss.find_groups(gru, torch.zeros(3, 1, 4))
+        >>> small, report = iss.shrink(gru, groups, keep={"l0": [1, 2]})
+        >>> [h.shape[-1] for h in report.cut_state(torch.zeros(2, 1, 16))]
+        [2, 16]
+        """
+        names = [*self.stayed]
+        if module is None and len(names) == 1:
+            (module,) = names
+        if module not in self.stayed:
+            raise ValueError(
+                f"cut_state: expected module to be one of {', '.join(map(repr, names))}, "
+                f"got {module!r}"
+            )
+        return cut_state(hx, self.stayed[module])
 
     def __str__(self) -> str:
         totals = {
@@ -116,8 +143,8 @@ def shrink(
     small = removed(model, groups, kept)
     new = {old: small.get_parameter(name) for name, old in model.named_parameters()}
     optimizers.move(optimizers.several(optimizer), model, new, _cut(model, groups, kept))
-    before = _counts(model, groups)
-    return small, _report(groups, kept, before, _counts(small, groups))
+    before, stayed = _counts(model, groups), _all_stayed(model, groups, kept)
+    return small, _report(groups, kept, before, _counts(small, groups), stayed)
 
 
 @torch.inference_mode(False)
@@ -165,7 +192,7 @@ def shrink_(
     put: a tuple, a set, a key of a dict.
     """
     kept = _chosen(model, groups, keep, ratio, budget, example, round_to)
-    before = _counts(model, groups)
+    before, stayed = _counts(model, groups), _all_stayed(model, groups, kept)
     cut = _cut(model, groups, kept)
     cut_all = _cut_tensors(model, groups, kept).items()
     new = {old: its for old, its in cut_all if its.shape != old.shape}
@@ -193,7 +220,7 @@ def shrink_(
     _fit(model, rebuilt, set(new.values()), groups, kept)
     if lasso is not None:
         lasso.go_on(left, _alive(groups, kept)[:-1])
-    return _report(groups, kept, before, _counts(model, groups)), left
+    return _report(groups, kept, before, _counts(model, groups), stayed), left
 
 
 def _counts(model: nn.Module, groups: Groups) -> tuple[int, int]:
@@ -203,8 +230,25 @@ def _counts(model: nn.Module, groups: Groups) -> tuple[int, int]:
     return _count(model), sum(map(_count, cut))
 
 
+def _all_stayed(
+    model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]
+) -> dict[str, list[tuple[Tensor, ...]]]:
+    """{recurrent module that loses units: which of its units stay}, see `_stayed`."""
+    masks = _masks(model, groups, kept, {})
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        names[module]: _stayed(module, dict(module.named_parameters(recurse=False)), masks)
+        for module in _recurrent(model)
+        if masks.keys() & set(module.parameters())
+    }
+
+
 def _report(
-    groups: Groups, kept: Mapping[str, Tensor], before: tuple[int, int], after: tuple[int, int]
+    groups: Groups,
+    kept: Mapping[str, Tensor],
+    before: tuple[int, int],
+    after: tuple[int, int],
+    stayed: dict[str, list[tuple[Tensor, ...]]],
 ) -> ShrinkReport:
     indices = {name: mask.nonzero().flatten() for name, mask in kept.items()}
     return ShrinkReport(
@@ -212,6 +256,7 @@ def _report(
         sizes={f.name: (f.size, len(indices[f.name])) for f in groups.families},
         parameters=(before[0], after[0]),
         recurrent_parameters=(before[1], after[1]),
+        stayed=stayed,
     )
 
 

@@ -475,3 +475,19 @@ def test_units_read_by_their_value_are_dead_only_without_biases() -> None:
 def test_on_unknown_is_checked() -> None:
     with pytest.raises(ValueError, match='expected on_unknown "raise" or "keep", got'):
         find_groups(Hidden(), X, on_unknown="drop")
+
+
+def test_a_stored_state_is_cut_by_the_report() -> None:
+    model = Model(
+        lambda m, x, h, c: m.out(m.rnn(x, (h, c))[0]), rnn=nn.LSTM(5, 8), out=head()
+    )  # fmt: skip
+    h, c = torch.randn(2, 1, 3, 8).unbind()
+    groups = find_groups(model, (X, h, c))
+    small, report = shrink(model, groups, keep={"rnn.l0": [1, 4, 6]})
+    cut = report.cut_state((h, c))
+    assert all(torch.equal(a, b[..., [1, 4, 6]]) for a, b in zip(cut, (h, c), strict=True))
+    torch.testing.assert_close(small(X, *cut), small(X, h, c))
+    with pytest.raises(ValueError, match="expected module to be one of 'rnn', got 'lstm'"):
+        report.cut_state((h, c), "lstm")
+    with pytest.raises(ValueError, match="cut_state: expected h of the widths before"):
+        report.cut_state(cut)
