@@ -65,9 +65,6 @@ class Call:
         self.name, self.function, self.args, self.kwargs = name, function, args, kwargs
         self.result = result
 
-    def __getitem__(self, place: int) -> Any:
-        return self.args[place] if len(self.args) > place else None
-
     def get(self, place: int, name: str, default: Any = None) -> Any:
         """An argument by its place or its name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
@@ -79,11 +76,15 @@ class Call:
 
     def dims(self, place: int = 1, name: str = "dim") -> set[int]:
         """Dimensions that the call names, counted from the right (-1 is the last); all for None."""
-        given, count = self.get(place, name), self.input.dim()
-        if given is None or (isinstance(given, (tuple, list)) and not given):
-            return set(range(-count, 0))
-        given = [given] if isinstance(given, int) else given
-        return {dim - count if dim >= 0 else dim for dim in given}
+        return from_right(self.get(place, name), self.input.dim())
+
+
+def from_right(dims: Any, count: int) -> set[int]:
+    """Dimensions out of `count`, given as torch takes them, counted from the right."""
+    if dims is None or (isinstance(dims, (tuple, list)) and not dims):
+        return set(range(-count, 0))
+    dims = [dims] if isinstance(dims, int) else dims
+    return {dim - count if dim >= 0 else dim for dim in dims}
 
 
 def words(text: str) -> frozenset[str]:
@@ -240,14 +241,15 @@ def _set(trace: Trace, call: Call) -> None:
         trace.label(call.input, trace.labels(call.args[1]))
 
 
-@_rule("zero_ fill_")
+@_rule("bernoulli_ exponential_ fill_ normal_ uniform_ zero_")
 def _constant(trace: Trace, call: Call) -> None:
+    """What is drawn anew counts as constant: what it does to answers shows when units leave."""
     trace.label(call.result, [fill((1,) * call.result.dim(), ANY)])
 
 
 @_rule(
     """empty empty_like full full_like new new_empty new_full new_ones new_zeros ones ones_like
-    zeros zeros_like"""
+    rand_like randn_like zeros zeros_like"""
 )
 def _made(trace: Trace, call: Call) -> None:
     if isinstance(call.result, Tensor):
@@ -271,12 +273,12 @@ def _prelu(trace: Trace, call: Call) -> None:
 
 # -- Moves
 
-_MOVES = """T __getitem__ adjoint as_strided chunk diagonal diff_ dsplit expand expand_as flatten
+_MOVES = """T __getitem__ adjoint chunk diagonal diff_ dsplit expand expand_as flatten
     flip fliplr flipud gather hsplit index_select mH mT masked_select moveaxis movedim narrow
     permute ravel repeat repeat_interleave reshape reshape_as roll rot90 select split squeeze
     swapaxes swapdims t take take_along_dim tensor_split tile transpose triu tril unbind unflatten
     unfold unsafe_chunk unsafe_split unsqueeze unsqueeze_ squeeze_ view view_as vsplit
-    broadcast_to permute_copy transpose_ t_ split_with_sizes view_as_real pixel_shuffle"""
+    broadcast_to permute_copy transpose_ t_ split_with_sizes view_as_real"""
 _JOINS = "cat concat concatenate dstack hstack stack vstack column_stack row_stack block_diag"
 
 
@@ -423,9 +425,8 @@ def _reduce(trace: Trace, call: Call) -> None:
         return _elementwise(trace, call)
     place = {"norm": 2, "linalg_norm": 2, "linalg_vector_norm": 2, "quantile": 2}.get(call.name, 1)
     given = call.get(place, "dim")
-    if isinstance(given, bool):  # std(unbiased)
-        given = None
-    dims = Call("", None, (call.input, given), {}, None).dims()
+    given = None if isinstance(given, bool) else given  # std(unbiased)
+    dims = from_right(given, call.input.dim())
     kept: Labels = []
     for one in trace.labels(call.input):
         inside = varies(one) & dims
@@ -456,16 +457,9 @@ def _without(labels: Tensor, dims: Iterable[int]) -> Tensor:
     softmax softmin sort topk gumbel_softmax"""
 )
 def _along_one(trace: Trace, call: Call) -> None:
-    place, default = 1, None
-    if call.name in ("topk", "kthvalue", "diff"):
-        place, default = 2, -1
-    elif call.name in ("sort", "argsort", "mode", "gumbel_softmax"):
-        default = -1
-    if call.name == "gumbel_softmax":
-        place = 4
-    dim = call.get(place, "dim", default)
-    dim = -1 if dim is None or isinstance(dim, bool) else dim
-    dims = Call("", None, (call.input, dim), {}, None).dims()
+    place = {"topk": 2, "kthvalue": 2, "diff": 2, "gumbel_softmax": 4}.get(call.name, 1)
+    dim = call.get(place, "dim", -1)
+    dims = from_right(-1 if dim is None or isinstance(dim, bool) else dim, call.input.dim())
     kept = along(trace, trace.labels(call.input), dims, WIDE)
     for tensor in tensors(call.result):
         trace.label(tensor, kept if tensor.dim() == call.input.dim() else
@@ -485,21 +479,14 @@ def _normalize(trace: Trace, call: Call) -> None:
 def _cosine(trace: Trace, call: Call) -> None:
     one, two = call.get(0, "x1"), call.get(1, "x2")
     count = max(one.dim(), two.dim())
-    dim = call.get(2, "dim", 1)
-    dim = dim - count if dim >= 0 else dim
-    kept = _summed(trace, united(trace, _operands(trace, (one, two))), {dim})
-    trace.label(call.result, [_without(labels, [dim]) for labels in kept])
-
-
-def _summed(trace: Trace, labels: Labels, dims: Iterable[int]) -> Labels:
-    """Labels of a sum of products over dims, where no factor is a weight."""
+    dims = from_right(call.get(2, "dim", 1), count)
     kept = []
-    for one in labels:
-        if varies(one) & set(dims):
-            trace.read(one)
+    for labels in united(trace, _operands(trace, (one, two))):
+        if varies(labels) & dims:
+            trace.read(labels)
         else:
-            kept.append(one)
-    return kept
+            kept.append(_without(labels, dims))
+    trace.label(call.result, kept)
 
 
 @_rule(
