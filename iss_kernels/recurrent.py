@@ -292,8 +292,8 @@ class Recurrent(Shrinkable, nn.RNNBase):
             )
         return cast(_Module, converted("from_torch", module, cls, **cls.options_of(module)))
 
-    def to_torch(self) -> nn.RNNBase:
-        """torch's module with the same parameters; ValueError where sizes differ by layer.
+    def to_torch(self) -> nn.Module:
+        """torch's module with the same parameters; a `TorchLayers` where sizes differ by layer.
 
         It has no `kept`: it takes hx of its present width alone.
         """
@@ -302,12 +302,9 @@ class Recurrent(Shrinkable, nn.RNNBase):
         if self.torch_class is None:
             raise TypeError(f"to_torch: expected a module that torch has, got {self._kind}")
         if not self._uniform:
-            raise ValueError(
-                f"to_torch: expected equal sizes in all layers, all that "
-                f"nn.{self.torch_class.__name__} can hold, got hidden_size={self.hidden_size}"
-                + f", proj_size={self.proj_size}"
-                * self.cell.projects
-            )
+            from iss_kernels.torch_layers import TorchLayers
+
+            return TorchLayers(self)
         options = self.options_of(self)
         new = cast(nn.RNNBase, converted("to_torch", self, self.torch_class, **options))
         new._init_flat_weights()

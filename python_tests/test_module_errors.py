@@ -142,12 +142,6 @@ CALLS = {
         TypeError,
         "hidden_size should be of type int, got: float",
     ),
-    "to_torch of unequal sizes": (
-        UNEQUAL.to_torch,
-        ValueError,
-        "to_torch: expected equal sizes in all layers, all that nn.LSTM can hold, "
-        "got hidden_size=[4, (2, 5)], proj_size=0",
-    ),
     "from_torch of something else": (
         lambda: ISSLSTM.from_torch(nn.GRU(3, 4)),
         TypeError,
@@ -179,12 +173,6 @@ CALLS = {
         lambda: ISSLSTM(4, 4)(PackedSequence(X[:, 0], torch.tensor([2, 2, 1]))),
         RuntimeError,
         "input.size(-1) must be equal to input_size. Expected 4, got 3",
-    ),
-    "to_torch of a GRU of unequal sizes": (
-        UNEQUAL_GRU.to_torch,
-        ValueError,
-        "to_torch: expected equal sizes in all layers, all that nn.GRU can hold, "
-        "got hidden_size=[4, (2, 5)]",
     ),
     "from_torch of another cell": (
         lambda: ISSRNN.from_torch(nn.GRU(3, 4)),
