@@ -12,7 +12,7 @@ import os
 import platform
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch  # first: the extension links to its libraries
 
@@ -161,3 +161,11 @@ class use_isa:  # noqa: N801
 def supported_isas() -> list[str]:
     """ISAs that are built and that this CPU can run, best first; empty without the extension."""
     return list(_C.supported_isas()) if _C is not None else []
+
+
+def refuse_script(module: torch.nn.Module) -> NoReturn:
+    """What torch.jit.script gets where it asks a module for one that it can compile."""
+    raise RuntimeError(
+        f"torch.jit.script: expected modules that it can compile, got {type(module).__name__}; "
+        "torch.jit.trace takes it, and to_torch() gives torch's module where there is one"
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -310,6 +310,9 @@ class Recurrent(Shrinkable, nn.RNNBase):
         new._init_flat_weights()
         return new
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        backend.refuse_script(self)
+
     # -- forward ----------------------------------------------------------------------------------
 
     def forward(
@@ -365,7 +368,9 @@ class Recurrent(Shrinkable, nn.RNNBase):
     ) -> tuple[PackedSequence, States]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_input(data, 2)
-        batch = int(batch_sizes[0])
+        batch: Any = batch_sizes[0]
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            batch = int(batch)  # a number, which a trace would keep
         states = self._initial(hx, batch, data, sorted_indices, batched=True, packed=True)
         cuts = None if resets is None else self._packed_resets(resets, input)
         y, states = self._run(data, batch_sizes, cuts, states)

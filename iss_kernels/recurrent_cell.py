@@ -7,7 +7,7 @@ way through `ops.recurrent`, which says what is wrong with it.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,9 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
 
         new = converted("to_torch", self, self.torch_class, **_options(self))
         return cast(nn.RNNCellBase, new)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        backend.refuse_script(self)
 
     def _forward(self, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
         """Any call: input, and h or (h, c) before the step -> the same after it."""

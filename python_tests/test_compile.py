@@ -6,6 +6,9 @@ import torch
 from kinds import GRU, KINDS, LSTM, every_kind, tensors_in
 from torch import nn
 from torch.export import Dim, export
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from iss_kernels import ISSLSTM, ISSRHN, ISSGRUCell, prepare
 
 BOTH_WAYS = {"bidirectional": True, "batch_first": True}
 
@@ -87,6 +90,43 @@ def test_a_traced_module_is_the_module(kind, options, training):
         gradients = torch.autograd.grad(y.sum() + last.sum(), [x, *module.parameters()])
         results.append([y, states, *gradients])
     torch.testing.assert_close(*results)
+
+
+class Ragged(nn.Module):
+    """A module over rows of different lengths, given as such or packed."""
+
+    def __init__(self, rnn, packed):
+        super().__init__()
+        self.rnn, self.packed = rnn, packed
+
+    def forward(self, x, lengths):
+        if not self.packed:
+            return self.rnn(x, None, lengths)
+        packed, states = self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        return pad_packed_sequence(packed), states
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("packed", [False, True])
+@every_kind
+def test_a_trace_serves_other_lengths_and_batches(kind, packed):
+    model = Ragged(kind(4, 5, 2, bidirectional=True), packed)
+    with torch.no_grad():
+        example = torch.randn(7, 3, 4), torch.tensor([7, 2, 5])
+        traced = torch.jit.trace(model, example, check_trace=False)
+        for lengths in ([7, 7, 5], [3, 6], [4, 1, 1, 2]):
+            call = torch.randn(max(lengths), len(lengths), 4), torch.tensor(lengths)
+            torch.testing.assert_close(traced(*call), model(*call))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [ISSLSTM(4, 5), ISSGRUCell(4, 5), nn.Sequential(ISSRHN(4, 5)), prepare(ISSLSTM(4, 5))],
+    ids=lambda module: type(module).__name__,
+)
+def test_script_refuses_with_a_sentence(module):
+    with pytest.raises(RuntimeError, match="^torch.jit.script: expected modules that it can"):
+        torch.jit.script(module)
 
 
 def batch_dims(state, batch):
