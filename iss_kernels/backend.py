@@ -163,6 +163,12 @@ def supported_isas() -> list[str]:
     return list(_C.supported_isas()) if _C is not None else []
 
 
+def exporting_onnx() -> bool:
+    """Whether torch.onnx.export follows the call, by either of its two ways."""
+    followed = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return followed and torch.onnx.is_in_onnx_export()
+
+
 def refuse_script(module: torch.nn.Module) -> NoReturn:
     """What torch.jit.script gets where it asks a module for one that it can compile."""
     raise RuntimeError(

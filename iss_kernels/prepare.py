@@ -245,6 +245,8 @@ class Prepared(Recurrent):
         resets: Tensor | PackedSequence | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
         """As Recurrent.forward."""
+        if backend.exporting_onnx():
+            return super().forward(input, hx, lengths, resets)
         native = self._native
         if (
             native is not None

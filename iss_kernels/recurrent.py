@@ -338,6 +338,10 @@ class Recurrent(Shrinkable, nn.RNNBase):
         torch's forward, pad_packed_sequence; with resets to one call for each stretch of a row
         between them.
         """
+        if backend.exporting_onnx():
+            from iss_kernels import onnx_nodes
+
+            return onnx_nodes.forward(self, input, hx, lengths, resets)
         if lengths is not None:
             return self._forward_lengths(input, hx, lengths, resets)
         if isinstance(input, PackedSequence):

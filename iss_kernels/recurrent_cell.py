@@ -152,6 +152,10 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
 
     def _run(self, x: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The step in `dtype`."""
+        if backend.exporting_onnx():
+            from iss_kernels import onnx_nodes
+
+            return onnx_nodes.cell_forward(self, x, states)
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         w_ih, w_hh, b_ih, b_hh = (w if w is None else w.to(dtype) for w in weights)
         c0 = states[1] if len(states) == 2 else None
