@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 from iss_kernels.accelerate import accelerate
 from iss_kernels.backend import build_info, use_backend
+from iss_kernels.export import export_onnx
 from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, Groups
@@ -39,6 +40,7 @@ __all__ = [
     "accelerate",
     "build_info",
     "explain_plan",
+    "export_onnx",
     "find_groups",
     "load",
     "prepare",

@@ -1,0 +1,585 @@
+# SPDX-License-Identifier: Apache-2.0
+"""export_onnx: a model as an ONNX file, one LSTM, GRU or RNN node for each layer.
+
+torch's exporters make the file, and onnx_nodes.py what stands in it for a recurrent module. What is
+here: which sizes may differ from call to call, and whether the file gives the model's answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import io
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+from torch.utils import _pytree as pytree
+
+from iss_kernels import onnx_nodes
+from iss_kernels.copying import copied
+from iss_kernels.prepare import Prepared
+from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
+from iss_kernels.recurrent_cell import RecurrentCell
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int | None = None,
+    weights: str | None = None,
+    dynamo: bool | None = None,
+) -> None:
+    """Write `model` to `path` as ONNX, with a standard LSTM, GRU or RNN node for each layer.
+
+    model: any module, with recurrent modules of torch or of this package, shrunken or prepared ones
+    too; it is exported in eval mode, on the CPU, and stays as it is.
+    example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword
+    arguments.
+    dynamic: {input: {dimension: name}}, the sizes that may differ from call to call. By default
+    those that the model lets differ, batch and time as a rule, as calls with longer examples show;
+    a warning says which of them the file fixes, as a loop over steps in Python makes it.
+    input_names: of the tensors in `example`, in order; by default the names of forward's arguments,
+    with _0, _1, ... where one holds several tensors.
+    opset: the version of ONNX's operators; by default that of torch's exporter.
+    weights: "int8" stores the weights of LSTMs in 8 bits, in DynamicQuantizeLSTM nodes that ONNX
+    Runtime has; a model of `prepare` with int8 weights asks for it itself.
+    dynamo: which of torch's exporters, True for the one by torch.export, False for the one by
+    torch.jit.trace; by default the first and, where that refuses, the second.
+
+    Where both directions of a layer have one size they are one node, else a node each. A projection
+    becomes a product after the layer. A model's pack_padded_sequence, and `lengths`, become
+    sequence_lens. What ONNX has no node for, an ISSRHN and `resets`, is written step by step, which
+    fixes the number of steps. Weights are named as the module that holds them, "lstm.W_l0".
+
+    Where ONNX Runtime is installed the file is run before it is kept, on the example and on longer
+    ones, and compared with the model, unless its own answers differ from call to call. A trace that
+    nothing checks may hold as a constant what code computed from the example: without ONNX Runtime
+    dynamo=False is never a default.
+
+    Equivalent to torch.onnx.export(model, example, path), which serves modules of this package too,
+    but for packed sequences. It needs the packages onnx and, but with dynamo=False, onnxscript.
+
+    Raises ImportError for a package that is missing, TypeError or ValueError for an argument that
+    does not fit, and RuntimeError for what torch's exporter or ONNX cannot express, a size that the
+    model fixes though `dynamic` has it, and a file with other answers. No file is left then.
+
+    >>> import tempfile
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_onnx(model, torch.zeros(7, 1, 3), f"{folder}/model.onnx")
+    """
+    ways = [dynamo]
+    if dynamo is None:
+        ways = [True, False] if _is_installed("onnxruntime") else [True]
+    for package in ("onnx", *["onnxscript"] * bool(ways[0])):
+        if not _is_installed(package):
+            raise ImportError(
+                f"export_onnx: expected the package {package} to be installed "
+                "(pip install iss_kernels[export])"
+            )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"export_onnx: expected a torch.nn.Module, got {type(model).__name__}")
+    if weights not in (None, "float32", "int8"):
+        raise ValueError(
+            f"export_onnx: expected weights to be 'float32' or 'int8', got {weights!r}"
+        )
+    if weights is None:
+        prepared = [m for m in model.modules() if isinstance(m, Prepared)]
+        weights = "int8" if any(m.weights == "int8" for m in prepared) else "float32"
+    small = copied(model).eval().cpu()
+    recurrent = _recurrent(small)
+    args = _Arguments(small, example, input_names)
+    sizes = args.found_sizes() if dynamic is None else args.given_sizes(dynamic)
+    for module in recurrent:
+        onnx_nodes.store_operands(module, weights == "int8")
+    errors: list[RuntimeError] = []
+    for way in ways:
+        try:
+            content, dropped = _content(
+                small, args, sizes, output_names, opset, bool(way), dynamic is None, weights
+            )
+            break
+        except RuntimeError as error:
+            errors.append(error)
+    else:
+        raise errors[0]
+    if dropped:
+        warnings.warn(
+            f"export_onnx: the file takes inputs of the example's size alone in {dropped}, "
+            "which the exported model fixes (a loop over steps in Python does)",
+            stacklevel=2,
+        )
+    part = f"{os.fspath(path)}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _content(
+    model: nn.Module,
+    args: _Arguments,
+    sizes: dict[str, dict[int, str]],
+    output_names: Sequence[str] | None,
+    opset: int | None,
+    dynamo: bool,
+    may_fix: bool,
+    weights: str,
+) -> tuple[bytes, list[str]]:
+    """The checked file, and which of `sizes` it fixes, where it may."""
+    import onnx
+
+    dropped: list[str] = []
+    while True:
+        proto = _exported(model, args, sizes, output_names, opset, dynamo, may_fix)
+        onnx.checker.check_model(proto)
+        content: bytes = proto.SerializeToString()
+        fixed = _fixed(model, proto, content, args, sizes, weights != "int8")
+        if not fixed:
+            return content, dropped
+        if not may_fix:
+            label, why = next(iter(fixed.items()))
+            raise RuntimeError(f"{_differ(label)}, got {why}")
+        dropped += fixed
+        sizes = _without(sizes, fixed)
+
+
+_WHOLE = (torch.int64, torch.int32)
+# What of an example stays in the file as it is.
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class _Arguments:
+    """What a model is called with, its tensors by name."""
+
+    def __init__(self, model: nn.Module, example: Any, names: Sequence[str] | None) -> None:
+        self.model = model
+        signature = inspect.signature(model.forward)
+        named = example if isinstance(example, dict) else {}
+        several = isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence)
+        given = tuple(example) if several else (example,)
+        try:
+            bound = signature.bind(*(() if named else given), **named)
+        except TypeError as error:
+            raise TypeError(
+                f"export_onnx: expected an example that forward takes, got TypeError: {error}"
+            ) from error
+        if named:
+            bound.apply_defaults()
+        if bound.kwargs:
+            raise ValueError(
+                "export_onnx: expected arguments that can be given by position, got "
+                f"{next(iter(bound.kwargs))!r}"
+            )
+        if any(isinstance(value, PackedSequence) for value in bound.args):
+            raise ValueError(
+                "export_onnx: expected a padded batch and its lengths, for the model to pack, got "
+                "a PackedSequence"
+            )
+        leaves = pytree.tree_leaves(bound.args)
+        other = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_CONSTANTS))]
+        if other or not any(isinstance(leaf, Tensor) for leaf in leaves):
+            got = f"a {type(other[0]).__name__}" if other else "no tensor"
+            raise ValueError(
+                "export_onnx: expected an example of tensors, which become the file's inputs, and "
+                f"of plain constants, got {got}"
+            )
+        values = bound.args
+        parameters = list(signature.parameters.values())
+        leaves, self.form = pytree.tree_flatten(values)
+        self.leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.tensors: dict[str, int] = {}  # the place in leaves of each
+        self.growth: dict[str, int] = {}  # of each name of a size
+        self.counting: dict[str, list[str]] = {}  # lengths of rows that grow with a size
+        place = 0
+        for number, value in enumerate(values):
+            parameter = parameters[min(number, len(parameters) - 1)]
+            leaves = pytree.tree_leaves(value)
+            many = len(leaves) > 1 or parameter.kind is inspect.Parameter.VAR_POSITIONAL
+            for leaf in leaves:
+                if isinstance(leaf, Tensor):
+                    prefix = parameter.name
+                    count = sum(name.startswith(f"{prefix}_") for name in self.tensors)
+                    self.tensors[f"{prefix}_{count}" if many else prefix] = place
+                place += 1
+        if names is not None:
+            if len(names) != len(self.tensors) or len(set(names)) != len(names):
+                raise ValueError(
+                    f"export_onnx: expected input_names for {len(self.tensors)} tensors, "
+                    f"got {list(names)}"
+                )
+            self.tensors = dict(zip(names, self.tensors.values(), strict=True))
+
+    def longer(self, sizes: Mapping[str, Mapping[int, str]]) -> tuple[Any, ...]:
+        """The arguments, where each size of a name in `sizes` has grown by as much of its own."""
+        leaves = list(self.leaves)
+        for name, dims in sizes.items():
+            for dim, label in dims.items():
+                tensor = leaves[self.tensors[name]]
+                size, more = tensor.shape[dim], self.growth.setdefault(label, 3 + len(self.growth))
+                index = torch.arange(size + more, device=tensor.device).clamp(max=size - 1)
+                leaves[self.tensors[name]] = tensor.index_select(dim, index)  # sorted ones stay so
+                for other in self.counting.get(label, ()):
+                    counts = leaves[self.tensors[other]]
+                    leaves[self.tensors[other]] = counts.where(counts != size, size + more)
+        return pytree.tree_unflatten(leaves, self.form)  # type: ignore[no-any-return]
+
+    def counts_of(self, size: int) -> list[str]:
+        """Inputs that may be lengths of rows, of which the longest has `size` steps."""
+        tensors = {name: self.leaves[place] for name, place in self.tensors.items()}
+        whole = {n: t for n, t in tensors.items() if t.dim() == 1 and t.dtype in _WHOLE}
+        return [name for name, t in whole.items() if t.numel() and t.max() == size]
+
+    def error(self, sizes: Mapping[str, Mapping[int, str]]) -> Exception | None:
+        """What the model raises over longer arguments."""
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                outputs = _fresh(self.model)(*self.longer(sizes))
+            leaves = pytree.tree_leaves(outputs, lambda part: isinstance(part, PackedSequence))
+            if any(isinstance(leaf, PackedSequence) for leaf in leaves):
+                return TypeError("it returns a PackedSequence")
+        except Exception as error:
+            return error
+        return None
+
+    def given_sizes(self, dynamic: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
+        """`dynamic`, checked."""
+        sizes: dict[str, dict[int, str]] = {}
+        for name, dims in dynamic.items():
+            if name not in self.tensors:
+                raise ValueError(
+                    f"export_onnx: expected dynamic to name inputs among {list(self.tensors)}, "
+                    f"got {name!r}"
+                )
+            count = self.leaves[self.tensors[name]].dim()
+            sizes[name] = {}
+            for dim, label in dims.items():
+                if not isinstance(dim, int) or not -count <= dim < count:
+                    raise ValueError(
+                        f"export_onnx: expected dynamic[{name!r}] to hold dimensions of a "
+                        f"{count}-D tensor, got {dim!r}"
+                    )
+                sizes[name][dim % count] = str(label)
+        error = self.error(sizes)
+        if error is not None:
+            for name, dims in sizes.items():
+                shape = self.leaves[self.tensors[name]].shape
+                self.counting |= {label: self.counts_of(shape[d]) for d, label in dims.items()}
+            error = self.error(sizes)
+        if error is not None:
+            raise ValueError(
+                "export_onnx: expected sizes in dynamic that the model lets differ, got "
+                f"{type(error).__name__} where they do: {_first_line(error)}"
+            ) from error
+        return sizes
+
+    def found_sizes(self) -> dict[str, dict[int, str]]:
+        """The sizes that the model lets differ: each by itself, or several that are equal."""
+        if (error := self.error({})) is not None:
+            raise ValueError(
+                "export_onnx: expected a model that takes the example and returns tensors, got "
+                f"{type(error).__name__}: {_first_line(error)}"
+            ) from error
+        shapes = {name: self.leaves[place].shape for name, place in self.tensors.items()}
+        found: dict[str, dict[int, str]] = {}
+
+        def try_out(dims: list[tuple[str, int]], counting: list[str]) -> None:
+            known = [found[name][dim] for name, dim in dims if dim in found.get(name, {})]
+            label = known[0] if known else "_".join(map(str, dims[0]))
+            together: dict[str, dict[int, str]] = {}
+            for name, dim in dims:
+                together.setdefault(name, {})[dim] = label
+            if counting:
+                self.counting[label] = counting
+            if self.error(together) is None:
+                for name in together:
+                    found[name] = found.get(name, {}) | together[name]
+            elif not known:
+                self.counting.pop(label, None)
+
+        every = [(n, d) for n, shape in shapes.items() for d, size in enumerate(shape) if size > 0]
+        for name, dim in every:
+            try_out([(name, dim)], [])
+            if dim not in found.get(name, {}) and (counts := self.counts_of(shapes[name][dim])):
+                try_out([(name, dim)], counts)
+        for name, dim in every:
+            size = shapes[name][dim]
+            others = [
+                [*((n, d) for n, d in every if n == other and shapes[n][d] == size), None]
+                for other in shapes
+                if other != name
+            ]
+            for chosen in itertools.islice(itertools.product(*others), 1000):
+                if dim not in found.get(name, {}) and any(chosen):
+                    try_out([(name, dim), *(pair for pair in chosen if pair is not None)], [])
+        # Some may differ alone and not together: the first of them stay.
+        dropped: list[str] = []
+        for number, label in enumerate(_labels(found)):
+            later = _labels(found)[number + 1 :]
+            if self.error(_without(found, [*dropped, *later])) is not None:
+                dropped.append(label)
+        return _without(found, dropped)
+
+
+def _bake(module: Any) -> None:
+    """Keep the values of parametrised weights alone."""
+    if is_parametrized(module):
+        values = {name: getattr(module, name).detach() for name in module.parametrizations}
+        module.__class__ = type(module).__base__  # torch's own removal changes the class, for all
+        del module.parametrizations
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+
+
+def _recurrent(model: nn.Module) -> list[nn.Module]:
+    """The modules of this package in `model`, and one behind each of torch's, which calls it.
+
+    torch's module stays in its place, where code may ask for its class; what cannot be taken over
+    (a subclass, weights that are computed) is left to torch's exporter.
+    """
+    found: list[nn.Module] = []
+    for module in list(model.modules()):
+        if isinstance(module, (Recurrent, RecurrentCell)):
+            found.append(module)
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            _bake(module)
+            ours: Any = (MODULES | CELL_MODULES).get(type(module))
+            with contextlib.suppress(ValueError):
+                if ours is not None:
+                    behind = ours.from_torch(module)
+                    behind._parameters, behind._buffers = module._parameters, module._buffers
+                    module.forward = behind.forward
+                    found.append(behind)
+    return found
+
+
+def _fresh(model: nn.Module) -> nn.Module:
+    """The model as it stands, since a call may leave states on it; parameters are shared."""
+    return copied(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+# What torch.export says where a model fixes a size.
+_FIXES = ("onstraints violated", "conflicts between user-specified ranges")
+
+
+def _differ(label: str) -> str:
+    return (
+        f"export_onnx: expected a model that lets {label} in dynamic differ (a loop over steps in "
+        "Python does not)"
+    )
+
+
+def _labels(sizes: Mapping[str, Mapping[int, str]]) -> list[str]:
+    return list(dict.fromkeys(label for dims in sizes.values() for label in dims.values()))
+
+
+def _without(
+    sizes: Mapping[str, Mapping[int, str]], labels: Collection[str]
+) -> dict[str, dict[int, str]]:
+    return {
+        name: {dim: label for dim, label in dims.items() if label not in labels}
+        for name, dims in sizes.items()
+    }
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        yield (error := cause)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _exported(
+    model: nn.Module,
+    args: _Arguments,
+    sizes: dict[str, dict[int, str]],
+    output_names: Sequence[str] | None,
+    opset: int | None,
+    dynamo: bool,
+    may_fix: bool,
+) -> Any:
+    """The ModelProto that torch's exporter makes; may_fix: some of `sizes` may stay fixed in it."""
+    import onnx
+
+    # From the longer arguments: torch.export takes a size of 1 for a fixed one.
+    leaves, places = pytree.tree_leaves(args.longer(sizes)), list(args.tensors.values())
+    model, given = _fresh(model), tuple(leaves[place] for place in places)
+    whole = model.forward
+
+    def forward(*tensors: Tensor) -> Any:
+        """The call of tensors alone; what else the model takes stays as it is in the example."""
+        for place, tensor in zip(places, tensors, strict=True):
+            leaves[place] = tensor
+        return whole(*pytree.tree_unflatten(leaves, args.form))
+
+    model.forward = forward
+    options: dict[str, Any] = {"input_names": list(args.tensors), "output_names": output_names}
+    options["opset_version"] = opset
+    refused: list[str] = []
+    token = onnx_nodes.refused.set(refused)
+    try:
+        with onnx_nodes.Packing(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if dynamo:
+                shapes = tuple(dict(sizes.get(name, {})) for name in args.tensors)
+                if may_fix:
+                    shapes = tuple(dict.fromkeys(dims, Dim.AUTO) for dims in shapes)
+                program: Any = torch.onnx.export(
+                    model, given, dynamo=True, dynamic_shapes=(shapes,), verbose=False, **options
+                )
+                proto = _named(program.model_proto, sizes)
+            else:
+                file: Any = io.BytesIO()
+                torch.onnx.export(model, given, file, dynamo=False, dynamic_axes=sizes, **options)
+                proto = onnx.load_from_string(file.getvalue())
+    except Exception as error:
+        if refused:
+            raise RuntimeError(refused[0]) from error
+        causes = [error, *_causes(error)]
+        if any(text in str(cause) for cause in causes for text in _FIXES):
+            every = " and ".join(_labels(sizes))
+            raise RuntimeError(f"{_differ(every)}, got one that fixes some of them") from error
+        raise RuntimeError(
+            f"export_onnx: expected a model that torch.onnx.export takes, got "
+            f"{type(causes[-1]).__name__}: {_first_line(causes[-1])}"
+        ) from error
+    finally:
+        onnx_nodes.refused.reset(token)
+    got = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset is not None and got != opset:
+        raise RuntimeError(
+            f"export_onnx: expected a model that torch.onnx.export can write with opset {opset}, "
+            f"got opset {got}"
+        )
+    return proto
+
+
+def _named(proto: Any, sizes: Mapping[str, Mapping[int, str]]) -> Any:
+    """The sizes of inputs by their names in place of torch.export's."""
+    names: dict[str, str] = {}
+    for given in proto.graph.input:
+        for dim, label in sizes.get(given.name, {}).items():
+            names.setdefault(given.type.tensor_type.shape.dim[dim].dim_param, label)
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(
+                    r"\w+", lambda found: names.get(found[0], found[0]), size.dim_param
+                )
+    return proto
+
+
+def _fixed(
+    model: nn.Module,
+    proto: Any,
+    content: bytes,
+    args: _Arguments,
+    sizes: Mapping[str, Mapping[int, str]],
+    compare: bool,
+) -> dict[str, str]:
+    """Which of `sizes`, by name, the file fixes, and how it shows; RuntimeError for wrong answers.
+
+    Answers are those of ONNX Runtime, where it is installed.
+    """
+    fixed = {}
+    for given in proto.graph.input:
+        for dim, label in sizes.get(given.name, {}).items():
+            size = given.type.tensor_type.shape.dim[dim]
+            if not size.dim_param:
+                fixed[label] = f"{size.dim_value} for dimension {dim} of {given.name}"
+    session = _session(content)
+    if session is None or fixed:
+        return fixed
+    labels = _labels(sizes)
+    # The exporter saw the longer arguments; the example's own sizes come last.
+    for fewer in ([], *([label] for label in labels), labels):
+        example = args.longer(_without(sizes, fewer))
+        why = _difference(session, model, example, args, compare)
+        if why is not None and len(fewer) == 1:
+            fixed[fewer[0]] = why
+        elif why is not None and not fixed:
+            raise RuntimeError(
+                f"export_onnx: expected a file with the answers of the model, got {why}"
+            )
+    return fixed
+
+
+def _session(content: bytes) -> Any:
+    """The file in ONNX Runtime; None where that is not installed, or has not this dtype."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    except Exception as error:
+        if type(error).__name__ == "NotImplemented":
+            return None
+        raise RuntimeError(
+            f"export_onnx: expected a file that ONNX Runtime loads, got {_first_line(error)}"
+        ) from error
+
+
+def _difference(
+    session: Any, model: nn.Module, example: Any, args: _Arguments, compare: bool
+) -> str | None:
+    """How the answers of a file to `example` differ from the model's."""
+    with torch.no_grad():
+        wanted, again = (_tensors(_fresh(model)(*copy.deepcopy(example))) for _ in range(2))
+    leaves = pytree.tree_leaves(example)
+    read = {given.name for given in session.get_inputs()}
+    feeds = {n: leaves[i].detach().cpu().numpy() for n, i in args.tensors.items() if n in read}
+    try:
+        got = [torch.from_numpy(array) for array in session.run(None, feeds)]
+    except Exception as error:
+        return _first_line(error)
+    shapes = [[list(t.shape) for t in tensors] for tensors in (wanted, got)]
+    if shapes[0] != shapes[1]:
+        return f"outputs of shapes {shapes[1]} where it gives {shapes[0]}"
+    pairs = list(zip(wanted, got, strict=True))
+    if compare and all(map(_close, wanted, again)) and not all(_close(w, g) for w, g in pairs):
+        far = max((w.double() - g.double()).abs().max().item() for w, g in pairs if w.numel())
+        return f"some that differ by up to {far:.1g}"
+    return None
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if leaf is not None]
+    return [torch.as_tensor(leaf).cpu() for leaf in leaves]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = max(a.double().abs().max().item(), 1e-3) if a.numel() else 1
+    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
