@@ -368,13 +368,23 @@ class Recurrent(Shrinkable, nn.RNNBase):
         return f"{self._kind}: Expected input to be 2D or 3D, got {dim}D instead"
 
     def _forward_packed(
-        self, input: PackedSequence, hx: States | None, resets: Tensor | PackedSequence | None
+        self,
+        input: PackedSequence,
+        hx: States | None,
+        resets: Tensor | PackedSequence | None,
+        batch: Any = None,
     ) -> tuple[PackedSequence, States]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         self._check_input(data, 2)
-        batch: Any = batch_sizes[0]
-        if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            batch = int(batch)  # a number, which a trace would keep
+        if batch is None:
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    f"torch.export: expected {self._kind} to get the padded input and its lengths, "
+                    "got a PackedSequence, whose sizes torch.export does not follow"
+                )
+            batch = batch_sizes[0]
+            if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+                batch = int(batch)  # a number, which a trace would keep
         states = self._initial(hx, batch, data, sorted_indices, batched=True, packed=True)
         cuts = None if resets is None else self._packed_resets(resets, input)
         y, states = self._run(data, batch_sizes, cuts, states)
@@ -406,6 +416,9 @@ class Recurrent(Shrinkable, nn.RNNBase):
                 f"got {tuple(counts.shape)} of {counts.dtype}"
             )
         counts = counts.to("cpu", torch.int64)
+        padded = None if resets is None else self._padded_resets(resets, input)
+        if torch.compiler.is_exporting():
+            return self._exported_lengths(input, counts, hx, padded)
         wrong = counts[(counts < 1) | (counts > steps)]
         if wrong.numel() > 0:
             raise ValueError(
@@ -413,14 +426,40 @@ class Recurrent(Shrinkable, nn.RNNBase):
             )
         packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
         cuts: PackedSequence | None = None
-        if resets is not None:
-            padded = self._padded_resets(resets, input)
+        if padded is not None:
             cuts = packed._replace(
                 data=pack_padded_sequence(padded, counts, enforce_sorted=False).data
             )
         packed_y, states = self._forward_packed(packed, hx, cuts)
         y, _ = pad_packed_sequence(packed_y, self.batch_first, total_length=steps)
         return y, states
+
+    def _exported_lengths(
+        self, input: Tensor, counts: Tensor, hx: States | None, resets: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """`_forward_lengths` by operations whose sizes torch.export follows; resets: [T, B].
+
+        The program checks that no row is longer than T, and the op that none is empty.
+        """
+        x = input.transpose(0, 1) if self.batch_first else input
+        steps, batch = x.shape[:2]
+        order = counts.argsort(descending=True)
+        running = torch.arange(steps)[:, None] < counts[order]
+        longest = counts.max().item()
+        torch._check(longest >= 1)  # type: ignore[no-untyped-call]
+        torch._check(longest <= steps)  # type: ignore[no-untyped-call]
+        batch_sizes, back = running.sum(1)[:longest], order.argsort().to(x.device)
+        order, running = order.to(x.device), running.to(x.device)
+
+        def packed(t: Tensor) -> PackedSequence:
+            return PackedSequence(t.index_select(1, order)[running], batch_sizes, order, back)
+
+        cuts = None if resets is None else packed(resets)
+        packed_y, states = self._forward_packed(packed(x), hx, cuts, batch)
+        y = packed_y.data
+        y = y.new_zeros(steps, batch, y.shape[-1]).masked_scatter(running.unsqueeze(-1), y)
+        y = y.index_select(1, back)
+        return (y.transpose(0, 1) if self.batch_first else y), states
 
     def _padded_resets(self, resets: Tensor | PackedSequence, input: Tensor) -> Tensor:
         """[T, B], from the layout of the input."""

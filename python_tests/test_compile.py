@@ -158,6 +158,29 @@ def test_an_exported_module_keeps_t_and_b_open(kind, hidden_size, training):
             torch.testing.assert_close(exported(*args), module(*args))
 
 
+def ragged(*lengths):
+    return torch.randn(max(lengths) + 1, len(lengths), 4), torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("kind", [LSTM, GRU], ids=lambda kind: kind.name)
+def test_an_exported_module_keeps_lengths_open(kind):
+    model = Ragged(kind(4, [(3, 5), 2], 2, bidirectional=True), packed=False)
+    sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, {0: Dim.DYNAMIC}
+    exported = export(model, ragged(7, 2, 5), dynamic_shapes=sizes).module()
+    for call in (ragged(7, 2, 5), ragged(3, 9, 1, 8), ragged(2, 2)):
+        torch.testing.assert_close(exported(*call), model(*call))
+    x, _ = ragged(4, 4)
+    with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+        exported(x, torch.tensor([6, 1]))
+    with pytest.raises(RuntimeError, match="expected batch_sizes to start at B = 2"):
+        exported(x, torch.tensor([4, 0]))
+
+
+def test_export_refuses_packed_sequences_with_a_sentence():
+    with pytest.raises(RuntimeError, match="^torch.export: expected LSTM to get the padded input"):
+        export(Ragged(LSTM(4, 5), packed=True), ragged(7, 2, 5))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", [LSTM, GRU], ids=lambda kind: kind.name)
