@@ -20,6 +20,11 @@ from iss_kernels import backend
 from iss_kernels.copying import copied
 from iss_kernels.prepare import Prepared, prepare, recurrent_types
 
+BOTH_WAYS = (
+    "Stream: expected recurrent layers in one direction, got {}: its backward half begins at the "
+    "last step, which a stream has not seen yet"
+)
+
 _SIMPLE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
 ACTIVATIONS = {
     nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu",
@@ -164,10 +169,16 @@ class Chain:
         y, rest = self._call(_Value(self.layers))
         if not isinstance(y, _Value) or y._used or not _only_states(rest):
             self._refuse("an output that is not the end of the chain")
+        self.returns_states = bool(rest)
 
     def snapshots(self) -> list[Any]:
         """The layers in float32."""
-        return [_snapshot(layer, self._snapshots) for layer in self.layers]
+        try:
+            return [_snapshot(layer, self._snapshots) for layer in self.layers]
+        except ValueError:
+            raise
+        except Exception as error:
+            self._refuse(f"a layer that cannot be copied: {error}", error)
 
     def compare(self, step: Callable[[Tensor], Tensor], x: Tensor) -> None:
         """Raise ValueError where the model's answer to x [T, B, I] is not that of its layers."""
@@ -218,7 +229,7 @@ class Chain:
     def _refuse(self, why: str, error: BaseException | None = None) -> NoReturn:
         raise ValueError(
             "Stream: expected a plain chain of recurrent layers, Linear, LayerNorm and "
-            f"activations, got {self._name} with {why}"
+            f"activations, or an example of another model's input, got {self._name} with {why}"
         ) from error
 
 
@@ -256,10 +267,7 @@ def sizes_of(layers: Sequence[nn.Module]) -> tuple[int, int]:
     for layer in layers:
         if isinstance(layer, Prepared):
             if layer.bidirectional:
-                raise ValueError(
-                    "Stream: expected recurrent layers in one direction, got a bidirectional one: "
-                    "its backward half begins at the last step, which a stream has not seen yet"
-                )
+                raise ValueError(BOTH_WAYS.format("a bidirectional one"))
             needs, gives = layer.input_size, layer.sizes[-1][0][1]
         elif isinstance(layer, nn.Linear):
             needs, gives = layer.in_features, layer.out_features

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iss_kernels import backend, ops
+from iss_kernels.arguments import named
+from iss_kernels.causal import steps_of
 from iss_kernels.chain import ACTIVATIONS, Chain, device_of, sizes_of
 from iss_kernels.prepare import Prepared
 
@@ -21,33 +24,61 @@ from iss_kernels.prepare import Prepared
 class Stream:
     """Runs a model one time step per call, with the state inside.
 
-    model: a recurrent layer (of torch.nn, of this package, or prepared), or a module that is a
-    plain chain of those with Linear, LayerNorm and activations (Dropout is left out); one direction
-    only. Weights are a snapshot in the format of the model (float32 unless `prepare` chose
-    another). Nothing is allocated per call.
-
-    On a CUDA device x, y and out are tensors there; a step is one launch per recurrent layer (of an
-    ISSRHN several per micro-step), torch's operations for the rest, and one to take over the
-    states. int8 weights are widened to float32. It can be captured in a CUDA graph, whose replays
-    go on from the state.
+    model: a recurrent layer (of torch.nn, of this package, or prepared), a plain chain of those
+    with Linear, LayerNorm and activations (Dropout is left out), or, with an `example`, any causal
+    model; one direction only. Weights are a snapshot in the format of the model (float32 unless
+    `prepare` chose another).
 
         step = iss.Stream(model, batch_size=1)
         y = step(x)                    # x [B, I] -> y [B, O], tensors or NumPy arrays, float32
 
-    y is the stream's own memory, overwritten by the next call; pass out=, of shape [B, O], to have
-    it written elsewhere. Equivalent to model.eval()(x[None], state) with the state fed back. Not
-    differentiable; where autograd has saved y or out, the next step makes its backward raise. Two
-    threads take turns at one stream; a copy is another Stream of the model, given the state.
+    A step of a chain is one call that allocates nothing. y is the stream's own memory, overwritten
+    by the next call; pass out=, of shape [B, O], to have it written elsewhere. Equivalent to
+    model.eval()(x[None], state) with the state fed back.
 
-    Raises ValueError for a model that is no such chain: one with a hook, a forward set on an
-    instance, a subclass of a layer or a parametrisation, or whose answers to random steps are not
-    those of its layers in a row.
+    example: what any other model is called with, for at least 3 steps: a tensor, a tuple of
+    arguments or a dict of keyword arguments. batch_size is then that of the example, where it is
+    left out. Such a model runs its own forward, a step at a time, while each recurrent module and
+    cell in it keeps its state, or the variables of a loop over the steps in its code are carried
+    on. A step is called as the model is, and returns what the model returns, both without the
+    dimension of time:
+
+        step = iss.Stream(model, 2, example=tokens)                 # tokens [T, B]
+        logits, state = step(tokens[0])
+        step = iss.Stream(decoder, 2, example=(tokens, memory), fixed="memory")
+        logits = step(word, memory)
+
+    Equivalent to step t of the model's answer to the sequence so far; an output without time is the
+    answer to that sequence. The stream owns the states: what is passed as an initial state (hx, or
+    made by the model's own code) counts for rows that begin, and a state that the model returns is
+    the present one. Arguments that are left out are the example's. time_dim: the dimension of time,
+    by default the one with as many steps as a recurrent module takes. Every tensor with as many is
+    streamed but for those that `fixed` names, by name or position; integers that are the number
+    of steps (lengths) become 1. A model that takes one step per call, and its state, and returns
+    the next, is streamed as it is.
+
+    The stream compares its steps with whole sequences when it is made: the example, and two random
+    continuations of its first half. That takes some ten forward passes. What the example does not
+    exercise is not seen.
+
+    On a CUDA device x, y and out are tensors there; a step of a chain is one launch per recurrent
+    layer (of an ISSRHN several per micro-step), torch's operations for the rest, and one to take
+    over the states. int8 weights are widened to float32. It can be captured in a CUDA graph, whose
+    replays go on from the state.
+
+    Not differentiable; where autograd has saved y or out, the next step makes its backward raise.
+    Two threads take turns at one stream; a copy is another Stream of the model, given the state.
+
+    Raises ValueError for a model that is neither: without an example, for one with a hook, a
+    forward set on an instance, a subclass of a layer or a parametrisation, or whose answers to
+    random steps are not those of its layers in a row; with an example, for one whose steps are not
+    those of whole sequences, naming the first step and the module that differ.
     """
 
     # A slot, so that a call goes to the engine's own function at once: a method here would take
     # 0.1 us to get there, where a small step takes 1.5.
     __slots__ = {
-        "__call__": """One step: x [B, I] -> y [B, O], of the kind that x is.
+        "__call__": """One step: x [B, I] -> y [B, O], of the kind that x is; or as the model takes.
 
         Raises ValueError for another shape or dtype, TypeError for what is no tensor or array.
         """,
@@ -58,8 +89,16 @@ class Stream:
         "batch_size": "B",
     }
     __call__: Callable[..., Any]
+    _recurrent: list[Any] | None
 
-    def __init__(self, model: nn.Module, batch_size: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int = 1,
+        example: Any = None,
+        time_dim: int | None = None,
+        fixed: Any = (),
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Stream: expected a torch.nn.Module, got {type(model).__name__}")
         if type(batch_size) is not int or batch_size < 1:
@@ -70,26 +109,53 @@ class Stream:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            chain = Chain(model)
-            self._device = device_of(chain.layers)
-            layers = chain.snapshots()
-            sizes = sizes_of(layers)
             self.batch_size = batch_size
-            self._recurrent = [layer for layer in layers if isinstance(layer, Prepared)]
-            engine: Any = _compiled
-            if backend.backend() == "reference":
-                engine = _Reference
-            elif backend.on_cuda(self._device):
-                engine = _OnCuda
-            self._engine: Any = engine(layers, batch_size, sizes)
+            self._engine: Any = None
+            with contextlib.suppress(*[ValueError] * (example is not None)):
+                self._run_chain(model, example, time_dim)
+            if self._engine is None:
+                self._recurrent = None
+                with torch.autocast("cuda" if used else "cpu", enabled=False):
+                    self._engine = steps_of(model, batch_size, example, time_dim, fixed)
+                self._device, self.batch_size = self._engine.device, self._engine.batch
             self.__call__ = self._engine.step
-            x = torch.randn(
-                3, batch_size, sizes[0], dtype=torch.float32, device="cpu",
-                generator=torch.Generator("cpu").manual_seed(0),
-            ).to(self._device)  # fmt: skip
-            with torch.autocast(self._device.type, enabled=False):
-                chain.compare(self._engine.step, x)
-            self.reset()
+
+    def _run_chain(self, model: nn.Module, example: Any, time_dim: int | None) -> None:
+        """Make the engine of a plain chain; ValueError for another model, or another example."""
+        chain = Chain(model)
+        self._device = device_of(chain.layers)
+        layers = chain.snapshots()
+        sizes = sizes_of(layers)
+        self._recurrent = [layer for layer in layers if isinstance(layer, Prepared)]
+        shape = self.batch_size, sizes[0]
+        if example is not None:
+            dim = int(self._recurrent[0].batch_first)
+            returns_alone = not chain.returns_states and time_dim in (None, dim)
+            if not returns_alone or not _is_sequence(example, shape, dim):
+                raise ValueError("Stream: expected an example of a chain's input and output alone")
+        kind: Any = _compiled
+        if backend.backend() == "reference":
+            kind = _Reference
+        elif backend.on_cuda(self._device):
+            kind = _OnCuda
+        engine = kind(layers, self.batch_size, sizes)
+        x = torch.randn(
+            3, *shape, dtype=torch.float32, device="cpu",
+            generator=torch.Generator("cpu").manual_seed(0),
+        ).to(self._device)  # fmt: skip
+        with torch.autocast(self._device.type, enabled=False):
+            chain.compare(engine.step, x)
+        engine.reset(None)
+        self._engine = engine
+
+    def __repr__(self) -> str:
+        """With the arguments that are streamed, of a model that needs an example."""
+        text = f"Stream(batch_size={self.batch_size}"
+        if self._recurrent is None:
+            arguments = self._engine.arguments
+            text += f", streamed={', '.join(map(named, arguments.streamed))}"
+            text += f", time_dim={arguments.dim}" * (arguments.length is not None)
+        return text + ")"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Raise TypeError: a copy would share the state."""
@@ -99,10 +165,11 @@ class Stream:
         )
 
     def reset(self, rows: Any = None) -> None:
-        """Begin again from the zero state: all rows, or those where `rows` is True.
+        """Begin again from the initial state: all rows, or those where `rows` is True.
 
-        rows: bool [B], a tensor, a NumPy array or a list; the other rows keep their state. Raises
-        ValueError for another shape or dtype, TypeError for something else.
+        That is zero, or what the model's own code makes. rows: bool [B], a tensor, a NumPy array or
+        a list; the other rows keep their state. Raises ValueError for another shape or dtype, or a
+        model whose rows do not begin alone, TypeError for something else.
 
             step.reset(rows=done)      # the sequences that have ended begin anew
         """
@@ -132,28 +199,37 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """A copy of the state, in the form of the layer's hx; a tuple of those where several."""
+        """A copy of the state, in the form of the layer's hx; a tuple of those where several.
+
+        First come states that the model takes and returns itself. A row that has been reset has the
+        initial state that the model last made.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            flat = [tuple(state) for state in self._engine.states()]
-            parts = []
-            for layer in self._recurrent:
-                parts.append(layer._final(flat[: layer.num_layers], None, batched=True))
-                flat = flat[layer.num_layers :]
+            parts = self._engine.states()
+            if self._recurrent is not None:
+                parts, flat = [], [tuple(state) for state in parts]
+                for layer in self._recurrent:
+                    parts.append(layer._final(flat[: layer.num_layers], None, batched=True))
+                    flat = flat[layer.num_layers :]
         return parts[0] if len(parts) == 1 else tuple(parts)
 
     @state.setter
     def state(self, value: Any) -> None:
-        parts = [value] if len(self._recurrent) == 1 else value
-        if not isinstance(parts, (tuple, list)) or len(parts) != len(self._recurrent):
+        count = len(self._recurrent or self._engine.states())
+        parts = [value] if count == 1 else value
+        if not isinstance(parts, (tuple, list)) or len(parts) != count:
             got = len(parts) if isinstance(parts, (tuple, list)) else type(parts).__name__
             raise ValueError(
-                f"Stream: expected state with one part for each of {len(self._recurrent)} "
-                f"recurrent layers, got {got}"
+                f"Stream: expected state with one part for each of {count} recurrent layers, "
+                f"got {got}"
             )
-        for layer, hx in zip(self._recurrent, parts, strict=True):
-            _expect_state(hx, layer.cell.states)
-        like = torch.empty(0, dtype=torch.float32, device=self._device)
         with torch.inference_mode(False), torch.no_grad():
+            if self._recurrent is None:
+                self._engine.set_states(parts)
+                return
+            for layer, hx in zip(self._recurrent, parts, strict=True):
+                _expect_state(hx, layer.cell.states)
+            like = torch.empty(0, dtype=torch.float32, device=self._device)
             self._engine.set_states(
                 [
                     tuple(like.new_empty(part.shape).copy_(part) for part in state)
@@ -161,6 +237,13 @@ class Stream:
                     for state in layer._initial(hx, self.batch_size, like, None, batched=True)
                 ]
             )
+
+
+def _is_sequence(example: Any, shape: tuple[int, int], dim: int) -> bool:
+    """Whether it is one of steps of this shape, as the engine of a chain takes them."""
+    if not isinstance(example, Tensor) or (example.dim(), example.dtype) != (3, torch.float32):
+        return False
+    return example.select(dim, 0).shape == shape
 
 
 def _expect_state(hx: Any, names: Sequence[str]) -> None:

@@ -1048,7 +1048,8 @@ class Branching(Recurrent):
 
 
 CHAIN = (
-    "Stream: expected a plain chain of recurrent layers, Linear, LayerNorm and activations, got "
+    "Stream: expected a plain chain of recurrent layers, Linear, LayerNorm and activations, or an "
+    "example of another model's input, got "
 )
 MODELS = {
     "no module": (
@@ -1300,6 +1301,19 @@ def test_ways_of_layers_beside_the_chain_do_not_matter(backend):
     expected = step_by_step(Stream(model, 2), x)
     model.unused = parametrizations.weight_norm(Lora(3, 3))
     assert torch.equal(step_by_step(Stream(model, 2), x), expected)
+
+
+class Subclass(torch.Tensor):
+    """A tensor that torch cannot deep-copy."""
+
+
+def test_layers_that_cannot_be_copied_are_refused(backend):
+    odd, torn = OutputOnly(), OutputOnly()
+    odd.head.weight = nn.Parameter(odd.head.weight.detach().as_subclass(Subclass))
+    torn.lstm.bidirectional = True
+    for model in (odd, torn):
+        with pytest.raises(ValueError, match="OutputOnly with a layer that cannot be copied: "):
+            Stream(model)
 
 
 def test_complex_weights_are_refused(backend):

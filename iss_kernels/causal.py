@@ -1,0 +1,638 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model can be streamed: compares its steps with whole sequences.
+
+No look at a model's code can tell that every part of it treats each step alone. So the steps of an
+engine (steps.py) run beside whole sequences: the example, random continuations of its first half,
+and rows that begin anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from iss_kernels.arguments import Arguments, Path, cloned, leaves, mapped, named, tensors
+from iss_kernels.carry import Loop, Memory, Variables, loops_in, memories_of, recurrent_in
+from iss_kernels.chain import BOTH_WAYS, device_of
+from iss_kernels.copying import copied
+from iss_kernels.prepare import Prepared
+from iss_kernels.steps import Steps, widened
+
+
+class _Refused(Exception):
+    """Why a model cannot be streamed."""
+
+
+class _Output(NamedTuple):
+    """Where an output of a whole sequence has the steps.
+
+    kind: "steps", in a dimension of their own; "rows", in one dimension with the batch, step by
+    step; "columns", the same, row by row; "last": nowhere, it is that of the last step; "count": it
+    is their number.
+    """
+
+    kind: str
+    dim: int = 0
+
+    def at(self, whole: Tensor, step: int, steps: int) -> Tensor:
+        """The output of one step, of what a sequence of `steps` has put out."""
+        if self.kind == "steps":
+            return whole.select(self.dim, step)
+        begin, end = whole.shape[: self.dim], whole.shape[self.dim + 1 :]
+        if self.kind == "rows":
+            return whole.reshape(*begin, steps, -1, *end).select(self.dim, step)
+        return whole.reshape(*begin, -1, steps, *end).select(self.dim + 1, step)
+
+
+class _Way(NamedTuple):
+    """How a model may be streamed.
+
+    streamed: paths of arguments. feeds: states that the model takes and returns. keeping: modules
+    that keep their state between steps. variables: those of the model's own loop.
+    """
+
+    streamed: list[Path]
+    feeds: dict[Path, Path]
+    keeping: set[str]
+    variables: Variables | None
+
+
+class _Verifier:
+    """Compares steps of a model with whole sequences."""
+
+    def __init__(self, model: nn.Module, arguments: Arguments, batch: int) -> None:
+        self.model, self.arguments, self.batch = model, arguments, batch
+        # Outputs for the example, and for the example without its last step.
+        self.long: dict[Path, Any] = {}
+        self.short: dict[Path, Any] = {}
+        self.eps = torch.finfo(torch.float32).eps
+        for t in (*model.parameters(), *model.buffers(), *tensors(arguments.values)):
+            if t.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(t.dtype).eps)
+            if t.is_cuda:
+                self.eps = max(self.eps, 2**-10)  # TF32
+        if torch.get_float32_matmul_precision() != "highest":
+            self.eps = max(self.eps, 2**-8)
+
+    def whole(self, values: dict[str, Any], inside: bool = False) -> dict[Path, Any]:
+        """What the model, or each module inside, puts out for a whole sequence.
+
+        It is run by a copy that no other call has changed. Sets `called`: the recurrent modules, in
+        the order of their first calls.
+        """
+        memo: dict[int, Any] = {id(p): p for p in self.model.parameters()}
+        model = copied(self.model, memo)
+        self.called: list[Memory] = []
+        memories_of(model, self.called)
+        with self.random(), _listening(model, inside) as found:
+            output = self.arguments.call(model, mapped(values, cloned))
+        return found if inside else leaves(output)
+
+    def prefix(self, values: dict[str, Any], count: int, inside: bool = False) -> dict[Path, Any]:
+        """The same for the first `count` steps."""
+        return self.whole(self.arguments.part(0, count, values), inside)
+
+    def steps(self, engine: Steps, values: dict[str, Any], start: int, stop: int) -> list[Any]:
+        """What the engine puts out for these steps, one by one."""
+        return [self.step(engine, self.arguments.at(step, values)) for step in range(start, stop)]
+
+    def step(self, engine: Steps, values: dict[str, Any]) -> dict[Path, Any]:
+        """What the engine puts out for one step."""
+        with self.random():
+            return dict(mapped(leaves(engine.take(values)), cloned))
+
+    def random(self) -> AbstractContextManager[None]:
+        """The same random numbers for each call, as an initial state may be made of."""
+        used = {p.device for p in self.model.parameters() if p.is_cuda}
+        return torch.random.fork_rng(used)
+
+    def time_dims(self) -> list[tuple[int, int]]:
+        """Dimensions of arguments that have as many steps as a recurrent module takes, and these.
+
+        The likeliest first. Empty for a model that takes one step per call.
+        """
+        found = self.arguments.candidates()
+        if not found:
+            raise ValueError("Stream: expected an example with a tensor to stream, got none")
+        if all(memory.steps == 1 for memory in self.called):
+            return []
+        dims = []
+        most = max(leaf.dim() for leaf in found.values())
+        for memory in self.called:
+            # The batch comes first in most models whose loops call cells.
+            turned = getattr(memory.module, "batch_first", True)
+            order = [1, 0, *range(2, most)] if turned and most > 1 else range(most)
+            for dim in order:
+                for steps in (memory.first, memory.steps):
+                    fits = [t.dim() > dim and t.size(dim) == steps for t in found.values()]
+                    dims += [(dim, steps)] * (steps > 1 and any(fits))
+        if not dims:
+            took = " and ".join(f"{memory.steps} of {memory.name}" for memory in self.called)
+            shapes = ", ".join(f"{named(path)} {list(t.shape)}" for path, t in found.items())
+            raise ValueError(
+                "Stream: expected an example in which some dimension has the steps that a "
+                f"recurrent module takes ({took or 'none is called'}), got {shapes}"
+            )
+        return list(dict.fromkeys(dims))
+
+    def streams(self, time_dim: int | None) -> Iterator[list[Path]]:
+        """Choices of the arguments that are streamed, the likeliest first."""
+        arguments = self.arguments
+        dims = self.time_dims() if time_dim is None else [(time_dim, None)]
+        for dim, steps in dims:
+            arguments.stream(dim, steps)
+            together = arguments.streamed
+            yield together
+            if arguments.fill():
+                yield together
+                arguments.stream(dim, steps)
+            if len(together) > 1:
+                yield from ([path] for path in together)
+        if not dims:
+            yield [next(iter(arguments.candidates()))]
+
+    def ways(self, streamed: list[Path], output: dict[Path, Any]) -> Iterator[_Way]:
+        """Ways to stream a model. output: what it puts out for the example."""
+        arguments = self.arguments
+        arguments.streamed = streamed
+        if arguments.length is None:
+            self.expect_rows(self.called[0].rows if self.called else self.batch)
+            yield _Way(streamed, self.feeds_of_one_step(output), set(), None)
+            return
+        count = arguments.length
+        if count < 3:
+            raise ValueError(f"Stream: expected an example of at least 3 steps, got {count}")
+        values = leaves(arguments.values)
+        if not any(_varies(values[path], arguments.dim) for path in streamed):
+            raise ValueError(
+                "Stream: expected an example whose steps differ, by which the model could be "
+                f"verified, got {count} equal ones"
+            )
+        try:
+            self.long = self.prefix(arguments.values, count)
+            taken = {memory.name: memory.steps for memory in self.called}
+            self.short = self.prefix(arguments.values, count - 1)
+        except Exception as error:
+            raise ValueError(
+                "Stream: expected a model that takes any number of steps, got one that fails on "
+                f"fewer than {count} with {_brief(error)}"
+            ) from error
+        keeping = [memory for memory in self.called if taken.get(memory.name) != memory.steps]
+        both_ways = [m.name for m in keeping if getattr(m.module, "bidirectional", False)]
+        if both_ways:
+            raise ValueError(BOTH_WAYS.format(f"{both_ways[0]}, a bidirectional one"))
+        self.expect_rows(keeping[0].rows if keeping else (*arguments.shape(), 1)[0])
+        names = {memory.name for memory in keeping}
+        if keeping:
+            yield _Way(streamed, {}, names, None)
+        same = {
+            path: leaf
+            for path, leaf in self.long.items()
+            if isinstance(leaf, Tensor) and leaf.shape == getattr(self.short.get(path), "shape", 0)
+        }
+        if feeds := self.feeds(same):
+            yield _Way(streamed, feeds, names, None)
+        for variables in self.loops()[:6]:  # where it begins in the calls may be unclear
+            yield _Way(streamed, {}, names, variables)
+
+    def expect_rows(self, rows: int) -> None:
+        """Take over the example's rows where no batch_size says how many; ValueError for others."""
+        batch, shape = self.batch, self.arguments.shape()
+        if rows == batch or (rows % batch == 0 and batch in shape):  # one may hold many sequences
+            return
+        if batch > 1:
+            raise ValueError(
+                f"Stream: expected an example with batch_size = {batch} rows, got {rows}"
+            )
+        self.batch = rows
+
+    def loops(self) -> list[Variables]:
+        """What may be the variables of a loop over the steps in the model's code."""
+        records = []
+        for count in (1, 2):
+            model = copied(self.model, {id(p): p for p in self.model.parameters()})
+            record, values = Loop(), self.arguments.part(0, count)
+            for memory in memories_of(model):
+                memory.loop = record
+            try:
+                with self.random(), record:
+                    self.arguments.call(model, values)
+            except Exception:  # as the steps themselves have done
+                return []
+            records.append(record)
+        return loops_in(*records)
+
+    def feeds_of_one_step(self, output: dict[Path, Any]) -> dict[Path, Path]:
+        """`feeds` for a model that takes one step per call, and its state."""
+        arguments = self.arguments
+        candidates = arguments.candidates()
+        output = {path: leaf for path, leaf in output.items() if isinstance(leaf, Tensor)}
+        returned = [t for memory in self.called for t in tensors(memory.returned)]
+        states = {
+            path: leaf
+            for path, leaf in output.items()
+            if any(_is_same(leaf, state) for state in returned)
+        }
+        feeds = self.feeds(states) or self.feeds(output)
+        chosen = states if feeds == self.feeds(states) else output
+        count = Counter(leaf.shape for leaf in chosen.values())
+        given = Counter(
+            leaf.shape
+            for path, leaf in candidates.items()
+            if path not in arguments.streamed and leaf.is_floating_point()
+        )
+        unclear = [shape for shape in given if count[shape] not in (0, given[shape])]
+        if not feeds or unclear or not all(map(self._is_state, feeds)):
+            got = "none of these"
+            if unclear:
+                shape = unclear[0]
+                got = f"{given[shape]} arguments and {count[shape]} outputs of shape {list(shape)}"
+            raise ValueError(
+                "Stream: expected an example of at least 3 steps, or of one step and the state "
+                f"before it, of which the model returns the next, got {got}"
+            )
+        return feeds
+
+    def feeds(self, outputs: dict[Path, Any]) -> dict[Path, Path]:
+        """Arguments that may be states, each with the output that may be the next; in order."""
+        found: dict[Path, Path] = {}
+        rest = [(path, leaf) for path, leaf in outputs.items() if isinstance(leaf, Tensor)]
+        for path, given in self.arguments.candidates().items():
+            if path in self.arguments.streamed or not given.is_floating_point():
+                continue
+            for index, (source, leaf) in enumerate(rest):
+                if (leaf.shape, leaf.dtype) == (given.shape, given.dtype):
+                    found[path] = source
+                    rest = rest[index + 1 :]
+                    break
+        return found
+
+    def _is_state(self, path: Path) -> bool:
+        """Whether the state that a recurrent module begins with changes with an argument."""
+        values = self.arguments.values
+        begun = []
+        for more in (0, 1):
+            self.whole(mapped(values, partial(_raised, path, more)))
+            begun.append([memory.given for memory in self.called])
+        return any(
+            not torch.equal(a, b)
+            for one, two in zip(*begun, strict=True)
+            for a, b in zip(tensors(one), tensors(two), strict=True)
+        )
+
+    def verify_one_step(self, engine: Steps) -> None:
+        """As `verify`, with the model itself in a loop."""
+        arguments = self.arguments
+        fed = {path: leaves(arguments.values)[path] for path in engine.feeds}
+        for seed in range(4):
+            values = arguments.continued(0, seed)
+            whole = self.whole(mapped(values, partial(_exchanged, fed)))
+            given = self.step(engine, arguments.at(0, values))
+            for path, leaf in whole.items():
+                self.equal(leaf, given[path], leaf, path, seed)
+            fed = {path: whole[source] for path, source in engine.feeds.items()}
+        with self.trying_rows(engine) as rows:
+            engine.reset(rows.to(engine.device))
+            values = arguments.continued(0, 4)
+            given = self.step(engine, arguments.at(0, values))
+            late, early = self.whole(mapped(values, partial(_exchanged, fed))), self.whole(values)
+            for path in late.keys() - {*engine.feeds.values()}:
+                self.equal_rows(rows, early[path], late[path], given[path], path, 4)
+        engine.reset(None)
+
+    def verify(self, engine: Steps) -> None:
+        """Raise _Refused for an engine whose steps are not the model's; leave it at the start."""
+        arguments, count = self.arguments, self.arguments.length
+        if count is None:
+            return self.verify_one_step(engine)
+        example = arguments.values
+        given = self.steps(engine, example, 0, count)
+        outputs = self.outputs(self.long, self.short, given)
+        engine.dropped = {
+            path: output.dim
+            for path, output in outputs.items()
+            if output.kind == "steps" and given[0][path].dim() == self.long[path].dim()
+        }
+        wholes = {count: self.long, count - 1: self.short}
+        if any(output.kind == "last" for output in outputs.values()):
+            wholes |= {n: self.prefix(example, n) for n in {2, count // 2} if 0 < n < count - 1}
+        for seed in (None, 1, 2):
+            if seed is not None:
+                example = arguments.continued(count // 2, seed)
+                wholes = {count: self.whole(example)}
+            engine.reset(None)
+            self.compare(outputs, self.steps(engine, example, 0, count), wholes)
+        self.verify_rows(engine, outputs, example, wholes[count])
+        engine.reset(None)
+        return None
+
+    def verify_rows(
+        self, engine: Steps, outputs: dict[Path, _Output], values: Any, whole: dict[Path, Any]
+    ) -> None:
+        """Compare rows that are reset with a sequence that begins there, others with `whole`."""
+        count, half = self.arguments.length or 0, (self.arguments.length or 0) // 2
+        engine.reset(None)
+        self.steps(engine, values, 0, half)
+        with self.trying_rows(engine) as rows:
+            engine.reset(rows.to(engine.device))
+            given = self.steps(engine, values, half, count)
+            anew = self.whole(self.arguments.part(half, count - half, values))
+            for path, output in outputs.items():
+                for step, out in enumerate(given, start=half):
+                    if output.kind in ("steps", "rows", "columns"):
+                        late = output.at(whole[path], step, count)
+                        early = output.at(anew[path], step - half, count - half)
+                        self.equal_rows(rows, early, late, out[path], path, step)
+                if output.kind == "last":
+                    self.equal_rows(rows, anew[path], whole[path], given[-1][path], path, count - 1)
+
+    @contextmanager
+    def trying_rows(self, engine: Steps) -> Iterator[Tensor]:
+        """Every second row, bool [B], to be reset; where that goes wrong, the engine knows."""
+        try:
+            yield torch.arange(self.batch, device="cpu") % 2 == 0
+        except (_Refused, RuntimeError, ValueError, KeyError) as error:
+            engine.no_rows = _brief(error)
+
+    def equal_rows(
+        self, rows: Tensor, early: Any, late: Any, given: Any, path: Path, step: int
+    ) -> None:
+        """Raise _Refused where an output [B, ...] is not `early` in these rows, `late` in others.
+
+        An output of another form is a state, or says nothing of rows.
+        """
+        if isinstance(late, Tensor) and late.dim() < 3 and late.shape[:1] == (self.batch,):
+            mask = rows.view(-1, *[1] * (late.dim() - 1)).to(late.device)
+            self.equal(torch.where(mask, early, late), given, late, path, step)
+
+    def outputs(
+        self, long: dict[Path, Any], short: dict[Path, Any], given: list[dict[Path, Any]]
+    ) -> dict[Path, _Output]:
+        """Where each output has the steps."""
+        if not long.keys() == short.keys() == given[0].keys():
+            raise _Refused("which returns other things for one step than for several")
+        found = {path: self._output(path, long, short, given) for path in long}
+        if not any(_tensor(leaf).isfinite().any() for leaf in long.values()):
+            raise _Refused("which returns no finite number, by which it could be verified")
+        return found
+
+    def _output(self, path: Path, long: Any, short: Any, given: Any) -> _Output:
+        count = self.arguments.length or 0
+        whole, less, one = (_tensor(part[path]) for part in (long, short, given[0]))
+        name = _output_name(path)
+        if whole.dim() != less.dim():
+            raise _Refused(f"whose {name} has another number of dimensions for fewer steps")
+        changed = [dim for dim in range(whole.dim()) if whole.size(dim) != less.size(dim)]
+        if not changed:
+            counted = ((whole, count), (less, count - 1), (one, 1))
+            whole_numbers = not (whole.is_floating_point() or whole.is_complex())
+            if whole_numbers and all((t == number).all() for t, number in counted):
+                return _Output("count")
+            return _Output("last")
+        dim = changed[0]
+        sizes = whole.size(dim), less.size(dim)
+        if len(changed) > 1 or sizes[0] * (count - 1) != sizes[1] * count:
+            raise _Refused(
+                f"whose {name} of shape {list(whole.shape)} becomes {list(less.shape)} with one "
+                f"step less than {count}"
+            )
+        if sizes[0] == count:
+            # A batch of one row may have gone into the dimension of the steps.
+            alone = self.batch == 1 and self.arguments.is_batch(self.batch)
+            if alone and one.dim() == whole.dim() and whole.select(dim, 0).shape[:1] != (1,):
+                return _Output("rows", dim)
+            return _Output("steps", dim)
+        rows = _Output("rows", dim)
+        try:
+            self.compare({path: rows}, given, {count: long})
+        except _Refused:
+            return _Output("columns", dim)
+        return rows
+
+    def compare(
+        self, outputs: dict[Path, _Output], given: list[dict[Path, Any]], wholes: dict[int, Any]
+    ) -> None:
+        """Raise _Refused where the outputs of steps are not those of whole sequences.
+
+        wholes: outputs by the number of steps.
+        """
+        count = max(wholes)
+        for path, output in outputs.items():
+            whole, spread = wholes[count][path], _spread([out[path] for out in given])
+            for step, out in enumerate(given):
+                if output.kind == "last" and step + 1 in wholes:
+                    expected = wholes[step + 1][path]
+                elif output.kind in ("steps", "rows", "columns"):
+                    expected = output.at(whole, step, count)
+                else:
+                    continue
+                self.equal(expected, out[path], whole, path, step, spread)
+
+    def equal(
+        self, expected: Any, given: Any, whole: Any, path: Path, step: int, spread: float = 0.0
+    ) -> None:
+        """Raise _Refused for another output. spread: how far it is from its mean over the steps."""
+        expected, given, whole = map(_tensor, (expected, given, whole))
+        which = f"whose {_output_name(path)} at step {step + 1}"
+        if (expected.shape, expected.dtype) != (given.shape, given.dtype):
+            shapes = [f"{list(t.shape)} of {t.dtype}" for t in (given, expected)]
+            raise _Refused(f"{which} is {shapes[0]}, that of the whole sequence {shapes[1]}")
+        if not (whole.is_floating_point() or whole.is_complex()):
+            if not torch.equal(expected, given):
+                raise _Refused(f"{which} differs from that of the whole sequence")
+            return
+        largest = float(whole.where(whole.isfinite(), 0).abs().max()) if whole.numel() > 0 else 0.0
+        # Rounding grows on its way to the output, yet stays far below what another step makes: 7e-5
+        # in float32. A constant in the output is rounded once, and says nothing of the steps.
+        coarse = self.eps**0.6
+        atol = max(min(spread or largest, largest) * coarse, largest * min(64 * self.eps, coarse))
+        if not torch.allclose(expected, given, rtol=0, atol=atol, equal_nan=True):
+            by = (expected - given).abs().double().nan_to_num(float("inf")).max().item()
+            raise _Refused(f"{which} differs by {by:.2g} from that of the whole sequence")
+
+    def culprit(self, engine: Steps) -> str:
+        """The first module whose own output shows the difference, in words."""
+        count = self.arguments.length
+        if count is None:
+            return ""
+        long, short = (
+            self.prefix(self.arguments.values, n, inside=True) for n in (count, count - 1)
+        )
+        engine.reset(None)
+        given = []
+        for step in range(count):
+            with _listening(engine.model) as inside:
+                engine.take(self.arguments.at(step, self.arguments.values))
+            given.append(inside)
+        modules = dict(self.model.named_modules())
+        for path in long:
+            if path in short and all(path in inside for inside in given):
+                try:
+                    output = self._output(path, long, short, given)
+                    shown = [
+                        {path: inside[path].squeeze(output.dim)}
+                        if output.kind == "steps" and inside[path].dim() == long[path].dim()
+                        else inside
+                        for inside in given
+                    ]
+                    self.compare({path: output}, shown, {count: long, count - 1: short})
+                except _Refused:
+                    return f", first in {path[0]} ({type(modules[path[0]]).__name__})"
+        return ""
+
+
+def _spread(steps: list[Any]) -> float:
+    """How far an output, of the same shape in all steps, is from its mean; 0 where unknown."""
+    values = [_tensor(leaf) for leaf in steps]
+    if len({value.shape for value in values}) > 1 or not values[0].is_floating_point():
+        return 0.0
+    stacked = torch.stack(values).double()
+    far = (stacked - stacked.mean(0)).abs()
+    return float(far.where(far.isfinite(), 0).max()) if far.numel() > 0 else 0.0
+
+
+def _tensor(leaf: Any) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
+
+
+def _is_same(output: Tensor, state: Tensor) -> bool:
+    """Whether an output is a state, but for its form."""
+    return output.numel() == state.numel() and torch.equal(output.flatten(), state.flatten())
+
+
+def _varies(t: Tensor, dim: int) -> bool:
+    """Whether steps can be drawn that differ; real numbers are drawn in any case."""
+    return t.is_floating_point() or not torch.equal(t, t.narrow(dim, 0, 1).expand_as(t))
+
+
+def _raised(which: Path, by: int, path: Path, leaf: Any) -> Any:
+    return leaf + by if path == which else leaf
+
+
+def _exchanged(new: dict[Path, Any], path: Path, leaf: Any) -> Any:
+    return new.get(path, leaf)
+
+
+def _output_name(path: Path) -> str:
+    return "output" + "".join(f"[{key!r}]" for key in path)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+@contextmanager
+def _listening(model: nn.Module, listens: bool = True) -> Iterator[dict[Path, Any]]:
+    """The tensors that each module puts out, by name; of those that are called once."""
+    found: dict[Path, Any] = {}
+    calls: Counter[str] = Counter()
+
+    def listen(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        calls[name] += 1
+        found.update({
+            (name, *path): leaf.detach().clone()
+            for path, leaf in leaves(output).items()
+            if isinstance(leaf, Tensor)
+        })  # fmt: skip
+
+    handles = [
+        module.register_forward_hook(partial(listen, name))
+        for name, module in model.named_modules()
+        if name and listens
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for path in [path for path in found if calls[path[0]] > 1]:
+            del found[path]
+
+
+# -- making an engine ------------------------------------------------------------------------------
+
+
+def steps_of(model: nn.Module, batch: int, example: Any, time_dim: int | None, fixed: Any) -> Steps:
+    """The engine of a stream for a model that is called as `example` is. Raises ValueError."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if "forward" in vars(module):  # a copy of it may lead to the original's weights
+            raise ValueError(
+                "Stream: expected a model with the forward methods of its classes, got one set on "
+                f"the instance of {path or 'the model'}"
+            )
+    device_of([model])
+    try:
+        plain = widened(model)
+    except Exception as error:
+        raise ValueError(
+            f"Stream: expected a model that can be copied, got {name} with {_brief(error)}"
+        ) from error
+    if not recurrent_in(model) and time_dim is None:
+        kin = (nn.RNNBase, nn.RNNCellBase)
+        others = [path or name for path, m in model.named_modules() if isinstance(m, kin)]
+        raise ValueError(
+            "Stream: expected a model with a recurrent layer, got one without"
+            + f" but {', '.join(others)}, of a subclass with its own forward" * bool(others)
+        )
+    arguments = Arguments(model, example, fixed)
+    verifier = _Verifier(plain, arguments, batch)
+    try:
+        output = verifier.whole(arguments.values)
+    except Exception as error:
+        raise ValueError(
+            "Stream: expected a model that takes the example in eval mode, got "
+            f"{name} with {_brief(error)}"
+        ) from error
+    refusal = None
+    for streamed in verifier.streams(time_dim):
+        try:
+            engine = _first_right(model, verifier, verifier.ways(streamed, output))
+        except ValueError as error:
+            refusal = refusal or error
+        else:
+            arguments.example = arguments.values = {}  # let their memory go
+            return engine
+    assert refusal is not None
+    raise refusal
+
+
+def _first_right(model: nn.Module, verifier: _Verifier, ways: Iterator[_Way]) -> Steps:
+    """The engine of the first way that stands the verification."""
+    arguments = verifier.arguments
+    refusal: tuple[_Refused, Steps, list[Path]] | None = None
+    for way in ways:
+        arguments.streamed = way.streamed
+        for fast in (True, False):
+            engine = Steps(verifier.model, arguments, verifier.batch, *way[1:], fast)
+            try:
+                verifier.verify(engine)
+            except _Refused as refused:
+                refusal = refusal or (refused, engine, way.streamed)
+                break
+            except Exception as error:  # the code may look for something in its own modules
+                failed = _Refused(f"which fails on a sequence or a step of one: {_brief(error)}")
+                refusal = refusal or (failed, engine, way.streamed)
+                continue
+            prepared = [module for module in model.modules() if isinstance(module, Prepared)]
+            coarse = any(module.weights != "float32" for module in prepared)
+            return engine.of(model) if coarse else engine
+    if refusal is None:
+        raise ValueError(
+            "Stream: expected a recurrent module, or a loop in the model's code, that runs over "
+            "the steps of the example, got none"
+        )
+    why, engine, arguments.streamed = refusal
+    where = ""
+    with suppress(Exception):  # it may fail half way, as the verification may have
+        where = verifier.culprit(engine)
+    raise ValueError(
+        "Stream: expected a causal model, whose memory is the state of its recurrent modules or "
+        f"the variables of a loop over the steps, got {type(model).__name__}, {why}{where}"
+    ) from why
