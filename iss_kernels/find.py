@@ -78,8 +78,8 @@ def find_groups(model: nn.Module, example_inputs: Any, *, on_unknown: str = "rai
     states are made, changes with the units (`Groups.widths`): it is tried where the answers change
     otherwise, and taken where they do not.
 
-    on_unknown: "raise" makes it an error if units reach a function that no rule covers; "keep"
-    keeps these units whole.
+    on_unknown: "raise" makes it an error if units reach a function that no rule covers, or if no
+    unit can leave; "keep" keeps these units whole, all of them where need be.
 
     That takes some 15 forward passes, more where code rearranges units: a short example will do.
 
@@ -360,7 +360,7 @@ class _Tracer(TorchFunctionMode):
                 Family(name, self.families[members[0]].module, start, len(roots), names)
             )
             renumber[roots.long()] = _ids(families[-1])
-        if not families:
+        if not families and not self.keep:
             self._refuse(kept_whole)
         of_unit = renumber[torch.cat([self.root, _none(1)]).long()]
         weights: list[Labelled] = []
@@ -391,7 +391,8 @@ class _Tracer(TorchFunctionMode):
         if self.values:
             values = torch.cat(self.values)
             values = of_unit[values[values >= 0].long()]
-            read = torch.zeros(families[-1].units.stop, dtype=torch.bool, device="cpu")
+            units = sum(family.size for family in families)
+            read = torch.zeros(units, dtype=torch.bool, device="cpu")
             read[values[values >= 0].long()] = True
             read = read if bool(read.any()) else None
         return Groups(model, families, weights, tied, vectors, kept_whole=kept_whole, by_value=read)

@@ -64,6 +64,8 @@ class GroupLasso:
         gone: float = 0.3,
     ) -> None:
         names = [family.name for family in groups.families]
+        if not names:
+            raise ValueError("GroupLasso: expected groups with units that can leave, got none")
         by_name = strength if isinstance(strength, Mapping) else dict.fromkeys(names, strength)
         if set(by_name) != set(names):
             raise ValueError(

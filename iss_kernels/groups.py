@@ -101,7 +101,7 @@ class Groups:
     @property
     def units(self) -> int:
         """Number of units in all families."""
-        return self.families[-1].units.stop
+        return self.families[-1].units.stop if self.families else 0
 
     @property
     def labelled(self) -> list[Labelled]:

@@ -110,12 +110,14 @@ def _rule(names: str) -> Callable[[Rule], Rule]:
 
 
 def compact(labels: Tensor) -> Tensor:
-    """Labels with size 1 along each dimension where they are alike."""
+    """Labels with size 1 along each dimension where they are alike, but for ANY."""
     for dim in range(labels.dim()):
-        if labels.size(dim) > 1:
-            first = labels.narrow(dim, 0, 1)
-            if labels.stride(dim) == 0 or bool((labels == first).all()):
-                labels = first
+        if labels.size(dim) > 1 and labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+        elif labels.size(dim) > 1:
+            highest = labels.amax(dim, keepdim=True)
+            if bool(((labels == highest) | (labels == ANY)).all()):
+                labels = highest
     return labels
 
 
@@ -396,6 +398,16 @@ def _pad(trace: Trace, call: Call) -> None:
             one = F.pad(one.expand(call.input.shape), list(pads), value=NONE)
         kept.append(compact(one))
     trace.label(call.result, kept)
+
+
+@_rule("pad_sequence")
+def _pad_sequence(trace: Trace, call: Call) -> None:
+    """Stack sequences, padded along time: [T_i, *] each."""
+    operands = []
+    for tensor in tensors(call.input):
+        labels = along(trace, trace.labels(tensor), {-tensor.dim()}, "it stacks sequences of units")
+        operands.append(Operand(tensor[:1], labels))
+    trace.label(call.result, united(trace, operands))
 
 
 @_rule("_pack_padded_sequence")

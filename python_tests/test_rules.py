@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from iss_kernels.find import find_groups
+from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, Groups
 from iss_kernels.saving import load, save
 from iss_kernels.shrink import shrink
@@ -457,6 +458,20 @@ def test_what_has_no_rule_is_an_error_that_names_the_line_or_stays_whole() -> No
     groups = shrinks(model, on_unknown="keep")
     assert sizes(groups) == {"rnn.l0": 8}
     assert "no rule says" in groups.kept_whole["top.l0"]
+
+
+def test_a_model_all_of_whose_units_stay_is_refused_or_kept() -> None:
+    model = Model(lambda m, x: m.rnn(x)[0], rnn=rnn())
+    with pytest.raises(GroupError, match="expected units that can leave, but all have to stay"):
+        find_groups(model, X)
+    groups = find_groups(model, X, on_unknown="keep")
+    assert groups.families == []
+    assert groups.kept_whole == {"rnn.l0": "its outputs are the model's own"}
+    small, report = shrink(model, groups)
+    assert torch.equal(small(X), model(X))
+    assert report.sizes == {}
+    with pytest.raises(ValueError, match="expected groups with units that can leave, got none"):
+        GroupLasso(groups)
 
 
 def test_units_read_by_their_value_are_dead_only_without_biases() -> None:
