@@ -28,12 +28,16 @@ print("works from its wheel:", iss.__version__, "for torch", iss.build_info()["t
 endef
 export DIST_CHECK
 
-.PHONY: build demo test bench dist lint format clean build-cuda test-gpu bench-gpu
+.PHONY: build demo test test-models bench dist lint format clean build-cuda test-gpu bench-gpu
 build: .venv/built
 demo: .venv/demo
 	$(BIN)/python -m iss_kernels demo $(ARGS)
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
+# Models that others published, with their weights; without what the packages read audio files with.
+test-models: .venv/test
+	$(PIP) --no-deps silero-vad==6.2.3 uzmorph-nn==0.1.0 g2p-fa==1.1.0 Resemblyzer==0.1.4
+	$(BIN)/python -m pytest python_tests/test_models.py -rs $(ARGS)
 bench: .venv/bench
 	$(BIN)/python -m iss_kernels bench $(ARGS)
 # The sdist, and the wheel that a user's pip makes of it, tried where no source is near.

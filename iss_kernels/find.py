@@ -391,8 +391,8 @@ class _Tracer(TorchFunctionMode):
         if self.values:
             values = torch.cat(self.values)
             values = of_unit[values[values >= 0].long()]
-            units = sum(family.size for family in families)
-            read = torch.zeros(units, dtype=torch.bool, device="cpu")
+            count = sum(family.size for family in families)
+            read = torch.zeros(count, dtype=torch.bool, device="cpu")
             read[values[values >= 0].long()] = True
             read = read if bool(read.any()) else None
         return Groups(model, families, weights, tied, vectors, kept_whole=kept_whole, by_value=read)

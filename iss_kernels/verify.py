@@ -135,7 +135,7 @@ class Experiment:
 
     def failure(self, groups: Groups) -> str | None:
         """What a copy without some of the units does wrong; None where nothing."""
-        return self._failures(groups, list(_trials(groups)))
+        return self._failures(groups, list(_trials(groups))) if groups.families else None
 
     def culprits(self, groups: Groups) -> list[str]:
         """Names of the families that fail while the others stay whole; of all, if none does."""
