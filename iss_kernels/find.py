@@ -161,7 +161,7 @@ class _Tracer(TorchFunctionMode):
         super().__init__()
         self.model, self.keep = model, keep
         self.inputs = replaced(inputs, torch.clone)  # the model may write into them
-        self.given = {id(tensor) for tensor in tensors(self.inputs)}
+        self.shapes = {tensor.shape for tensor in tensors(self.inputs)}
         self.root = torch.empty(0, dtype=torch.int32, device="cpu")  # unit -> the one it joined
         self.families: list[Family] = []  # of layers and directions, with their own ids
         self.layouts = {name: self._number_units(name) for name in recurrent}
@@ -714,9 +714,11 @@ class _Tracer(TorchFunctionMode):
             self.weights |= {id(tensor): tensor for tensor in tensors(result)}
         if before and before[0] and name in _BY_POSITION:
             self._note_position(name, before[0], result)
-        if given and name in _SHAPES:
+        if given and isinstance(result, Tensor) and id(result) not in self.states:
             of = self.states.get(id(given[0]), self.moved.get(id(given[0])))
-            if of is not None and isinstance(result, Tensor) and id(result) not in self.states:
+            # h and c of a cell in one tensor, like the one that they came in.
+            as_given = name in ("cat", "stack") and result.shape in self.shapes
+            if of is not None and (name in _SHAPES or as_given):
                 self.moved[id(result)] = of
                 self.known.setdefault(id(result), (result, []))
         if name in COPIES and id(args[0]) in self.states:
