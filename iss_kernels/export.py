@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -51,7 +52,7 @@ def export_onnx(
     model: any module, with recurrent modules of torch or of this package, shrunken or prepared ones
     too; it is exported in eval mode, on the CPU, and stays as it is.
     example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword
-    arguments.
+    arguments. Tensors become inputs; numbers and the like stay in the file as they are.
     dynamic: {input: {dimension: name}}, the sizes that may differ from call to call. By default
     those that the model lets differ, batch and time as a rule, as calls with longer examples show;
     a warning says which of them the file fixes, as a loop over steps in Python makes it.
@@ -65,8 +66,9 @@ def export_onnx(
 
     Where both directions of a layer have one size they are one node, else a node each. A projection
     becomes a product after the layer. A model's pack_padded_sequence, and `lengths`, become
-    sequence_lens. What ONNX has no node for, an ISSRHN and `resets`, is written step by step, which
-    fixes the number of steps. Weights are named as the module that holds them, "lstm.W_l0".
+    sequence_lens, which OpenVINO (2026.4) reads in a model of fixed sizes alone. What ONNX has no
+    node for, an ISSRHN and `resets`, is written step by step, which fixes the number of steps.
+    Weights are named as the module that holds them, "lstm.W_l0".
 
     Where ONNX Runtime is installed the file is run before it is kept, on the example and on longer
     ones, and compared with the model, unless its own answers differ from call to call. A trace that
@@ -170,7 +172,7 @@ def _content(
 
 _WHOLE = (torch.int64, torch.int32)
 # What of an example stays in the file as it is.
-_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, np.ndarray)
 
 
 class _Arguments:

@@ -519,9 +519,9 @@ def test_a_loop_over_steps_fixes_their_number_with_a_warning(tmp_path, dynamo):
     with pytest.warns(
         UserWarning, match=r"size alone in \['x_0'\], which the exported model fixes"
     ):
-        iss.export_onnx(model, X, path, dynamo=dynamo)
-    assert shape_of(path, "x") == [5, "x_1", 4]
-    check(path, model, {"x": torch.randn(5, 3, 4)})
+        iss.export_onnx(model, X[:3], path, dynamo=dynamo)
+    assert shape_of(path, "x") == [3, "x_1", 4]
+    check(path, model, {"x": torch.randn(3, 3, 4)})
 
 
 @both_exporters
@@ -534,8 +534,8 @@ def test_what_onnx_has_no_node_for_is_written_step_by_step(tmp_path, model, dyna
     path = tmp_path / "model.onnx"
     dtype = next(model.parameters()).dtype
     with pytest.warns(UserWarning, match="which the exported model fixes"):
-        iss.export_onnx(model, X.to(dtype), path, dynamo=dynamo)
-    call = {onnx_inputs(path)[0]: torch.randn(5, 7, 4, dtype=dtype)}
+        iss.export_onnx(model, X[:3].to(dtype), path, dynamo=dynamo)
+    call = {onnx_inputs(path)[0]: torch.randn(3, 7, 4, dtype=dtype)}
     check(path, model, call, engines=[onnx_runtime])
 
 
