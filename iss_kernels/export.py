@@ -105,6 +105,12 @@ def export_onnx(
     if weights is None:
         prepared = [m for m in model.modules() if isinstance(m, Prepared)]
         weights = "int8" if any(m.weights == "int8" for m in prepared) else "float32"
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if size > _LARGEST:
+        raise ValueError(
+            f"export_onnx: expected parameters of at most {_LARGEST} bytes, which is what one file "
+            f"of ONNX holds, got {size}"
+        )
     small = copied(model).eval().cpu()
     recurrent = _recurrent(small)
     args = _Arguments(small, example, input_names)
@@ -170,6 +176,7 @@ def _content(
         sizes = _without(sizes, fixed)
 
 
+_LARGEST = 2**31 - 1  # a message of protobuf
 _WHOLE = (torch.int64, torch.int32)
 # What of an example stays in the file as it is.
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, np.ndarray)

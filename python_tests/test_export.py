@@ -238,6 +238,7 @@ class Rows(nn.Module):
 
     def forward(self, x, lengths):
         packed, _ = self.rnn(pack_padded_sequence(x, lengths))
+        packed.data.mul_(2)  # after which the padded form that it came from is another
         packed = packed._replace(data=self.head(packed.data).tanh())
         y, h = self.again(packed)
         return y.data, h, pad_packed_sequence(packed)[0]
@@ -486,6 +487,12 @@ def test_errors_are_a_sentence_and_leave_no_file(tmp_path, case):
     message = str(caught.value)
     assert message.startswith(f"export_onnx: {text}") and "\n" not in message
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_that_one_file_cannot_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("iss_kernels.export._LARGEST", 100)
+    with pytest.raises(ValueError, match="^export_onnx: expected parameters of at most 100 bytes"):
+        export(tmp_path / "model.onnx")
 
 
 def test_a_file_that_stands_stays_after_an_error(tmp_path):
