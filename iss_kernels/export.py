@@ -96,8 +96,11 @@ def export_onnx(
                 f"export_onnx: expected the package {package} to be installed "
                 "(pip install iss_kernels[export])"
             )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"export_onnx: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "export_onnx: expected a torch.nn.Module, neither traced nor scripted, got "
+            f"{type(model).__name__}"
+        )
     if weights not in (None, "float32", "int8"):
         raise ValueError(
             f"export_onnx: expected weights to be 'float32' or 'int8', got {weights!r}"

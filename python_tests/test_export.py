@@ -443,7 +443,10 @@ X = torch.randn(5, 2, 4)
 STEPS = {"x": {0: "T"}}
 ERRORS = {
     "no module": (lambda path, **how: iss.export_onnx(len, X, path, **how), TypeError,
-                  "expected a torch.nn.Module, got builtin_function_or_method"),
+                  "expected a torch.nn.Module, neither traced nor scripted, got built"),
+    "a scripted module": (
+        lambda path, **how: iss.export_onnx(torch.jit.script(nn.Tanh()), X, path, **how), TypeError,
+        "expected a torch.nn.Module, neither traced nor scripted, got RecursiveScriptModule"),
     "no format": (lambda path, **how: export(path, weights="int4", **how), ValueError,
                   "expected weights to be 'float32' or 'int8', got 'int4'"),
     "no input": (lambda path, **how: export(path, dynamic={"z": {0: "T"}}, **how), ValueError,
