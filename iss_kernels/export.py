@@ -223,7 +223,7 @@ class _Arguments:
         values = bound.args
         parameters = list(signature.parameters.values())
         leaves, self.form = pytree.tree_flatten(values)
-        self.leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.leaves = [leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors: dict[str, int] = {}  # the place in leaves of each
         self.growth: dict[str, int] = {}  # of each name of a size
         self.counting: dict[str, list[str]] = {}  # lengths of rows that grow with a size
