@@ -594,4 +594,4 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     scale = max(a.double().abs().max().item(), 1e-3) if a.numel() else 1
-    return torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+    return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=5e-5 * scale, equal_nan=True)
