@@ -537,7 +537,11 @@ def test_a_loop_over_steps_fixes_their_number_with_a_warning(tmp_path, dynamo):
 @both_exporters
 @pytest.mark.parametrize(
     "model",
-    [Resets().double(), iss.ISSRHN(4, 5, depth=2), iss.ISSRHN(4, 5, 2, "separate")],
+    [
+        Resets().double(),
+        iss.ISSRHN(4, 5, depth=2),
+        pytest.param(iss.ISSRHN(4, 5, 2, "separate"), marks=pytest.mark.slow),
+    ],
     ids=["resets", "rhn", "rhn with carry"],
 )
 def test_what_onnx_has_no_node_for_is_written_step_by_step(tmp_path, model, dynamo):
