@@ -52,7 +52,8 @@ def export_onnx(
     model: any module, with recurrent modules of torch or of this package, shrunken or prepared ones
     too; it is exported in eval mode, on the CPU, and stays as it is.
     example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword
-    arguments. Tensors become inputs; numbers and the like stay in the file as they are.
+    arguments. Tensors become inputs, numbers and the like stay in the file as they are. The file's
+    outputs are the tensors that the model returns, in order.
     dynamic: {input: {dimension: name}}, the sizes that may differ from call to call. By default
     those that the model lets differ, batch and time as a rule, as calls with longer examples show;
     a warning says which of them the file fixes, as a loop over steps in Python makes it.
@@ -273,8 +274,10 @@ class _Arguments:
                 warnings.simplefilter("ignore")
                 outputs = _fresh(self.model)(*self.longer(sizes))
             leaves = pytree.tree_leaves(outputs, lambda part: isinstance(part, PackedSequence))
-            if any(isinstance(leaf, PackedSequence) for leaf in leaves):
-                return TypeError("it returns a PackedSequence")
+            other = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_CONSTANTS))]
+            if other or not any(isinstance(leaf, Tensor) for leaf in leaves):
+                got = f"a {type(other[0]).__name__}" if other else "no tensor"
+                return TypeError(f"it returns {got}")
         except Exception as error:
             return error
         return None
@@ -449,10 +452,12 @@ def _exported(
     whole = model.forward
 
     def forward(*tensors: Tensor) -> Any:
-        """The call of tensors alone; what else the model takes stays as it is in the example."""
+        """From tensors alone to tensors alone; what else it takes is that of the example."""
         for place, tensor in zip(places, tensors, strict=True):
             leaves[place] = tensor
-        return whole(*pytree.tree_unflatten(leaves, args.form))
+        with onnx_nodes.Packing():
+            outputs = whole(*pytree.tree_unflatten(leaves, args.form))
+        return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
     model.forward = forward
     options: dict[str, Any] = {"input_names": list(args.tensors), "output_names": output_names}
@@ -460,7 +465,7 @@ def _exported(
     refused: list[str] = []
     token = onnx_nodes.refused.set(refused)
     try:
-        with onnx_nodes.Packing(), torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if dynamo:
                 shapes = tuple(dict(sizes.get(name, {})) for name in args.tensors)
@@ -588,8 +593,7 @@ def _difference(
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if leaf is not None]
-    return [torch.as_tensor(leaf).cpu() for leaf in leaves]
+    return [leaf.cpu() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

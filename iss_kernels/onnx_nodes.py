@@ -380,6 +380,8 @@ class Packing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if name == "detach" or func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0]  # the same without gradients, and exporters see what is written to it
         if name == "_pack_padded_sequence":
             x, lengths, batch_first = args
             x = x.transpose(0, 1) if batch_first else x
