@@ -525,13 +525,15 @@ def _by_channel(trace: Trace, call: Call, vectors: Iterable[Any]) -> None:
     count = call.input.dim()
     channel = 1 - count if count > 1 else -1
     operands = [Operand(call.input, trace.labels(call.input))]
-    for vector in vectors:
-        if isinstance(vector, Tensor):
-            shape = (-1, *[1] * (-channel - 1))
-            operands.append(Operand(
-                vector.detach().view(shape), [one.reshape(shape) for one in trace.labels(vector)]
-            ))  # fmt: skip
+    operands += [_vector(trace, one, channel) for one in vectors if isinstance(one, Tensor)]
     trace.label(call.result, united(trace, operands))
+
+
+def _vector(trace: Trace, vector: Tensor, dim: int) -> Operand:
+    """A vector that lies along a dimension, counted from the right."""
+    shape = (-1, *[1] * (-1 - dim))
+    labels = [one.reshape(shape) for one in trace.labels(vector)]
+    return Operand(vector.detach().reshape(shape), labels)
 
 
 @_rule("batch_norm")
@@ -631,11 +633,7 @@ def _linear(trace: Trace, call: Call) -> None:
 def _with_bias(trace: Trace, call: Call, labels: Labels, bias: Any, dim: int = -1) -> None:
     """Label a product to which a bias was added along dim."""
     operands = [Operand(call.result, labels)]
-    if isinstance(bias, Tensor):
-        shape = (*bias.shape, *[1] * (-1 - dim))
-        operands.append(Operand(
-            bias.detach().view(shape), [one.reshape(shape) for one in trace.labels(bias)]
-        ))  # fmt: skip
+    operands += [_vector(trace, bias, dim)] if isinstance(bias, Tensor) else []
     trace.label(call.result, united(trace, operands))
 
 
