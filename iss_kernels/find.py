@@ -466,7 +466,8 @@ class _Tracer(TorchFunctionMode):
         """Groups that may hold where these do not, with ever more sizes that are tied.
 
         At first those of the parts of a tensor, as chunk makes them; then of all layers and
-        directions, as code does that reads rnn.hidden_size. Then numbers change with the units
+        directions, as code does that reads rnn.hidden_size. Then units of these parts leave
+        together. Then numbers change with the units
         that may be their widths. culprits: filled with the families that fail alone.
         """
         sets = [set(self._names_of(labels, groups)) for _, labels in self.by_position]
@@ -476,6 +477,10 @@ class _Tracer(TorchFunctionMode):
         for more in (sets, [*sets, *by_module.values()]):
             if (tied := _tied(groups, more)) != groups.tied:
                 yield replace(groups, tied=tied)
+        before = self.root.clone()
+        if self._unite_families(_tied(groups, sets)):
+            yield self.groups(groups.model)
+            self.root = before
         culprits += experiment.culprits(groups)
         sizes = {f.name: f.size for f in groups.families if f.size > 1}
         widths, alike = [], {}
@@ -500,6 +505,15 @@ class _Tracer(TorchFunctionMode):
         for tied in [t for i, t in enumerate(every) if t not in every[:i]]:
             for subset in subsets[:_MOST_SUBSETS]:
                 yield replace(groups, tied=tied, widths=subset)
+
+    def _unite_families(self, tied: list[list[str]]) -> bool:
+        """Make unit k of each of these families one, as code needs that puts them in turns."""
+        start = {family.name: family for family in self.families}
+        for first, *others in tied:
+            for name in others:
+                if first in start and name in start:
+                    self.unite(_ids(start[first]), _ids(start[name]), "")
+        return bool(tied)
 
     def reason(self, groups: Groups, families: list[str], failure: str) -> str:
         """Why the units of families stay whole that cannot be removed."""
