@@ -17,12 +17,14 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 SCRIPT = importlib.util.find_spec("onnxscript") is not None
+NEEDS_SCRIPT = pytest.mark.skipif(not SCRIPT, reason="onnxscript is missing")
 both_exporters = pytest.mark.parametrize(
+    "dynamo", [pytest.param(True, marks=NEEDS_SCRIPT), False], ids=["dynamo", "legacy"]
+)
+# The exporter by torch.export takes two seconds a model: these with --slow.
+legacy_or_slow = pytest.mark.parametrize(
     "dynamo",
-    [
-        pytest.param(True, marks=pytest.mark.skipif(not SCRIPT, reason="onnxscript is missing")),
-        False,
-    ],
+    [pytest.param(True, marks=[NEEDS_SCRIPT, pytest.mark.slow]), False],
     ids=["dynamo", "legacy"],
 )
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and onnxscript's
@@ -137,7 +139,7 @@ def test_directions_of_one_size_are_one_node(tmp_path, kind, dynamo):
     assert operators(path)[kind.torchs.__name__] == 3
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize("sizes", [5, [(6, 6), (3, 5)]], ids=["equal sizes", "unequal sizes"])
 @pytest.mark.parametrize("kind", [LSTM, GRU], ids=lambda kind: kind.name)
 def test_states_are_inputs_and_outputs(tmp_path, kind, sizes, dynamo):
@@ -154,7 +156,7 @@ def test_states_are_inputs_and_outputs(tmp_path, kind, sizes, dynamo):
     check(path, model, call(5, 2), call(7, 3), call(4, 4))
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize("with_state", [False, True])
 def test_a_projection_is_a_product_after_the_layer(tmp_path, with_state, dynamo):
     model = Tagger(iss.ISSLSTM(4, [7, 6], 2, bidirectional=True, proj_size=[3, (2, 4)]))
@@ -201,7 +203,7 @@ def ragged(steps, *lengths, tokens=True):
     return {"tokens" if tokens else "x": x, "lengths": torch.tensor(lengths)}
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize(
     ("kind", "enforce_sorted"), [(LSTM, True), (GRU, False)], ids=lambda v: getattr(v, "name", v)
 )
@@ -214,7 +216,7 @@ def test_packed_sequences_become_sequence_lens(tmp_path, kind, enforce_sorted, d
     assert operators(path)[kind.torchs.__name__] == 3
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_lengths_become_sequence_lens(tmp_path, batch_first, dynamo):
     model = WithLengths(iss.ISSLSTM(4, [(6, 6), (3, 5)], 2, True, batch_first, 0, True))
@@ -328,7 +330,7 @@ def test_a_model_of_torchs_modules(tmp_path, dynamo):
     assert type(model.rnn) is nn.LSTM
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_a_prepared_model(tmp_path, weights, dynamo):
     model = iss.prepare(Tagger(iss.ISSGRU(4, [(6, 6), (3, 5)], 2, bidirectional=True)), weights)
@@ -337,7 +339,7 @@ def test_a_prepared_model(tmp_path, weights, dynamo):
     check(path, model, {"x": torch.randn(9, 3, 4)})
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize("prepared", [False, True])
 def test_int8_lstms_are_onnx_runtimes(tmp_path, prepared, dynamo):
     model = Tagger(iss.ISSLSTM(16, [(32, 32), (24, 40)], 2, bidirectional=True))
@@ -375,7 +377,7 @@ def test_torchs_own_export_writes_the_same_nodes(tmp_path, dynamo):
 
 
 @torchs_warnings
-@both_exporters
+@legacy_or_slow
 def test_torchs_own_export_of_lengths(tmp_path, dynamo):
     model = WithLengths(iss.ISSGRU(4, 5)).eval()
     path = str(tmp_path / "model.onnx")
@@ -509,7 +511,7 @@ def test_a_file_that_stands_stays_after_an_error(tmp_path):
     assert path.read_text() == "before"
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize("opset", [18, 20])
 def test_the_opset_is_a_choice(tmp_path, opset, dynamo):
     path = tmp_path / "model.onnx"
@@ -526,7 +528,7 @@ def test_sizes_can_be_named_or_fixed(tmp_path, dynamo):
     assert [output.name for output in onnx.load(path).graph.output] == ["y", "h"]
 
 
-@both_exporters
+@legacy_or_slow
 def test_a_loop_over_steps_fixes_their_number_with_a_warning(tmp_path, dynamo):
     model, path = Fixes(), tmp_path / "model.onnx"
     with pytest.warns(
@@ -537,7 +539,7 @@ def test_a_loop_over_steps_fixes_their_number_with_a_warning(tmp_path, dynamo):
     check(path, model, {"x": torch.randn(3, 3, 4)})
 
 
-@both_exporters
+@legacy_or_slow
 @pytest.mark.parametrize(
     "model",
     [
