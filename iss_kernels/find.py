@@ -178,6 +178,7 @@ class _Tracer(TorchFunctionMode):
         self.read_dims: set[tuple[str, int]] = set()  # dimensions that units are multiplied with
         # id -> (tensor, labels); holding the tensor keeps its id from being given to another.
         self.known: dict[int, tuple[Tensor, Labels]] = {}
+        self.elements: dict[Any, int] = {}  # where the elements of a known tensor are -> its id
         self.weights: dict[int, Tensor] = {}  # what is computed from parameters alone
         self.stays: list[_Stay] = []
         self.values: list[Tensor] = []  # units read by their value
@@ -246,8 +247,10 @@ class _Tracer(TorchFunctionMode):
         """The labels of a tensor; none for data."""
         if not isinstance(tensor, Tensor):
             return []
-        if id(tensor) in self.known:
-            return self.known[id(tensor)][1]
+        same = self.elements.get(_elements(tensor))  # as Variable(tensor) makes one
+        for one in (id(tensor), same):
+            if one in self.known:
+                return self.known[one][1]
         name = self.names.get(id(tensor))
         if name is None or not tensor.is_floating_point():
             return []
@@ -264,6 +267,7 @@ class _Tracer(TorchFunctionMode):
         own = [one for one in own if bool((one != NONE).any())]
         if own or id(tensor) in self.known:
             self.known[id(tensor)] = (tensor, own)
+            self.elements[_elements(tensor)] = id(tensor)
 
     def unite(self, one: Tensor, two: Tensor, why: str) -> Tensor:
         """Join units place by place."""
@@ -491,7 +495,7 @@ class _Tracer(TorchFunctionMode):
         sizes = {f.name: f.size for f in groups.families if f.size > 1}
         widths, alike = [], {}
         for module, place, value in numbers(groups.model):
-            for factor in (1, 2, 3, 4):
+            for factor in range(1, 9):
                 names = [n for n, size in sizes.items() if size * factor == value and n in culprits]
                 if names:
                     widths.append(Width(module, place, names[0], factor))
@@ -767,6 +771,17 @@ _BY_POSITION = words(
 # What may be done to a final state before the model returns it.
 _SHAPES = words("clone contiguous detach permute reshape squeeze transpose unsqueeze view")
 _MOST_SUBSETS = 16  # of numbers that may be widths
+
+
+def _elements(tensor: Tensor) -> Any:
+    """What tensors share that are the same elements in the same layout."""
+    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_meta:
+        return id(tensor)
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # a tensor of vmap has no storage
+        return id(tensor)
+    return tensor.device, start, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _takes_one(name: str, args: Any) -> bool:

@@ -357,6 +357,15 @@ MODELS: dict[str, tuple[Model | nn.Module, Any, dict[str, int] | None]] = {
         ),
         X, {"rnn.l0": 8},
     ),
+    "states in a Variable": (
+        Model(
+            lambda m, x: m.out(torch.cat([
+                y := m.rnn(x)[0], torch.autograd.Variable(torch.zeros(y.shape)) + y,
+            ], -1)),
+            rnn=rnn(), out=head(16),
+        ),
+        X, {"rnn.l0": 8},
+    ),
     "a table of positions": (
         Model(
             lambda m, x: m.out(m.positions(m.rnn(x)[0])), rnn=rnn(), positions=Positions(),
