@@ -181,7 +181,8 @@ class Groups:
                     f"zero_units_: expected bool masks for {expected}, got {name} {got}"
                 )
             chosen[name] = mask.cpu()
-        self.zero_(torch.cat([*chosen.values()]))
+        none = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self.zero_(torch.cat([none, *chosen.values()]))
 
     def __str__(self) -> str:
         table = [("family", "units", "read by")]
