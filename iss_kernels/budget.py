@@ -114,7 +114,7 @@ class _Ranking:
         for i, names in enumerate(self._blocks):
             for name in names:
                 its = torch.where(dead[name], -1.0, squares[name] / elements[name])
-                # Of units that are alike, the first stays.
+                # Where units are alike, the first stays.
                 self._orders[name] = its.argsort(descending=True, stable=True).flip(0)
             of_all, cost, out = (
                 torch.stack([values[name][self._orders[name]] for name in names])[:, :-1]

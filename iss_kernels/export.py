@@ -61,7 +61,7 @@ def export_onnx(
     with _0, _1, ... where one holds several tensors.
     opset: the version of ONNX's operators; by default that of torch's exporter.
     weights: "int8" stores the weights of LSTMs in 8 bits, in DynamicQuantizeLSTM nodes that ONNX
-    Runtime has; a model of `prepare` with int8 weights asks for it itself.
+    Runtime has. A model of `prepare` with int8 weights is exported so by default.
     dynamo: which of torch's exporters, True for the one by torch.export, False for the one by
     torch.jit.trace; by default the first and, where that refuses, the second.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
+from iss_kernels.arguments import Path, tensors
 from iss_kernels.cells import Cell
 from iss_kernels.copying import copied
 from iss_kernels.groups import (
@@ -48,7 +49,7 @@ from iss_kernels.rules import (
     words,
 )
 from iss_kernels.shrink import names_of_parameters
-from iss_kernels.verify import Experiment, Path, call, replaced, tensors
+from iss_kernels.verify import Experiment, call, replaced
 from iss_kernels.widths import Width, numbers
 
 # Frames of these are not the user's code.
@@ -643,7 +644,7 @@ class _Tracer(TorchFunctionMode):
 
     def _enter_state(self, state: Any, units: list[Tensor]) -> None:
         """A state that is handed over has the units of its module; others are cut there."""
-        parts = [state] if isinstance(state, Tensor) else list(tensors(state))
+        parts = [state] if isinstance(state, Tensor) else tensors(state)
         rows: list[Tensor] = []
         for part in parts:
             labels = [one for one in self.labels(part) if not bool((one == ANY).all())]
@@ -714,7 +715,7 @@ class _Tracer(TorchFunctionMode):
             self.eps = max([self.eps, *(torch.finfo(dtype).eps for dtype in dtypes)])
         if self.inside:
             return result
-        given = list(tensors((args, kwargs)))
+        given = tensors((args, kwargs))
         if name in METADATA:
             self.looked_into.update(self.states[id(t)] for t in given if id(t) in self.states)
             if name in SIZES and self.labels(args[0]):

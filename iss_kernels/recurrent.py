@@ -183,7 +183,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
             for hs, ps in zip(hidden_sizes, proj_sizes, strict=True)
         ]
         self._uniform = all(isinstance(s, int) for s in (self.hidden_size, self.proj_size))
-        # Of each state: its widths by layer and direction, and whether these are equal.
+        # The widths of each state by layer and direction, and whether these are equal.
         self._widths = list(map(list, zip(*self._state_sizes(), strict=True)))
         self._equal = [len(set(widths)) == 1 for widths in self._widths]
 

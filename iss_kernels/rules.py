@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iss_kernels.verify import replaced, tensors
+from iss_kernels.arguments import tensors
+from iss_kernels.verify import replaced
 
 NONE = -1  # of no unit
 ANY = -2  # an element of a constant tensor, which is made as wide as it has to be
@@ -331,7 +332,7 @@ def _move(trace: Trace, call: Call) -> None:
 
 @_rule(_JOINS)
 def _join(trace: Trace, call: Call) -> None:
-    operands = list(tensors((call.args, call.kwargs)))
+    operands = tensors((call.args, call.kwargs))
     slots = [_slots(trace.labels(tensor)) for tensor in operands]
     joined: Labels = []
     for slot in sorted({slot for own in slots for slot in own if slot < 0}):

@@ -70,7 +70,7 @@ def cut_state(hx: States, stayed: Sequence[Sequence[Tensor]]) -> States:
         raise ValueError(f"cut_state: expected hx to be (h, c), got a {type(hx).__name__}")
     result: list[State] = []
     for name, state, masks in zip("hc", parts, zip(*stayed, strict=True), strict=False):
-        # Of one layer and direction, a tensor is cut as it is: it may be a cell's.
+        # A single layer and direction: its tensor is cut as it is, since it may be a cell's.
         alone = len(masks) == 1 and isinstance(state, Tensor)
         rows = [state] if alone else list(state)
         widths = [row.size(-1) for row in rows]

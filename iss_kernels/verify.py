@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,30 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
+from iss_kernels.arguments import Path, leaves, tensors
 from iss_kernels.copying import copied
 from iss_kernels.groups import GroupError, Groups
 from iss_kernels.shrink import all_of, removed
-
-Path: TypeAlias = tuple[Any, ...]  # keys, indices and attribute names down to a value
-
-
-def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Tensors and numbers in nested containers and plain objects (as a model takes or returns)."""
-    if isinstance(tree, (Tensor, bool, int, float, complex)):
-        yield path, tree
-    elif isinstance(tree, Mapping):
-        for key, part in tree.items():
-            yield from leaves(part, (*path, key))
-    elif isinstance(tree, (tuple, list)):
-        for index, part in enumerate(tree):
-            yield from leaves(part, (*path, index))
-    elif hasattr(tree, "__dict__") and not callable(tree):
-        yield from leaves(vars(tree), path)
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors among the leaves."""
-    return (leaf for _, leaf in leaves(tree) if isinstance(leaf, Tensor))
 
 
 def replaced(tree: Any, function: Callable[[Any], Any], numbers: bool = False) -> Any:
@@ -75,10 +55,10 @@ def _called(model: nn.Module, inputs: Any) -> dict[Path, Any]:
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(cuda):
         if isinstance(inputs, Mapping):
-            return dict(leaves(model(**inputs)))
+            return leaves(model(**inputs))
         if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
-            return dict(leaves(model(*inputs)))
-        return dict(leaves(model(inputs)))
+            return leaves(model(*inputs))
+        return leaves(model(inputs))
 
 
 class _NoDropout(TorchFunctionMode):
@@ -275,7 +255,7 @@ def _longer(inputs: Any, dim: int) -> Any:
     if isinstance(inputs, PackedSequence):
         x, lengths = _longer(pad_packed_sequence(inputs), 1)
         return pack_padded_sequence(x, lengths, enforce_sorted=False) if dim == 1 else None
-    first = next(tensors(inputs), None)
+    first = next(iter(tensors(inputs)), None)
     if first is None or first.dim() <= dim or first.size(dim) == 0:
         return None
     size = first.size(dim)

@@ -126,8 +126,8 @@ class Trainer:
         self.words = 0
         self.seconds = 0.0  # of this epoch
         self.history: list[dict[str, Any]] = []
-        # Of each family, the units of the model as it came that are left, and those of them that
-        # are held at zero: only the last unit of a family, which cannot leave.
+        # The units of each family that are left, counted in the model as it came, and those of them
+        # that are held at zero: only the last unit of a family, which cannot leave.
         self.kept = {family.name: torch.arange(family.size) for family in groups.families}
         self.zeroed: dict[str, Tensor] = {}
         self.difference = 0.0  # largest one between answers before and after units left
