@@ -94,7 +94,8 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         from iss_kernels.demo import show
         from iss_kernels.demo.check import CheckError
-        from iss_kernels.demo.run import Demo, ResumeError
+        from iss_kernels.demo.checkpoint import ResumeError
+        from iss_kernels.demo.run import Demo
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in ("rich", "matplotlib", "jinja2"):

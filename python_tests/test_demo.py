@@ -20,8 +20,9 @@ import torch
 from iss_kernels import __main__ as cli
 from iss_kernels import backend, find_groups, shrink
 from iss_kernels.demo import check, figures, report, show, text, timing, training
+from iss_kernels.demo.checkpoint import ResumeError, write
 from iss_kernels.demo.model import LanguageModel, detach
-from iss_kernels.demo.run import Demo, ResumeError, write
+from iss_kernels.demo.run import Demo
 from iss_kernels.demo.training import Recipe, Stage, Trainer
 
 # 12 units of which some die within two short epochs of 5 batches.
@@ -330,9 +331,9 @@ RESUME_ERRORS: dict[str, tuple[Callable[[Path], Demo], str]] = {
         "{p}/checkpoint.pt was made with other options (recipe: another version's; now this "
         "one's): resume with the same ones, or start anew without --resume",
     ),
-    "damaged": (demo, "{p}/checkpoint.pt is not a checkpoint of this demo"),
-    "directory": (demo, "{p}/checkpoint.pt is not a checkpoint of this demo"),
-    "pipe": (demo, "{p}/checkpoint.pt is not a checkpoint of this demo"),
+    "damaged": (demo, "{p}/checkpoint.pt is not a whole checkpoint"),
+    "directory": (demo, "{p}/checkpoint.pt is not a whole checkpoint"),
+    "pipe": (demo, "{p}/checkpoint.pt is not a whole checkpoint"),
     "link to itself": (demo, "no checkpoint to resume from: {p}/checkpoint.pt"),
     "text": (
         lambda p: Demo(TINY, other_text(), 1, p, Silent()),
@@ -378,7 +379,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     flipped[len(whole) // 2] ^= 1
     for damaged in (*cut, whole[:-1], whole + b" ", bytes(flipped)):
         checkpoint.write_bytes(damaged)
-        with pytest.raises(ResumeError, match="is not a checkpoint of this demo"):
+        with pytest.raises(ResumeError, match="is not a whole checkpoint"):
             demo(tmp_path).resume()
 
 
@@ -407,7 +408,7 @@ def test_a_changed_checkpoint_is_refused(
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     change(content)
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(ResumeError, match="is not a checkpoint of this demo"):
+    with pytest.raises(ResumeError, match="is not a whole checkpoint"):
         demo(tmp_path).resume()
 
 

@@ -8,7 +8,7 @@ ones, the state carried from one batch to the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,24 @@ class LanguageModel(nn.Module):
     """Predicts the next word: tokens [T, B] and a state -> logits [T, B, V] and the next state."""
 
     def __init__(
-        self, vocabulary: int, embedding: int, hidden: int, layers: int, dropout: float
+        self,
+        vocabulary: int,
+        embedding: int,
+        hidden: int | Sequence[int],
+        layers: int,
+        dropout: float,
+        tied: bool = False,
     ) -> None:
+        """hidden: units, of each layer if several; tied: the decoder's weight is the embedding."""
         super().__init__()
+        last = hidden if isinstance(hidden, int) else hidden[-1]
         self.dropout = dropout
         self.embedding = nn.Embedding(vocabulary, embedding)
         # nn.LSTM warns about dropout between the layers of one layer.
         self.lstm = ISSLSTM(embedding, hidden, layers, dropout=dropout if layers > 1 else 0.0)
-        self.decoder = nn.Linear(hidden, vocabulary)
+        self.decoder = nn.Linear(last, vocabulary)
+        if tied:
+            self.decoder.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens: [T, B] int64; state: what the former call returned. Returns [T, B, V], state."""

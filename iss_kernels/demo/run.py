@@ -8,13 +8,9 @@ them after each epoch.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import hashlib
-import io
 import json
-import os
 import platform
 from functools import partial
 from pathlib import Path
@@ -33,17 +29,14 @@ from iss_kernels import (
     shrink,
     shrink_,
 )
-from iss_kernels.demo import figures, report, timing
+from iss_kernels.demo import checkpoint, figures, report, timing
 from iss_kernels.demo.check import compare
+from iss_kernels.demo.checkpoint import ResumeError, write
 from iss_kernels.demo.model import LanguageModel, perplexity, strips
 from iss_kernels.demo.text import PARTS, Text
 from iss_kernels.demo.training import Recipe, Trainer, Watcher, train
 
 STAGES = ("baseline", "iss", "tune")
-
-
-class ResumeError(ValueError):
-    """There is no checkpoint to go on from, or not one of this run."""
 
 
 class Demo:
@@ -207,25 +200,12 @@ class Demo:
             "finished": self.finished,
             "trainer": trainer.state_dict(),
         }
-        file = io.BytesIO()
-        torch.save(content, file)
-        write(self.checkpoint, file.getvalue() + _digest(file.getvalue()))
+        checkpoint.save(self.checkpoint, content)
         self.saved = True
 
     def resume(self) -> None:
         """Take over the checkpoint; `run` goes on from there. Raises ResumeError."""
-        try:
-            if not self.checkpoint.exists():
-                raise ResumeError(f"no checkpoint to resume from: {self.checkpoint}")
-            # A directory cannot be read, and a pipe may never end.
-            found = self.checkpoint.read_bytes() if self.checkpoint.is_file() else b""
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise ResumeError(f"cannot read {self.checkpoint}: {reason}") from None
-        saved, digest = found[:-_DIGEST_BYTES], found[-_DIGEST_BYTES:]
-        if _digest(saved) != digest:
-            raise ResumeError(f"{self.checkpoint} is not a checkpoint of this demo")
-        content = torch.load(io.BytesIO(saved), weights_only=True)
+        content = checkpoint.load(self.checkpoint)
         for option, here in self.options.items():
             there = content["options"][option]
             if there != here:
@@ -244,15 +224,6 @@ class Demo:
         self.saved = True
 
 
-# A checkpoint ends with the SHA-256 of what comes before, which torch.load leaves aside: by itself
-# it accepts changed bytes, and what it read may lack a key or have another shape.
-_DIGEST_BYTES = 32
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
-
-
 @torch.no_grad()
 def _norms(model: LanguageModel) -> list[list[float]]:
     """Group norms by layer, in the order of the units."""
@@ -262,25 +233,3 @@ def _norms(model: LanguageModel) -> list[list[float]]:
 
 def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all, whatever stops the program or the machine."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
-    # The new name lasts when the directory is on the disk; not every system can ask for that.
-    with contextlib.suppress(OSError):
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

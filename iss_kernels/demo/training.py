@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from iss_kernels import GroupLasso, Groups, shrink_
 from iss_kernels.demo.check import compare
+from iss_kernels.demo.checkpoint import interrupts
 from iss_kernels.demo.model import LanguageModel, detach, perplexity, strips
 from iss_kernels.demo.text import Text
 
@@ -237,7 +236,7 @@ def train(trainer: Trainer, watcher: Watcher, save: Callable[[], None]) -> None:
     Raises KeyboardInterrupt after Ctrl-C, when the batch in work is done and saved; a second Ctrl-C
     does not wait for that.
     """
-    with _interrupts() as interrupted:
+    with interrupts() as interrupted:
         while trainer.done < trainer.batches:
             trainer.batch()
             watcher.batch(trainer)
@@ -247,19 +246,3 @@ def train(trainer: Trainer, watcher: Watcher, save: Callable[[], None]) -> None:
             if interrupted:
                 save()
                 raise KeyboardInterrupt
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list instead of raising it."""
-    received: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, former)
-
-    former = signal.signal(signal.SIGINT, note)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGINT, former)

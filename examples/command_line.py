@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command lines of the examples: every field of a recipe is an option."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+
+from examples.training import join_processes
+from iss_kernels.demo.checkpoint import ResumeError
+
+Recipe = TypeVar("Recipe")
+INTERRUPTED, USAGE, FAILED = 130, 2, 1
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message is one sentence for the person who gave it."""
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Options of every run."""
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
+    add("--resume", action="store_true", help="go on with the run in --output")
+    add("--seed", type=int, default=1)
+    add("--threads", type=int, metavar="N", help="threads of torch (default: its own choice)")
+
+
+def add_recipe(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
+    """An option for each field of a dataclass; those not given are None."""
+    hints = get_type_hints(kind)
+    group = parser.add_argument_group("recipe", "each number of it, in the place of the config's")
+    for field in dataclasses.fields(kind):
+        option, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+        text = field.metadata.get("help")
+        if hint is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+        elif hint in (int, float, str):
+            group.add_argument(option, type=hint, help=text, metavar=hint.__name__.upper())
+        else:  # tuple[int, ...]
+            group.add_argument(option, type=int, nargs="+", help=text, metavar="INT")
+
+
+def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """The recipe with the options that were given."""
+    names = [field.name for field in dataclasses.fields(recipe)]  # type: ignore[arg-type]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return dataclasses.replace(recipe, **given)  # type: ignore[type-var]
+
+
+def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
+    """Run an example; what a person can mend is one sentence on stderr."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        join_processes()
+        run()
+    except (DataError, ResumeError) as error:
+        return _complain(name, str(error), USAGE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        where = error.filename or args.output
+        return _complain(name, f"cannot write {where}: {os.strerror(error.errno).lower()}", FAILED)
+    except KeyboardInterrupt:
+        return _complain(name, "stopped; --resume goes on", INTERRUPTED)
+    return 0
+
+
+def _complain(name: str, sentence: str, code: int) -> int:
+    print(f"{name}: {sentence}", file=sys.stderr)
+    return code

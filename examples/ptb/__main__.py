@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a language model on the Penn Treebank, with the paper's recipes.
+
+    python -m examples.ptb --config small --method baseline --data ptb.zip --output runs/baseline
+    python -m examples.ptb --config small --method iss --data ptb.zip --output runs/iss
+
+--data: the zip or folder of Mikolov's files ptb.train.txt, ptb.valid.txt and ptb.test.txt. The
+methods iss-finetune and l1 start from a baseline's run, --start. With several processes:
+`torchrun --nproc-per-node 2 -m examples.ptb ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from examples import command_line, training
+from examples.command_line import DataError
+from examples.ptb.data import read
+from examples.ptb.recipes import CONFIGS, FROM_BASELINE, METHODS, Recipe, recipe
+from examples.ptb.train import LanguageTrainer, build, perplexity
+from iss_kernels.demo.checkpoint import load
+from iss_kernels.demo.model import LanguageModel
+from iss_kernels.demo.text import Text
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.ptb",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", choices=CONFIGS, default="small")
+    add("--method", choices=METHODS, default="baseline")
+    add("--data", type=Path, required=True, metavar="PATH", help="zip or folder of the text")
+    add("--any-text", action="store_true", help="take a text that is not the Penn Treebank")
+    add("--start", type=Path, metavar="DIR", help="the baseline's run, for iss-finetune and l1")
+    command_line.add_run(parser)
+    command_line.add_recipe(parser, Recipe)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """One run, from the text to result.json."""
+    chosen = command_line.changed(recipe(args.config, args.method), args)
+    _check(args, chosen)
+    text = read(args.data, args.any_text)
+    torch.manual_seed(args.seed)
+    model = build(chosen, len(text.vocabulary))
+    if args.start:
+        _start(model, args.start, text)
+    if dist.is_initialized():
+        torch.manual_seed(args.seed + dist.get_rank())
+    trainer = LanguageTrainer(model, chosen, text)
+    options = {
+        "example": "ptb",
+        "text": text.fingerprint,
+        "seed": args.seed,
+        "method": args.method,
+        **dataclasses.asdict(chosen),
+    }
+    training.fit(trainer, args.output, options, resume=args.resume)
+    test = perplexity(model, text.test)
+    if training.is_first():
+        training.write_result(args.output, options, trainer, {
+            "config": args.config,
+            "test": test,
+            "valid": trainer.history[-1]["valid"],
+            "sizes": [model.embedding.embedding_dim, *hidden_sizes(model)],
+            "lstm_multiply_adds": sum(w.numel() for w in model.lstm.parameters() if w.dim() == 2),
+            "softmax_multiply_adds": model.decoder.weight.numel(),
+        })  # fmt: skip
+
+
+def hidden_sizes(model: LanguageModel) -> list[int]:
+    """Units of each layer."""
+    return [
+        model.lstm.get_parameter(f"weight_hh_l{i}").shape[1] for i in range(model.lstm.num_layers)
+    ]
+
+
+def _check(args: argparse.Namespace, chosen: Recipe) -> None:
+    if (args.start is None) == (args.method in FROM_BASELINE):
+        expected = "with" if args.method in FROM_BASELINE else "without"
+        raise DataError(f"expected --method {args.method} {expected} --start, the baseline's run")
+    if chosen.tied and chosen.embedding != chosen.hidden[-1]:
+        raise DataError(
+            f"expected an embedding of the last layer's size, {chosen.hidden[-1]}, with --tied, "
+            f"got {chosen.embedding}"
+        )
+    if chosen.groups not in ("lstm", "lstm+embedding"):
+        raise DataError(f"expected --groups lstm or lstm+embedding, got {chosen.groups}")
+    if not 0 < chosen.keep <= 1:
+        raise DataError(f"expected --keep in (0, 1], got {chosen.keep}")
+    for name in ("epochs", "batch", "steps", "stride", "every", "embedding"):
+        if getattr(chosen, name) < 1:
+            raise DataError(f"expected --{name} in [1, inf), got {getattr(chosen, name)}")
+
+
+def _start(model: LanguageModel, folder: Path, text: Text) -> None:
+    """Take over the weights of a finished run."""
+    content = load(folder / training.CHECKPOINT)
+    options, weights = content["options"], content["trainer"]["model"]
+    if options.get("text") != text.fingerprint:
+        raise DataError(f"expected --start trained on the text of --data, got {folder}, on another")
+    own = {name: list(p.shape) for name, p in model.state_dict().items()}
+    there = {name: list(p.shape) for name, p in weights.items()}
+    for name in own.keys() | there.keys():
+        if own.get(name) != there.get(name):
+            raise DataError(
+                f"expected --start with {name} {own.get(name)}, got {there.get(name)} in {folder}"
+            )
+    model.load_state_dict(weights)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = arguments().parse_args(argv)
+    return command_line.main("examples.ptb", lambda: run(args), args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

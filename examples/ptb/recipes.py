@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes: TensorFlow's tutorial for `small` and `medium`, the paper's own for `large`.
+
+The loss is the sum over the time steps of a batch, its mean over the rows, as in the paper's code;
+strengths, learning rates and clipping belong to that scale. For a mean over steps too, divide the
+strength by the steps (0.00245 / 35 = 7.0e-5) and multiply the learning rate by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+METHODS = ("baseline", "iss", "iss-finetune", "l1", "direct")
+FROM_BASELINE = ("iss-finetune", "l1")  # start from a baseline's weights
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of a run; the defaults are the paper's `large` baseline."""
+
+    hidden: tuple[int, ...] = _help("units of each layer", (1500, 1500))
+    embedding: int = _help("size of the word vectors", 1500)
+    tied: bool = _help("the softmax shares the embedding's weight", False)
+    epochs: int = 55
+    batch: int = 20
+    steps: int = 35
+    keep: float = _help("share of the activations that dropout keeps", 0.35)
+    init: float = _help("weights start uniform in [-init, init]", 0.04)
+    clip: float = _help("largest norm of the gradient", 10.0)
+    rate: float = _help("learning rate of SGD at the start", 1.0)
+    decay: float = _help("factor on the learning rate", 1 / 1.15)
+    hold: int = _help("epochs before the first decay", 14)
+    stride: int = _help("epochs between two decays", 1)
+    strength: float = _help("lambda of the group lasso", 0.0)
+    l1: float = _help("lambda of the L1 penalty", 0.0)
+    threshold: float = _help("smaller elements become zero after each step", 1e-4)
+    groups: str = _help("whose dimensions may leave: lstm or lstm+embedding", "lstm")
+    every: int = _help("batches between two looks for dead units", 100)
+    remove: bool = _help("dead units leave during training (else they stay, at zero)", True)
+
+    def learning_rate(self, epoch: int) -> float:
+        """Of an epoch, counted from 0."""
+        return self.rate * self.decay ** (max(0, epoch + 1 - self.hold) // self.stride)
+
+
+LARGE = Recipe()
+MEDIUM = replace(
+    LARGE, hidden=(650, 650), embedding=650, epochs=39, keep=0.5, init=0.05, clip=5.0,
+    decay=0.8, hold=6,
+)  # fmt: skip
+SMALL = replace(
+    LARGE, hidden=(200, 200), embedding=200, epochs=13, steps=20, keep=1.0, init=0.1, clip=5.0,
+    decay=0.5, hold=4,
+)  # fmt: skip
+CONFIGS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
+
+# What a method changes of a config. The paper's learning rate falls to a tenth after each third of
+# an ISS run: `lr_decay ** (epoch // (55 // 3))`.
+_THIRDS = {"decay": 0.1, "hold": 1}
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "large": {
+        "iss": {"keep": 0.6, "strength": 0.00245, "stride": 18, **_THIRDS},
+        "iss-finetune": {"keep": 0.6, "strength": 0.00245, "stride": 18, **_THIRDS},
+        "l1": {"keep": 0.6, "l1": 1e-4, "threshold": 2e-4, "stride": 18, **_THIRDS},
+        "direct": {"keep": 0.55, "hidden": (373, 315)},
+    },
+    "medium": {
+        "iss": {"keep": 0.6, "strength": 0.00245, "stride": 13, **_THIRDS},
+        "iss-finetune": {"keep": 0.6, "strength": 0.00245, "stride": 13, **_THIRDS},
+        "l1": {"keep": 0.6, "l1": 1e-4, "threshold": 2e-4, "stride": 13, **_THIRDS},
+        "direct": {"keep": 0.6},
+    },
+    "small": {
+        "iss": {"strength": 0.002, "stride": 4, **_THIRDS},
+        "iss-finetune": {"strength": 0.002, "stride": 4, **_THIRDS},
+        "l1": {"l1": 1e-4, "threshold": 2e-4, "stride": 4, **_THIRDS},
+        "direct": {},
+    },
+}
+
+
+def recipe(config: str, method: str) -> Recipe:
+    """The recipe of a method."""
+    return replace(CONFIGS[config], **CHANGES[config].get(method, {}))

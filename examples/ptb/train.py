@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model of the paper's table 1 and its training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import iss_kernels as iss
+from examples.ptb.recipes import Recipe
+from examples.training import Sparsity, Trainer
+from iss_kernels.demo.model import LanguageModel, detach, strips, windows
+from iss_kernels.demo.text import Text
+
+EVALUATION_BATCH = 20
+
+
+def build(recipe: Recipe, vocabulary: int) -> LanguageModel:
+    """The model with the weights of the start, which the random state decides.
+
+    Biases start at zero, and `bias_hh` stays there: with SGD the two biases of nn.LSTM would learn
+    twice as fast as the one bias of the paper's cell.
+    """
+    layers = len(recipe.hidden)
+    model = LanguageModel(
+        vocabulary, recipe.embedding, recipe.hidden, layers, 1 - recipe.keep, recipe.tied
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("lstm.bias"):
+                parameter.zero_()
+                parameter.requires_grad_("bias_ih" in name)
+            else:
+                parameter.uniform_(-recipe.init, recipe.init)
+    return model
+
+
+def find(recipe: Recipe, model: LanguageModel) -> iss.Groups:
+    """The groups of the model."""
+    example = torch.arange(6).view(3, 2) % model.decoder.out_features
+    return iss.find_groups(model, example)
+
+
+class LanguageTrainer(Trainer):
+    """SGD over windows of text; the state goes on from one window to the next."""
+
+    def __init__(self, model: LanguageModel, recipe: Recipe, text: Text) -> None:
+        self.text, self.recipe, self.state = text, recipe, None  # the state of the LSTM
+        self.data = share(strips(text.train, recipe.batch))  # [L, B]
+        super().__init__(
+            model,
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], recipe.rate),
+            find(recipe, model),
+            Sparsity(
+                recipe.strength, recipe.l1, recipe.threshold, every=recipe.every,
+                remove=recipe.remove,
+            ),
+            recipe.learning_rate,
+            batches_per_epoch=(len(self.data) - 1) // recipe.steps,
+            epochs=recipe.epochs,
+            clip=recipe.clip,
+        )  # fmt: skip
+
+    def loss(self, index: int) -> Tensor:
+        """Sum over the steps, mean over the rows."""
+        steps = self.recipe.steps
+        window = self.data[index * steps : (index + 1) * steps + 1]
+        logits, state = self.parallel(window[:-1], None if index == 0 else self.state)
+        self.state = detach(state)
+        return cross_entropy(logits.flatten(0, 1), window[1:].flatten()) * steps
+
+    def evaluate(self) -> dict[str, float]:
+        """Perplexities of the training windows, with dropout, and of the validation text."""
+        train = math.exp(self.total / self.batches_per_epoch / self.recipe.steps)
+        return {"train": train, "valid": perplexity(self.model, self.text.valid)}
+
+    def shrunk(self, former: iss.Groups, report: iss.ShrinkReport) -> None:
+        """Cut the state."""
+        if self.state is not None and "lstm" in report.stayed:
+            self.state = report.cut_state(self.state, "lstm")
+
+    def own_state(self) -> dict[str, Any]:
+        """The state of the LSTM."""
+        return {"state": self.state}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Go on with `own_state`."""
+        self.state = state["state"]
+
+
+def share(data: Tensor) -> Tensor:
+    """The columns of [L, B] that are this process' own."""
+    if not dist.is_initialized():
+        return data
+    return data[:, dist.get_rank() :: dist.get_world_size()].contiguous()
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, words: Tensor, batch: int = EVALUATION_BATCH) -> float:
+    """exp of the mean loss per word over words [N] in `batch` strips, in evaluation mode."""
+    model.eval()
+    data = share(strips(words, batch))
+    total, state = torch.zeros(2, dtype=torch.float64), None
+    for tokens, targets in windows(data, 35):
+        logits, state = model(tokens, state)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        total += torch.tensor([loss.item(), targets.numel()], dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return math.exp(total[0] / total[1])

@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop of the examples: units that die leave during training, and it can be resumed.
+
+A `Trainer` knows one batch and one epoch; everything that the next batch depends on is in its
+`state_dict`, so that a resumed run has the same bits. `fit` runs it to the end in a folder, with
+checkpoints, logs and a progress bar.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.functional import hardshrink
+from torch.nn.parallel import DistributedDataParallel
+
+import iss_kernels as iss
+from iss_kernels.demo.checkpoint import ResumeError, interrupts, load, save, write
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What makes units fade, and when they leave.
+
+    strength: of the group lasso, 0 for none. l1: of an L1 penalty on every parameter. threshold:
+    elements smaller than this become zero after each step (Wen et al. 2018, section 3.2; their code
+    takes max(1e-4, 2 * l1)), everywhere or in the groups alone. every: batches between two looks
+    for dead units. remove: dead units leave the model and the optimiser's state; otherwise they are
+    held at zero, which gives the same model and takes longer.
+    """
+
+    strength: float = 0.0
+    l1: float = 0.0
+    threshold: float = 1e-4
+    everywhere: bool = True
+    every: int = 100
+    remove: bool = True
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is penalised."""
+        return self.strength > 0 or self.l1 > 0
+
+
+class Trainer(ABC):
+    """Training of one model, batch by batch.
+
+    groups: as find_groups gives them. rate: {number of the epoch from 0: learning rate}, as a
+    function. With torch.distributed initialised, each process gives its share of a batch to `loss`,
+    and gradients are averaged by DistributedDataParallel; all processes see the same groups.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        groups: iss.Groups,
+        sparsity: Sparsity,
+        rate: Callable[[int], float],
+        *,
+        batches_per_epoch: int,
+        epochs: int,
+        clip: float,
+    ) -> None:
+        self.model, self.optimizer, self.groups, self.sparsity = model, optimizer, groups, sparsity
+        self.rate, self.clip = rate, clip
+        self.batches_per_epoch, self.epochs = batches_per_epoch, epochs
+        self.done = 0  # batches
+        self.total = 0.0  # loss of this epoch
+        self.seconds = [0.0, 0.0]  # of this epoch: on the clock, and of this process' processor
+        self.history: list[dict[str, Any]] = []
+        # The units of each family that are left, counted in the model as it came.
+        self.kept = {family.name: torch.arange(family.size) for family in groups.families}
+        self.held: dict[str, Tensor] = {}  # units that are dead and still there
+        self.lasso = iss.GroupLasso(groups, sparsity.strength) if groups.families else None
+        self._wrap()
+
+    # -- what a task says
+
+    @abstractmethod
+    def loss(self, index: int) -> Tensor:
+        """The loss of a batch of the epoch, by its number; through `self.parallel`."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """What an epoch is judged by."""
+
+    def stepped(self) -> None:  # noqa: B027
+        """A step of the optimiser is done: for moving averages."""
+
+    def shrunk(  # noqa: B027
+        self, former: iss.Groups, report: iss.ShrinkReport
+    ) -> None:
+        """Units have left: for states that are carried from batch to batch, and for averages."""
+
+    def own_state(self) -> dict[str, Any]:
+        """What else the next batch depends on."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on with what `own_state` gave."""
+
+    # -- training
+
+    @property
+    def batches(self) -> int:
+        """Of the whole run."""
+        return self.batches_per_epoch * self.epochs
+
+    def batch(self) -> None:
+        """Train on the next batch."""
+        begin = _clocks()
+        index = self.done % self.batches_per_epoch
+        if index == 0:
+            self.total, self.seconds = 0.0, [0.0, 0.0]
+        self.model.train()
+        learning_rate = self.rate(self.done // self.batches_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self.loss(index)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._regularise()
+        self.optimizer.step()
+        self._threshold()
+        self.stepped()
+        self.total += loss.item()
+        self.done += 1
+        if self.sparsity.active and self.done % self.sparsity.every == 0:
+            self._bury(at_least=0.01)
+        self._count(begin)
+
+    @torch.no_grad()
+    def _regularise(self) -> None:
+        """The penalties' gradients, which the clipping counts as well."""
+        if self.lasso is not None and self.sparsity.strength:
+            self.lasso.add_gradients_()
+        if self.sparsity.l1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.sign(), alpha=self.sparsity.l1)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+
+    @torch.no_grad()
+    def _threshold(self) -> None:
+        if not self.sparsity.active:
+            return
+        if self.sparsity.everywhere:
+            for parameter in self.model.parameters():
+                parameter.copy_(hardshrink(parameter, self.sparsity.threshold))
+        elif self.lasso is not None:
+            self.lasso.threshold_(self.sparsity.threshold)
+        if self.held:
+            self.groups.zero_units_(self.held)
+
+    def _bury(self, at_least: float = 0.0) -> None:
+        """Hold the units that are dead now at zero, or let them leave, where their share suffices.
+
+        A unit that is dead stays dead either way, so that the model is the same.
+        """
+        self.held = self._dead()
+        number = sum(int(its.sum()) for its in self.held.values())
+        if self.sparsity.remove and number > at_least * self.groups.units:
+            # A family cannot be empty: its first unit stays, at zero.
+            alive = {name: ~its for name, its in self.groups.dead().items()}
+            self._remove(
+                {name: its if its.any() else torch.tensor([0]) for name, its in alive.items()}
+            )
+            self.held = self._dead()
+
+    def _dead(self) -> dict[str, Tensor]:
+        return {name: its for name, its in self.groups.dead().items() if its.any()}
+
+    def _remove(self, keep: Mapping[str, Tensor]) -> None:
+        former = self.groups
+        report, self.groups = iss.shrink_(
+            self.model, former, optimizer=self.optimizer, lasso=self.lasso, keep=keep
+        )
+        self.kept = {name: units[report.kept[name]] for name, units in self.kept.items()}
+        self.shrunk(former, report)
+        self._wrap()
+
+    def _wrap(self) -> None:
+        """`parallel` is the model, whose gradients are averaged over all processes."""
+        several = dist.is_available() and dist.is_initialized()
+        self.parallel = DistributedDataParallel(self.model) if several else self.model
+
+    def _count(self, begin: tuple[float, float]) -> None:
+        self.seconds = [s + b - a for s, a, b in zip(self.seconds, begin, _clocks(), strict=True)]
+
+    def units(self) -> dict[str, int]:
+        """{family name: units that are not dead}."""
+        return {name: int((~dead).sum()) for name, dead in self.groups.dead().items()}
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Measure, and add a row to the history."""
+        begin = _clocks()
+        if self.sparsity.active:
+            self._bury()
+        epoch = len(self.history)
+        row: dict[str, Any] = {"epoch": epoch + 1, "rate": self.rate(epoch)}
+        row |= {"loss": self.total / self.batches_per_epoch} | self.evaluate()
+        row |= {"units": self.units(), "parameters": count(self.model)}
+        self._count(begin)
+        row |= {"seconds": round(self.seconds[0], 2), "cpu_seconds": round(self.seconds[1], 2)}
+        self.history.append(row)
+        return row
+
+    # -- checkpoints
+
+    _KEPT = ("done", "total", "seconds", "history", "kept", "held")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on exactly here."""
+        return {name: getattr(self, name) for name in self._KEPT} | {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "own": self.own_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with the model in the sizes of the start."""
+        self._remove(state["kept"])
+        for name in self._KEPT:
+            setattr(self, name, state[name])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.load_own_state(state["own"])
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# -- a run in a folder
+
+
+CHECKPOINT, LOG, RESULT = "checkpoint.pt", "log.csv", "result.json"
+
+
+def fit(
+    trainer: Trainer, folder: Path, options: Mapping[str, Any], *, resume: bool = False
+) -> None:
+    """Train to the end, with a checkpoint after each epoch, `log.csv` and TensorBoard's events.
+
+    options: what a checkpoint must have been made with to be resumed. With several processes the
+    first one writes. Raises ResumeError where the folder already holds a run that is not to be
+    resumed, or none that could be; KeyboardInterrupt after Ctrl-C, once the batch in work is done
+    and saved.
+    """
+    checkpoint = folder / CHECKPOINT
+    if resume:
+        trainer.load_state_dict(_checked(checkpoint, options)["trainer"])
+    elif checkpoint.exists():
+        raise ResumeError(
+            f"expected a folder without a run, or --resume, got {folder}, which has {CHECKPOINT}"
+        )
+    first = is_first()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        # The state of every process is gathered: each has random numbers and strips of its own.
+        state: Any = {"options": dict(options), "trainer": trainer.state_dict()}
+        if dist.is_initialized():
+            state = _gathered(state)
+        if first:
+            save(checkpoint, state)
+            write(folder / LOG, _table(trainer.history))
+
+    with (
+        _progress(trainer, first) as bar,
+        _events(folder, first) as events,
+        interrupts() as interrupted,
+    ):
+        while trainer.done < trainer.batches:
+            trainer.batch()
+            bar.batch()
+            if trainer.done % trainer.batches_per_epoch == 0:
+                row = trainer.end_epoch()
+                bar.epoch(row)
+                _log(events, row)
+                keep()
+            if interrupted:
+                keep()
+                raise KeyboardInterrupt
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _gathered(state: dict[str, Any]) -> dict[str, Any]:
+    """The first process' state with the own parts of all."""
+    own = {name: state["trainer"].pop(name) for name in ("random", "own")}
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    state["trainer"]["parts"] = parts
+    return state
+
+
+def _checked(checkpoint: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint of a run with these options."""
+    content = load(checkpoint)
+    if "options" not in content:
+        raise ResumeError(f"{checkpoint} is not a checkpoint of this example")
+    for name in sorted(options.keys() | content["options"].keys()):
+        here, there = options.get(name), content["options"].get(name)
+        if here != there:
+            raise ResumeError(
+                f"expected {checkpoint} of a run with {name} {here}, got one with {there}: "
+                "resume with the same options, or give another --output"
+            )
+    state = content["trainer"]
+    processes = len(state.get("parts", [None]))
+    here = dist.get_world_size() if dist.is_initialized() else 1
+    if processes != here:
+        raise ResumeError(
+            f"expected {checkpoint} of a run with {here} processes, got one with {processes}"
+        )
+    if "parts" in state:
+        state |= state.pop("parts")[dist.get_rank()]
+    return content
+
+
+def _table(history: list[dict[str, Any]]) -> bytes:
+    """The history as CSV."""
+    rows = [_flat(row) for row in history]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["epoch"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """{"units": {"l0": 3}} -> {"units/l0": 3}."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        flat |= (
+            {f"{name}/{k}": v for k, v in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return flat
+
+
+def _log(events: Any, row: Mapping[str, Any]) -> None:
+    for name, value in _flat(row).items():
+        if events is not None:
+            events.add_scalar(name, value, row["epoch"])
+
+
+def _events(folder: Path, first: bool) -> AbstractContextManager[Any]:
+    """TensorBoard's writer, where the package is there."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return nullcontext()
+    return SummaryWriter(str(folder)) if first else nullcontext()
+
+
+class _Lines:
+    """A line for each epoch: for logs."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        self.trainer, self.console = trainer, console
+
+    def batch(self) -> None:
+        """Say nothing."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        seconds = self.trainer.epochs - row["epoch"], row["seconds"]
+        self.console.print(
+            f"epoch {row['epoch']}/{self.trainer.epochs}  {self.described(row)}  "
+            f"{row['seconds']:.0f} s, {math.prod(seconds) / 60:.0f} min to go",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+    @staticmethod
+    def described(row: Mapping[str, Any]) -> str:
+        """What an epoch reached."""
+        left = ("epoch", "rate", "loss", "units", "parameters", "seconds", "cpu_seconds")
+        measured = " ".join(f"{k} {v:.2f}" for k, v in row.items() if k not in left)
+        return f"{measured}  units {'+'.join(map(str, row['units'].values()))}"
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+
+class _Bar(_Lines):
+    """A progress bar: for a terminal."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        super().__init__(trainer, console)
+        self.progress = Progress(
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+            TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        text = self.described(trainer.history[-1]) if trainer.history else ""
+        self.task = self.progress.add_task(text, total=trainer.batches, completed=trainer.done)
+
+    def batch(self) -> None:
+        self.progress.update(self.task, completed=self.trainer.done)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        text = f"epoch {row['epoch']}/{self.trainer.epochs} {self.described(row)}"
+        self.progress.update(self.task, description=text)
+
+    def __enter__(self) -> _Lines:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+def _progress(trainer: Trainer, first: bool) -> _Lines:
+    console = Console(quiet=not first)
+    return _Bar(trainer, console) if console.is_terminal else _Lines(trainer, console)
+
+
+def circumstances() -> dict[str, Any]:
+    """What ran, on what: for result.json."""
+    module = sys.modules["__main__"].__spec__
+    name = module.name.removesuffix(".__main__") if module else sys.argv[0]
+    return {
+        "command": shlex.join(["python", "-m", name, *sys.argv[1:]]),
+        "machine": {
+            **iss.build_info(),
+            "processor": _processor(),
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        },
+    }
+
+
+def _processor() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_result(
+    folder: Path, options: Mapping[str, Any], trainer: Trainer, measured: Mapping[str, Any]
+) -> None:
+    """Write result.json: what ran, what came out, and every epoch."""
+    seconds = {
+        name: round(sum(row[name] for row in trainer.history), 1)
+        for name in ("seconds", "cpu_seconds")
+    }
+    result = circumstances() | {"options": dict(options), **measured, **seconds}
+    result |= {"parameters": count(trainer.model), "units": trainer.units()}
+    result["epochs"] = trainer.history
+    write(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def join_processes() -> None:
+    """Join the processes that torchrun started, if it did."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo")

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""examples.ptb and the training loop of the examples, on a text of some thousand words."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.ptb.__main__ import main
+from examples.ptb.recipes import CONFIGS, METHODS, Recipe, recipe
+from examples.ptb.train import LanguageTrainer, build
+from examples.training import LOG, load
+from iss_kernels.demo.text import load as load_text
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--hidden", "12", "10", "--embedding", "8", "--epochs", "2", "--steps", "10",
+        "--batch", "6", "--every", "5", "--any-text"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A zip of sentences in which the next word depends on the last one."""
+    drawn = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, lines in (("train", 300), ("valid", 40), ("test", 40)):
+            text = []
+            for _ in range(lines):
+                word, words = drawn.randrange(30), []
+                for _ in range(8):
+                    words.append(f"w{word}")
+                    word = (word * 7 + drawn.choice((1, 2))) % 30
+                text.append(" ".join(words))
+            archive.writestr(f"ptb.{part}.txt", "\n".join(text) + "\n")
+    return path
+
+
+def run(data, output, *more, status=0):
+    args = ["--data", str(data), "--output", str(output), *TINY, *more]
+    assert main(args) == status
+
+
+def trainer(data, **changes):
+    text = load_text(data)
+    chosen = dataclasses.replace(
+        Recipe(), hidden=(12, 10), embedding=8, epochs=3, steps=10, batch=6, keep=1.0, init=0.1,
+        clip=1e9, every=5, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LanguageTrainer(build(chosen, len(text.vocabulary)), chosen, text)
+
+
+def test_the_paper_s_recipe():
+    large = recipe("large", "iss")
+    assert (large.hidden, large.epochs, large.steps, large.batch) == ((1500, 1500), 55, 35, 20)
+    assert (large.keep, large.strength, large.threshold, large.clip) == (0.6, 0.00245, 1e-4, 10)
+    rates = [large.learning_rate(epoch) for epoch in (0, 17, 18, 35, 36, 53, 54)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001])
+    baseline = recipe("large", "baseline")
+    assert baseline.keep == 0.35
+    assert [baseline.learning_rate(e) for e in (0, 13, 14, 15)] == pytest.approx(
+        [1, 1, 1 / 1.15, 1 / 1.15**2]
+    )
+    # The tutorial's: decay ** max(epoch + 1 - hold, 0).
+    assert recipe("small", "baseline").learning_rate(4) == 0.5
+    assert all(recipe(config, method) for config in CONFIGS for method in METHODS)
+
+
+def test_units_leave_and_the_perplexities_stay(data):
+    """Removing dead units gives the path of holding them at zero."""
+    runs = [trainer(data, strength=0.1, threshold=3e-3, remove=remove) for remove in (True, False)]
+    for one in runs:
+        for _ in range(one.batches):
+            one.batch()
+            if one.done % one.batches_per_epoch == 0:
+                one.end_epoch()
+    small, whole = runs
+    assert small.model.lstm.hidden_size != (12, 10)
+    assert small.history[-1]["parameters"] < whole.history[-1]["parameters"]
+    for ours, theirs in zip(small.history, whole.history, strict=True):
+        assert ours["units"] == theirs["units"]
+        for name in ("train", "valid"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_resume_gives_the_same_bits(data, tmp_path):
+    options = ["--method", "iss", "--strength", "0.1", "--threshold", "3e-3", "--keep", "0.8"]
+    run(data, tmp_path / "whole", *options)
+    whole = load(tmp_path / "whole" / "checkpoint.pt")["trainer"]
+    text = load_text(data)
+    args = ["--data", str(data), "--output", str(tmp_path / "cut"), *TINY, *options]
+    code = f"""
+import signal
+from examples.ptb.__main__ import main
+from examples.training import Trainer
+batch = Trainer.batch
+def stopping(self):
+    batch(self)
+    if self.done == 33:
+        signal.raise_signal(signal.SIGINT)
+Trainer.batch = stopping
+raise SystemExit(main({args!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "examples.ptb: stopped; --resume goes on\n"
+    assert load(tmp_path / "cut" / "checkpoint.pt")["trainer"]["done"] == 33
+    run(data, tmp_path / "cut", *options, "--resume")
+    again = load(tmp_path / "cut" / "checkpoint.pt")["trainer"]
+    assert len(text.vocabulary) == len(whole["model"]["embedding.weight"])
+    assert whole["kept"].keys() == again["kept"].keys()
+    for name, value in whole["model"].items():
+        assert torch.equal(value, again["model"][name])
+    results = [json.loads((tmp_path / f / "result.json").read_text()) for f in ("whole", "cut")]
+    assert results[0]["test"] == results[1]["test"]
+    assert results[0]["sizes"] == results[1]["sizes"]
+    assert (tmp_path / "cut" / LOG).read_text().startswith("epoch,rate,loss,train,valid,units/")
+
+
+def test_fine_tuning_starts_from_the_baseline(data, tmp_path):
+    run(data, tmp_path / "baseline")
+    for method in ("iss-finetune", "l1"):
+        run(data, tmp_path / method, "--method", method, "--start", str(tmp_path / "baseline"))
+    first, tuned = (
+        json.loads((tmp_path / name / "result.json").read_text())["epochs"]
+        for name in ("baseline", "iss-finetune")
+    )
+    assert tuned[0]["train"] < first[0]["train"]
+
+
+def test_two_processes_train_the_same_model(data, tmp_path):
+    options = ["--method", "iss", "--strength", "0.05", "--threshold", "3e-3", "--keep", "1"]
+    run(data, tmp_path / "one", *options)
+    args = ["--data", str(data), "--output", str(tmp_path / "two"), *TINY, *options]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+              "2", "-m", "examples.ptb", *args]  # fmt: skip
+    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
+    assert one["sizes"] == two["sizes"]
+    assert two["machine"]["processes"] == 2
+    for ours, theirs in zip(one["epochs"], two["epochs"], strict=True):
+        assert ours["valid"] == pytest.approx(theirs["valid"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--method", "l1"], "expected --method l1 with --start, the baseline's run"),
+        (["--start", "x"], "expected --method baseline without --start, the baseline's run"),
+        (["--tied"], "expected an embedding of the last layer's size, 10, with --tied, got 8"),
+        (["--keep", "0"], "expected --keep in (0, 1], got 0.0"),
+        (["--epochs", "0"], "expected --epochs in [1, inf), got 0"),
+        (["--groups", "all"], "expected --groups lstm or lstm+embedding, got all"),
+        (["--resume"], "no checkpoint to resume from"),
+    ],
+)
+def test_bad_options_are_one_sentence(data, tmp_path, capsys, more, sentence):
+    run(data, tmp_path / "run", *more, status=2)
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_text_is_refused(data, tmp_path, capsys):
+    assert main(["--data", str(data), "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("examples.ptb: expected the Penn Treebank, 929,589 train, 73,760 valid")
+    assert main(["--data", str(tmp_path / "none"), "--output", str(tmp_path / "run")]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(data, tmp_path, capsys):
+    run(data, tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    run(data, tmp_path / "run", status=2)
+    assert "expected a folder without a run, or --resume" in capsys.readouterr().err
+    run(data, tmp_path / "run", "--resume", "--rate", "0.5", status=2)
+    assert "of a run with rate 0.5, got one with 1.0" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    run(data, tmp_path / "more", "--method", "l1", "--start", str(tmp_path / "run"),
+        "--hidden", "12", "11", status=2)  # fmt: skip
+    assert "expected --start with" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(data, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "run" / "checkpoint.pt"))
+
+    monkeypatch.setattr("iss_kernels.demo.checkpoint.os.replace", full)
+    run(data, tmp_path / "run", status=1)
+    error = capsys.readouterr().err
+    assert error.endswith("checkpoint.pt: no space left on device\n")
+    assert not list((tmp_path / "run").glob("*.pt*"))
