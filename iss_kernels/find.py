@@ -56,7 +56,9 @@ from iss_kernels.widths import Width, numbers
 _LIBRARIES = (str(FilePath(torch.__file__).parent), str(FilePath(__file__).parent))
 
 
-def find_groups(model: nn.Module, example_inputs: Any, *, on_unknown: str = "raise") -> Groups:
+def find_groups(
+    model: nn.Module, example_inputs: Any, *, on_unknown: str = "raise", embedding: bool = False
+) -> Groups:
     """Find every recurrent module in a model and every weight that reads their units.
 
     Recurrent modules are nn.LSTM, nn.GRU, nn.RNN, their cells, and this package's own.
@@ -78,6 +80,11 @@ def find_groups(model: nn.Module, example_inputs: Any, *, on_unknown: str = "rai
     A number in the model's own modules that turns out to be a width, such as self.hidden_size where
     states are made, changes with the units (`Groups.widths`): it is tried where the answers change
     otherwise, and taken where they do not.
+
+    embedding: the dimensions of every nn.Embedding are units too, of a family with its name: they
+    leave where all that reads them is zero. (The paper leaves them out.) Those of an embedding that
+    is the softmax' weight as well are the units of the layer that the softmax reads. An embedding
+    with max_norm stays whole, since every dimension counts there.
 
     on_unknown: "raise" makes it an error if units reach a function that no rule covers, or if no
     unit can leave; "keep" keeps these units whole, all of them where need be.
@@ -118,7 +125,7 @@ def find_groups(model: nn.Module, example_inputs: Any, *, on_unknown: str = "rai
             f"find_groups: expected parameters that have a shape, got {lazy[0]} without one: "
             "call the model once"
         )
-    tracer = _Tracer(copied(model), list(recurrent), example_inputs, keep)
+    tracer = _Tracer(copied(model), list(recurrent), example_inputs, keep, embedding)
     tracer.run()
     groups = tracer.groups(model)
     experiment = Experiment(model, example_inputs, tracer.returned, tracer.eps)
@@ -164,7 +171,9 @@ class _Stay:
 class _Tracer(TorchFunctionMode):
     """Runs a model and keeps the labels of its tensors; a `rules.Trace`."""
 
-    def __init__(self, model: nn.Module, recurrent: list[str], inputs: Any, keep: bool) -> None:
+    def __init__(
+        self, model: nn.Module, recurrent: list[str], inputs: Any, keep: bool, embedding: bool
+    ) -> None:
         super().__init__()
         self.model, self.keep = model, keep
         self.inputs = replaced(inputs, torch.clone)  # the model may write into them
@@ -176,6 +185,7 @@ class _Tracer(TorchFunctionMode):
                  *model.named_parameters(remove_duplicate=False)]  # fmt: skip
         self.names = {id(tensor): name for name, tensor in reversed(named)}
         self.units: dict[str, list[Tensor]] = {}  # parameter -> the ids of each dimension
+        self.embeddings = self._number_embeddings() if embedding else {}  # parameter -> its module
         self.read_dims: set[tuple[str, int]] = set()  # dimensions that units are multiplied with
         # id -> (tensor, labels); holding the tensor keeps its id from being given to another.
         self.known: dict[int, tuple[Tensor, Labels]] = {}
@@ -228,6 +238,19 @@ class _Tracer(TorchFunctionMode):
                 outputs = self._add_family(family + ".output", name, width)
             layouts[layer].append(_Layout(parameters, cells, outputs))
         return layouts
+
+    def _number_embeddings(self) -> dict[str, str]:
+        """Give ids to the dimensions of the embeddings: {parameter: module}."""
+        found: dict[str, tuple[str, Tensor]] = {}
+        for name, module in self.model.named_modules():
+            if type(module) is nn.Embedding and module.max_norm is None:
+                weight = self.names.get(id(module.weight))
+                if weight is not None and weight not in found:
+                    found[weight] = (name, self._add_family(name, name, module.embedding_dim))
+        for weight, (_, units) in found.items():
+            rows = self.model.get_parameter(weight).size(0)
+            self.units[weight] = [self._new_units(rows) if rows > 1 else _none(rows), units]
+        return {weight: name for weight, (name, _) in found.items()}
 
     def _add_family(self, name: str, module: str, size: int) -> Tensor:
         units = self._new_units(size)
@@ -722,7 +745,9 @@ class _Tracer(TorchFunctionMode):
                 self.by_size += [(name, labels) for labels in self.labels(args[0])]
             return result
         if name == "embedding":
-            self.looked_up.update(self.names[id(t)] for t in given if id(t) in self.names)
+            used = {self.names[id(t)] for t in given if id(t) in self.names}
+            self.looked_up |= used
+            self.stacked |= {self.embeddings[name]: True for name in used & self.embeddings.keys()}
         for tensor in given:
             if id(tensor) in self.states and not _takes_one(name, args):
                 self.looked_into.add(self.states[id(tensor)])

@@ -187,7 +187,9 @@ class Groups:
     def __str__(self) -> str:
         table = [("family", "units", "read by")]
         for family in self.families:
-            readers = [w.name for w in self.weights if family.start in w.column_units]
+            readers = [
+                w.name for w in self.weights if any(family.start in w.units[d] for d in w.reads)
+            ]
             name = " = ".join(family.members) or family.name
             table.append((name, str(family.size), ", ".join(readers)))
         width = max(len(name) for name, _, _ in table)

@@ -134,6 +134,13 @@ def test_fine_tuning_starts_from_the_baseline(data, tmp_path):
     assert tuned[0]["train"] < first[0]["train"]
 
 
+def test_dimensions_of_the_embedding_leave_too(data, tmp_path):
+    run(data, tmp_path / "run", "--method", "iss", "--strength", "0.1", "--threshold", "1e-2",
+        "--groups", "lstm+embedding", "--embedding", "10", "--tied")  # fmt: skip
+    sizes = json.loads((tmp_path / "run" / "result.json").read_text())["sizes"]
+    assert sizes[0] == sizes[2] < 10
+
+
 def test_two_processes_train_the_same_model(data, tmp_path):
     options = ["--method", "iss", "--strength", "0.05", "--threshold", "3e-3", "--keep", "1"]
     run(data, tmp_path / "one", *options)

@@ -961,3 +961,53 @@ def test_a_unit_of_a_deep_cell_spans_all_its_micro_steps(highway: Any) -> None:
     torch.testing.assert_close(small(X), model(X))
     GroupLasso(groups).proximal_(1e6)
     assert groups.dead()["rnn.l0"].all() and not model.rnn.weight_hh_l0.any()
+
+
+class Words(nn.Module):
+    """Embedding, a GRU, a softmax layer, which may share the embedding's weight."""
+
+    def __init__(self, tied: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 4, **options)
+        self.rnn, self.head = nn.GRU(4, 4), nn.Linear(4, 20)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, words: Tensor) -> Any:
+        return self.head(self.rnn(self.embedding(words))[0])
+
+
+WORDS = torch.arange(6).view(3, 2)
+
+
+def test_the_dimensions_of_an_embedding_are_units_if_asked_for() -> None:
+    model = Words()
+    assert [family.name for family in find_groups(model, WORDS).families] == ["rnn.l0"]
+    groups = find_groups(model, WORDS, embedding=True)
+    assert [(family.name, family.size) for family in groups.families] == [
+        ("rnn.l0", 4), ("embedding", 4),
+    ]  # fmt: skip
+    with torch.no_grad():
+        model.rnn.weight_ih_l0[:, 2] = 0
+    assert groups.dead()["embedding"].tolist() == [False, False, True, False]
+    small, report = shrink(model, groups)
+    assert report.sizes == {"rnn.l0": (4, 4), "embedding": (4, 3)}
+    assert small.embedding.embedding_dim == small.rnn.input_size == 3
+    torch.testing.assert_close(small(WORDS), model(WORDS))
+
+
+def test_a_tied_embedding_has_the_units_that_the_softmax_reads() -> None:
+    model = Words(tied=True)
+    groups = find_groups(model, WORDS, embedding=True)
+    (family,) = groups.families
+    assert family.members == ("rnn.l0", "embedding")
+    groups.zero_units_({"rnn.l0": torch.tensor([True, False, True, False])})
+    small, _ = shrink(model, groups)
+    assert small.head.weight is small.embedding.weight
+    assert small.embedding.weight.shape == (20, 2)
+    torch.testing.assert_close(small(WORDS), model(WORDS))
+
+
+def test_an_embedding_that_counts_all_its_dimensions_stays_whole() -> None:
+    groups = find_groups(Words(max_norm=1.0), WORDS, embedding=True)
+    assert [family.name for family in groups.families] == ["rnn.l0"]

@@ -44,7 +44,7 @@ def build(recipe: Recipe, vocabulary: int) -> LanguageModel:
 def find(recipe: Recipe, model: LanguageModel) -> iss.Groups:
     """The groups of the model."""
     example = torch.arange(6).view(3, 2) % model.decoder.out_features
-    return iss.find_groups(model, example)
+    return iss.find_groups(model, example, embedding="embedding" in recipe.groups)
 
 
 class LanguageTrainer(Trainer):
