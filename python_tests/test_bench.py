@@ -109,6 +109,16 @@ def test_the_benchmark_of_resets_compares_with_split_segments(tmp_path):
     assert len(rows) == 8 and all(float(row["ms_p50"]) > 0 for row in rows)
 
 
+def test_the_benchmark_of_the_paper_s_model_times_every_format(tmp_path):
+    path = tmp_path / "new" / "ptb.csv"
+    done = run(BENCH / "bench_ptb.py", "--quick", "--threads", "1", "--output", path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    ours = [("iss_kernels", w) for w in ("float32", "float16", "bfloat16", "int8")]
+    assert [(row["provider"], row["weights"]) for row in rows] == [("torch", "float32"), *ours]
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
+
+
 def test_the_lasso_benchmark_writes_a_row_for_every_kernel(tmp_path):
     path = tmp_path / "new" / "lasso.csv"
     done = run(BENCH / "bench_lasso.py", "--quick", "--threads", "1", "--output", path)
