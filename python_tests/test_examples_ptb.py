@@ -14,6 +14,7 @@ import torch
 
 from examples.ptb.__main__ import main
 from examples.ptb.recipes import CONFIGS, METHODS, Recipe, recipe
+from examples.ptb.report import main as report
 from examples.ptb.train import LanguageTrainer, build
 from examples.training import LOG, load
 from iss_kernels.demo.text import load as load_text
@@ -139,6 +140,22 @@ def test_dimensions_of_the_embedding_leave_too(data, tmp_path):
         "--groups", "lstm+embedding", "--embedding", "10", "--tied")  # fmt: skip
     sizes = json.loads((tmp_path / "run" / "result.json").read_text())["sizes"]
     assert sizes[0] == sizes[2] < 10
+
+
+def test_the_table_and_the_pictures_of_a_run(data, tmp_path, capsys):
+    for seed in ("1", "2"):
+        run(data, tmp_path / seed, "--seed", seed)
+    run(data, tmp_path / "iss", "--method", "iss", "--strength", "0.1", "--threshold", "3e-3",
+        "--label", "ISS")  # fmt: skip
+    capsys.readouterr()
+    assert report([str(tmp_path / name / "result.json") for name in ("1", "2", "iss")]) == 0
+    heading, line, baseline, iss = capsys.readouterr().out.splitlines()
+    assert baseline.startswith("| small | baseline, 2 seeds | 8, 12, 10; 8, 12, 10 | ")
+    assert "| 100%; 100% |" in baseline
+    assert iss.startswith("| small | ISS | 8, ") and iss.count("|") == heading.count("|")
+    assert report(["--pictures", str(tmp_path / "iss")]) == 0
+    assert (tmp_path / "iss" / "curves.svg").stat().st_size > 1000
+    assert (tmp_path / "iss" / "weights.png").stat().st_size > 1000
 
 
 def test_two_processes_train_the_same_model(data, tmp_path):

@@ -42,6 +42,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, metavar="PATH", help="zip or folder of the text")
     add("--any-text", action="store_true", help="take a text that is not the Penn Treebank")
     add("--start", type=Path, metavar="DIR", help="the baseline's run, for iss-finetune and l1")
+    add("--label", metavar="TEXT", help="the run's name in the table (default: the method)")
     command_line.add_run(parser)
     command_line.add_recipe(parser, Recipe)
     return parser
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if training.is_first():
         training.write_result(args.output, options, trainer, {
             "config": args.config,
+            "label": args.label or args.method,
             "test": test,
             "valid": trainer.history[-1]["valid"],
             "sizes": [model.embedding.embedding_dim, *hidden_sizes(model)],

@@ -7,15 +7,16 @@ ones, the state carried from one batch to the next.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
-from iss_kernels import ISSLSTM
+from iss_kernels import ISSLSTM, Groups, ShrinkReport, shrink
 
 # Strips of text that are evaluated at once, and their steps per call: they change speed only.
 EVALUATION_BATCH, EVALUATION_STEPS = 10, 70
@@ -85,3 +86,23 @@ def perplexity(model: LanguageModel, words: Tensor) -> float:
         logits, state = model(tokens, state)
         total += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
     return math.exp(total / ((len(data) - 1) * EVALUATION_BATCH))
+
+
+@torch.no_grad()
+def enlarge_(
+    big: nn.Module, groups: Groups, small: nn.Module, kept: Mapping[str, Tensor]
+) -> ShrinkReport:
+    """Give `big` the weights of a model that units left, in their places, and zeros elsewhere.
+
+    groups: of big; kept: {family name: indices of the units that small has}. Returns what `shrink`
+    reports of the same units.
+    """
+    places = copy.deepcopy(big).double()
+    for parameter in places.parameters():  # the place of each element in it
+        parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
+    where, report = shrink(places, groups, keep=kept)
+    for parameter, its, place in zip(
+        big.parameters(), small.parameters(), where.parameters(), strict=True
+    ):
+        parameter.zero_().view(-1)[place.long().flatten()] = its.flatten()
+    return report

@@ -26,13 +26,12 @@ from iss_kernels import (
     build_info,
     find_groups,
     prepare,
-    shrink,
     shrink_,
 )
 from iss_kernels.demo import checkpoint, figures, report, timing
 from iss_kernels.demo.check import compare
 from iss_kernels.demo.checkpoint import ResumeError, write
-from iss_kernels.demo.model import LanguageModel, perplexity, strips
+from iss_kernels.demo.model import LanguageModel, enlarge_, perplexity, strips
 from iss_kernels.demo.text import PARTS, Text
 from iss_kernels.demo.training import Recipe, Trainer, Watcher, train
 
@@ -164,7 +163,6 @@ class Demo:
             "difference": trainer.difference,
         }
 
-    @torch.no_grad()
     def _enlarged(
         self, small: LanguageModel, kept: dict[str, Tensor]
     ) -> tuple[LanguageModel, ShrinkReport]:
@@ -173,15 +171,7 @@ class Demo:
         kept: {family name: the units that are left}.
         """
         big = self._model()
-        places = copy.deepcopy(big).double()
-        for parameter in places.parameters():  # the place of each element in it
-            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
-        where, shrink_report = shrink(places, self._groups(big), keep=kept)
-        for parameter, its, place in zip(
-            big.parameters(), small.parameters(), where.parameters(), strict=True
-        ):
-            parameter.zero_().view(-1)[place.long().flatten()] = its.flatten()
-        return big, shrink_report
+        return big, enlarge_(big, self._groups(big), small, kept)
 
     def _example_vectors(self, model: LanguageModel) -> Tensor:
         """Embedded words of the test text, [L, B, E]: what the LSTMs are timed on."""

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of the runs, and pictures of one.
+
+    python -m examples.ptb.report examples/ptb/results/*.json
+    python -m examples.ptb.report --pictures runs/iss
+
+The first prints a table in Markdown: means over seeds, shares of the config's baseline. The second
+draws a run's course and its weight matrices, with what left in white, as the paper's figure 4 does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from examples.ptb.recipes import Recipe
+from examples.ptb.train import build, find
+from examples.training import CHECKPOINT, LOG, RESULT
+from iss_kernels import shrink_
+from iss_kernels.demo.checkpoint import load
+from iss_kernels.demo.figures import weight_pictures
+from iss_kernels.demo.model import enlarge_
+
+HEADINGS = (
+    "config", "method", "embedding, units", "valid", "test", "parameters",
+    "multiply-adds of the LSTM; of all", "minutes",
+)  # fmt: skip
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row for each config and variant of a method."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in results:
+        rows.setdefault((result["config"], result["label"]), []).append(result)
+    lines = [HEADINGS, ("---",) * len(HEADINGS)]
+    for (config, label), runs in rows.items():
+        baseline = rows.get((config, "baseline"), runs)
+        lines.append(
+            (
+                config,
+                label + f", {len(runs)} seeds" * (len(runs) > 1),
+                "; ".join(", ".join(map(str, run["sizes"])) for run in runs),
+                _mean(runs, "valid"),
+                _mean(runs, "test"),
+                f"{statistics.mean(run['parameters'] for run in runs) / 1e6:.2f} M",
+                f"{_share(runs, baseline, softmax=False)}; {_share(runs, baseline, softmax=True)}",
+                f"{statistics.mean(run['cpu_seconds'] for run in runs) / 60:.0f}",
+            )
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mean(runs: Sequence[dict[str, Any]], name: str) -> str:
+    values = [run[name] for run in runs]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _share(
+    runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], softmax: bool
+) -> str:
+    """Multiply-adds of a time step, as a share of the baseline's."""
+
+    def mean(of: Sequence[dict[str, Any]]) -> float:
+        counts = [run["lstm_multiply_adds"] + softmax * run["softmax_multiply_adds"] for run in of]
+        return float(statistics.mean(counts))
+
+    return f"{mean(runs) / mean(baseline):.0%}"
+
+
+def pictures(folder: Path) -> None:
+    """Write curves.svg and weights.png into a run's folder."""
+    content = load(folder / CHECKPOINT)
+    options, state = content["options"], content["trainer"]
+    recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
+    vocabulary = len(state["model"]["decoder.bias"])
+    big, small = build(recipe, vocabulary), build(recipe, vocabulary)
+    shrink_(small, find(recipe, small), keep=state["kept"])
+    small.load_state_dict(state["model"])
+    groups = find(recipe, big)
+    enlarge_(big, groups, small, state["kept"])
+    _curves(state["history"]).savefig(folder / "curves.svg")
+    _weights(weight_pictures(groups)).savefig(folder / "weights.png", dpi=90)
+
+
+def _curves(history: Sequence[dict[str, Any]]) -> Figure:
+    """Perplexities and units by epoch."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    for name in ("train", "valid"):
+        left.plot(epochs, [row[name] for row in history], label=name)
+    left.set(xlabel="epoch", ylabel="perplexity", yscale="log")
+    for family in history[0]["units"]:
+        right.plot(epochs, [row["units"][family] for row in history], label=family)
+    right.set(xlabel="epoch", ylabel="units", ylim=(0, None))
+    left.legend()
+    right.legend()
+    return figure
+
+
+def _weights(drawn: Sequence[Any]) -> Figure:
+    """The share of non-zeros in each block of each matrix, dark where all are."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axis, picture in zip(figure.subplots(1, len(drawn)), drawn, strict=True):
+        axis.imshow(picture.density, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        rows, columns = picture.shape
+        axis.set(title=picture.name.replace(".", "\n", 1), xlabel=f"{rows} x {columns}")
+        axis.set(xticks=[], yticks=[])
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.ptb.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="*", type=Path, help=f"copies of {RESULT}")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help=f"a run: {CHECKPOINT}, {LOG}")
+    args = parser.parse_args(argv)
+    if args.pictures:
+        pictures(args.pictures)
+    if args.results:
+        print(table([json.loads(path.read_text()) for path in args.results]))
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())
