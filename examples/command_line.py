@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from examples.training import join_processes
+from examples.training import processes
 from iss_kernels.demo.checkpoint import ResumeError
 
 Recipe = TypeVar("Recipe")
@@ -62,8 +62,8 @@ def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        join_processes()
-        run()
+        with processes():
+            run()
     except (DataError, ResumeError) as error:
         return _complain(name, str(error), USAGE)
     except OSError as error:

@@ -18,8 +18,8 @@ import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,17 @@ from iss_kernels.demo.checkpoint import ResumeError, interrupts, load, save, wri
 class Sparsity:
     """What makes units fade, and when they leave.
 
-    strength: of the group lasso, 0 for none. l1: of an L1 penalty on every parameter. threshold:
-    elements smaller than this become zero after each step (Wen et al. 2018, section 3.2; their code
-    takes max(1e-4, 2 * l1)), everywhere or in the groups alone. every: batches between two looks
-    for dead units. remove: dead units leave the model and the optimiser's state; otherwise they are
-    held at zero, which gives the same model and takes longer.
+    strength: of the group lasso, 0 for none. proximal: the lasso shrinks the norms after each step,
+    by learning rate * strength, as AdamW decays weights; otherwise its gradient is added, as in
+    the paper. l1: of an L1 penalty on every parameter. threshold: elements smaller than this become
+    zero after each step (Wen et al. 2018, section 3.2; their code takes max(1e-4, 2 * l1)),
+    everywhere or in the groups alone. every: batches between two looks for dead units. remove: dead
+    units leave the model and the optimiser's state; otherwise they are held at zero, which gives
+    the same model and takes longer.
     """
 
     strength: float = 0.0
+    proximal: bool = False
     l1: float = 0.0
     threshold: float = 1e-4
     everywhere: bool = True
@@ -140,7 +143,7 @@ class Trainer(ABC):
         loss.backward()  # type: ignore[no-untyped-call]
         self._regularise()
         self.optimizer.step()
-        self._threshold()
+        self._threshold(learning_rate)
         self.stepped()
         self.total += loss.item()
         self.done += 1
@@ -151,7 +154,7 @@ class Trainer(ABC):
     @torch.no_grad()
     def _regularise(self) -> None:
         """The penalties' gradients, which the clipping counts as well."""
-        if self.lasso is not None and self.sparsity.strength:
+        if self.lasso is not None and self.sparsity.strength and not self.sparsity.proximal:
             self.lasso.add_gradients_()
         if self.sparsity.l1:
             for parameter in self.model.parameters():
@@ -160,10 +163,12 @@ class Trainer(ABC):
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
 
     @torch.no_grad()
-    def _threshold(self) -> None:
+    def _threshold(self, learning_rate: float) -> None:
         if not self.sparsity.active:
             return
-        if self.sparsity.everywhere:
+        if self.lasso is not None and self.sparsity.proximal:
+            self.lasso.proximal_(learning_rate)
+        elif self.sparsity.everywhere:
             for parameter in self.model.parameters():
                 parameter.copy_(hardshrink(parameter, self.sparsity.threshold))
         elif self.lasso is not None:
@@ -488,7 +493,14 @@ def write_result(
     write(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def join_processes() -> None:
-    """Join the processes that torchrun started, if it did."""
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo")
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; leave them at the end."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -142,6 +142,15 @@ def test_dimensions_of_the_embedding_leave_too(data, tmp_path):
     assert sizes[0] == sizes[2] < 10
 
 
+def test_a_recipe_of_today(data, tmp_path):
+    """AdamW, dropped weights, a tied softmax, the proximal step."""
+    options = ["--config", "modern", "--method", "iss", "--embedding", "10", "--strength", "5"]
+    run(data, tmp_path / "run", *options, "--rate", "0.02")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["sizes"][0] == result["sizes"][2] < 10
+    assert result["epochs"][1]["rate"] == pytest.approx(0.01)
+
+
 def test_the_table_and_the_pictures_of_a_run(data, tmp_path, capsys):
     for seed in ("1", "2"):
         run(data, tmp_path / seed, "--seed", seed)

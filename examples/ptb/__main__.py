@@ -99,6 +99,8 @@ def _check(args: argparse.Namespace, chosen: Recipe) -> None:
         )
     if chosen.groups not in ("lstm", "lstm+embedding"):
         raise DataError(f"expected --groups lstm or lstm+embedding, got {chosen.groups}")
+    if chosen.optimizer not in ("sgd", "adamw"):
+        raise DataError(f"expected --optimizer sgd or adamw, got {chosen.optimizer}")
     if not 0 < chosen.keep <= 1:
         raise DataError(f"expected --keep in (0, 1], got {chosen.keep}")
     for name in ("epochs", "batch", "steps", "stride", "every", "embedding"):

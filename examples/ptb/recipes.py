@@ -8,6 +8,7 @@ strength by the steps (0.00245 / 35 = 7.0e-5) and multiply the learning rate by 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,10 +33,13 @@ class Recipe:
     keep: float = _help("share of the activations that dropout keeps", 0.35)
     init: float = _help("weights start uniform in [-init, init]", 0.04)
     clip: float = _help("largest norm of the gradient", 10.0)
-    rate: float = _help("learning rate of SGD at the start", 1.0)
-    decay: float = _help("factor on the learning rate", 1 / 1.15)
+    optimizer: str = _help("sgd or adamw", "sgd")
+    rate: float = _help("learning rate at the start", 1.0)
+    decay: float = _help("factor on the learning rate; 0: half a cosine down to zero", 1 / 1.15)
     hold: int = _help("epochs before the first decay", 14)
     stride: int = _help("epochs between two decays", 1)
+    weight_drop: float = _help("share of the recurrent weights dropped for a batch", 0.0)
+    proximal: bool = _help("the lasso shrinks norms after the step (else: its gradient)", False)
     strength: float = _help("lambda of the group lasso", 0.0)
     l1: float = _help("lambda of the L1 penalty", 0.0)
     threshold: float = _help("smaller elements become zero after each step", 1e-4)
@@ -45,6 +49,8 @@ class Recipe:
 
     def learning_rate(self, epoch: int) -> float:
         """Of an epoch, counted from 0."""
+        if self.decay == 0:
+            return self.rate * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return self.rate * self.decay ** (max(0, epoch + 1 - self.hold) // self.stride)
 
 
@@ -57,7 +63,13 @@ SMALL = replace(
     LARGE, hidden=(200, 200), embedding=200, epochs=13, steps=20, keep=1.0, init=0.1, clip=5.0,
     decay=0.5, hold=4,
 )  # fmt: skip
-CONFIGS = {"small": SMALL, "medium": MEDIUM, "large": LARGE}
+# A recipe of today: AdamW, half a cosine, dropped recurrent weights (Merity et al. 2018), a tied
+# softmax (Press & Wolf 2017).
+MODERN = replace(
+    MEDIUM, tied=True, epochs=20, keep=0.5, clip=8.75, optimizer="adamw", rate=2e-3, decay=0.0,
+    weight_drop=0.3,
+)  # fmt: skip
+CONFIGS = {"small": SMALL, "medium": MEDIUM, "large": LARGE, "modern": MODERN}
 
 # What a method changes of a config. The paper's learning rate falls to a tenth after each third of
 # an ISS run: `lr_decay ** (epoch // (55 // 3))`.
@@ -74,6 +86,12 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "iss-finetune": {"keep": 0.6, "strength": 0.00245, "stride": 13, **_THIRDS},
         "l1": {"keep": 0.6, "l1": 1e-4, "threshold": 2e-4, "stride": 13, **_THIRDS},
         "direct": {"keep": 0.6},
+    },
+    "modern": {
+        "iss": {"strength": 0.1, "proximal": True, "groups": "lstm+embedding"},
+        "iss-finetune": {"strength": 0.1, "proximal": True, "groups": "lstm+embedding"},
+        "l1": {"l1": 1e-4, "threshold": 2e-4},
+        "direct": {},
     },
     "small": {
         "iss": {"strength": 0.002, "stride": 4, **_THIRDS},

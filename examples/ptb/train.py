@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy, dropout
 
 import iss_kernels as iss
 from examples.ptb.recipes import Recipe
@@ -21,16 +22,32 @@ from iss_kernels.demo.text import Text
 EVALUATION_BATCH = 20
 
 
-def build(recipe: Recipe, vocabulary: int) -> LanguageModel:
+class Model(LanguageModel):
+    """The language model, with DropConnect on the recurrent weights (Merity et al. 2018)."""
+
+    weight_drop = 0.0  # share of weight_hh that is zero for a batch in training
+
+    def recur(self, x: Tensor, state: Any) -> Any:
+        """As LanguageModel."""
+        if not (self.training and self.weight_drop):
+            return super().recur(x, state)
+        dropped = {
+            name: dropout(weight, self.weight_drop)
+            for name, weight in self.lstm.named_parameters()
+            if "weight_hh" in name
+        }
+        return functional_call(self.lstm, dropped, (x, state))
+
+
+def build(recipe: Recipe, vocabulary: int) -> Model:
     """The model with the weights of the start, which the random state decides.
 
-    Biases start at zero, and `bias_hh` stays there: with SGD the two biases of nn.LSTM would learn
+    Biases start at zero, and `bias_hh` stays there: the two biases of nn.LSTM together would learn
     twice as fast as the one bias of the paper's cell.
     """
     layers = len(recipe.hidden)
-    model = LanguageModel(
-        vocabulary, recipe.embedding, recipe.hidden, layers, 1 - recipe.keep, recipe.tied
-    )
+    model = Model(vocabulary, recipe.embedding, recipe.hidden, layers, 1 - recipe.keep, recipe.tied)
+    model.weight_drop = recipe.weight_drop
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("lstm.bias"):
@@ -41,24 +58,33 @@ def build(recipe: Recipe, vocabulary: int) -> LanguageModel:
     return model
 
 
-def find(recipe: Recipe, model: LanguageModel) -> iss.Groups:
+def find(recipe: Recipe, model: Model) -> iss.Groups:
     """The groups of the model."""
+    model.eval()  # where nothing is dropped
     example = torch.arange(6).view(3, 2) % model.decoder.out_features
     return iss.find_groups(model, example, embedding="embedding" in recipe.groups)
 
 
-class LanguageTrainer(Trainer):
-    """SGD over windows of text; the state goes on from one window to the next."""
+def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD, or AdamW without decay of its own."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(trained, recipe.rate, weight_decay=0.0)
+    return torch.optim.SGD(trained, recipe.rate)
 
-    def __init__(self, model: LanguageModel, recipe: Recipe, text: Text) -> None:
+
+class LanguageTrainer(Trainer):
+    """Training over windows of text; the state goes on from one window to the next."""
+
+    def __init__(self, model: Model, recipe: Recipe, text: Text) -> None:
         self.text, self.recipe, self.state = text, recipe, None  # the state of the LSTM
         self.data = share(strips(text.train, recipe.batch))  # [L, B]
         super().__init__(
             model,
-            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], recipe.rate),
+            optimizer(recipe, model),
             find(recipe, model),
             Sparsity(
-                recipe.strength, recipe.l1, recipe.threshold, every=recipe.every,
+                recipe.strength, recipe.proximal, recipe.l1, recipe.threshold, every=recipe.every,
                 remove=recipe.remove,
             ),
             recipe.learning_rate,

@@ -48,8 +48,12 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """tokens: [T, B] int64; state: what the former call returned. Returns [T, B, V], state."""
         x = dropout(self.embedding(tokens), self.dropout, self.training)
-        y, state = self.lstm(x, state)
+        y, state = self.recur(x, state)
         return self.decoder(dropout(y, self.dropout, self.training)), state
+
+    def recur(self, x: Tensor, state: Any) -> Any:
+        """The LSTM over x [T, B, E]: outputs [T, B, H], and the next state."""
+        return self.lstm(x, state)
 
     def set_dropout(self, rate: float) -> None:
         """Train with another rate from now on."""
