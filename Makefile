@@ -84,7 +84,7 @@ clean:
 	@touch $@
 # An extra of pyproject.toml, from what the installed package says of it: to install the package with
 # an extra would compile it again.
-.venv/demo .venv/test .venv/bench .venv/dev .venv/cuda: .venv/built
+.venv/demo .venv/test .venv/bench .venv/dev .venv/cuda .venv/examples: .venv/built
 	$(BIN)/python -c 'from importlib.metadata import requires; \
 	  print(*(r.split(";")[0] for r in requires("iss_kernels") if "$(@F)" in r.split("extra ==")[-1]), sep="\n")' > $@.txt
 	$(PIP) -r $@.txt

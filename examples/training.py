@@ -44,9 +44,9 @@ class Sparsity:
     by learning rate * strength, as AdamW decays weights; otherwise its gradient is added, as in
     the paper. l1: of an L1 penalty on every parameter. threshold: elements smaller than this become
     zero after each step (Wen et al. 2018, section 3.2; their code takes max(1e-4, 2 * l1)),
-    everywhere or in the groups alone. every: batches between two looks for dead units. remove: dead
-    units leave the model and the optimiser's state; otherwise they are held at zero, which gives
-    the same model and takes longer.
+    everywhere or in the groups alone. every: batches between two looks for dead units. after:
+    batches before which dead units may still come back. remove: dead units leave the model and the
+    optimiser's state; otherwise they are held at zero, which gives the same model and takes longer.
     """
 
     strength: float = 0.0
@@ -55,6 +55,7 @@ class Sparsity:
     threshold: float = 1e-4
     everywhere: bool = True
     every: int = 100
+    after: int = 0
     remove: bool = True
 
     @property
@@ -93,7 +94,11 @@ class Trainer(ABC):
         # The units of each family that are left, counted in the model as it came.
         self.kept = {family.name: torch.arange(family.size) for family in groups.families}
         self.held: dict[str, Tensor] = {}  # units that are dead and still there
-        self.lasso = iss.GroupLasso(groups, sparsity.strength) if groups.families else None
+        self.lasso: iss.GroupLasso | None = None
+        if groups.families:
+            # The paper's code counts the elements twice that lie in a row and a column of a unit.
+            overlap = not sparsity.proximal
+            self.lasso = iss.GroupLasso(groups, sparsity.strength, paper_overlap=overlap)
         self._wrap()
 
     # -- what a task says
@@ -181,6 +186,8 @@ class Trainer(ABC):
 
         A unit that is dead stays dead either way, so that the model is the same.
         """
+        if self.done < self.sparsity.after:
+            return
         self.held = self._dead()
         number = sum(int(its.sum()) for its in self.held.values())
         if self.sparsity.remove and number > at_least * self.groups.units:
@@ -190,6 +197,7 @@ class Trainer(ABC):
                 {name: its if its.any() else torch.tensor([0]) for name, its in alive.items()}
             )
             self.held = self._dead()
+        self.groups.zero_units_(self.held)
 
     def _dead(self) -> dict[str, Tensor]:
         return {name: its for name, its in self.groups.dead().items() if its.any()}

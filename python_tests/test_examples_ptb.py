@@ -54,7 +54,8 @@ def trainer(data, **changes):
         clip=1e9, every=5, **changes,
     )  # fmt: skip
     torch.manual_seed(0)
-    return LanguageTrainer(build(chosen, len(text.vocabulary)), chosen, text)
+    # In float64, where rounding moves no element over the threshold.
+    return LanguageTrainer(build(chosen, len(text.vocabulary)).double(), chosen, text)
 
 
 def test_the_paper_s_recipe():
@@ -87,7 +88,7 @@ def test_units_leave_and_the_perplexities_stay(data):
     for ours, theirs in zip(small.history, whole.history, strict=True):
         assert ours["units"] == theirs["units"]
         for name in ("train", "valid"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
 
 
 def test_resume_gives_the_same_bits(data, tmp_path):

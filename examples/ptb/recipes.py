@@ -45,6 +45,7 @@ class Recipe:
     threshold: float = _help("smaller elements become zero after each step", 1e-4)
     groups: str = _help("whose dimensions may leave: lstm or lstm+embedding", "lstm")
     every: int = _help("batches between two looks for dead units", 100)
+    after: int = _help("batches before which dead units may come back", 0)
     remove: bool = _help("dead units leave during training (else they stay, at zero)", True)
 
     def learning_rate(self, epoch: int) -> float:

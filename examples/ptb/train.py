@@ -85,7 +85,7 @@ class LanguageTrainer(Trainer):
             find(recipe, model),
             Sparsity(
                 recipe.strength, recipe.proximal, recipe.l1, recipe.threshold, every=recipe.every,
-                remove=recipe.remove,
+                after=recipe.after, remove=recipe.remove,
             ),
             recipe.learning_rate,
             batches_per_epoch=(len(self.data) - 1) // recipe.steps,
