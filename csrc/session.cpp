@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/COW.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/chrono.h>
 #include <pybind11/numpy.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -440,6 +441,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("supported_isas", &supported_isas);
   module.def("set_isa", &set_isa);
   module.def("free_threads", [] { return free_threads(Clock::now()); });
+  module.def("note_late", &note_late);
+  module.def("note_on_time", [](Clock::duration region) {
+    const Clock::time_point now = Clock::now();
+    note_on_time(now - region, now);
+  });
   module.def("limit_cores", &limit_cores);
   module.def("pretend_cores", &pretend_cores);
   py::class_<DeviceLimits>(module, "DeviceLimits").def(py::init(&make_limits));

@@ -36,12 +36,21 @@ def busy_processes(count):
             process.join()
 
 
+def until_all_are_free():
+    deadline = time.monotonic() + 30
+    while native().free_threads() < 8:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @pytest.fixture
 def many_threads():
     """Eight threads, and as many cores as the library is to believe in."""
     torch.set_num_threads(8)
     native().pretend_cores(8)
+    until_all_are_free()
     yield
+    until_all_are_free()  # so that no hold is left to other tests
     native().pretend_cores(0)
     torch.set_num_threads(1)
 
@@ -93,10 +102,28 @@ def test_a_thread_that_comes_late_is_not_counted_on_for_a_while(many_threads):
         while native().free_threads() == 8:
             assert time.monotonic() < deadline
             lstm(x)
-    deadline = time.monotonic() + 30
-    while native().free_threads() < 8:  # and is again
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_all_are_free()
+
+
+def test_a_thread_that_slept_may_be_late_once(many_threads):
+    native().note_on_time(0.0)
+    assert not native().note_late(8, 0.005, True)
+    assert native().free_threads() == 8
+    native().note_on_time(1.0)  # the end of the very region: no proof that the thread has a core
+    assert native().note_late(8, 0.005, True)
+    assert native().free_threads() == 4
+    until_all_are_free()
+    assert not native().note_late(8, 0.005, True)  # it slept meanwhile
+    native().note_on_time(0.0)
+    assert not native().note_late(8, 0.005, True)
+    assert native().free_threads() == 8
+
+
+@pytest.mark.parametrize("by, slept", [(0.005, False), (0.02, True)])
+def test_a_thread_that_is_late_and_not_just_waking_counts_at_once(by, slept, many_threads):
+    native().note_on_time(0.0)
+    assert native().note_late(8, by, slept)
+    assert native().free_threads() == 4
 
 
 def test_calls_from_several_threads_share_the_cores(many_threads):

@@ -64,9 +64,16 @@ int64_t concurrent_calls(int64_t now) {
 // After a thread was late, half of the threads are not used for eight times as long as it was late.
 // If a thread is late again before the threads have been of use for that long, another process has
 // their cores: the next hold is then four times longer than the one before.
-constexpr int64_t kLongestHold = 1024 * kMillisecond;
+//
+// A thread that slept may be late because its core slept too: a virtual machine takes 2 to 8 ms to
+// wake one. That thread is on time from then on, so its lateness does not count. It does count if
+// the thread was late the time before as well: then another process has its core, or calls come so
+// seldom that the second thread is worth less than its waking.
+constexpr int64_t kLongestHold = 1024 * kMillisecond, kLongestWaking = 10 * kMillisecond;
 std::atomic<int64_t> thread_limit = kAll, hold = 0, hold_ends = 0;
 std::atomic<int64_t> of_use = kAll / 2;  // nanoseconds in regions without a late thread since then
+std::atomic<int64_t> last_late = 0;
+std::atomic<bool> may_wake = true;  // whether lateness of a thread that slept is not counted
 
 int64_t limit_now(int64_t now, int64_t available) {
   const int64_t limit = thread_limit.load(std::memory_order_relaxed);
@@ -106,18 +113,27 @@ int64_t free_threads(Clock::time_point time) {
   return std::min({available, with_a_core, limit_now(now, available)});
 }
 
-void note_on_time(Clock::duration region) {
-  of_use.fetch_add(region.count(), std::memory_order_relaxed);
+void note_on_time(Clock::time_point begin, Clock::time_point end) {
+  of_use.fetch_add((end - begin).count(), std::memory_order_relaxed);
+  if (!may_wake.load(std::memory_order_relaxed) &&
+      nanoseconds(begin) > last_late.load(std::memory_order_relaxed))
+    may_wake.store(true, std::memory_order_relaxed);
 }
 
-void note_late(int64_t threads, Clock::duration by) {
+bool note_late(int64_t threads, Clock::duration by, bool slept) {
   const int64_t now = nanoseconds(Clock::now()), cost = 8 * int64_t{by.count()};
+  last_late.store(now, std::memory_order_relaxed);
+  const bool counts =
+      !slept || by.count() > kLongestWaking || !may_wake.load(std::memory_order_relaxed);
+  may_wake.store(counts, std::memory_order_relaxed);
+  if (!counts) return false;
   const bool again = of_use.exchange(0, std::memory_order_relaxed) < cost;
   const int64_t longer = again ? 4 * hold.load(std::memory_order_relaxed) : 0;
   const int64_t next = std::min(std::max(cost, longer), kLongestHold);
   hold.store(next, std::memory_order_relaxed);
   hold_ends.store(now + next, std::memory_order_relaxed);
   thread_limit.store(std::max<int64_t>(1, threads / 2), std::memory_order_relaxed);
+  return true;
 }
 
 Call::Call() { calls_under_way.fetch_add(1, std::memory_order_relaxed); }

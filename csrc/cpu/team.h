@@ -40,10 +40,11 @@ inline int64_t available_threads() { return at::in_parallel_region() ? 1 : at::g
 // its concurrent calls, and fewer for a while after a thread was late. Varies from call to call.
 int64_t free_threads(Clock::time_point now);
 
-// Tell free_threads that one of `threads` threads was late by so much, or that in a region that
-// took so long none was.
-void note_late(int64_t threads, Clock::duration by);
-void note_on_time(Clock::duration region);
+// Tell free_threads that one of `threads` threads was late by so much, or that at the end of a
+// region none was. slept: the thread had slept before the region and had not come yet. Returns
+// whether the lateness counts; if not, the thread is only waking up.
+bool note_late(int64_t threads, Clock::duration by, bool slept);
+void note_on_time(Clock::time_point begin, Clock::time_point end);
 
 // The cores that the process may use: those of its affinity, but at most what limit_cores was last
 // given (the quota of a cgroup). A test replaces both by pretend_cores; 0 ends that.
@@ -66,6 +67,15 @@ inline Clock::time_point& last_together() {
   return last;
 }
 
+// When the calling thread last ran a team.
+inline Clock::time_point& last_region() {
+  thread_local Clock::time_point last;
+  return last;
+}
+
+// Whether the threads of a region that begins at `begin` have to be woken.
+inline bool asleep(Clock::time_point begin) { return begin - last_region() > kSpinning; }
+
 // ThreadSanitizer does not see OpenMP's fork and join. These two tell it: what happens before
 // `release` is visible after `acquire`.
 #ifdef __SANITIZE_THREAD__
@@ -83,6 +93,7 @@ inline void release(void*) {}
 template <typename Body>
 void together(int64_t threads, const Body& body) {
   const Clock::time_point begin = Clock::now();
+  const bool slept = asleep(begin);
   std::atomic<Clock::time_point> first_done = Clock::time_point::max();
   release(&first_done);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -95,12 +106,12 @@ void together(int64_t threads, const Body& body) {
     release(&first_done);
   });
   acquire(&first_done);
-  const Clock::time_point now = last_together() = Clock::now();
+  const Clock::time_point now = last_together() = last_region() = Clock::now();
   const Clock::time_point done = first_done.load(std::memory_order_relaxed);
   if (now - done > std::max<Clock::duration>(kLate, (done - begin) / 2))
-    note_late(threads, now - done);
+    note_late(threads, now - done, slept);
   else
-    note_on_time(now - begin);
+    note_on_time(begin, now);
 }
 
 // The threads that so many multiplies are worth, of `threads` that spin.
@@ -174,8 +185,8 @@ void spin_until(const Ready& ready, const Late& late) {
 }
 
 // Threads that take steps together and meet after each step. Where a member is late, half of the
-// members leave at that meeting. Member 0, the calling thread, never leaves, so it waits for late
-// members at most once for each halving.
+// members leave at that meeting, unless it was only waking up. Member 0, the calling thread, never
+// leaves, so it waits for late members at most once for each halving and once for their waking.
 class Team {
  public:
   // The members that are left of the `all` threads at the start: [0, members(all)).
@@ -192,8 +203,9 @@ class Team {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == parties) {
       arrived_.store(0, std::memory_order_relaxed);
       if (late_.exchange(false, std::memory_order_relaxed)) {
-        note_late(parties, Clock::now() - late_since_.load(std::memory_order_relaxed));
-        if (shrinks) halvings_.fetch_add(1, std::memory_order_relaxed);
+        const Clock::duration by = Clock::now() - late_since_.load(std::memory_order_relaxed);
+        if (note_late(parties, by, slept_ && round == 0) && shrinks)
+          halvings_.fetch_add(1, std::memory_order_relaxed);
       }
       round_.store(round + 1, std::memory_order_release);
       return;
@@ -210,6 +222,7 @@ class Team {
 
  private:
   const Clock::time_point begin_ = Clock::now();
+  const bool slept_ = asleep(begin_);
   alignas(64) std::atomic<int64_t> arrived_ = 0;
   alignas(64) std::atomic<int64_t> round_ = 0;
   std::atomic<int64_t> halvings_ = 0;
