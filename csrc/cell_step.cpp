@@ -24,6 +24,9 @@ namespace py = pybind11;
 namespace iss {
 namespace {
 
+// Multiplies of a step that takes some microseconds.
+constexpr int64_t kWorthTelling = 1 << 18;
+
 // A plain tensor of this dtype and shape; nullptr for anything else.
 const Tensor* plain(PyObject* object, at::ScalarType dtype, at::IntArrayRef shape) {
   if (object == nullptr || !THPVariable_CheckExact(object)) return nullptr;
@@ -100,7 +103,9 @@ py::object step(py::handle name, py::handle parameters, py::handle input, py::ha
   const Tensor x_kept = x, w_ih_kept = *w_ih, w_hh_kept = *w_hh;
   Tensor h, c;
   {
-    const py::gil_scoped_release no_gil;
+    // Python's other threads run meanwhile, if that is worth the two locks it takes.
+    std::optional<py::gil_scoped_release> no_gil;
+    if (trains || rows * gates * (x.size(1) + hidden) >= kWorthTelling) no_gil.emplace();
     constexpr std::nullopt_t kNone = std::nullopt;
     if (trains)
       std::tie(h, std::ignore, c, std::ignore, std::ignore) =

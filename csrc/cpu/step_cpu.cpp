@@ -29,19 +29,23 @@ Tensor made(at::IntArrayRef sizes, at::ScalarType dtype) {
                                std::nullopt);
 }
 
-Tensor in(at::ScalarType dtype, const Tensor& t) {
-  return t.scalar_type() == dtype ? t : t.to(dtype);
-}
+// A tensor, or a copy of it. A tensor that is lent costs no reference counting, which would take a
+// tenth of a small step.
+using Lent = c10::MaybeOwned<Tensor>;
 
 // In the type that the kernels compute in, row after row.
-Tensor widened(const Tensor& t) {
-  const Tensor wide = in(wide_type(t.scalar_type()), t);
-  return wide.is_contiguous() ? wide : wide.contiguous();
+Lent widened(const Tensor& t) {
+  const auto wide = wide_type(t.scalar_type());
+  if (t.scalar_type() == wide) return t.expect_contiguous();
+  return Lent::owned(t.to(wide).contiguous());
 }
 
+Lent widened(const OptionalTensor& t) { return t ? widened(*t) : Lent::owned(Tensor()); }
+
 Tensor copied(const Tensor& t) {
-  const Tensor from = widened(t), copy = made(from.sizes(), from.scalar_type());
-  if (from.numel() > 0) std::memcpy(copy.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
+  const Lent from = widened(t);
+  const Tensor copy = made(from->sizes(), from->scalar_type());
+  if (copy.numel() > 0) std::memcpy(copy.mutable_data_ptr(), from->const_data_ptr(), copy.nbytes());
   return copy;
 }
 
@@ -164,13 +168,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_forward_cpu(const CellSpec& spec
                                                             bool save) {
   const int64_t rows = in_.x.size(0), input = in_.x.size(1), hidden = in_.h0.size(1);
   const auto dtype = in_.x.scalar_type(), wide = wide_type(dtype);
-  const Tensor x = widened(in_.x), h0 = widened(in_.h0);
-  const Tensor c0 = in_.c0 ? widened(*in_.c0) : Tensor();
-  const Tensor w_ih = in_.w_ih.contiguous(), w_hh = in_.w_hh.contiguous();
-  const Tensor b_ih = in_.b_ih ? widened(*in_.b_ih) : Tensor();
-  const Tensor b_hh = in_.b_hh ? widened(*in_.b_hh) : Tensor();
-  const Tensor y = made({rows, hidden}, wide);
-  const Tensor c = in_.c0 ? made({rows, hidden}, wide) : Tensor();
+  const Lent x = widened(in_.x), h0 = widened(in_.h0), c0 = widened(in_.c0);
+  const Lent w_ih = in_.w_ih.expect_contiguous(), w_hh = in_.w_hh.expect_contiguous();
+  const Lent b_ih = widened(in_.b_ih), b_hh = widened(in_.b_hh);
+  Tensor y = made({rows, hidden}, wide);
+  Tensor c = in_.c0 ? made({rows, hidden}, wide) : Tensor();
   Tensor gates, saved;
   if (save) {
     gates = made({rows, spec.saved_gates * hidden}, wide);
@@ -179,17 +181,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_forward_cpu(const CellSpec& spec
   AT_DISPATCH_FLOATING_TYPES(wide, "recurrent_forward", [&] {
     using T = scalar_t;
     const auto if_given = [](const Tensor& t) { return t.defined() ? data<T>(t) : nullptr; };
-    Forward<T>{spec,           rows,
-               input,          hidden,
-               data<T>(x),     data<T>(h0),
-               if_given(c0),   w_ih,
-               w_hh,           if_given(b_ih),
-               if_given(b_hh), data<T>(y),
-               if_given(c),    if_given(gates),
+    Forward<T>{spec,
+               rows,
+               input,
+               hidden,
+               data<T>(*x),
+               data<T>(*h0),
+               if_given(*c0),
+               *w_ih,
+               *w_hh,
+               if_given(*b_ih),
+               if_given(*b_hh),
+               data<T>(y),
+               if_given(c),
+               if_given(gates),
                if_given(saved)}
         .run();
   });
-  return {in(dtype, y), c.defined() ? in(dtype, c) : c, gates, saved};
+  if (dtype != wide) {
+    y = y.to(dtype);
+    if (c.defined()) c = c.to(dtype);
+  }
+  return {std::move(y), std::move(c), std::move(gates), std::move(saved)};
 }
 
 BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const Tensor& dy_,
@@ -199,14 +212,13 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
   const int64_t rows = in_.x.size(0), input = in_.x.size(1), hidden = in_.h0.size(1);
   const int64_t columns = spec.gates * hidden;
   const auto dtype = in_.x.scalar_type(), wide = wide_type(dtype);
-  const Tensor x = widened(in_.x), h0 = widened(in_.h0), y = widened(y_);
-  const Tensor c0 = in_.c0 ? widened(*in_.c0) : Tensor();
-  const Tensor w_ih = in_.w_ih.contiguous(), w_hh = in_.w_hh.contiguous();
-  const Tensor gates = gates_.contiguous(), saved = saved_.contiguous();
-  const Tensor dy = widened(dy_), dh_n = widened(dh_n_);
+  const Lent x = widened(in_.x), h0 = widened(in_.h0), c0 = widened(in_.c0), y = widened(y_);
+  const Lent w_ih = in_.w_ih.expect_contiguous(), w_hh = in_.w_hh.expect_contiguous();
+  const Lent gates = gates_.expect_contiguous(), saved = saved_.expect_contiguous();
+  const Lent dy = widened(dy_), dh_n = widened(dh_n_);
   const Tensor dc = spec.has_c ? copied(*dc_n) : Tensor();
   const bool carries_h = spec.carries_h;
-  const Tensor dh0 = carries_h ? copied(dh_n) : need_dh0 ? made({rows, hidden}, wide) : Tensor();
+  const Tensor dh0 = carries_h ? copied(*dh_n) : need_dh0 ? made({rows, hidden}, wide) : Tensor();
   const Tensor dx = need_dx ? made({rows, input}, wide) : Tensor();
   Tensor dw_ih, dw_hh, db_ih, db_hh;
   if (need_dw) {
@@ -234,7 +246,7 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
     const auto if_given = [&](const Tensor& t) {
       return !t.defined() ? nullptr : t.numel() > 0 ? data<T>(t) : &nothing;
     };
-    WeightGradients<T> weights(cell, one_step, w_ih, data<T>(x), data<T>(gates), data<T>(saved),
+    WeightGradients<T> weights(cell, one_step, *w_ih, data<T>(*x), data<T>(*gates), data<T>(*saved),
                                {.dx = nullptr,
                                 .dw_ih = if_given(dw_ih),
                                 .dw_hh = if_given(dw_hh),
@@ -262,14 +274,14 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
                                                .b = {},
                                                .resets = nullptr,
                                                .resets_after = nullptr,
-                                               .dy = data<T>(dy),
-                                               .dh_n = carries_h ? nullptr : data<T>(dh_n),
-                                               .gates = data<T>(gates),
+                                               .dy = data<T>(*dy),
+                                               .dh_n = carries_h ? nullptr : data<T>(*dh_n),
+                                               .gates = data<T>(*gates),
                                                .gates_stride = columns,
-                                               .saved = data<T>(saved),
-                                               .before = spec.has_c ? data<T>(c0) : data<T>(h0),
+                                               .saved = data<T>(*saved),
+                                               .before = spec.has_c ? data<T>(*c0) : data<T>(*h0),
                                                .before_stride = hidden,
-                                               .y = data<T>(y),
+                                               .y = data<T>(*y),
                                                .y_stride = hidden,
                                                .carried = carried,
                                                .dinputs = dinputs,
@@ -290,8 +302,8 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
                             .out_stride = w.size(1),
                             .scratch = nullptr});
     };
-    if (need_dh0) through(dproducts, w_hh, carries_h, dh0);
-    if (need_dx) through(dinputs, w_ih, false, dx);
+    if (need_dh0) through(dproducts, *w_hh, carries_h, dh0);
+    if (need_dx) through(dinputs, *w_ih, false, dx);
     if (!need_dw) return;
     for (const Tensor& db : {db_ih, db_hh})
       if (db.defined()) std::fill_n(db.mutable_data_ptr<T>(), columns, T(0));
@@ -301,13 +313,13 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
                  .dproducts = dproducts,
                  .stride = columns,
                  .outputs = nullptr,
-                 .h_prev = data<T>(h0),
+                 .h_prev = data<T>(*h0),
                  .masked = nullptr},
                 false);
   });
   if (need_dw && rows == 0) dw_ih.zero_(), dw_hh.zero_();
   const auto or_empty = [&](bool needed, const Tensor& t) {
-    return needed && t.defined() ? in(dtype, t) : made({0}, dtype);
+    return !needed || !t.defined() ? made({0}, dtype) : dtype == wide ? t : t.to(dtype);
   };
   return {or_empty(need_dx, dx),    or_empty(need_dh0, dh0),  or_empty(true, dc),
           or_empty(need_dw, dw_ih), or_empty(need_dw, dw_hh), or_empty(need_dw, db_ih),
