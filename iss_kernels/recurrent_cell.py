@@ -22,6 +22,8 @@ State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 _Module = TypeVar("_Module", bound="RecurrentCell")
 
+_RNN_STEPS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}  # by nonlinearity
+
 
 class RecurrentCell(Shrinkable, nn.RNNCellBase):
     """Base of ISSLSTMCell, ISSGRUCell and ISSRNNCell: torch's cell over this package's kernels.
@@ -281,9 +283,10 @@ class ISSRNNCell(_OneStateCell):
 
     @property
     def _step(self) -> str:  # type: ignore[override]
-        if self.nonlinearity not in ("tanh", "relu"):
+        step = _RNN_STEPS.get(self.nonlinearity)
+        if step is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return f"rnn_{self.nonlinearity}"
+        return step
 
 
 CELL_MODULES.update({nn.LSTMCell: ISSLSTMCell, nn.GRUCell: ISSGRUCell, nn.RNNCell: ISSRNNCell})
