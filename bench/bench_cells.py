@@ -5,8 +5,9 @@ time.
 python bench/bench_cells.py [--cell lstm|gru|rnn] [--quick] [--threads N ...] [--output CSV]
 
 I = H, float32. A call takes one step without gradients, from a given state; a Stream step of the
-same size is the layer's, with packed weights. Training: a loop over T = 20 steps, forward and
-backward, with gradients of weights and inputs. Times of a training row are those of a whole loop.
+same size is the layer's, with packed weights. torch.no_grad() is entered once for all calls.
+Training: a loop over T = 20 steps, forward and backward, with gradients of weights and inputs.
+Times of a training row are those of a whole loop.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import contextlib
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,24 +50,19 @@ PROBLEMS = [Problem(h, b, t) for t, h, b in itertools.product((0, STEPS), HIDDEN
 QUICK = [Problem(64, 1), Problem(128, 16), Problem(64, 4, STEPS)]
 
 
-def states_in(state: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+def states_in(state: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """h, or h and c."""
     return [state] if isinstance(state, Tensor) else list(state)
 
 
 def call(
     cell: nn.Module, cell_name: str, problem: Problem, dtype: torch.dtype
-) -> Callable[[], list[Tensor]]:
-    """One step without gradients; returns the state."""
+) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+    """One step; returns the state."""
     torch.manual_seed(1)
     x, h, c = (torch.randn(problem.B, problem.H).to(dtype) for _ in range(3))
     hx = (h, c) if cell_name == "lstm" else h
-
-    def step() -> list[Tensor]:
-        with torch.no_grad():
-            return states_in(cell(x, hx))
-
-    return step
+    return lambda: cell(x, hx)
 
 
 def training(
@@ -99,13 +95,14 @@ def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[d
     double.load_state_dict(torchs.state_dict())
     ours = ours_of.from_torch(torchs)
     steps_of = training if problem.T else call
-    steps: dict[str, Callable[[], object]] = {
+    steps: dict[str, Callable[[], Any]] = {
         f"nn.{kind.__name__}": steps_of(torchs, name, problem, torch.float32),
         ours_name: steps_of(ours, name, problem, torch.float32),
     }
-    truth = steps_of(double, name, problem, torch.float64)()
-    torchs_own, own = (step() for step in steps.values())
-    for got, theirs, true in zip(own, torchs_own, truth, strict=True):  # type: ignore[call-overload]
+    in_double = steps_of(double, name, problem, torch.float64)
+    with torch.set_grad_enabled(problem.T > 0):
+        torchs_own, own, truth = (states_in(step()) for step in (*steps.values(), in_double))
+    for got, theirs, true in zip(own, torchs_own, truth, strict=True):
         assert_no_worse_than_torch(got, theirs, true)
     if not problem.T:
         layer: Any = getattr(iss_kernels, ours_name.removesuffix("Cell"))
@@ -114,8 +111,10 @@ def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[d
         module.load_state_dict(weights)
         stream, x = iss_kernels.Stream(module, problem.B), torch.randn(problem.B, problem.H)
         steps["Stream"] = lambda: stream(x)
+    with torch.set_grad_enabled(problem.T > 0):
+        times = interleaved_ms(steps, seconds)
     rows: list[dict[str, object]] = []
-    for provider, values in interleaved_ms(steps, seconds).items():
+    for provider, values in times.items():
         p20, p50, p80 = percentiles(values)
         rows.append(
             {
