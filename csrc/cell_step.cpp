@@ -25,7 +25,7 @@ namespace iss {
 namespace {
 
 // Multiplies of a step that takes some microseconds.
-constexpr int64_t kWorthTelling = 1 << 18;
+constexpr int64_t kWorthReleasing = 1 << 18;
 
 // A plain tensor of this dtype and shape; nullptr for anything else.
 const Tensor* plain(PyObject* object, at::ScalarType dtype, at::IntArrayRef shape) {
@@ -105,7 +105,7 @@ py::object step(py::handle name, py::handle parameters, py::handle input, py::ha
   {
     // Python's other threads run meanwhile, if that is worth the two locks it takes.
     std::optional<py::gil_scoped_release> no_gil;
-    if (trains || rows * gates * (x.size(1) + hidden) >= kWorthTelling) no_gil.emplace();
+    if (trains || rows * gates * (x.size(1) + hidden) >= kWorthReleasing) no_gil.emplace();
     constexpr std::nullopt_t kNone = std::nullopt;
     if (trains)
       std::tie(h, std::ignore, c, std::ignore, std::ignore) =
