@@ -174,8 +174,12 @@ def test_two_processes_train_the_same_model(data, tmp_path):
     args = ["--data", str(data), "--output", str(tmp_path / "two"), *TINY, *options]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
               "2", "-m", "examples.ptb", *args]  # fmt: skip
-    done = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    results = []
+    for more in ([], ["--resume"]):  # a run that is at its end goes on there
+        done = subprocess.run([*launch, *more], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((tmp_path / "two" / "result.json").read_text()))
+    assert results[0]["test"] == results[1]["test"]
     one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
     assert one["sizes"] == two["sizes"]
     assert two["machine"]["processes"] == 2
