@@ -16,43 +16,50 @@ METHODS = ("baseline", "iss", "iss-finetune", "l1", "direct")
 FROM_BASELINE = ("iss-finetune", "l1")  # start from a baseline's weights
 
 
-def _help(text: str, default: Any) -> Any:
+def option(text: str, default: Any) -> Any:
+    """A field with the text of its option."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Every number of a run; the defaults are the paper's `large` baseline."""
+class Schedule:
+    """The numbers of training over windows of text, with a group lasso; the paper's for LSTMs."""
 
-    hidden: tuple[int, ...] = _help("units of each layer", (1500, 1500))
-    embedding: int = _help("size of the word vectors", 1500)
-    tied: bool = _help("the softmax shares the embedding's weight", False)
     epochs: int = 55
     batch: int = 20
     steps: int = 35
-    keep: float = _help("share of the activations that dropout keeps", 0.35)
-    init: float = _help("weights start uniform in [-init, init]", 0.04)
-    clip: float = _help("largest norm of the gradient", 10.0)
-    optimizer: str = _help("sgd or adamw", "sgd")
-    rate: float = _help("learning rate at the start", 1.0)
-    decay: float = _help("factor on the learning rate; 0: half a cosine down to zero", 1 / 1.15)
-    hold: int = _help("epochs before the first decay", 14)
-    stride: int = _help("epochs between two decays", 1)
-    weight_drop: float = _help("share of the recurrent weights dropped for a batch", 0.0)
-    proximal: bool = _help("the lasso shrinks norms after the step (else: its gradient)", False)
-    strength: float = _help("lambda of the group lasso", 0.0)
-    l1: float = _help("lambda of the L1 penalty", 0.0)
-    threshold: float = _help("smaller elements become zero after each step", 1e-4)
-    groups: str = _help("whose dimensions may leave: lstm or lstm+embedding", "lstm")
-    every: int = _help("batches between two looks for dead units", 100)
-    after: int = _help("batches before which dead units may come back", 0)
-    remove: bool = _help("dead units leave during training (else they stay, at zero)", True)
+    init: float = option("weights start uniform in [-init, init]", 0.04)
+    clip: float = option("largest norm of the gradient", 10.0)
+    rate: float = option("learning rate at the start", 1.0)
+    decay: float = option("factor on the learning rate; 0: half a cosine down to zero", 1 / 1.15)
+    hold: int = option("epochs before the first decay", 14)
+    stride: int = option("epochs between two decays", 1)
+    strength: float = option("lambda of the group lasso", 0.0)
+    threshold: float = option("smaller elements become zero after each step", 1e-4)
+    every: int = option("batches between two looks for dead units", 100)
+    after: int = option("batches before which dead units may come back", 0)
+    remove: bool = option("dead units leave during training (else they stay, at zero)", True)
 
     def learning_rate(self, epoch: int) -> float:
         """Of an epoch, counted from 0."""
         if self.decay == 0:
             return self.rate * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return self.rate * self.decay ** (max(0, epoch + 1 - self.hold) // self.stride)
+
+
+@dataclass(frozen=True)
+class Recipe(Schedule):
+    """Every number of a run; the defaults are the paper's `large` baseline."""
+
+    hidden: tuple[int, ...] = option("units of each layer", (1500, 1500))
+    embedding: int = option("size of the word vectors", 1500)
+    tied: bool = option("the softmax shares the embedding's weight", False)
+    keep: float = option("share of the activations that dropout keeps", 0.35)
+    optimizer: str = option("sgd or adamw", "sgd")
+    weight_drop: float = option("share of the recurrent weights dropped for a batch", 0.0)
+    proximal: bool = option("the lasso shrinks norms after the step (else: its gradient)", False)
+    l1: float = option("lambda of the L1 penalty", 0.0)
+    groups: str = option("whose dimensions may leave: lstm or lstm+embedding", "lstm")
 
 
 LARGE = Recipe()

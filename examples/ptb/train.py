@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, dropout
 
 import iss_kernels as iss
-from examples.ptb.recipes import Recipe
+from examples.ptb.recipes import Recipe, Schedule
 from examples.training import Sparsity, Trainer
 from iss_kernels.demo.model import LanguageModel, detach, strips, windows
 from iss_kernels.demo.text import Text
@@ -73,25 +73,36 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(trained, recipe.rate)
 
 
-class LanguageTrainer(Trainer):
-    """Training over windows of text; the state goes on from one window to the next."""
+class TextTrainer(Trainer):
+    """Training over windows of text; the state goes on from one window to the next.
 
-    def __init__(self, model: Model, recipe: Recipe, text: Text) -> None:
-        self.text, self.recipe, self.state = text, recipe, None  # the state of the LSTM
+    model: tokens [T, B] and a state -> logits [T, B, V] and the next state; recurrent: the name of
+    its recurrent module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: Schedule,
+        text: Text,
+        groups: iss.Groups,
+        sparsity: Sparsity,
+        recurrent: str,
+    ) -> None:
+        self.text, self.recipe, self.recurrent = text, recipe, recurrent
+        self.state: Any = None
         self.data = share(strips(text.train, recipe.batch))  # [L, B]
         super().__init__(
             model,
-            optimizer(recipe, model),
-            find(recipe, model),
-            Sparsity(
-                recipe.strength, recipe.proximal, recipe.l1, recipe.threshold, every=recipe.every,
-                after=recipe.after, remove=recipe.remove,
-            ),
+            optimizer,
+            groups,
+            sparsity,
             recipe.learning_rate,
             batches_per_epoch=(len(self.data) - 1) // recipe.steps,
             epochs=recipe.epochs,
             clip=recipe.clip,
-        )  # fmt: skip
+        )
 
     def loss(self, index: int) -> Tensor:
         """Sum over the steps, mean over the rows."""
@@ -108,16 +119,28 @@ class LanguageTrainer(Trainer):
 
     def shrunk(self, former: iss.Groups, report: iss.ShrinkReport) -> None:
         """Cut the state."""
-        if self.state is not None and "lstm" in report.stayed:
-            self.state = report.cut_state(self.state, "lstm")
+        if self.state is not None and self.recurrent in report.stayed:
+            self.state = report.cut_state(self.state, self.recurrent)
 
     def own_state(self) -> dict[str, Any]:
-        """The state of the LSTM."""
+        """The state of the recurrent module."""
         return {"state": self.state}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Go on with `own_state`."""
         self.state = state["state"]
+
+
+class LanguageTrainer(TextTrainer):
+    """Training of the paper's language model."""
+
+    def __init__(self, model: Model, recipe: Recipe, text: Text) -> None:
+        sparsity = Sparsity(
+            recipe.strength, recipe.proximal, recipe.l1, recipe.threshold, every=recipe.every,
+            after=recipe.after, remove=recipe.remove,
+        )  # fmt: skip
+        groups = find(recipe, model)
+        super().__init__(model, optimizer(recipe, model), recipe, text, groups, sparsity, "lstm")
 
 
 def share(data: Tensor) -> Tensor:
