@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes: the paper's own, and one that trains on a processor within the hour.
+
+The loss is the sum over the time steps of a batch, its mean over the rows, as in the paper's code;
+see examples/ptb/recipes.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from examples.ptb.recipes import Schedule, option
+
+METHODS = ("baseline", "iss")
+DROPS = ("drop_word", "drop_input", "drop_state", "drop_output")
+
+
+@dataclass(frozen=True)
+class Recipe(Schedule):
+    """Every number of a run; the defaults are the paper's baseline."""
+
+    width: int = option("units, and size of the word vectors", 830)
+    depth: int = option("micro-steps of a time step", 10)
+    bias: float = option("of the transform gates at the start", -2.0)
+    drop_word: float = option("probability that a word of a window is dropped", 0.25)
+    drop_input: float = option("the same of an element of the network's input", 0.75)
+    drop_state: float = option("the same of an element of the state", 0.25)
+    drop_output: float = option("the same of an element of the output", 0.75)
+    l2: float = option("weight decay", 1e-7)
+    epochs: int = 500
+    rate: float = option("learning rate of SGD at the start", 0.2)
+    decay: float = option("factor on the learning rate", 1 / 1.02)
+    hold: int = option("epochs before the first decay", 20)
+    threshold: float = option("smaller elements of the groups become zero", 4e-4)
+
+
+PAPER = Recipe()
+CONFIGS = {
+    "paper": PAPER,
+    "small": replace(
+        PAPER, width=128, epochs=5, rate=0.5, decay=0.4, hold=2,
+        drop_word=0.05, drop_input=0.15, drop_state=0.05, drop_output=0.15,
+    ),
+}  # fmt: skip
+
+
+def recipe(config: str, method: str) -> Recipe:
+    """The recipe of a method: with the lasso, the paper drops 0.6 times as much."""
+    chosen = CONFIGS[config]
+    if method == "iss":
+        scale = {"paper": 0.6, "small": 1.0}[config]
+        drops = {name: round(scale * getattr(chosen, name), 6) for name in DROPS}
+        chosen = replace(chosen, strength=0.005, **drops)
+    return chosen
