@@ -85,9 +85,9 @@ def test_a_unit_is_its_word_vectors_inputs_and_states(data):
     with torch.no_grad():
         for weight in one.model.parameters():
             weight.fill_(1.0)
+    # An element that is in a row and in a column of the unit counts twice, as in the paper's code.
     vectors, inputs = len(one.model.embedding.weight), 2 * 12 + 2 * 12
-    inputs -= 2  # in a row and in a column of the unit: counted once
-    states = 3 * (2 * 12 + 2 * 12 - 2)
+    states = 3 * (2 * 12 + 2 * 12)
     norms = one.lasso.norms()[family.name]
     assert norms.tolist() == pytest.approx([math.sqrt(vectors + inputs + states)] * 12)
 
