@@ -12,18 +12,18 @@ methods iss-finetune and l1 start from a baseline's run, --start. With several p
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from examples import command_line, training
 from examples.command_line import DataError
+from examples.ptb import train
 from examples.ptb.data import read
 from examples.ptb.recipes import CONFIGS, FROM_BASELINE, METHODS, Recipe, recipe
-from examples.ptb.train import LanguageTrainer, build, perplexity
+from examples.ptb.train import LanguageTrainer, build
 from iss_kernels.demo.checkpoint import load
 from iss_kernels.demo.model import LanguageModel
 from iss_kernels.demo.text import Text
@@ -57,35 +57,19 @@ def run(args: argparse.Namespace) -> None:
     model = build(chosen, len(text.vocabulary))
     if args.start:
         _start(model, args.start, text)
-    if dist.is_initialized():
-        torch.manual_seed(args.seed + dist.get_rank())
     trainer = LanguageTrainer(model, chosen, text)
-    options = {
-        "example": "ptb",
-        "text": text.fingerprint,
-        "seed": args.seed,
-        "method": args.method,
-        **dataclasses.asdict(chosen),
+    train.run("ptb", args, trainer, lambda: {"label": args.label or args.method, **_sizes(model)})
+
+
+def _sizes(model: LanguageModel) -> dict[str, Any]:
+    """Sizes of the embedding and the layers, and the multiply-adds of a time step."""
+    lstm = model.lstm
+    layers = [lstm.get_parameter(f"weight_hh_l{i}").shape[1] for i in range(lstm.num_layers)]
+    return {
+        "sizes": [model.embedding.embedding_dim, *layers],
+        "lstm_multiply_adds": sum(w.numel() for w in lstm.parameters() if w.dim() == 2),
+        "softmax_multiply_adds": model.decoder.weight.numel(),
     }
-    training.fit(trainer, args.output, options, resume=args.resume)
-    test = perplexity(model, text.test)
-    if training.is_first():
-        training.write_result(args.output, options, trainer, {
-            "config": args.config,
-            "label": args.label or args.method,
-            "test": test,
-            "valid": trainer.history[-1]["valid"],
-            "sizes": [model.embedding.embedding_dim, *hidden_sizes(model)],
-            "lstm_multiply_adds": sum(w.numel() for w in model.lstm.parameters() if w.dim() == 2),
-            "softmax_multiply_adds": model.decoder.weight.numel(),
-        })  # fmt: skip
-
-
-def hidden_sizes(model: LanguageModel) -> list[int]:
-    """Units of each layer."""
-    return [
-        model.lstm.get_parameter(f"weight_hh_l{i}").shape[1] for i in range(model.lstm.num_layers)
-    ]
 
 
 def _check(args: argparse.Namespace, chosen: Recipe) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.functional import cross_entropy, dropout
 
 import iss_kernels as iss
 from examples.ptb.recipes import Recipe, Schedule
-from examples.training import Sparsity, Trainer
+from examples.training import Sparsity, Trainer, fit, is_first, write_result
 from iss_kernels.demo.model import LanguageModel, detach, strips, windows
 from iss_kernels.demo.text import Text
 
@@ -141,6 +143,29 @@ class LanguageTrainer(TextTrainer):
         )  # fmt: skip
         groups = find(recipe, model)
         super().__init__(model, optimizer(recipe, model), recipe, text, groups, sparsity, "lstm")
+
+
+def run(
+    example: str, args: argparse.Namespace, trainer: TextTrainer, measure: Callable[[], Any]
+) -> None:
+    """Train to the end and write result.json, with what `measure` returns.
+
+    args: of the command line, with those that examples.command_line adds.
+    """
+    if dist.is_initialized():  # each process drops activations of its own
+        torch.manual_seed(args.seed + dist.get_rank())
+    options = {
+        "example": example,
+        "text": trainer.text.fingerprint,
+        "seed": args.seed,
+        "method": args.method,
+        **asdict(trainer.recipe),
+    }
+    fit(trainer, args.output, options, resume=args.resume)
+    test = perplexity(trainer.model, trainer.text.test)
+    if is_first():
+        measured = {"config": args.config, "valid": trainer.history[-1]["valid"], "test": test}
+        write_result(args.output, options, trainer, measured | measure())
 
 
 def share(data: Tensor) -> Tensor:

@@ -11,17 +11,15 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from examples import command_line, training
+from examples import command_line
 from examples.command_line import DataError
+from examples.ptb import train
 from examples.ptb.data import read
-from examples.ptb.train import perplexity
 from examples.rhn.recipes import CONFIGS, DROPS, METHODS, Recipe, recipe
 from examples.rhn.train import HighwayTrainer, build
 
@@ -50,22 +48,8 @@ def run(args: argparse.Namespace) -> None:
     text = read(args.data, args.any_text)
     torch.manual_seed(args.seed)
     model = build(chosen, len(text.vocabulary))
-    if dist.is_initialized():
-        torch.manual_seed(args.seed + dist.get_rank())
     trainer = HighwayTrainer(model, chosen, text)
-    options = {
-        "example": "rhn",
-        "text": text.fingerprint,
-        "seed": args.seed,
-        "method": args.method,
-        **dataclasses.asdict(chosen),
-    }
-    training.fit(trainer, args.output, options, resume=args.resume)
-    test = perplexity(model, text.test)
-    if training.is_first():
-        measured = {"config": args.config, "test": test, "valid": trainer.history[-1]["valid"]}
-        measured["width"] = model.rhn.hidden_size
-        training.write_result(args.output, options, trainer, measured)
+    train.run("rhn", args, trainer, lambda: {"width": model.rhn.hidden_size})
 
 
 def _check(chosen: Recipe) -> None:
