@@ -13,7 +13,7 @@ from iss_kernels import ISSLSTM, ISSRHN, ISSGRUCell, prepare
 BOTH_WAYS = {"bidirectional": True, "batch_first": True}
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -48,7 +48,7 @@ def test_unequal_sizes_compile_as_one_graph(kind):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("hidden_size", [7, [(3, 5), 2]], ids=["equal sizes", "unequal sizes"])
 @pytest.mark.parametrize("kind", [LSTM, GRU], ids=lambda kind: kind.name)

@@ -28,7 +28,6 @@ needs_cuobjdump = pytest.mark.skipif(
 )
 
 
-# Cells beside the LSTM are the same text: without --slow, one architecture of some.
 by_jobs = pytest.mark.parametrize(
     "jobs", [QUICK_JOBS, pytest.param(JOBS, marks=pytest.mark.slow)], ids=["quick", "all"]
 )

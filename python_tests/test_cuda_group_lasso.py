@@ -217,8 +217,14 @@ def test_a_device_that_was_partitioned_since_it_was_asked_gets_a_smaller_grid(gp
     assert all(map(torch.equal, first, everything(*labels)))
 
 
-@by_layout
-@by_dtype
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        pytest.param(layout, dtype, marks=[pytest.mark.slow] * (i > 0 and j > 0))
+        for i, layout in enumerate(LAYOUTS)
+        for j, dtype in enumerate(DTYPES)
+    ],
+)
 def test_the_checker_finds_nothing(checked_gpu, dtype, layout):
     """No race, no access outside a tensor, nothing read before it is written, in any order."""
     labels = [t[-6:] for t in problem(checked_gpu, dtype, layout)]

@@ -287,7 +287,9 @@ def parameters(*names):
     )
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), pytest.param(float("-inf"), marks=pytest.mark.slow)]
+)
 @parameters("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 @pytest.mark.parametrize("zeros", [0, 2, 3])
 def test_what_is_not_finite_shows_whatever_the_batch(isa, dtype, cell, name, bad, zeros):

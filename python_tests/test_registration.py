@@ -17,7 +17,7 @@ lib = torch.ops.iss_kernels
 
 def samples():
     """Inputs of recurrent_forward: the LSTM's in many shapes, each other cell's in one or two."""
-    for name in ("tail_avx2", "projected", "packed", "packed_projected", "no_rows"):
+    for name in ("packed_projected", "no_rows"):
         case = next(c for c in CASES if c.name == name)
         yield make_inputs(case, torch.float64, reverse=case.batch_sizes is not None)
     for cell, of in CELLS.items():

@@ -140,7 +140,12 @@ def test_resets_begin_anew(implementation, carry):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
     ("packed", "masked", "reverse"),
-    [(False, False, False), (True, True, False), (True, False, True), (False, True, True)],
+    [
+        (False, False, False),
+        pytest.param(True, True, False, marks=pytest.mark.slow),
+        pytest.param(True, False, True, marks=pytest.mark.slow),
+        (False, True, True),
+    ],
 )
 def test_derivatives(implementation, cell, packed, masked, reverse):
     sizes = (3, 2, 1) if packed else None

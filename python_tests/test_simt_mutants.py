@@ -130,6 +130,7 @@ def test_every_call_is_made(calls_of_cases):
     assert calls_of_the_source() - made == set()
 
 
+@pytest.mark.slow
 def test_every_call_is_needed(gpu, calls_of_cases):
     """By somebody: a call may be there for one of the cases alone, and one in a function that
     several places call, for one of these. So there is one that is needed for every line: that of a
