@@ -107,6 +107,9 @@ void multiply(const Rows<T>& a, const PackedRhs<T>& b, T* out) {
   });
 }
 
+// Multiplies that take as long as writing an element of a matrix that no cache holds.
+constexpr int64_t kStore = 8;
+
 // A product of a transposed matrix with B, and where it goes.
 template <typename T>
 struct TransposedProduct {
@@ -136,7 +139,8 @@ void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T
                    out + begin * b.columns());
     }
   };
-  each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * a.rows * columns,
+  const int64_t terms = std::max(a.rows, kStore);
+  each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * terms * columns,
              [&](int64_t begin, int64_t end, int64_t thread) {
                block_of_rows(begin * kLine, std::min(end * kLine, a.columns),
                              blocks + thread * kBlockElements);
