@@ -391,6 +391,7 @@ def run(arguments: list[str], stop_after: int = 0) -> int:
 
 # So strong that units die in a few steps, not all at once.
 ISS = ["--method", "iss", "--strength", "0.5", "--threshold", "0.45", "--ema", "0.5"]
+ISS += ["--remove-after", "1"]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class Recipe:
     strength: float = _option(0.0, "of the group lasso; 0.001 with ISS")
     phrase_strength: float = _option(-1.0, "of the phrase layer, 0 to keep it whole; -1: as all")
     threshold: float = _option(4e-4, "elements of the groups below it become zero")
+    remove_after: int = _option(2000, "steps until dead units leave; before, they may come back")
     remove_every: int = _option(100, "steps between two looks for units that are dead")
     remove: bool = _option(True, "take dead units out during training")
     evaluate_every: int = _option(500, "steps between two evaluations and checkpoints")
@@ -112,6 +113,11 @@ class Reader(Trainer):
         scores = self.parallel(*self.encoder.inputs(batch))
         first, last = self.encoder.targets(batch)
         return cross_entropy(scores[0], first) + cross_entropy(scores[1], last)
+
+    def _bury(self, at_least: float = 0.0) -> None:
+        """In the paper's code weights may grow again: early in training, units may."""
+        if self.done >= self.recipe.remove_after:
+            super()._bury(at_least)
 
     @torch.no_grad()
     def stepped(self) -> None:
