@@ -50,6 +50,7 @@ class Recipe:
     ema: float = _option(0.999, "decay of the average of the weights")
     strength: float = _option(0.0, "of the group lasso; 0.001 with ISS")
     phrase_strength: float = _option(-1.0, "of the phrase layer, 0 to keep it whole; -1: as all")
+    proximal: bool = _option(False, "shrink the norms after each step instead of the gradient")
     threshold: float = _option(4e-4, "elements of the groups below it become zero")
     remove_after: int = _option(2000, "steps until dead units leave; before, they may come back")
     remove_every: int = _option(100, "steps between two looks for units that are dead")
@@ -85,6 +86,7 @@ class Reader(Trainer):
             groups,
             Sparsity(
                 strength=recipe.strength,
+                proximal=recipe.proximal,
                 threshold=recipe.threshold,
                 everywhere=False,
                 every=recipe.remove_every,
