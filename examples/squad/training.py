@@ -90,6 +90,7 @@ class Reader(Trainer):
                 threshold=recipe.threshold,
                 everywhere=False,
                 every=recipe.remove_every,
+                after=recipe.remove_after,
                 remove=recipe.remove,
             ),
             lambda epoch: recipe.rate,
@@ -115,11 +116,6 @@ class Reader(Trainer):
         scores = self.parallel(*self.encoder.inputs(batch))
         first, last = self.encoder.targets(batch)
         return cross_entropy(scores[0], first) + cross_entropy(scores[1], last)
-
-    def _bury(self, at_least: float = 0.0) -> None:
-        """In the paper's code weights may grow again: early in training, units may."""
-        if self.done >= self.recipe.remove_after:
-            super()._bury(at_least)
 
     @torch.no_grad()
     def stepped(self) -> None:
