@@ -29,7 +29,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.functional import hardshrink
 from torch.nn.parallel import DistributedDataParallel
 
 import iss_kernels as iss
@@ -175,7 +174,7 @@ class Trainer(ABC):
             self.lasso.proximal_(learning_rate)
         elif self.sparsity.everywhere:
             for parameter in self.model.parameters():
-                parameter.copy_(hardshrink(parameter, self.sparsity.threshold))
+                torch.hardshrink(parameter, self.sparsity.threshold, out=parameter)
         elif self.lasso is not None:
             self.lasso.threshold_(self.sparsity.threshold)
         if self.held:
