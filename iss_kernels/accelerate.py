@@ -111,13 +111,13 @@ def _weights(module: Any) -> dict[str, Any]:
 def take_over(new: nn.Module, old: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     """Give a new module these parameters, by name, and all else that `old` has.
 
-    dropout, recompute and kept units, mode, hooks, buffers, submodules and attributes. Raises
-    ValueError for what cannot come along: see `check_plain`.
+    dropout, recompute, kept units and full_width, mode, hooks, buffers, submodules and attributes.
+    Raises ValueError for what cannot come along: see `check_plain`.
     """
     check_plain(old, type(new).__name__, f"the {_kind(old)}")
     target, source = vars(new), vars(old)
     # The constructor warns of dropout over a single layer.
-    for name in ("dropout", "recompute", "kept"):
+    for name in ("dropout", "recompute", "kept", "full_width"):
         if name in target:
             target[name] = source.get(name, target[name])
     missing = [name for name, p in new._parameters.items() if p is not None]

@@ -81,6 +81,13 @@ def native() -> Any:
     return _C
 
 
+def nobody_watches() -> bool:
+    """Whether no transform (compile, trace, vmap, a mode) follows what reads a tensor's values."""
+    if torch.compiler.is_compiling() or _C is None:
+        return False
+    return bool(_C.nobody_watches())
+
+
 def on_cuda(device: torch.device) -> bool:
     """Whether the CUDA kernels run for tensors of this device, when the extension does."""
     return device.type == "cuda"

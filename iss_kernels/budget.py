@@ -144,12 +144,10 @@ class _Ranking:
 
 def _labels(groups: Groups, of: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Units of rows and of columns of all whose elements count; a vector has one column."""
-    for weight in groups.weights:
-        yield weight.row_units.long(), weight.column_units.long()
     parameters = dict(groups.model.named_parameters(remove_duplicate=False))
-    for vector in groups.vectors:
-        if of == "parameters" and vector.name in parameters:
-            yield vector.row_units.long(), torch.tensor([-1], device="cpu")
+    for one in groups.labelled:
+        if one.name in parameters and (of == "parameters" or len(one.units) > 1):
+            yield one.row_units.long(), one.column_units.long()
 
 
 def _elements(groups: Groups, of: str) -> Tensor:

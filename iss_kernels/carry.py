@@ -109,7 +109,8 @@ class Memory:
             rows = module._initial(hx, self.rows, tensors(hx)[0], None, self.batched)
             return module._final(rows, None, self.batched)
         if hx is not None and isinstance(module, RecurrentCell):
-            states = module._states(hx)
+            parts = enumerate(module._states(hx))
+            states = tuple(module._widened(state, 0, which) for which, state in parts)
             return states if len(states) > 1 else states[0]
         return hx
 

@@ -18,7 +18,8 @@ class Cell:
     name: what the ops take. gates: G, rows of w_ih and of each w_hh for one unit. states: names of
     what goes from step to step, h first. saved_gates, saved_states: what the forward keeps for the
     gradient, see `saved`. projects: whether it may have a w_hr. deep: whether w_hh and b_hh hold
-    the micro-steps of a step one below the other.
+    the micro-steps of a step one below the other. carries: the state of which a part stays from
+    step to step whatever the weights are; "" for none.
     bias_parts: whether b_ih and b_hh have gradients of their own.
     """
 
@@ -29,6 +30,7 @@ class Cell:
     saved_states: int = 0
     projects: bool = False
     deep: bool = False
+    carries: str = "h"
     bias_parts: bool = False
 
     def saved(self, depth: int = 1) -> tuple[int, int]:
@@ -47,10 +49,12 @@ class Cell:
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("lstm", 4, states=("h", "c"), saved_gates=4, saved_states=1, projects=True),
+        Cell(
+            "lstm", 4, states=("h", "c"), carries="c", saved_gates=4, saved_states=1, projects=True
+        ),
         Cell("gru", 3, saved_gates=3, saved_states=1, bias_parts=True),
-        Cell("rnn_tanh", 1),
-        Cell("rnn_relu", 1),
+        Cell("rnn_tanh", 1, carries=""),
+        Cell("rnn_relu", 1, carries=""),
         Cell("rhn", 2, saved_gates=2, saved_states=1, deep=True, bias_parts=True),
         Cell("rhn_carry", 3, saved_gates=3, saved_states=1, deep=True, bias_parts=True),
     )

@@ -268,6 +268,11 @@ def sizes_of(layers: Sequence[nn.Module]) -> tuple[int, int]:
         if isinstance(layer, Prepared):
             if layer.bidirectional:
                 raise ValueError(BOTH_WAYS.format("a bidirectional one"))
+            if layer.full_width:
+                raise ValueError(
+                    "Stream: expected an example of the input of a model whose layers keep their "
+                    "full_width, got none"
+                )
             needs, gives = layer.input_size, layer.sizes[-1][0][1]
         elif isinstance(layer, nn.Linear):
             needs, gives = layer.in_features, layer.out_features

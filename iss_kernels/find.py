@@ -11,7 +11,7 @@ removing units from copies (verify.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path as FilePath
@@ -45,6 +45,7 @@ from iss_kernels.rules import (
     Labels,
     apply,
     compact,
+    is_any,
     varies,
     words,
 )
@@ -72,10 +73,17 @@ def find_groups(
     Units of two layers become one where the model adds or multiplies their outputs, compares them
     (attention scores), or hands one's final state to the other: they leave together. Families keep
     one common size (`Groups.tied`) where the answers change otherwise, as with y.chunk(2, -1) of
-    both directions. `Groups.kept_whole` lists the families that cannot leave and why: their units
-    reach the model's own output, or a function that needs all of them, such as layer_norm, or the
-    answers change when they are removed. (Final states may reach the output: they get as small as
-    the units.)
+    both directions. (Final states may reach the output: they get as small as the units.)
+
+    Where units reach a function that needs all of them, such as layer_norm, or that no rule covers,
+    or the answers change when they are removed, the module keeps the width of its outputs and
+    states (`Groups.full_width`) and gets smaller inside: the units that leave are zero for every
+    input, since their own rows, columns and biases are (`Groups.by_value`), and it puts out zeros
+    in their places. The initial state has to be zero there: absent, made of zeros, learned, or
+    another module's that leaves along.
+
+    `Groups.kept_whole` lists the families that cannot leave and why: their units are the model's
+    own output, or full width does not help.
 
     A number in the model's own modules that turns out to be a width, such as self.hidden_size where
     states are made, changes with the units (`Groups.widths`): it is tried where the answers change
@@ -86,8 +94,8 @@ def find_groups(
     is the softmax' weight as well are the units of the layer that the softmax reads. An embedding
     with max_norm stays whole, since every dimension counts there.
 
-    on_unknown: "raise" makes it an error if units reach a function that no rule covers, or if no
-    unit can leave; "keep" keeps these units whole, all of them where need be.
+    on_unknown: "raise" makes it an error if units stay whole since they reach a function that no
+    rule covers, or if no unit can leave; "keep" keeps these units whole, all of them where need be.
 
     That takes some 15 forward passes, more where code rearranges units: a short example will do.
 
@@ -125,10 +133,44 @@ def find_groups(
             f"find_groups: expected parameters that have a shape, got {lazy[0]} without one: "
             "call the model once"
         )
-    tracer = _Tracer(copied(model), list(recurrent), example_inputs, keep, embedding)
+    full = {
+        name: "units have left it before"
+        for name, module in recurrent.items()
+        if getattr(module, "full_width", False)
+    }
+    first: dict[str, _Stay] = {}  # why families would stay whole if none had full width
+    never: set[str] = set()  # modules in which full width makes fewer units free
+    free: set[str] = set()
+    while True:
+        tracer = _Tracer(copied(model), list(recurrent), example_inputs, full, embedding)
+        groups = _verified(tracer, model, example_inputs)
+        first = tracer.whole | first
+        lost = {tracer.module_of(name) for name in tracer.whole.keys() & free} & full.keys()
+        free |= {member for family in groups.families for member in family.members}
+        more = tracer.may_have_full_width(never | full.keys())
+        if not (lost or more):
+            break
+        never |= lost
+        full = {name: why for name, why in (more | full).items() if name not in lost}
+    for name in tracer.whole:
+        stay = first[name]
+        if stay.unknown and not keep:
+            names = ", ".join(other for other in tracer.whole if first[other] is stay)
+            raise GroupError(
+                f"find_groups: cannot follow the output of {names} through {stay.operation}: "
+                f"{stay.why}"
+            )
+    whole = {name: str(first[name]) for name in tracer.whole}
+    if not groups.families and not keep:
+        _refuse(whole)
+    return replace(groups, kept_whole=whole)
+
+
+def _verified(tracer: _Tracer, model: nn.Module, inputs: Any) -> Groups:
+    """The groups that a tracer finds, without the families that fail in experiments."""
     tracer.run()
     groups = tracer.groups(model)
-    experiment = Experiment(model, example_inputs, tracer.returned, tracer.eps)
+    experiment = Experiment(model, inputs, tracer.returned, tracer.eps)
     while failure := experiment.failure(groups):
         culprits: list[str] = []
         for candidate in tracer.candidates(groups, experiment, culprits):
@@ -140,6 +182,22 @@ def find_groups(
                 tracer.keep_family(family, why)
         groups = tracer.groups(model)
     return replace(groups, verified=str(experiment))
+
+
+def _refuse(kept_whole: dict[str, str]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for name, why in kept_whole.items():
+        if why != _NOT_RUN or set(kept_whole.values()) == {_NOT_RUN}:
+            reasons.setdefault(why, []).append(name)
+    parts = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
+    raise GroupError(
+        "find_groups: expected units that can leave, but all have to stay; " + "; ".join(parts)
+    )
+
+
+# Why units stay whole, whatever is done outside of their module.
+_OWN_OUTPUT = "its outputs are the model's own"
+_NOT_RUN = "the example does not run it"
 
 
 @dataclass(frozen=True)
@@ -172,13 +230,23 @@ class _Tracer(TorchFunctionMode):
     """Runs a model and keeps the labels of its tensors; a `rules.Trace`."""
 
     def __init__(
-        self, model: nn.Module, recurrent: list[str], inputs: Any, keep: bool, embedding: bool
+        self,
+        model: nn.Module,
+        recurrent: list[str],
+        inputs: Any,
+        full: dict[str, str],
+        embedding: bool,
     ) -> None:
         super().__init__()
-        self.model, self.keep = model, keep
+        self.model, self.full = model, full  # modules that keep their width outside, and why
         self.inputs = replaced(inputs, torch.clone)  # the model may write into them
         self.shapes = {tensor.shape for tensor in tensors(self.inputs)}
         self.root = torch.empty(0, dtype=torch.int32, device="cpu")  # unit -> the one it joined
+        self.whole: dict[str, _Stay] = {}  # families that stay whole
+        # The places of outputs and states of full width have ids of their own, which stay: by the
+        # first unit of a layer; and {id of such a place: the unit that it is the value of}.
+        self.places: dict[int, Tensor] = {}
+        self.unit_at: dict[int, int] = {}
         self.families: list[Family] = []  # of layers and directions, with their own ids
         self.layouts = {name: self._number_units(name) for name in recurrent}
         named = [*model.named_buffers(remove_duplicate=False),
@@ -256,6 +324,42 @@ class _Tracer(TorchFunctionMode):
         units = self._new_units(size)
         self.families.append(Family(name, module, int(units[0]) if size else 0, size))
         return units
+
+    def module_of(self, family: str) -> str:
+        """The module of a family."""
+        return next(own.module for own in self.families if own.name == family)
+
+    def may_have_full_width(self, but: Set[str]) -> dict[str, str]:
+        """{module: why}: modules with families that would be free if it kept its width outside."""
+        found: dict[str, str] = {}
+        fixed = {
+            self.module_of(n) for n, s in self.whole.items() if s.why in (_OWN_OUTPUT, _NOT_RUN)
+        }
+        for name, stay in self.whole.items():
+            module = self.module_of(name)
+            if module in self.layouts and module not in fixed | but:
+                found.setdefault(module, str(stay))
+        return found
+
+    def _outside(self, name: str, index: int, which: int, units: Tensor) -> Tensor:
+        """Labels of the output or state of a layer and direction of a module."""
+        if name not in self.full or len(units) == 0:
+            return units
+        start = int(units[0])
+        if start not in self.places:
+            kept = getattr(self.model.get_submodule(name), "kept", None)
+            at = torch.arange(len(units)) if kept is None else kept[index][which].units.cpu()
+            width = len(units) if kept is None else kept[index][which].before
+            self.places[start] = self._new_units(width)
+            self.unit_at |= zip(self.places[start][at].tolist(), units.tolist(), strict=True)
+            why = f"it meets the output of {name or 'the model'}, which keeps its width"
+            self.stays.append(_Stay(self.places[start], "", why, False))
+        return self.places[start]
+
+    def _inside(self, labels: Tensor) -> Tensor:
+        """Labels with units for the places of full width."""
+        flat = [self.unit_at.get(unit, unit) for unit in labels.flatten().tolist()]
+        return torch.tensor(flat, dtype=torch.int32, device="cpu").view(labels.shape)
 
     def _dims(self, name: str, tensor: Tensor) -> list[Tensor]:
         """Ids along each dimension of a parameter or buffer; none along one of size 1."""
@@ -370,16 +474,19 @@ class _Tracer(TorchFunctionMode):
         self.operation = ""
         for path, tensor in output.items():
             # One that came in as data goes out to come in again, in whatever shape.
-            if id(tensor) in self.states or self.moved.get(id(tensor)) in self.fed:
+            of = self.states.get(id(tensor))
+            if of in self.full:
+                self.looked_into.add(of)
+            elif of is not None or self.moved.get(id(tensor)) in self.fed:
                 self.returned.append(path)
                 continue
             for labels in self.labels(tensor):
                 units = labels[labels >= 0]
-                self.stays.append(_Stay(units, "", "its outputs are the model's own", False))
+                self.stays.append(_Stay(units, "", _OWN_OUTPUT, False))
 
     def groups(self, model: nn.Module) -> Groups:
         """What was found, with new ids for the units that can leave."""
-        found, kept_whole = self._blocks()
+        found = self._blocks()
         # Places of units: the last is of what is of none.
         renumber = _none(len(self.root) + 1)
         families: list[Family] = []
@@ -394,9 +501,12 @@ class _Tracer(TorchFunctionMode):
                 Family(name, self.families[members[0]].module, start, len(roots), names)
             )
             renumber[roots.long()] = _ids(families[-1])
-        if not families and not self.keep:
-            self._refuse(kept_whole)
         of_unit = renumber[torch.cat([self.root, _none(1)]).long()]
+        values = torch.cat([_none(0), *self.values, *self._seen_in_full_width()])
+        values = of_unit[values[values >= 0].long()]
+        count = sum(family.size for family in families)
+        read = torch.zeros(count + 1, dtype=torch.bool, device="cpu")
+        read[values[values >= 0].long()] = True
         weights: list[Labelled] = []
         vectors: list[Labelled] = []
         shared = names_of_parameters(model)
@@ -415,24 +525,32 @@ class _Tracer(TorchFunctionMode):
                 dim for dim, own in enumerate(self.units[name])
                 if (name, dim) in self.read_dims or bool(torch.isin(own, summed).any())
             )  # fmt: skip
-            is_weight = name in parameters and tensor.dim() > 1
+            penalised = tensor.dim() > 1 or bool(read[units[0].long()].any())
+            is_weight = name in parameters and penalised
             (weights if is_weight else vectors).append(Labelled(name, units, reads))
         tied = []
         for alike in self._read_as_one():
             own = [family.name for family in families if set(family.members) & set(alike)]
             tied += [own] if len(own) > 1 and own not in tied else []
-        read = None
-        if self.values:
-            values = torch.cat(self.values)
-            values = of_unit[values[values >= 0].long()]
-            count = sum(family.size for family in families)
-            read = torch.zeros(count, dtype=torch.bool, device="cpu")
-            read[values[values >= 0].long()] = True
-            read = read if bool(read.any()) else None
-        return Groups(model, families, weights, tied, vectors, kept_whole=kept_whole, by_value=read)
+        free = {self.module_of(member) for family in families for member in family.members}
+        return Groups(
+            model, families, weights, tied, vectors,
+            by_value=read[:-1] if bool(read.any()) else None,
+            full_width={name: why for name, why in self.full.items() if name in free},
+        )  # fmt: skip
 
-    def _blocks(self) -> tuple[dict[tuple[int, ...], Tensor], dict[str, str]]:
-        """{families that share units: these units}; and which families stay whole, and why."""
+    def _seen_in_full_width(self) -> Iterator[Tensor]:
+        """Units of modules of full width whose value is seen outside."""
+        for name in self.full:
+            layers = self.layouts[name]
+            for layer in layers if name in self.looked_into else layers[-1:]:
+                for layout in layer:
+                    yield layout.outputs
+                    if name in self.looked_into:
+                        yield layout.cells
+
+    def _blocks(self) -> dict[tuple[int, ...], Tensor]:
+        """{families that share units: these units}, of those that can leave; sets `whole`."""
         owners: dict[int, list[int]] = {}  # unit -> the families that have it
         roots = [self.root[_ids(family).long()] for family in self.families]
         for i, units in enumerate(roots):
@@ -449,7 +567,7 @@ class _Tracer(TorchFunctionMode):
                     why[block] = stay
         for block in blocks:
             if any(self.families[i].module not in self.stacked for i in block):
-                why.setdefault(block, _Stay(_none(0), "", "the example does not run it", False))
+                why.setdefault(block, _Stay(_none(0), "", _NOT_RUN, False))
         for names in self._read_as_one():
             those = [b for b in blocks if any(self.families[i].name in names for i in b)]
             # States that are apart since sizes differ would become one tensor if these got equal.
@@ -459,28 +577,11 @@ class _Tracer(TorchFunctionMode):
             if reason is not None:
                 for block in those:
                     why.setdefault(block, reason)
-        kept: dict[str, str] = {}
-        for block, stay in why.items():
-            names = [self.families[i].name for i in block]
-            if stay.unknown and not self.keep:
-                raise self._error(names, stay.operation, stay.why)
-            kept |= {name: str(stay) for name in names}
-        found = {
+        self.whole = {self.families[i].name: stay for block, stay in why.items() for i in block}
+        return {
             block: torch.tensor(units, dtype=torch.int32, device="cpu")
             for block, units in blocks.items() if block not in why
         }  # fmt: skip
-        return found, kept
-
-    def _refuse(self, kept_whole: dict[str, str]) -> None:
-        reasons: dict[str, list[str]] = {}
-        not_run = "the example does not run it"
-        for name, why in kept_whole.items():
-            if why != not_run or set(kept_whole.values()) == {not_run}:
-                reasons.setdefault(why, []).append(name)
-        parts = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
-        raise GroupError(
-            "find_groups: expected units that can leave, but all have to stay; " + "; ".join(parts)
-        )
 
     def _check_sharing(self, name: str, names: list[str], units: tuple[Tensor, ...]) -> None:
         """All modules that share a weight which leaves in part must have run, to be followed."""
@@ -572,7 +673,7 @@ class _Tracer(TorchFunctionMode):
 
     def _read_as_one(self) -> Iterator[list[str]]:
         """Names of families whose states are rows of one tensor that the model's code reads."""
-        for module in sorted(self.looked_into):
+        for module in sorted(self.looked_into - self.full.keys()):
             layouts = [layout for layer in self.layouts[module] for layout in layer]
             if len(layouts) > 1:
                 cells = frozenset(int(layout.cells[0]) for layout in layouts)
@@ -588,12 +689,6 @@ class _Tracer(TorchFunctionMode):
                    if roots & set(self.root[_ids(f).long()].tolist())]  # fmt: skip
         return [f.name for f in groups.families if set(f.members) & set(members)]
 
-    def _error(self, families: list[str], operation: str, why: str) -> GroupError:
-        return GroupError(
-            f"find_groups: cannot follow the output of {', '.join(families)} through "
-            f"{operation}: {why}"
-        )
-
     # -- Recurrent modules
 
     def _run_recurrent(
@@ -608,8 +703,9 @@ class _Tracer(TorchFunctionMode):
             self._enter(name, module, *args, **kwargs)
             result = forward(*args, **kwargs)
             if isinstance(module, nn.RNNCellBase):
-                for state in tensors(result):
-                    self.label(state, [self.layouts[name][0][0].cells])
+                ((layout,),) = self.layouts[name]
+                for which, state in enumerate(tensors(result)):
+                    self.label(state, [self._outside(name, 0, which, layout.cells)])
                     if name in self.fed:
                         self.states[id(state)] = name
                 self.stacked[name] = True
@@ -628,8 +724,9 @@ class _Tracer(TorchFunctionMode):
                 self.fed.add(name)
             for which, state in enumerate(hx if len(cell_of(module).states) > 1 else (hx,)):
                 self._enter_state(
-                    state, [layout.cells if which else layout.outputs for layout in layouts]
-                )
+                    name, which, state,
+                    [layout.cells if which else layout.outputs for layout in layouts],
+                )  # fmt: skip
         for option in tensors((args, kwargs)):  # lengths and resets
             for one in self.labels(option):
                 self.keep_whole(one, "it says there which steps are taken", unknown=True)
@@ -665,17 +762,32 @@ class _Tracer(TorchFunctionMode):
         for own, one in zip(self.units[name], units, strict=True):
             self.unite(own, one, "it is multiplied there with what does not leave")
 
-    def _enter_state(self, state: Any, units: list[Tensor]) -> None:
-        """A state that is handed over has the units of its module; others are cut there."""
+    def _enter_state(self, name: str, which: int, state: Any, units: list[Tensor]) -> None:
+        """A state that is handed over has the units of its module; others are cut there.
+
+        Where the module keeps its width outside, and its cell carries the state on, it has to be
+        zero in the places of the units that leave: another's that are, or made of zeros.
+        """
+        cell = cell_of(self.model.get_submodule(name))
+        zero = name in self.full and cell.states[which] == cell.carries
         parts = [state] if isinstance(state, Tensor) else tensors(state)
         rows: list[Tensor] = []
         for part in parts:
-            labels = [one for one in self.labels(part) if not bool((one == ANY).all())]
+            labels = self.labels(part)
+            if zero and (is_any(labels) and bool(part.any()) or not labels):
+                for own in units:
+                    self.keep_whole(own, f"{cell.carries}_0 need not be zero")
+            labels = [one for one in labels if not bool((one == ANY).all())]
             if not labels:
                 return
+            if zero:
+                labels = [self._inside(one) for one in labels]
+            elif any(unit in self.unit_at for one in labels for unit in one.flatten().tolist()):
+                return  # of full width: it is cut there
             for one in labels:
                 if varies(one) & {-2} or varies(one) - {-1, -3}:
-                    self.keep_whole(one, "it is an initial state there")
+                    for each in (one, *units * zero):
+                        self.keep_whole(each, "it is an initial state there")
                     return
             one = labels[-1].expand(*labels[-1].shape[:-1], part.shape[-1])
             one = one.reshape(-1, part.shape[-1])
@@ -690,6 +802,10 @@ class _Tracer(TorchFunctionMode):
         for row, own in zip(rows, units, strict=False):
             if len(row) == len(own):
                 self.unite(row, own, "it is an initial state there")
+        fits = list(map(len, rows)) == list(map(len, units))
+        if zero and not fits:
+            for own in units:
+                self.keep_whole(own, "its initial state is of another form")
 
     def _columns(self, tensor: Tensor) -> Tensor:
         """Labels of the last dimension, [C] int32."""
@@ -705,12 +821,14 @@ class _Tracer(TorchFunctionMode):
     def _leave(self, name: str, cell: Cell, result: Any) -> None:
         y, final = result
         y = y[0] if isinstance(y, PackedSequence) else y
-        layers = self.layouts[name]
-        self.label(y, [torch.cat([layout.outputs for layout in layers[-1]])])
+        layouts = [layout for layer in self.layouts[name] for layout in layer]
+        outputs = [self._outside(name, i, 0, each.outputs) for i, each in enumerate(layouts)]
+        self.label(y, [torch.cat(outputs[-len(self.layouts[name][-1]) :])])
         h_n, *others = final if len(cell.states) > 1 else (final,)
-        self._set_state(h_n, [layout.outputs for layer in layers for layout in layer])
+        self._set_state(h_n, outputs)
         for state in others:
-            self._set_state(state, [layout.cells for layer in layers for layout in layer])
+            cells = [self._outside(name, i, 1, each.cells) for i, each in enumerate(layouts)]
+            self._set_state(state, cells)
         self.states |= {id(state): name for state in tensors(final)}
         self.stacked[name] = isinstance(h_n, Tensor)
 
@@ -749,8 +867,10 @@ class _Tracer(TorchFunctionMode):
             self.looked_up |= used
             self.stacked |= {self.embeddings[name]: True for name in used & self.embeddings.keys()}
         for tensor in given:
-            if id(tensor) in self.states and not _takes_one(name, args):
-                self.looked_into.add(self.states[id(tensor)])
+            of = self.states.get(id(tensor))
+            hidden = name in COPIES if of in self.full else _takes_one(name, args)
+            if of is not None and not hidden:
+                self.looked_into.add(of)
         before = [self.labels(tensor) for tensor in given]
         self.operation = name
         one = Call(name, func, args, kwargs, result)

@@ -23,10 +23,11 @@ class GroupLasso:
     """The penalty sum over units of strength * norm (Wen et al. 2018, section 3.2).
 
     The norm of a unit is sqrt(sum of squares + eps) over all weights that leave with it; biases are
-    in no group. strength is one float, or {family name: float} with every family of `groups` named.
-    paper_overlap=True counts the recurrent elements that lie in both a row and a column of their
-    unit twice, as the paper's code does. Use either `lasso()` in the loss, or `add_gradients_`
-    after backward(), not both; then `threshold_` after each optimiser step:
+    in no group but those of units that are read by their value (`Groups.by_value`) and leave when
+    they are zero too. strength is one float, or {family name: float} with every family of `groups`
+    named. paper_overlap=True counts the recurrent elements that lie in both a row and a column of
+    their unit twice, as the paper's code does. Use either `lasso()` in the loss, or
+    `add_gradients_` after backward(), not both; then `threshold_` after each optimiser step:
 
         loss.backward(); lasso.add_gradients_(); optimizer.step(); lasso.threshold_(1e-4)
 

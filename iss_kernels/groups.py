@@ -79,13 +79,17 @@ class Groups:
 
     Parameters are looked up by name in `model` whenever they are used, so moving it or loading a
     state_dict leaves nothing stale. weights: the matrices, which the lasso penalises; vectors: what
-    is cut and not penalised, such as biases. tied: names of families that must keep one common
+    is cut and not penalised, such as biases; but those of units in `by_value`, which have to become
+    zero too, are among the weights. tied: names of families that must keep one common
     size, because the model's code takes them from one tensor: final states, or parts of equal
     width. verified: on which inputs models without some of the units were compared with the whole
     one. kept_whole: {layer and direction: why its units cannot leave}. by_value: bool [units] of
     those that something reads without a weight, as attention scores do, which are dead only where
     all that makes their value is zero too; None where there are none. widths: numbers in the
-    model's own modules that are widths and change with them.
+    model's own modules that are widths and change with them. full_width: {recurrent module: why}:
+    the model's code needs its outputs and states as wide as they are, so it gets smaller inside
+    alone and puts out zeros in the places of the units that left. Those that something outside
+    reads are in `by_value`.
     """
 
     model: nn.Module
@@ -97,6 +101,7 @@ class Groups:
     kept_whole: dict[str, str] = field(default_factory=dict)
     by_value: Tensor | None = None
     widths: list[Width] = field(default_factory=list)
+    full_width: dict[str, str] = field(default_factory=dict)
 
     @property
     def units(self) -> int:
@@ -196,6 +201,10 @@ class Groups:
         lines = [f"{name:<{width}}  {size:>5}  {readers}" for name, size, readers in table]
         lines += [f"one common size: {', '.join(names)}" for names in self.tied]
         lines += [f"changed with {width.family}: {width}" for width in self.widths]
+        lines += [
+            f"of full width outside: {name or 'the model'}: {why}"
+            for name, why in self.full_width.items()
+        ]
         lines += [f"kept whole: {name}: {why}" for name, why in self.kept_whole.items()]
         return "\n".join([*lines, f"verified: {self.verified}"] if self.verified else lines)
 

@@ -270,7 +270,7 @@ def forward(
         y, final = _stepwise(module, x, cuts, states)
     else:
         y, final = _layers(module, x, counts, states)
-    after = module._final(final, back, batched)
+    y, after = module._output(y), module._final(final, back, batched)
     if isinstance(input, PackedSequence):
         return input._replace(data=_packed(y, input.batch_sizes)), after
     if not batched:

@@ -108,6 +108,7 @@ class Prepared(Recurrent):
         super().__init__(**self.options_of(module), device="meta")
         self.weights = weights
         self.kept = getattr(module, "kept", None)  # torch's have none
+        self.full_width = getattr(module, "full_width", False)
         self._native: Any = None
         # Weights as CUDA kernels take them: made of what versions, of which buffers (kept, so that
         # no other has their id), and the result.
@@ -253,6 +254,7 @@ class Prepared(Recurrent):
             and hx is None
             and lengths is None
             and resets is None
+            and not self.full_width
             and backend.backend() == "extension"
         ):
             plain = native.run_plain(input, self.batch_first, self._buffers)

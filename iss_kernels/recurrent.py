@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from iss_kernels import backend, ops
 from iss_kernels.cells import CELLS, Cell
-from iss_kernels.states import Shrinkable, State, States, cut, stacked
+from iss_kernels.states import Shrinkable, State, States, joined
 
 # One int for all layers; or per layer an int, or a (forward, backward) pair.
 Sizes: TypeAlias = int | Sequence[int | Sequence[int]]
@@ -83,7 +83,9 @@ class Recurrent(Shrinkable, nn.RNNBase):
     it, hidden_size (and an LSTM's proj_size) may be a list with one entry per layer: an int, or
     with bidirectional=True a (forward, backward) pair. Where its sizes differ, h_n (and an LSTM's
     c_n) is a tuple of L * D tensors [B, size], in the order of the rows of torch's; hx takes both
-    forms. Where units have left (`shrink`), hx of the width before is cut to those that stayed.
+    forms. Where units have left (`shrink`), hx of the width before is cut to those that stayed. If
+    the attribute full_width is True, which `shrink` sets for `Groups.full_width`, outputs and
+    states come in that width too, with zeros in the places of the others.
 
     Weights are float32, float64, or bfloat16 (on a CUDA device also float16), which is summed in
     float32. Under autocast the layers compute in the weights' dtype, but on a CUDA device with
@@ -126,7 +128,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
         recompute: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.kept = None
+        self.kept, self.full_width = None, False
         if isinstance(dropout, bool) or not 0 <= float(dropout) <= 1:
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an "
@@ -301,6 +303,11 @@ class Recurrent(Shrinkable, nn.RNNBase):
 
         if self.torch_class is None:
             raise TypeError(f"to_torch: expected a module that torch has, got {self._kind}")
+        if self.full_width:
+            raise ValueError(
+                f"to_torch: expected an {type(self).__name__} whose outputs have the width of its "
+                "units, got one with full_width"
+            )
         if not self._uniform:
             from iss_kernels.torch_layers import TorchLayers
 
@@ -358,6 +365,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         cuts = None if resets is None else self._padded_resets(resets, input)
         y, states = self._run(x, None, cuts, states)
+        y = self._output(y)
         if not batched:
             y = y.squeeze(1)
         elif self.batch_first:
@@ -388,7 +396,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
         states = self._initial(hx, batch, data, sorted_indices, batched=True, packed=True)
         cuts = None if resets is None else self._packed_resets(resets, input)
         y, states = self._run(data, batch_sizes, cuts, states)
-        packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        packed = PackedSequence(self._output(y), batch_sizes, sorted_indices, unsorted_indices)
         return packed, self._final(states, unsorted_indices, batched=True)
 
     def _forward_lengths(
@@ -638,7 +646,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
             rows = state if batched else [s.unsqueeze(0) for s in state]
         if len(rows) == len(widths):
             if self.kept is not None:
-                rows = [cut(row, k[which]) for row, k in zip(rows, self.kept, strict=True)]
+                rows = [self._cut(row, index, which) for index, row in enumerate(rows)]
             if all(row.shape == (batch, w) for row, w in zip(rows, widths, strict=True)):
                 return rows
         raise self._misfit(given, which, batch, batched, packed)
@@ -669,18 +677,30 @@ class Recurrent(Shrinkable, nn.RNNBase):
             got = type(state).__name__
         return RuntimeError(f"Expected {name} {expected}, got {got}")
 
+    def _output(self, y: Tensor) -> Tensor:
+        """y of the last layer as the module returns it."""
+        if self.kept is None or not self.full_width:
+            return y
+        sizes = [p for _, p in self.sizes[-1]]
+        first = len(self.kept) - len(sizes)
+        rows = enumerate(torch.split(y, sizes, -1))
+        parts = [self._widened(part, first + i, 0) for i, part in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
     def _final(
         self, states: list[tuple[Tensor, ...]], permutation: Tensor | None, batched: bool
     ) -> States:
         """Put the states together again, in the form that hx takes."""
         parts: list[State] = []
-        for equal, part in zip(self._equal, zip(*states, strict=True), strict=True):
+        for which, part in enumerate(zip(*states, strict=True)):
             rows: Sequence[Tensor] = part
+            if self.full_width:
+                rows = [self._widened(row, index, which) for index, row in enumerate(part)]
             if permutation is not None:
                 rows = [s.index_select(0, permutation) for s in rows]
             if not batched:
                 rows = [s.squeeze(0) for s in rows]
-            parts.append(stacked(rows) if equal else tuple(rows))
+            parts.append(joined(rows))
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from iss_kernels import backend, ops
-from iss_kernels.cells import CELLS
+from iss_kernels.cells import CELLS, Cell
 from iss_kernels.recurrent import CELL_MODULES
-from iss_kernels.states import Shrinkable, cut
+from iss_kernels.states import Shrinkable
 
 # h, or (h, c) of an LSTM.
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -37,7 +37,8 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
     On the CPU each call reads the weights where they are, so a weight that anything has written to
     counts in the next call.
 
-    Where units have left (`shrink`), hx of the width before is cut to those that stayed.
+    Where units have left (`shrink`), hx of the width before is cut to those that stayed; with
+    full_width the states that it returns have that width too (see `Recurrent`).
 
     It is an nn.RNNCellBase but none of torch's classes, as the layers are (`Recurrent`).
     """
@@ -47,10 +48,15 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.kept = None
+        self.kept, self.full_width = None, False
 
     def _state_sizes(self) -> list[tuple[int, ...]]:
-        return [(self.hidden_size,) * len(CELLS[self._step].states)]
+        return [(self.hidden_size,) * len(self.cell.states)]
+
+    @property
+    def cell(self) -> Cell:
+        """The row of the registry."""
+        return CELLS[self._step]
 
     @classmethod
     def from_torch(cls: type[_Module], cell: nn.RNNCellBase) -> _Module:
@@ -71,11 +77,22 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
         """
         from iss_kernels.accelerate import converted
 
+        if self.full_width:
+            raise ValueError(
+                f"to_torch: expected an {type(self).__name__} whose outputs have the width of its "
+                "units, got one with full_width"
+            )
         new = converted("to_torch", self, self.torch_class, **_options(self))
         return cast(nn.RNNCellBase, new)
 
     def __prepare_scriptable__(self) -> NoReturn:
         backend.refuse_script(self)
+
+    def _fast(self, input: Tensor, hx: Any) -> Any:
+        """The states after a plain call; None for others."""
+        if self.full_width:
+            return None
+        return ops.cell_step(self._step, self._parameters, input, hx)
 
     def _forward(self, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
         """Any call: input, and h or (h, c) before the step -> the same after it."""
@@ -85,8 +102,10 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
         states = None if hx is None else self._states(hx)
         if input.dim() == 1:
             given = None if states is None else tuple(s.unsqueeze(0) for s in states)
-            return tuple(s.squeeze(0) for s in self._batched(input.unsqueeze(0), given))
-        return self._batched(input, states)
+            after = tuple(s.squeeze(0) for s in self._batched(input.unsqueeze(0), given))
+        else:
+            after = self._batched(input, states)
+        return tuple(self._widened(state, 0, which) for which, state in enumerate(after))
 
     def _states(self, hx: Any) -> tuple[Tensor, ...]:
         """hx taken apart: (h,) or (h, c), each 1-D or 2-D."""
@@ -106,9 +125,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
                 raise ValueError(
                     f"{self._kind}: Expected {name} to be 1D or 2D, got {state.dim()}D instead"
                 )
-        if self.kept is not None:
-            states = tuple(cut(state, k) for state, k in zip(states, self.kept[0], strict=True))
-        return states
+        return tuple(self._cut(state, 0, which) for which, state in enumerate(states))
 
     def _batched(self, x: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """x: [B, I], states: h or (h, c), each [B, H] -> the states after the step."""
@@ -212,9 +229,9 @@ class ISSLSTMCell(RecurrentCell):
         input: [B, I], or [I] unbatched; hx: (h_0, c_0), each [B, H] or [H], zeros by default.
         Returns (h', c') in the form of hx.
         """
-        fast = ops.cell_step(self._step, self._parameters, input, hx)
+        fast = self._fast(input, hx)
         if fast is not None:
-            return fast  # type: ignore[return-value]
+            return fast  # type: ignore[no-any-return]
         h, c = self._forward(input, hx)
         return h, c
 
@@ -228,8 +245,8 @@ class _OneStateCell(RecurrentCell):
         input: [B, I], or [I] unbatched; hx: h_0 [B, H] or [H], zeros by default. Returns h' in the
         form of hx.
         """
-        fast = ops.cell_step(self._step, self._parameters, input, hx)
-        return self._forward(input, hx)[0] if fast is None else fast  # type: ignore[return-value]
+        fast = self._fast(input, hx)
+        return self._forward(input, hx)[0] if fast is None else fast
 
 
 class ISSGRUCell(_OneStateCell):

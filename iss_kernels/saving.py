@@ -59,13 +59,14 @@ class _Entry:
     kind: the name of its class, torch's or ours. options: the arguments by which the class makes
     one. weights: the format of a prepared module, "" for others. before: the width of each state
     before units left, for each layer and direction; empty where none did. The file then holds, as
-    one bool tensor, which of these units stayed.
+    one bool tensor, which of these units stayed. full_width: see `Shrinkable`.
     """
 
     kind: str
     options: dict[str, Any]
     weights: str
     before: list[list[int]]
+    full_width: bool = False
 
     def __post_init__(self) -> None:
         plain = isinstance(self.kind, str) and isinstance(self.options, dict)
@@ -420,7 +421,8 @@ def _entry(path: str, module: nn.Module) -> _Entry | None:
     """What the file says of a recurrent module; None for others and where weights are computed."""
     if isinstance(module, Prepared):
         ours = next(kind for kind in MODULES.values() if isinstance(module, kind))
-        return _Entry(ours.__name__, _options(module, ours), module.weights, _before(module))
+        options = _options(module, ours)
+        return _Entry(ours.__name__, options, module.weights, _before(module), module.full_width)
     kind, _, ours = _kinds().get(type(module).__name__, (None, None, None))
     if type(module) is not kind:
         return None
@@ -434,7 +436,8 @@ def _entry(path: str, module: nn.Module) -> _Entry | None:
                 f"save: expected {path and f'{path}.'}{name} of shape {list(expected.shape)}, as "
                 f"the sizes of its {kind.__name__} say, got {list(own.shape)}"
             )
-    return _Entry(kind.__name__, options, "", _before(module))
+    full_width = getattr(module, "full_width", False)
+    return _Entry(kind.__name__, options, "", _before(module), full_width)
 
 
 def _before(module: Any) -> list[list[int]]:
@@ -468,7 +471,7 @@ def _replacements(
         values = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
         made = _made(label, kind, options, entry.weights, old, values)
         if isinstance(made, Shrinkable):
-            made.kept = None  # and not what the old module remembers
+            made.kept, made.full_width = None, entry.full_width  # not those of the old module
         if entry.before:
             try:
                 made.remember(entry.masks(stayed))

@@ -120,7 +120,8 @@ def shrink(
 
     Every nn.LSTM that changes becomes an ISSLSTM, and so on for each kind; final states shrink, and
     are tuples of tensors where sizes differ (see ISSLSTM). An initial state of the width before,
-    as the model's code or its caller may go on making it, is cut.
+    as the model's code or its caller may go on making it, is cut. Modules in `groups.full_width`
+    put out zeros in the places of the units that left.
 
     optimizer: a torch.optim.Optimizer of the model, or several: each is moved over, to train the
     copy and no longer the model, so that learning rate schedulers and scalers that know it go on.
@@ -203,8 +204,9 @@ def shrink_(
     }
     # All that may fail comes before all that changes the model.
     masks = _masks(model, groups, kept, new)
+    full_width = [model.get_submodule(name) for name in groups.full_width]
     rebuilt = {
-        module: _rebuilt(module, new, masks)
+        module: _rebuilt(module, new, masks, module in full_width)
         for module in _recurrent(model)
         if new.keys() & set(module.parameters())
     }
@@ -270,8 +272,9 @@ def removed(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> nn.
     new = set(cut.values())
     masks = _masks(model, groups, kept, cut)
     small = copied(model, {id(tensor): smaller for tensor, smaller in cut.items()})
+    full_width = [small.get_submodule(name) for name in groups.full_width]
     rebuilt = {
-        module: _rebuilt(module, {}, masks)
+        module: _rebuilt(module, {}, masks, module in full_width)
         for module in _recurrent(small)
         if new & set(module.parameters())
     }
@@ -542,10 +545,11 @@ def _stayed(
     return stayed
 
 
-def _rebuilt(module: Any, new: Mapping[Tensor, Tensor], masks: Masks) -> Any:
+def _rebuilt(module: Any, new: Mapping[Tensor, Tensor], masks: Masks, full_width: bool) -> Any:
     """This package's module like `module`, of the sizes that its parameters have.
 
-    new: {parameter: the one in its place}, where it differs; masks: see `_masks`.
+    new: {parameter: the one in its place}, where it differs; masks: see `_masks`; full_width: see
+    `Groups`.
     """
     own = module.named_parameters(recurse=False, remove_duplicate=False)
     parameters: dict[str, Any] = {name: new.get(one, one) for name, one in own}
@@ -560,6 +564,7 @@ def _rebuilt(module: Any, new: Mapping[Tensor, Tensor], masks: Masks) -> Any:
         small = _layers_like(module, parameters)
     small = take_over(small, module, parameters)
     small.remember(_stayed(module, parameters, masks))
+    small.full_width = full_width
     return small
 
 

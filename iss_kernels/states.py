@@ -4,6 +4,9 @@
 Code round a shrunken module may go on making states of the width before: zeros, a learned h_0, a
 stored state. Column k of a state is read by unit k alone, so such a state is cut to the columns of
 the units that stayed, and no answer changes.
+
+Code may also need outputs of the width before (`Shrinkable.full_width`): then they and the states
+have zeros in the places of the units that left, which were zero before too.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from iss_kernels import backend
+from iss_kernels.cells import Cell
 
 # [L * D, B, size] where all sizes are equal, else L * D times [B, size]; unbatched without B.
 State: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -50,6 +56,15 @@ def cut(state: Tensor, kept: Kept) -> Tensor:
     if state.dim() == 0 or state.size(-1) != before or units.size(0) == before:
         return state
     return state.index_select(-1, units.to(state.device))
+
+
+def widened(values: Tensor, kept: Kept) -> Tensor:
+    """[..., size] -> [..., before], with zeros in the places of the units that left."""
+    units, before = kept
+    if units.size(0) == before:
+        return values
+    zeros = values.new_zeros(*values.shape[:-1], before)
+    return zeros.index_copy(-1, units.to(values.device), values)
 
 
 def cut_state(hx: States, stayed: Sequence[Sequence[Tensor]]) -> States:
@@ -89,9 +104,40 @@ class Shrinkable(nn.Module):
 
     kept: for each layer and direction, for each state, h first; None where no unit ever left. It
     moves with the module and is copied and pickled with it, but is not in its state_dict.
+
+    full_width: whether outputs and states come in the width before, with zeros in the places of the
+    units that left. An initial state has to be zero there where its cell carries it on, c of an
+    LSTM and h of a GRU; others raise ValueError, but where torch.compile or another transform
+    follows the call.
     """
 
     kept: list[tuple[Kept, ...]] | None
+    full_width: bool
+
+    @property
+    def cell(self) -> Cell:
+        """The row of the registry."""
+        raise NotImplementedError
+
+    def _cut(self, state: Tensor, index: int, which: int) -> Tensor:
+        """A state without the units that have left of a layer and direction, h first."""
+        if self.kept is None:
+            return state
+        stayed = cut(state, self.kept[index][which])
+        carried = self.full_width and self.cell.states[which] == self.cell.carries
+        looked_at = carried and stayed is not state and backend.nobody_watches()
+        if looked_at and int(state.count_nonzero()) != int(stayed.count_nonzero()):
+            raise ValueError(
+                f"{type(self).__name__}: expected {self.cell.carries}_0 to be zero in the places "
+                "of the units that have left, got others"
+            )
+        return stayed
+
+    def _widened(self, state: Tensor, index: int, which: int) -> Tensor:
+        """A state as the module returns it; also an output, which is like h."""
+        if self.kept is None or not self.full_width:
+            return state
+        return widened(state, self.kept[index][which])
 
     def _state_sizes(self) -> list[tuple[int, ...]]:
         """The width of each state, h first, for each layer and direction."""
