@@ -83,7 +83,7 @@ def find_groups(
     another module's that leaves along.
 
     `Groups.kept_whole` lists the families that cannot leave and why: their units are the model's
-    own output, or full width does not help.
+    own output, or full width does not help. It lists modules of subclasses too.
 
     A number in the model's own modules that turns out to be a width, such as self.hidden_size where
     states are made, changes with the units (`Groups.widths`): it is tried where the answers change
@@ -115,8 +115,12 @@ def find_groups(
         raise ValueError(f'find_groups: expected on_unknown "raise" or "keep", got {on_unknown!r}')
     keep = on_unknown == "keep"
     recurrent = plain_recurrent("find_groups", model, keep) | plain_cells(model)
-    if not recurrent:
-        others = [n for n, m in model.named_modules() if isinstance(m, nn.RNNBase)]
+    others = {
+        name: "its weights are computed, or its forward is not that of torch's class or ours"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name not in recurrent
+    }
+    if not recurrent and not (others and keep):
         raise GroupError(
             f"find_groups: expected a model with an {kinds()}, found none"
             + f" but {', '.join(others)}, of a subclass with its own forward" * bool(others)
@@ -163,7 +167,7 @@ def find_groups(
     whole = {name: str(first[name]) for name in tracer.whole}
     if not groups.families and not keep:
         _refuse(whole)
-    return replace(groups, kept_whole=whole)
+    return replace(groups, kept_whole=whole | others)
 
 
 def _verified(tracer: _Tracer, model: nn.Module, inputs: Any) -> Groups:

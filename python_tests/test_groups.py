@@ -716,8 +716,15 @@ def test_modules_of_a_subclass_are_left_alone() -> None:
         f"find_groups: expected a model with an {kinds()}, found none but rnn, "
         "of a subclass with its own forward"
     )
+    alone = Net(lambda m, x: m.head(m.rnn(x)[0]), rnn=Doubled(5, 4))
+    whole = find_groups(alone, X, on_unknown="keep").kept_whole
+    assert whole == {
+        "rnn": "its weights are computed, or its forward is not that of torch's class or ours"
+    }
     below = Net(lambda m, x: m.head(m.rnn(m.below(x)[0])[0]), below=Doubled(5, 5))
-    assert [family.name for family in find_groups(below, X).families] == ["rnn.l0"]
+    groups = find_groups(below, X)
+    assert [family.name for family in groups.families] == ["rnn.l0"]
+    assert list(groups.kept_whole) == ["below"]
     above = Net(lambda m, x: m.head(m.above(m.rnn(x)[0])[0]), above=Doubled(4, 4))
     assert "no rule" in why_full(above)
 
