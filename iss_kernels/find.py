@@ -137,11 +137,12 @@ def find_groups(
             f"find_groups: expected parameters that have a shape, got {lazy[0]} without one: "
             "call the model once"
         )
-    full = {
+    before = {
         name: "units have left it before"
         for name, module in recurrent.items()
         if getattr(module, "full_width", False)
     }
+    full = dict(before)
     first: dict[str, _Stay] = {}  # why families would stay whole if none had full width
     never: set[str] = set()  # modules in which full width makes fewer units free
     free: set[str] = set()
@@ -149,7 +150,8 @@ def find_groups(
         tracer = _Tracer(copied(model), list(recurrent), example_inputs, full, embedding)
         groups = _verified(tracer, model, example_inputs)
         first = tracer.whole | first
-        lost = {tracer.module_of(name) for name in tracer.whole.keys() & free} & full.keys()
+        lost = {tracer.module_of(name) for name in tracer.whole.keys() & free}
+        lost &= full.keys() - before.keys()
         free |= {member for family in groups.families for member in family.members}
         more = tracer.may_have_full_width(never | full.keys())
         if not (lost or more):
@@ -478,10 +480,10 @@ class _Tracer(TorchFunctionMode):
         self.operation = ""
         for path, tensor in output.items():
             # One that came in as data goes out to come in again, in whatever shape.
-            of = self.states.get(id(tensor))
+            of, moved = self.states.get(id(tensor)), self.moved.get(id(tensor))
             if of in self.full:
                 self.looked_into.add(of)
-            elif of is not None or self.moved.get(id(tensor)) in self.fed:
+            elif of is not None or moved in self.fed - self.full.keys():
                 self.returned.append(path)
                 continue
             for labels in self.labels(tensor):

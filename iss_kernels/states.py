@@ -112,7 +112,7 @@ class Shrinkable(nn.Module):
     """
 
     kept: list[tuple[Kept, ...]] | None
-    full_width: bool
+    full_width: bool = False
 
     @property
     def cell(self) -> Cell:
