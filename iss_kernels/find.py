@@ -155,6 +155,8 @@ def find_groups(
         free |= {member for family in groups.families for member in family.members}
         more = tracer.may_have_full_width(never | full.keys())
         if not (lost or more):
+            lost = tracer.last_of_stuck(full.keys() - before.keys())
+        if not (lost or more):
             break
         never |= lost
         full = {name: why for name, why in (more | full).items() if name not in lost}
@@ -346,6 +348,18 @@ class _Tracer(TorchFunctionMode):
             if module in self.layouts and module not in fixed | but:
                 found.setdefault(module, str(stay))
         return found
+
+    def last_of_stuck(self, modules: Set[str]) -> set[str]:
+        """Of several of these modules that stay whole together, the one that ran last.
+
+        Without it the others may be free, as an encoder whose decoder asks for the class nn.LSTM.
+        """
+        together: dict[int, set[str]] = {}
+        for name, stay in self.whole.items():
+            together.setdefault(id(stay), set()).add(self.module_of(name))
+        order = list(self.stacked)
+        stuck = [those & modules for those in together.values() if len(those & modules) > 1]
+        return {max(those, key=order.index) for those in stuck[:1]}
 
     def _outside(self, name: str, index: int, which: int, units: Tensor) -> Tensor:
         """Labels of the output or state of a layer and direction of a module."""

@@ -160,6 +160,25 @@ def test_an_encoder_hands_its_state_to_a_decoder_of_full_width() -> None:
     same(small(X), whole(X))
 
 
+def test_an_encoder_is_free_where_its_decoder_is_not() -> None:
+    """The decoder's code asks for a class that a shrunken module does not have."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        memory, state = m.encoder(x)
+        y, _ = m.rnn(x, state if isinstance(m.rnn, nn.LSTM) else state[0])
+        return m.out(m.norm(y) + m.norm(memory).sum(0))
+
+    torch.manual_seed(0)
+    model = Model(nn.LSTM(5, 8), run)
+    model.encoder = nn.LSTM(5, 8)
+    groups = iss.find_groups(model, X)
+    assert [family.name for family in groups.families] == ["encoder.l0"]
+    assert list(groups.full_width) == ["encoder"]
+    assert list(groups.kept_whole) == ["rnn.l0"]
+    small, whole = halved(model, X)
+    same(small(X), whole(X))
+
+
 # A width in the code, and the states that it makes.
 STATES: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
     "zeros": (lambda m, x: torch.zeros(1, 3, 8), True),
