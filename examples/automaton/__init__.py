@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task whose answer is known: remembering bits."""
