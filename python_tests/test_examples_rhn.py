@@ -17,7 +17,8 @@ from iss_kernels.demo.text import load as load_text
 
 TINY = ["--width", "12", "--depth", "3", "--epochs", "2", "--steps", "10", "--batch", "6",
         "--every", "5", "--any-text"]  # fmt: skip
-LASSO = ["--method", "iss", "--strength", "0.13", "--threshold", "1e-2", "--init", "0.3"]
+LASSO = ["--method", "iss", "--strength", "0.13", "--threshold", "1e-2", "--init", "0.3",
+         "--after", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
