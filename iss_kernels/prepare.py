@@ -7,6 +7,7 @@ module need not, takes a whole stack in one call, and may keep its weights in 16
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias, cast
@@ -87,7 +88,8 @@ class Prepared(Recurrent):
     module, in any forward form of ours. Weights are buffers in the format chosen, under torch's
     names (int8 adds "<name>_scale", float32, one per row); biases stay float32. Activations and
     sums are float32, and an input of another floating dtype is converted, as is what comes back;
-    states may have any floating dtype; autocast changes nothing. With int8, rows are quantised on
+    states may have any floating dtype; autocast changes nothing. The only parameter, `like`, has no
+    elements: it tells code that asks for one the device and dtype. With int8, rows are quantised on
     the fly, each to the range of its largest element: h to 8 bits (7 on AVX2), x to two such terms,
     some 15 bits (13 on AVX2), since features may differ widely. An infinite element of x saturates
     the gates. On a CUDA device activations have the 16 bits of the weights, with sums and an LSTM's
@@ -130,11 +132,21 @@ class Prepared(Recurrent):
                 self._add(name, stored)
                 if scale is not None:
                     self._add(name + "_scale", scale)
+            self._set_like(device)
         self.eval()
 
     def _add(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value)
         self._expected[name] = value.shape, value.dtype
+
+    def _set_like(self, device: torch.device) -> None:
+        """Hold a parameter for code that asks next(model.parameters()) for a device and dtype."""
+        empty = torch.empty(0, dtype=torch.float32, device=device)
+        self.like = nn.Parameter(empty, requires_grad=False)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "like", None)
 
     def _load_from_state_dict(
         self,
@@ -168,9 +180,13 @@ class Prepared(Recurrent):
                 unexpected_keys,
                 error_msgs,
             )
+            with contextlib.suppress(ValueError):
+                missing_keys.remove(prefix + "like")
             if len(error_msgs) == errors:
                 error_msgs += self._wrong_in(state_dict, prefix)
             loaded = len(error_msgs) == errors
+            if loaded:
+                self._set_like(self._buffer("weight_ih_l0").device)
         finally:
             if not loaded:
                 self._buffers.update(before)
@@ -218,7 +234,7 @@ class Prepared(Recurrent):
         """Raise RuntimeError: there is nothing to train."""
         if hasattr(self, "_expected"):  # not in Recurrent's constructor
             raise RuntimeError(
-                f"{type(self).__name__}: expected no reset_parameters, it has no parameters"
+                f"{type(self).__name__}: expected no reset_parameters, it has none to draw"
             )
         super().reset_parameters()
 

@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iss_kernels import ISSGRU, ISSLSTM, ISSRHN, ISSRNN, prepare, use_backend
+from iss_kernels import ISSGRU, ISSLSTM, ISSRHN, ISSRNN, load, prepare, save, use_backend
 from iss_kernels.backend import supported_isas, use_isa
 from iss_kernels.demo.model import LanguageModel, perplexity, windows
 from iss_kernels.prepare import PreparedGRU, PreparedLSTM, PreparedRHN, PreparedRNN
@@ -988,6 +988,26 @@ def test_loading_int8_weights_without_their_scales_is_refused(left_out):
     assert torch.equal(prepared.weight_ih_l0, other.weight_ih_l0)
 
 
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_code_may_ask_for_the_first_parameter(weights, tmp_path):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(3, 4)
+
+        def forward(self, x):
+            h_0 = next(self.parameters()).new_zeros(1, x.size(1), 4)
+            return self.rnn(x, h_0)[0]
+
+    model = Encoder()
+    prepared = prepare(model, weights)
+    assert torch.equal(prepared(X), prepare(model.rnn, weights)(X)[0])
+    assert not [name for name in prepared.state_dict() if "like" in name]
+    prepared.load_state_dict(prepared.state_dict())
+    save(prepared, tmp_path / "small.safetensors")
+    assert torch.equal(load(tmp_path / "small.safetensors", Encoder())(X), prepared(X))
+
+
 @pytest.mark.parametrize("change", ["half", "double", "parameters"])
 @pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16"])
 def test_assigned_weights_are_converted(weights, change):
@@ -997,7 +1017,7 @@ def test_assigned_weights_are_converted(weights, change):
         lstm = getattr(lstm, change)()
         values = lstm.state_dict()
     prepared.load_state_dict(values, assign=True)
-    assert not list(prepared.parameters())
+    assert [parameter.numel() for parameter in prepared.parameters()] == [0]
     assert equal(prepared(X), prepare(lstm, weights)(X))
     with torch.no_grad():
         y = prepared(X)
