@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from iss_kernels import backend, ops
 from iss_kernels.cells import CELLS, Cell
-from iss_kernels.states import Shrinkable, State, States, joined
+from iss_kernels.states import Shrinkable, State, States, stacked
 
 # One int for all layers; or per layer an int, or a (forward, backward) pair.
 Sizes: TypeAlias = int | Sequence[int | Sequence[int]]
@@ -694,13 +694,15 @@ class Recurrent(Shrinkable, nn.RNNBase):
         parts: list[State] = []
         for which, part in enumerate(zip(*states, strict=True)):
             rows: Sequence[Tensor] = part
-            if self.full_width:
+            equal = self._equal[which]  # and not by the rows, whose sizes a trace makes tensors of
+            if self.full_width and self.kept is not None:
                 rows = [self._widened(row, index, which) for index, row in enumerate(part)]
+                equal = len({kept[which].before for kept in self.kept}) == 1
             if permutation is not None:
                 rows = [s.index_select(0, permutation) for s in rows]
             if not batched:
                 rows = [s.squeeze(0) for s in rows]
-            parts.append(joined(rows))
+            parts.append(stacked(rows) if equal else tuple(rows))
         return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
