@@ -464,26 +464,16 @@ def circumstances() -> dict[str, Any]:
     """What ran, on what: for result.json."""
     module = sys.modules["__main__"].__spec__
     name = module.name.removesuffix(".__main__") if module else sys.argv[0]
+    # Of a path the name alone: where files lie says nothing.
+    arguments = [Path(one).name if os.sep in one else one for one in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", "-m", name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", name, *arguments]),
         "machine": {
             **iss.build_info(),
-            "processor": _processor(),
             "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
             "processes": dist.get_world_size() if dist.is_initialized() else 1,
         },
     }
-
-
-def _processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def write_result(
