@@ -34,9 +34,6 @@ int64_t cores_by_affinity() {
 // -- Calls from several threads
 
 std::atomic<int64_t> calls_under_way = 0;
-// A forked child has no calls of other threads.
-[[maybe_unused]] const int registered =
-    pthread_atfork(nullptr, nullptr, [] { calls_under_way.store(0, std::memory_order_relaxed); });
 
 // The most concurrent calls in this window of time and in the one before. One word holds [window,
 // count of the window before, count of this window].
@@ -74,6 +71,14 @@ std::atomic<int64_t> thread_limit = kAll, hold = 0, hold_ends = 0;
 std::atomic<int64_t> of_use = kAll / 2;  // nanoseconds in regions without a late thread since then
 std::atomic<int64_t> last_late = 0;
 std::atomic<bool> may_wake = true;  // whether lateness of a thread that slept is not counted
+
+// A forked child has no calls of other threads, and threads of its own, which were never late.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  calls_under_way.store(0, std::memory_order_relaxed);
+  thread_limit.store(kAll, std::memory_order_relaxed);
+  hold.store(0, std::memory_order_relaxed);
+  of_use.store(kAll / 2, std::memory_order_relaxed);
+});
 
 int64_t limit_now(int64_t now, int64_t available) {
   const int64_t limit = thread_limit.load(std::memory_order_relaxed);
