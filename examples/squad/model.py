@@ -92,6 +92,8 @@ class BiDAF(nn.Module):
         self.of_context = nn.Linear(both, 1, bias=False)
         self.of_question = nn.Linear(both, 1, bias=False)
         self.of_product = nn.Linear(both, 1, bias=False)
+        # At first tokens fit that are alike, as in scaled dot-product attention.
+        nn.init.constant_(self.of_product.weight, both**-0.5)
         self.modelling1 = lstm(4 * both)
         self.modelling2 = lstm(both)
         self.start = nn.Linear(5 * both, 1)
