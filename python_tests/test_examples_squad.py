@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import iss_kernels as iss
-from examples.squad import timing, training
+from examples.squad import report, timing, training
 from examples.squad.__main__ import main
 from examples.squad.answers import best_spans, score
 from examples.squad.data import (
@@ -361,7 +361,7 @@ def test_the_paper_counts_parameters_without_words() -> None:
 
 TINY = (
     "--hidden-size 4 --letter-size 2 --channels 3 --width 3 --letters 6 --least-word 1 --batch 2 "
-    f"--least-letter 1 --steps 6 --evaluate-every 2 --remove-every 2 --vector-size {WIDTH}"
+    f"--least-letter 1 --steps 6 --evaluate-every 2 --every 2 --vector-size {WIDTH}"
 ).split()
 
 
@@ -391,7 +391,7 @@ def run(arguments: list[str], stop_after: int = 0) -> int:
 
 # So strong that units die in a few steps, not all at once.
 ISS = ["--method", "iss", "--strength", "0.5", "--threshold", "0.45", "--ema", "0.5"]
-ISS += ["--remove-after", "1"]
+ISS += ["--after", "0"]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -438,6 +438,9 @@ def test_finished_runs_are_timed(
     found = json.loads((tmp_path / "run" / "result.json").read_text())["milliseconds"]
     assert found["context_tokens"] == 12 and found["module"] > 0 and found["prepared"] > 0
     capsys.readouterr()
+    report.main([str(tmp_path / "run" / "result.json")])
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| iss, 0.5 | ") and f" | {found['module']} | " in row
     assert timing.main([*timed, str(tmp_path)]) == 2
     assert f"expected a finished run in {tmp_path}: No such file" in capsys.readouterr().err
 
@@ -470,6 +473,7 @@ def test_fine_tuning_starts_from_a_baseline(
         ("--start x", "expected --method baseline without --start"),
         ("--steps 5", "expected --steps of a multiple of --evaluate-every 2, got 5"),
         ("--steps 0", "expected --steps in [1, inf), got 0"),
+        ("--after -1", "expected --after in [0, inf), got -1"),
         ("--keep 0", "expected --keep in (0, 1], got 0.0"),
         ("--ema 1", "expected --ema in [0, 1), got 1.0"),
         ("--letters 2", "expected --letters of at least --width 3"),

@@ -101,8 +101,9 @@ def _check(args: argparse.Namespace, recipe: training.Recipe) -> None:
         raise DataError(f"expected --method {args.method} {expected} --start, the baseline's run")
     for name, number in asdict(recipe).items():
         option = "--" + name.replace("_", "-")
-        if isinstance(number, int) and not isinstance(number, bool) and number < 1:
-            raise DataError(f"expected {option} in [1, inf), got {number}")
+        least = 0 if name == "after" else 1
+        if isinstance(number, int) and not isinstance(number, bool) and number < least:
+            raise DataError(f"expected {option} in [{least}, inf), got {number}")
     if not 0 < recipe.keep <= 1:
         raise DataError(f"expected --keep in (0, 1], got {recipe.keep}")
     if not 0 <= recipe.ema < 1:

@@ -52,8 +52,8 @@ class Recipe:
     phrase_strength: float = _option(-1.0, "of the phrase layer, 0 to keep it whole; -1: as all")
     proximal: bool = _option(False, "shrink the norms after each step instead of the gradient")
     threshold: float = _option(4e-4, "elements of the groups below it become zero")
-    remove_after: int = _option(2000, "steps until dead units leave; before, they may come back")
-    remove_every: int = _option(100, "steps between two looks for units that are dead")
+    after: int = _option(2000, "steps before which dead units may come back, as the paper's may")
+    every: int = _option(100, "steps between two looks for units that are dead")
     remove: bool = _option(True, "take dead units out during training")
     evaluate_every: int = _option(500, "steps between two evaluations and checkpoints")
     dev_questions: int = _option(1000, "dev questions of these evaluations; at the end all")
@@ -89,8 +89,8 @@ class Reader(Trainer):
                 proximal=recipe.proximal,
                 threshold=recipe.threshold,
                 everywhere=False,
-                every=recipe.remove_every,
-                after=recipe.remove_after,
+                every=recipe.every,
+                after=recipe.after,
                 remove=recipe.remove,
             ),
             lambda epoch: recipe.rate,
