@@ -25,6 +25,15 @@ class DataError(ValueError):
     """The data cannot be used; the message is one sentence for the person who gave it."""
 
 
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring, line by line."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Options of every run."""
     add = parser.add_argument

@@ -191,9 +191,8 @@ class Trainer(ABC):
         number = sum(int(its.sum()) for its in self.held.values())
         if self.sparsity.remove and number > at_least * self.groups.units:
             # A family cannot be empty: its first unit stays, at zero.
-            alive = {name: ~its for name, its in self.groups.dead().items()}
             self._remove(
-                {name: its if its.any() else torch.tensor([0]) for name, its in alive.items()}
+                {name: torch.tensor([0]) if its.all() else ~its for name, its in self.held.items()}
             )
             self.held = self._dead()
         self.groups.zero_units_(self.held)
@@ -212,7 +211,7 @@ class Trainer(ABC):
 
     def _wrap(self) -> None:
         """`parallel` is the model, whose gradients are averaged over all processes."""
-        several = dist.is_available() and dist.is_initialized()
+        several = dist.is_initialized()
         self.parallel = DistributedDataParallel(self.model) if several else self.model
 
     def _count(self, begin: tuple[float, float]) -> None:
@@ -464,7 +463,7 @@ def circumstances() -> dict[str, Any]:
     """What ran, on what: for result.json."""
     module = sys.modules["__main__"].__spec__
     name = module.name.removesuffix(".__main__") if module else sys.argv[0]
-    # Of a path the name alone: where files lie says nothing.
+    # A path is cut to its file's name: the folders of one machine say nothing.
     arguments = [Path(one).name if os.sep in one else one for one in sys.argv[1:]]
     return {
         "command": shlex.join(["python", "-m", name, *arguments]),

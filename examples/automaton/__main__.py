@@ -141,11 +141,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.automaton",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("examples.automaton", __doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=range(1, 9), metavar="K")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 4), metavar="SEED")
     parser.add_argument("--cells", choices=CELLS, nargs="+", default=list(CELLS))

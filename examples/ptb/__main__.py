@@ -31,11 +31,7 @@ from iss_kernels.demo.text import Text
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.ptb",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("examples.ptb", __doc__)
     add = parser.add_argument
     add("--config", choices=CONFIGS, default="small")
     add("--method", choices=METHODS, default="baseline")

@@ -10,7 +10,6 @@ draws a run's course and its weight matrices, with what left in white, as the pa
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from examples import command_line
 from examples.ptb.recipes import Recipe
 from examples.ptb.train import build, find
 from examples.training import CHECKPOINT, LOG, RESULT
@@ -121,11 +121,7 @@ def _weights(drawn: Sequence[Any]) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.ptb.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("examples.ptb.report", __doc__)
     parser.add_argument("results", nargs="*", type=Path, help=f"copies of {RESULT}")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help=f"a run: {CHECKPOINT}, {LOG}")
     args = parser.parse_args(argv)

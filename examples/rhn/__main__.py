@@ -26,11 +26,7 @@ from examples.rhn.train import HighwayTrainer, build
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.rhn",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("examples.rhn", __doc__)
     add = parser.add_argument
     add("--config", choices=CONFIGS, default="small")
     add("--method", choices=METHODS, default="baseline")

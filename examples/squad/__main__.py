@@ -44,11 +44,7 @@ from iss_kernels.demo.checkpoint import write
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.squad",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("examples.squad", __doc__)
     add = parser.add_argument
     add("--method", choices=training.METHODS, default="baseline")
     add("--train", type=Path, nargs="+", required=True, metavar="FILE",
