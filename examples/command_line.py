@@ -40,7 +40,21 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --output")
     add("--seed", type=int, default=1)
-    add("--threads", type=int, metavar="N", help="threads of torch (default: its own choice)")
+    add_torch(parser)
+
+
+def add_torch(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
+    """Options of torch, which `main` sets."""
+    add = parser.add_argument
+    default = "its own choice" if threads is None else threads
+    add(
+        "--threads", type=int, default=threads, metavar="N",
+        help=f"threads of torch (default: {default})",
+    )  # fmt: skip
+    add(
+        "--matmul-precision", choices=("highest", "high", "medium"), default="highest",
+        help="of torch.set_float32_matmul_precision (default: %(default)s)",
+    )  # fmt: skip
 
 
 def add_recipe(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
@@ -67,9 +81,13 @@ def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 
 def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
-    """Run an example; what a person can mend is one sentence on stderr."""
+    """Run an example; what a person can mend is one sentence on stderr.
+
+    args: of a parser with `add_torch`.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     try:
         with processes():
             run()

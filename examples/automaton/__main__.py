@@ -146,7 +146,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 4), metavar="SEED")
     parser.add_argument("--cells", choices=CELLS, nargs="+", default=list(CELLS))
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--threads", type=int, default=1, metavar="N")
+    command_line.add_torch(parser, threads=1)
     command_line.add_recipe(parser, Recipe)
     return parser
 

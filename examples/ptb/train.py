@@ -110,9 +110,11 @@ class TextTrainer(Trainer):
         """Sum over the steps, mean over the rows."""
         steps = self.recipe.steps
         window = self.data[index * steps : (index + 1) * steps + 1]
-        logits, state = self.parallel(window[:-1], None if index == 0 else self.state)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
+            logits, state = self.parallel(window[:-1], None if index == 0 else self.state)
+            loss = cross_entropy(logits.flatten(0, 1), window[1:].flatten())
         self.state = detach(state)
-        return cross_entropy(logits.flatten(0, 1), window[1:].flatten()) * steps
+        return loss * steps
 
     def evaluate(self) -> dict[str, float]:
         """Perplexities of the training windows, with dropout, and of the validation text."""

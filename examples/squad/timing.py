@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--dev", type=Path, required=True, metavar="FILE", help="SQuAD's dev questions")
     add("--seconds", type=float, default=5.0, help="measured for each number (default: 5)")
-    add("--threads", type=int, metavar="N", help="threads of torch (default: its own choice)")
+    command_line.add_torch(parser)
     add("runs", type=Path, nargs="+", metavar="RUN", help="--output of a finished run")
     args = parser.parse_args(argv)
     return command_line.main("examples.squad.timing", lambda: run(args), args)
