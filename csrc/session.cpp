@@ -81,6 +81,9 @@ py::dict plan_cpu(
   result["split"] = kSplits[static_cast<int>(plan.split)];
   result["threads"] = plan.threads;
   result["isa"] = kernels.isa;
+  result["products"] = dtype != at::kBFloat16           ? (is_double ? "float64" : "float32")
+                       : is_pairs(kernels.f32.bfloat16) ? "bfloat16, summed in float32"
+                                                        : "float32, of widened bfloat16";
   result["why"] = plan.why;
   return result;
 }
@@ -439,6 +442,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled half of iss_kernels; use the functions of the package instead.";
   module.def("build_info", &build_info);
   module.def("supported_isas", &supported_isas);
+  module.def("isa", [] { return cpu_kernels().isa; });
   module.def("set_isa", &set_isa);
   module.def("free_threads", [] { return free_threads(Clock::now()); });
   module.def("note_late", &note_late);

@@ -14,13 +14,41 @@ namespace iss {
 // How the elements of a packed matrix are stored: as T, or smaller and widened as they are loaded.
 // kInt8 has one scale per column, and the rows that it multiplies are quantised on the fly to 8
 // bits; kInt8Fine is packed as kInt8, and rows whose elements differ widely in size are quantised
-// in two terms, to some 15 bits. All but kSame go with T = float.
-enum class Format { kSame, kFloat16, kBfloat16, kInt8, kInt8Fine };
+// in two terms, to some 15 bits. kPairs is bfloat16 for CPUs that multiply it: the rows are rounded
+// to it on the fly, and products are summed in float. All but kSame go with T = float.
+// kTiles, kInt8Tiles and kInt8FineTiles are kPairs, kInt8 and kInt8Fine for units that multiply
+// tiles of 16 rows (AMX).
+enum class Format {
+  kSame,
+  kFloat16,
+  kBfloat16,
+  kInt8,
+  kInt8Fine,
+  kPairs,
+  kTiles,
+  kInt8Tiles,
+  kInt8FineTiles
+};
+constexpr bool in_tiles(Format format) { return format >= Format::kTiles; }
+constexpr bool is_int8(Format format) {
+  return format == Format::kInt8 || format == Format::kInt8Fine || format > Format::kTiles;
+}
+constexpr bool is_fine(Format format) {
+  return format == Format::kInt8Fine || format == Format::kInt8FineTiles;
+}
+// Whether rows are rounded to bfloat16.
+constexpr bool is_pairs(Format format) {
+  return format == Format::kPairs || format == Format::kTiles;
+}
 struct Float16 {
   uint16_t bits;
 };
 struct Bfloat16 {
   uint16_t bits;
+};
+// Two neighbours along K, the first in the low bits.
+struct Pair {
+  uint32_t bits;
 };
 
 }  // namespace iss

@@ -66,9 +66,13 @@ if _C is None:
         f"({_why_not}); {_remedy}",
         stacklevel=2,
     )
-elif (_quota := quota()) < float("inf"):
+if _C is not None and (_quota := quota()) < float("inf"):
     # Rounded down: threads that use up a quota early stand still for the rest of its period.
     _C.limit_cores(max(1, int(_quota)))
+
+
+# What runs now, where torch.compile can read it.
+_isa: str = _C.isa() if _C is not None else ""
 
 
 def is_built() -> bool:
@@ -86,6 +90,11 @@ def nobody_watches() -> bool:
     if torch.compiler.is_compiling() or _C is None:
         return False
     return bool(_C.nobody_watches())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 on the CPU take instructions of their own: the faster way."""
+    return _backend == "extension" and _isa in ("amx", "avx512_bf16", "scalar_bf16")
 
 
 def on_cuda(device: torch.device) -> bool:
@@ -156,13 +165,16 @@ class use_isa:  # noqa: N801
     def __init__(self, name: str) -> None:
         if _C is None:
             raise RuntimeError(f"use_isa: the extension did not load: {_why_not}")
-        self._former = _C.set_isa(name)
+        global _isa
+        self._former, _isa = _C.set_isa(name), name
 
     def __enter__(self) -> None:
         """Nothing more to do: the constructor has switched."""
 
     def __exit__(self, *_: object) -> None:
+        global _isa
         _C.set_isa(self._former)
+        _isa = self._former
 
 
 def supported_isas() -> list[str]:

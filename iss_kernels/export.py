@@ -586,7 +586,11 @@ def _difference(
     if shapes[0] != shapes[1]:
         return f"outputs of shapes {shapes[1]} where it gives {shapes[0]}"
     pairs = list(zip(wanted, got, strict=True))
-    if compare and all(map(_close, wanted, again)) and not all(_close(w, g) for w, g in pairs):
+    # A CPU that multiplies bfloat16 rounds activations to it; the file's products are float32.
+    stored = (*model.parameters(), *model.buffers())
+    coarse = any(t.dtype == torch.bfloat16 for t in stored)
+    same = all(_close(w, g, coarse) for w, g in pairs)
+    if compare and all(map(_close, wanted, again)) and not same:
         far = max((w.double() - g.double()).abs().max().item() for w, g in pairs if w.numel())
         return f"some that differ by up to {far:.1g}"
     return None
@@ -596,6 +600,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf.cpu() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, coarse: bool = False) -> bool:
     scale = max(a.double().abs().max().item(), 1e-3) if a.numel() else 1
-    return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=5e-5 * scale, equal_nan=True)
+    rtol, atol = (0.0, 2e-2) if coarse else (1e-4, 5e-5)
+    return torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol * scale, equal_nan=True)

@@ -60,19 +60,22 @@ class CpuPlan:
 
     split: what each of `threads` threads takes: "rows" of the batch through all layers and steps,
     "units" of every cell, meeting the others after each step, "directions", or "layers", each
-    following the one below from chunk to chunk. isa: the instruction set of the kernels. why: one
-    sentence. Threads that have no core of their own are counted on for less while the call runs.
+    following the one below from chunk to chunk. isa: the instruction set of the kernels. products:
+    what is multiplied, and what it is summed in. why: one sentence. Threads that have no core of
+    their own are counted on for less while the call runs.
     """
 
     split: str
     threads: int
     isa: str
+    products: str
     why: str
 
     def __str__(self) -> str:
+        how = f"({self.isa}; products in {self.products})"
         if self.threads == 1:
-            return f"one thread ({self.isa}): {self.why}"
-        return f"{self.threads} threads ({self.isa}) divide the {self.split}: {self.why}"
+            return f"one thread {how}: {self.why}"
+        return f"{self.threads} threads {how} divide the {self.split}: {self.why}"
 
 
 def explain_plan(

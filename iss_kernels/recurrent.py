@@ -88,9 +88,10 @@ class Recurrent(Shrinkable, nn.RNNBase):
     states come in that width too, with zeros in the places of the others.
 
     Weights are float32, float64, or bfloat16 (on a CUDA device also float16), which is summed in
-    float32. Under autocast the layers compute in the weights' dtype, but on a CUDA device with
-    float32 weights in autocast's, as torch's; results come in autocast's, but a GRU's on the CPU in
-    that of hx where it is the wider, again as torch's. On a CUDA device, products of float32 use
+    float32. Under autocast, layers with float32 weights compute in autocast's dtype where the
+    device has units for it: a CUDA device, or in bfloat16 a CPU that multiplies it
+    (`explain_plan`); elsewhere in the weights'. Results come in autocast's, but a GRU's on the CPU
+    in that of hx where it is the wider, as torch's. On a CUDA device, products of float32 use
     TF32 where torch.backends.cuda.matmul lets torch's own, which by default it does not.
 
     For the gradient, each layer and direction saves what `cells.Cell` says beside its input and
@@ -527,11 +528,13 @@ class Recurrent(Shrinkable, nn.RNNBase):
         and direction."""
         kind = x.device.type
         if _autocast_enabled(kind):
-            dtype, cast_to = self._dtype(), torch.get_autocast_dtype(kind)
-            if not backend.on_cuda(x.device):
-                cast_to = self._autocast_result(cast_to, states[0][0].dtype)
-            elif dtype == torch.float32:
-                dtype = cast_to  # where there are tensor cores for it
+            dtype, autocast = self._dtype(), torch.get_autocast_dtype(kind)
+            on_cuda, cast_to = backend.on_cuda(x.device), autocast
+            if not on_cuda:
+                cast_to = self._autocast_result(autocast, states[0][0].dtype)
+            fast = on_cuda or (autocast == torch.bfloat16 and backend.multiplies_bfloat16())
+            if dtype == torch.float32 and fast:
+                dtype = autocast
             with torch.autocast(kind, enabled=False):
                 states = [tuple(s.to(dtype) for s in state) for state in states]
                 y, states = self._run(x.to(dtype), batch_sizes, resets, states)

@@ -19,11 +19,31 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    removed = [item for item in items if not _differs(item.nodeid)]
+    config.hook.pytest_deselected(items=removed)
+    items[:] = [item for item in items if _differs(item.nodeid)]
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="large case: --slow runs it")
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(skip)
+
+
+# ISAs that share the kernels of another one but for some formats: only tests of these run on them.
+SHARED = {
+    "amx": ("bfloat16", "int8"),
+    "avx2_vnni": ("int8",),
+    "avx512_bf16": ("bfloat16",),
+    "neon_bf16": ("bfloat16", "int8"),
+    "scalar_bf16": ("bfloat16",),
+}
+
+
+def _differs(nodeid):
+    """Whether a test does not run on such an ISA, or is one of its formats."""
+    test, _, parameters = nodeid.partition("[")
+    isa = next((name for name in SHARED if name in parameters.rstrip("]").split("-")), None)
+    return isa is None or any(format in test + parameters for format in SHARED[isa])
 
 
 @pytest.fixture(scope="session", autouse=True)

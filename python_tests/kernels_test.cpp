@@ -49,24 +49,51 @@ void expect(const char* what, const std::vector<T>& got, const Doubles& truth, d
     }
 }
 
-bool is_int8(Format format) { return format == Format::kInt8 || format == Format::kInt8Fine; }
+// A weight stored as W, and what W makes of a result.
+iss::Bfloat16 stored(iss::Bfloat16, float x) {
+  if (std::isnan(x)) return {0x7fc0};
+  // 8 bits of the mantissa: half of the ninth decides, by the mode that is set: to nearest even.
+  int exponent;
+  const float mantissa = std::frexp(x, &exponent);
+  const float rounded = std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+  return {static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16)};
+}
+template <typename T>
+T stored(T, T x) {
+  return x;
+}
+float value(iss::Bfloat16 w) { return std::bit_cast<float>(uint32_t{w.bits} << 16); }
+template <typename T>
+T value(T w) {
+  return w;
+}
+// What a kernel makes of the rows that it multiplies by a weight of a format.
+template <typename T>
+T multiplied(Format format, T x) {
+  return is_pairs(format) ? value(stored(iss::Bfloat16{}, x)) : x;
+}
 
 // A weight [k, columns] stored in a format, and the values that it then holds.
 template <typename T>
 struct Weight {
   Format format;
   std::vector<T> values;       // what the kernel multiplies by
-  std::vector<uint16_t> half;  // kFloat16, kBfloat16
+  std::vector<uint16_t> half;  // kFloat16, kBfloat16, pairs
+  std::vector<T> exact;        // pairs: empty, or what is rounded as it is packed
   std::vector<int8_t> bytes;   // int8
   std::vector<float> scales;   // int8, by column
 
   Weight(Format format, int64_t k, int64_t columns, bool transposed)
       : format(format), values(normal<T>(k * columns)), scales(columns) {
+    if (is_pairs(format) && random_bits() % 2 == 0) exact = values;
     for (float& scale : scales) scale = 0.01f + 0.001f * (random_bits() % 8);
     for (int64_t at = 0; at < k * columns; ++at) {
       const int64_t column = transposed ? at / k : at % columns;
       float value = values[at];
-      if (format == Format::kBfloat16) {
+      if (is_pairs(format)) {
+        half.push_back(stored(iss::Bfloat16{}, value).bits);
+        value = std::bit_cast<float>(uint32_t{half.back()} << 16);
+      } else if (format == Format::kBfloat16) {
         half.push_back(std::bit_cast<uint32_t>(value) >> 16);
         value = std::bit_cast<float>(uint32_t{half.back()} << 16);
       } else if (format == Format::kFloat16) {
@@ -89,11 +116,13 @@ struct Weight {
     std::vector<char> result(kernels.packed_bytes(k, columns, gates, format) + 1, 'x');
     const void* b = format == Format::kSame ? static_cast<const void*>(values.data())
                     : is_int8(format)       ? static_cast<const void*>(bytes.data())
+                    : !exact.empty()        ? static_cast<const void*>(exact.data())
                                             : half.data();
     kernels.pack({.k = k,
                   .columns = columns,
                   .gates = gates,
                   .format = format,
+                  .rounds = !exact.empty(),
                   .panels = {0, kernels.panels(columns / gates, gates)},
                   .b = b,
                   .stride_k = transposed ? 1 : columns,
@@ -108,7 +137,7 @@ struct Weight {
 // int8 rounds each row to 63 or 127 steps of its largest value, kInt8Fine a row of up to 32
 // elements to 126 times as many: to the side of what T itself loses.
 double size_of_error(Format format, int64_t k, double size) {
-  const bool fine = format == Format::kInt8Fine && k <= 32;
+  const bool fine = is_fine(format) && k <= 32;
   return fine ? 2e2 * size : is_int8(format) ? 2e4 * size : size;
 }
 
@@ -120,7 +149,7 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
   const Weight<T> b(format, k, columns, false);
   const auto bias = normal<T>(columns);
   const auto panels = b.packed(kernels, k, columns, false);
-  std::vector<char> scratch(kernels.scratch_bytes(rows, k));
+  std::vector<char> scratch(kernels.scratch_bytes(format, rows, k));
   std::vector<T> out(rows * out_stride, T(7));
   const int64_t count = kernels.panels(columns);
   for (const auto [begin, end] :
@@ -143,7 +172,7 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
     for (int64_t c = 0; c < columns; ++c) {
       double& sum = truth[r * out_stride + c] = bias[c] + (accumulate ? 7 : 0);
       for (int64_t i = 0; i < k; ++i)
-        sum += double(a[r * a_stride + i]) * b.values[i * columns + c];
+        sum += double(multiplied(format, a[r * a_stride + i])) * b.values[i * columns + c];
     }
   expect("matmul", out, truth, size_of_error(format, k, std::sqrt(double(k))));
 }
@@ -218,7 +247,7 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
   const bool masks = full && cell.deep, biased = full && kind == CellKind::kGru;
   const Weight<T> w_hh(format, output, columns, true);
   const auto panels = w_hh.packed(kernels, output, columns, true, cell.gates);
-  std::vector<char> scratch(kernels.scratch_bytes(rows, output));
+  std::vector<char> scratch(kernels.scratch_bytes(format, rows, std::max(output, columns)));
   std::vector<T> c = before, h(rows * h_stride, T(7)), kept = inputs, saved(rows * hidden),
                  masked(rows * hidden);
   const int64_t count = kernels.panels(hidden, cell.gates);
@@ -251,7 +280,8 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
   const auto carried_in = normal<T>(rows * hidden);
   const int64_t k = output % 2 == 0 ? 0 : columns;
   const auto next = normal<T>(rows * k + 1);
-  const Weight<T> plain(Format::kSame, k, hidden, false);
+  const Format back = is_pairs(format) ? format : Format::kSame;
+  const Weight<T> plain(back, k, hidden, false);
   const auto plain_panels = plain.packed(kernels, k, hidden, false);
   std::vector<T> carried = carried_in, dinputs(rows * stride, T(7)), dproducts = dinputs;
   const int64_t parts = kernels.panels(hidden);
@@ -263,7 +293,7 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
          .panels = {begin, end},
          .a = next.data(),
          .a_stride = k,
-         .b = {Format::kSame, plain_panels.data()},
+         .b = {back, plain_panels.data()},
          .resets = full ? resets.get() : nullptr,
          .resets_after = full ? resets_after.get() : nullptr,
          .dy = dy.data(),
@@ -279,7 +309,8 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
          .y_stride = h_stride,
          .carried = carried.data(),
          .dinputs = dinputs.data(),
-         .dproducts = kind == CellKind::kGru ? dproducts.data() : dinputs.data()});
+         .dproducts = kind == CellKind::kGru ? dproducts.data() : dinputs.data(),
+         .scratch = scratch.data()});
   const bool carries = kind != CellKind::kRnnTanh && kind != CellKind::kRnnRelu;
   Doubles true_c(rows * hidden), true_h(rows * h_stride, 7),
       true_saved = true_c, true_masked = true_c, true_carried = true_c,
@@ -291,7 +322,8 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
       for (int64_t g = 0; g < gates; ++g) {
         double product = 0;
         for (int64_t i = 0; i < output; ++i)
-          product += double(h_prev[r * output + i]) * w_hh.values[(g * hidden + unit) * output + i];
+          product += double(multiplied(format, h_prev[r * output + i])) *
+                     w_hh.values[(g * hidden + unit) * output + i];
         u.products[g] = resets[r] ? 0 : product;
         u.inputs[g] = inputs[r * stride + g * hidden + unit];
       }
@@ -305,7 +337,7 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
       true_masked[at] = masks ? u.h.real() * state_mask[at] : 0;
       double dh = 0;
       for (int64_t i = 0; i < k && !resets_after[r]; ++i)
-        dh += double(next[r * k + i]) * plain.values[i * hidden + unit];
+        dh += double(multiplied(back, next[r * k + i])) * plain.values[i * hidden + unit];
       dh = dh * (masks ? double(state_mask[at]) : 1) + dy[at] + (full ? double(dh_n[at]) : 0);
       if (carries && !cell.has_c) dh += carried_in[at];
       const double dc = cell.has_c ? double(carried_in[at]) : 0;
@@ -355,24 +387,6 @@ void test_transpose(const Kernels<T>& kernels, int64_t rows, int64_t columns) {
   expect("transpose sums", sums, true_sums, rows);
 }
 
-// A weight stored as W, and what W makes of a result.
-iss::Bfloat16 stored(iss::Bfloat16, float x) {
-  if (std::isnan(x)) return {0x7fc0};
-  // 8 bits of the mantissa: half of the ninth decides, by the mode that is set: to nearest even.
-  int exponent;
-  const float mantissa = std::frexp(x, &exponent);
-  const float rounded = std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
-  return {static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) >> 16)};
-}
-template <typename T>
-T stored(T, T x) {
-  return x;
-}
-float value(iss::Bfloat16 w) { return std::bit_cast<float>(uint32_t{w.bits} << 16); }
-template <typename T>
-T value(T w) {
-  return w;
-}
 template <typename W>
 std::vector<iss::Compute<W>> values(const std::vector<W>& weights) {
   std::vector<iss::Compute<W>> result;
@@ -489,13 +503,21 @@ void test_bfloat16(const iss::GroupLassoKernels<iss::Bfloat16>& kernels) {
 
 template <typename T>
 void test(const Kernels<T>& kernels) {
-  for (int64_t rows : {1, 2, 5, 7})
+  std::vector<Format> formats{Format::kSame};
+  if (sizeof(T) == 4) formats = {Format::kSame, Format::kFloat16, Format::kBfloat16};
+  if (sizeof(T) == 4 && is_pairs(kernels.bfloat16)) formats.push_back(kernels.bfloat16);
+  if (sizeof(T) == 4 && in_tiles(kernels.int8))
+    formats.insert(formats.end(), {Format::kInt8Tiles, Format::kInt8FineTiles});
+  else if (sizeof(T) == 4)
+    formats.insert(formats.end(), {Format::kInt8, Format::kInt8Fine});
+  for (int64_t rows : {1, 2, 5, 7, 17, 33, 70})
     for (int64_t size : {1, 3, 8, 17, 33}) {
-      for (Format format :
-           {Format::kSame, Format::kFloat16, Format::kBfloat16, Format::kInt8, Format::kInt8Fine}) {
-        if (format != Format::kSame && sizeof(T) > 4) continue;
-        test_matmul(kernels, format, rows, 9, 5 * size, false);
-        test_matmul(kernels, format, rows, 9, 5 * size, true);
+      for (Format format : formats) {
+        if (rows > 7 && !in_tiles(format)) continue;
+        for (bool accumulate : {false, true}) {
+          test_matmul(kernels, format, rows, 9, 5 * size, accumulate);
+          if (in_tiles(format)) test_matmul(kernels, format, rows, 5 * size, 70, accumulate);
+        }
         for (const CellSpec& cell : iss::kCells)
           for (bool full : {false, true}) {
             test_cell(kernels, cell, format, rows, size, size, full);

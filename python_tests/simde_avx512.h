@@ -71,6 +71,17 @@ Vector quarters(Vector a, Vector b, int which) {
   return result;
 }
 
+// To bfloat16; not of NaN.
+inline __m256i rounded(__m512 vector) {
+  uint32_t bits[16];
+  uint16_t halves[16];
+  __builtin_memcpy(bits, &vector, sizeof(bits));
+  for (int i = 0; i < 16; ++i) halves[i] = (bits[i] + 0x7fff + (bits[i] >> 16 & 1)) >> 16;
+  __m256i result;
+  __builtin_memcpy(&result, halves, sizeof(halves));
+  return result;
+}
+
 }  // namespace simde_missing
 
 #define _mm512_maskz_loadu_ps simde_missing::load<__m512>
@@ -81,6 +92,7 @@ Vector quarters(Vector a, Vector b, int which) {
 #define _mm256_mask_storeu_epi16 simde_missing::store
 #define _mm512_cvtepu16_epi32 simde_missing::converted<__m512i, uint32_t, uint16_t>
 #define _mm512_cvtepi32_epi16 simde_missing::converted<__m256i, uint16_t, uint32_t>
+#define _mm512_cvtneps_pbh simde_missing::rounded
 #define _mm512_reduce_add_ps simde_missing::sum<float>
 #define _mm512_reduce_add_pd simde_missing::sum<double>
 #define _mm512_shuffle_f32x4 simde_missing::quarters

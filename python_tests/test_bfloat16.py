@@ -13,7 +13,7 @@ from torch.library import opcheck
 from torch.nn.utils.rnn import pack_sequence
 
 from iss_kernels import ISSLSTM, use_backend
-from iss_kernels.backend import supported_isas, use_isa
+from iss_kernels.backend import multiplies_bfloat16, supported_isas, use_isa
 from iss_kernels.cells import CELLS
 from iss_kernels.testing import CASES, Case, assert_no_worse_than_torch, make_inputs, max_error
 
@@ -58,11 +58,13 @@ def test_outputs_and_gradients_err_at_most_twice_as_much_as_torch(isa, cell, cas
 
 @problems(SOME)
 def test_only_inputs_and_outputs_are_rounded(isa, cell, case):
-    """Outputs are float32's to a rounding, but that h is rounded once at each step."""
+    """Outputs are float32's to a rounding; where the CPU multiplies bfloat16, h is rounded in each
+    step as well."""
     inputs = make_inputs(case, BFLOAT16, cell=cell)
     wide = {k: v.float() if is_floating(v) else v for k, v in inputs.items()}
     for a, b in zip(given(ours(inputs)), given(ours(wide)), strict=True):
-        assert max_error(a, b) <= 2**-8 * max(1, b.abs().max())
+        steps = 2 if multiplies_bfloat16() else 1
+        assert max_error(a, b) <= steps * 2**-8 * max(1, b.abs().max())
 
 
 def given(outputs):

@@ -6,6 +6,7 @@ import torch
 
 import iss_kernels as iss
 from iss_kernels import backend
+from iss_kernels.backend import supported_isas, use_isa
 
 
 def test_it_says_what_runs_and_why():
@@ -100,7 +101,21 @@ def test_the_cpu_plan_is_from_numbers_and_says_why():
         for cell in ("lstm", "gru", "rnn_tanh"):
             plan = iss.explain_plan(**arguments, cell=cell, device="cpu", threads=2)
             assert (plan.split, plan.threads) == (split, 2), (arguments, cell, plan)
-            assert str(plan) == f"2 threads ({plan.isa}) divide the {split}: {plan.why}"
+            how = f"({plan.isa}; products in float32)"
+            assert str(plan) == f"2 threads {how} divide the {split}: {plan.why}"
+
+
+@pytest.mark.parametrize("isa", supported_isas())
+def test_the_cpu_plan_says_whether_bfloat16_is_multiplied(isa):
+    with use_isa(isa):
+        plans = [
+            iss.explain_plan(8, 2, dtype, device="cpu")
+            for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        ]
+        multiplies = backend.multiplies_bfloat16()
+    of_bfloat16 = "bfloat16, summed in float32" if multiplies else "float32, of widened bfloat16"
+    assert [plan.isa for plan in plans] == [isa] * 3
+    assert [plan.products for plan in plans] == ["float64", "float32", of_bfloat16]
 
 
 def test_the_cpu_plan_counts_micro_steps():

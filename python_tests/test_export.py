@@ -336,7 +336,9 @@ def test_a_prepared_model(tmp_path, weights, dynamo):
     model = iss.prepare(Tagger(iss.ISSGRU(4, [(6, 6), (3, 5)], 2, bidirectional=True)), weights)
     path = tmp_path / "model.onnx"
     iss.export_onnx(model, torch.randn(5, 2, 4), path, dynamo=dynamo)
-    check(path, model, {"x": torch.randn(9, 3, 4)})
+    # The file's products are float32, and those of some CPUs bfloat16.
+    tolerance = 5e-3 if weights == "bfloat16" else 1e-5
+    check(path, model, {"x": torch.randn(9, 3, 4)}, tolerance=tolerance)
 
 
 @legacy_or_slow

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels by themselves, without torch: built here, and for aarch64 under an emulator."""
 
+import functools
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from iss_kernels.backend import supported_isas
 
 ROOT = Path(__file__).parents[1]
 SIMDE = Path(__file__).parent / "simde_avx512.h"
+AMX = Path(__file__).parent / "amx_emulation.h"
 SOURCES = [
     *sorted((ROOT / "csrc/cpu/kernels").glob("isa_*.cpp")),
     ROOT / "csrc/cpu/kernels/dispatch.cpp",
@@ -19,50 +23,71 @@ SOURCES = [
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-I", str(ROOT / "csrc")]
 
 
-def build_and_run(compiler, runner, directory, sources=SOURCES, flags=()):
+TEST = Path(__file__).parent / "kernels_test.cpp"
+AVX512 = ROOT / "csrc/cpu/kernels/isa_avx512.cpp"
+
+
+def compiled(source, directory, *flags, compiler="c++"):
+    result = directory / f"{source.stem}.o"
+    command = [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(result)]
+    subprocess.run(command, check=True)
+    return result
+
+
+def all_compiled(directory, compiler="c++"):
+    """{source: object}"""
+    sources = [*SOURCES, TEST]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compile = functools.partial(compiled, directory=directory, compiler=compiler)
+        return dict(zip(sources, pool.map(compile, sources), strict=True))
+
+
+def run(objects, directory, compiler="c++", runner=()):
+    """What the program of these objects prints."""
     program = directory / "kernels_test"
-    files = [*sources, Path(__file__).parent / "kernels_test.cpp"]
-    subprocess.run([compiler, *FLAGS, *flags, *map(str, files), "-o", str(program)], check=True)
+    subprocess.run([compiler, *map(str, objects.values()), "-o", str(program)], check=True)
     result = subprocess.run([*runner, str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.splitlines()
 
 
-def test_every_isa_of_this_machine(tmp_path):
-    lines = build_and_run("c++", [], tmp_path)
-    assert lines == [f"{isa}: passed" for isa in supported_isas()]
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    return all_compiled(tmp_path_factory.mktemp("objects"))
 
 
-def test_float16_in_two_registers(tmp_path):
+def test_every_isa_of_this_machine(objects, tmp_path):
+    assert run(objects, tmp_path) == [f"{isa}: passed" for isa in supported_isas()]
+
+
+def test_float16_in_two_registers(objects, tmp_path):
     """As a Zen 4 does with AVX-512: told that this machine is one."""
     if "avx512" not in supported_isas():
         pytest.skip("needs AVX-512")
-    lines = build_and_run("c++", [], tmp_path, flags=["-D__builtin_cpu_is(name)=1"])
+    told = compiled(AVX512, tmp_path, "-D__builtin_cpu_is(name)=1")
+    lines = run({**objects, AVX512: told}, tmp_path)
     assert lines == [f"{isa}: passed" for isa in supported_isas()]
 
 
-def test_avx512_through_simde(tmp_path):
-    """Where the machine has AVX-512 the test above runs it; elsewhere SIMDe stands in for it."""
-    if "avx512" in supported_isas():
-        pytest.skip("this machine has AVX-512")
-    if "avx2" not in supported_isas() or not Path("/usr/include/simde/x86/avx512.h").exists():
-        pytest.skip("needs AVX2 and SIMDe (Debian: libsimde-dev)")
-    avx512 = ROOT / "csrc/cpu/kernels/isa_avx512.cpp"
-    stand_in = ["-w", "-mavx2", "-mfma", "-mf16c", "-include", str(SIMDE)]
-    subprocess.run(
-        ["c++", *FLAGS, *stand_in, "-c", str(avx512), "-o", str(tmp_path / "avx512.o")], check=True
-    )
-    others = [path for path in SOURCES if path != avx512]
-    lines = build_and_run("c++", [], tmp_path, [*others, tmp_path / "avx512.o"])
-    assert lines == [f"{isa}: passed" for isa in ("avx512", *supported_isas())]
+def test_amx_by_an_emulation(objects, tmp_path):
+    """Loops stand in for AMX, and SIMDe for AVX-512 where the machine has none to bfloat16."""
+    stand_in = ["-w", "-include", str(AMX)]
+    if "avx512_bf16" not in supported_isas():
+        if "avx2" not in supported_isas() or not Path("/usr/include/simde/x86/avx512.h").exists():
+            pytest.skip("needs AVX2 and SIMDe (Debian: libsimde-dev)")
+        stand_in += ["-mavx2", "-mfma", "-mf16c", "-include", str(SIMDE)]
+    lines = run({**objects, AVX512: compiled(AVX512, tmp_path, *stand_in)}, tmp_path)
+    native = [isa for isa in supported_isas() if not isa.startswith(("avx512", "amx"))]
+    assert lines == [f"{isa}: passed" for isa in ("avx512_bf16", "avx512", *native, "amx")]
 
 
 def test_neon_under_an_emulator(tmp_path):
     compiler, emulator = map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64"))
     if compiler is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
-    lines = build_and_run(compiler, [emulator, "-L", "/usr/aarch64-linux-gnu"], tmp_path)
-    assert lines == ["neon: passed", "scalar: passed"]
+    objects = all_compiled(tmp_path, compiler)
+    lines = run(objects, tmp_path, compiler, [emulator, "-L", "/usr/aarch64-linux-gnu"])
+    assert lines == [f"{isa}: passed" for isa in ("neon_bf16", "neon", "scalar", "scalar_bf16")]
 
 
 # Copies of the kernels with broken operations: (file, right, wrong, what must fail). Each cell has
@@ -119,8 +144,7 @@ def test_the_kernel_test_notices_a_wrong_kernel(tmp_path, mutants):
     # Only the scalar table is built in: the others are declared, and defined away.
     sources[1].write_text(sources[1].read_text().replace("__x86_64__", "NOT_HERE"))
     flags = [*FLAGS[:-1], str(tmp_path / "csrc"), "-w"]
-    test = Path(__file__).parent / "kernels_test.cpp"
-    subprocess.run(["c++", *flags, *map(str, sources), str(test), "-o", str(program)], check=True)
+    subprocess.run(["c++", *flags, *map(str, sources), str(TEST), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "scalar: FAILED" in result.stdout
     lines = result.stdout.splitlines()

@@ -502,7 +502,10 @@ def test_x_of_any_layout_is_read_as_torch_reads_it(implementation):
         (torch._lazy_clone(x), x),
     ):  # fmt: skip
         expected = Stream(lstm, 2)(values).clone()
-        assert torch.equal(torch.as_tensor(Stream(lstm, 2)(given)), expected)
+        # torch's own products may depend on where their rows lie in memory.
+        atol = 1e-6 if implementation == "reference" else 0
+        result = torch.as_tensor(Stream(lstm, 2)(given))
+        torch.testing.assert_close(result, expected, rtol=0, atol=atol)
 
 
 def test_the_result_may_be_made_into_something_else():

@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+import math
 import os
 
 import pytest
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from iss_kernels import ISSLSTM, GroupLasso, accelerate, find_groups
+from iss_kernels.backend import supported_isas, use_isa
+from iss_kernels.demo.model import LanguageModel, perplexity, windows
 
 T, B, CLASSES = 6, 4, 5
 STRENGTH = 1e-2
@@ -189,6 +192,31 @@ def test_a_step_with_an_infinite_gradient_is_skipped(dtype):
     assert scales[-1] == scales[-2] < 2.0**126
     assert all(p.isfinite().all() for p in model.parameters())
     assert not torch.equal(model.head.weight, before.head.weight)
+
+
+def learnt(autocast):
+    """A language model's perplexity after training on a text that counts up by one or two."""
+    steps = torch.randint(1, 3, (4000,), generator=torch.Generator().manual_seed(0))
+    words = (steps.cumsum(0) % 30).view(20, 200).t().contiguous()
+    torch.manual_seed(0)
+    model = LanguageModel(30, 16, 33, 2, dropout=0.0)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(12):
+        for tokens, targets in windows(words, 20):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return perplexity(model, words.t().flatten())
+
+
+@pytest.mark.parametrize("isa", ["scalar_bf16", *supported_isas()[:1]])
+def test_a_language_model_learns_as_well_in_bfloat16(isa):
+    single = learnt(autocast=False)
+    assert single < 2.2  # of 2 at best
+    with use_isa(isa):
+        assert abs(math.log(learnt(autocast=True) / single)) < 5e-3
 
 
 # -- torch.compile ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ namespace {
 template <typename T>
 void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, int64_t last,
                const CellGradient<T>& gradient, const T* dproducts_after,
-               const StepGradients<T>& result, const Share& share) {
+               const StepGradients<T>& result, const Share& share, void* scratch) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const auto step_backward = kernels.of(cell.spec->kind).step_backward;
   const int64_t hidden = cell.hidden, output = cell.output, gates = cell.gates();
@@ -42,7 +42,7 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
                     .accumulate = accumulate,
                     .out = to,
                     .out_stride = output,
-                    .scratch = nullptr});
+                    .scratch = scratch});
   };
   const auto own_columns = [&] {
     const PanelRange panels = share.of(kernels.panels(output));
@@ -147,7 +147,8 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
                    .y_stride = output,
                    .carried = gradient.carried ? gradient.carried + b * hidden : nullptr,
                    .dinputs = result.dinputs + (row - first_row) * stride + d * gates,
-                   .dproducts = dproducts_of(row, d)});
+                   .dproducts = dproducts_of(row, d),
+                   .scratch = scratch});
             };
             const int64_t middle = std::clamp(going_on, begin, begin + count);
             if (begin < middle) step(begin, middle - begin, true);
@@ -222,6 +223,9 @@ void Backward<T>::lay_out(Arena& arena) {
   outputs_ = arena.take<T>(cell_.w_hr.panels.defined() ? outputs : 0);
   h_prev_ = need_h_prev_ ? arena.take<T>(cell_.depth * outputs) : nullptr;
   masked_ = arena.take<T>(cell_.spec->deep ? sequence_.batch * cell_.hidden : 0);
+  scratch_bytes_ = cpu_kernels().of<T>().scratch_bytes(cell_.w_hh.format, sequence_.batch,
+                                                       std::max(cell_.gates(), cell_.output));
+  scratch_ = arena.take<char>(available_threads() * scratch_bytes_);
 }
 
 template <typename T>
@@ -239,20 +243,20 @@ void Backward<T>::run(const CellGradient<T>& gradient, const Use& use) const {
                                   .outputs = outputs_,
                                   .h_prev = h_prev_,
                                   .masked = masked_};
-    const auto walk = [&, first, last](const Share& share) {
-      walk_back(cell_, sequence_, first, last, gradient, dproducts_after, result, share);
+    const auto walk = [&, first, last](const Share& share, int64_t thread) {
+      walk_back(cell_, sequence_, first, last, gradient, dproducts_after, result, share,
+                scratch_ + thread * scratch_bytes_);
     };
     // A thread may have been late in the chunk before.
     const int64_t threads = most_threads == 1 || i == 0
                                 ? most_threads
                                 : std::min(most_threads, free_threads(Clock::now()));
     if (split == Split::kRows) {
-      each_share_of_rows(sequence_, result.steps, threads,
-                         [&](const Share& share, int64_t) { walk(share); });
+      each_share_of_rows(sequence_, result.steps, threads, walk);
     } else {  // one cell: its units
       Team team;
       run_team(threads, [&](int64_t member, int64_t members) {
-        walk({0, sequence_.batch, member, members, &team});
+        walk({0, sequence_.batch, member, members, &team}, member);
       });
     }
     use(result, i > 0);

@@ -46,14 +46,15 @@ uint64_t fingerprint(const at::Tensor& weight) {
   return hash;
 }
 
+// What a weight of that type is packed as.
 Format format_of(at::ScalarType type) {
   switch (type) {
     case at::kHalf:
       return Format::kFloat16;
     case at::kBFloat16:
-      return Format::kBfloat16;
+      return cpu_kernels().f32.bfloat16;
     case at::kChar:
-      return Format::kInt8;
+      return cpu_kernels().f32.int8;
     default:
       return Format::kSame;
   }

@@ -353,7 +353,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
 
   c10::SmallVector<Job<T>, 4> jobs;
   jobs.reserve(layers * directions);
-  int64_t quantising = 0;  // bytes that a thread needs to quantise rows
+  int64_t quantising = 0;  // bytes that a thread needs to quantise or round rows
   T* zeros = nullptr;
   const auto lay_out = [&](Arena arena) {
     jobs.clear();
@@ -372,17 +372,17 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
         const int64_t all = sequence.batch * cell.hidden;
         T* const between = arena.take<T>(cell.depth > 1 && !state.saved ? 2 * all : 0);
         T* const masked = arena.take<T>(state.masks ? 3 * all : 0);
-        if (cell.w_hh.format == Format::kInt8)
-          quantising = std::max(
-              {quantising, kernels.scratch_bytes(std::min(kBlockRows, sequence.rows), cell.input),
-               kernels.scratch_bytes(sequence.batch, std::max(cell.hidden, cell.output))});
+        const Format format = cell.w_hh.format;
+        quantising = std::max(
+            {quantising,
+             kernels.scratch_bytes(format, std::min(kBlockRows, sequence.rows), cell.input),
+             kernels.scratch_bytes(format, sequence.batch, std::max(cell.hidden, cell.output))});
         jobs.push_back({cell, state, sequence, input, output + column, width, chunk, inputs,
                         unprojected, between, masked, zeros});
         column += cell.output;
       }
       input = output;
     }
-    quantising = (quantising + 63) / 64 * 64;
     arena.take<char>(quantising * threads);
     return arena;
   };

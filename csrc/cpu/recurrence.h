@@ -118,7 +118,8 @@ class Backward {
   const Sequence& sequence_;
   bool need_h_prev_;
   Vector<std::pair<int64_t, int64_t>> chunks_;  // [first, last) of the steps taken
-  int64_t most_rows_ = 0;
+  int64_t most_rows_ = 0, scratch_bytes_ = 0;
+  char* scratch_ = nullptr;  // of each thread, scratch_bytes_
   T *dinputs_[2] = {}, *dproducts_[2] = {}, *outputs_ = nullptr, *h_prev_ = nullptr,
     *masked_ = nullptr;
 };

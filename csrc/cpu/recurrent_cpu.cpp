@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// recurrent_forward and recurrent_backward on the CPU. bfloat16 is computed in float32: activations
-// are widened when the op begins, weights as they are loaded.
+// recurrent_forward and recurrent_backward on the CPU. Where a CPU multiplies bfloat16, products of
+// bfloat16 cells round their rows and are summed in float32; elsewhere weights are widened as they
+// are loaded. All else is float32: activations are widened when the op begins.
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -111,12 +112,12 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
     const auto if_saved = [&](const Tensor& t) { return save ? data<T>(t) : nullptr; };
     if (once) {  // K is not cut into parts, so that sums have the bits of run_stack's
       const int64_t terms = std::max<int64_t>(1, input);
-      const int64_t panel = terms * cpu_kernels().of<T>().panel_units() * sizeof(T);
       const Tensor weight = w_ih.contiguous();
-      multiply_once<T>({data<T>(rows), sequence.rows, input},
-                       pack_args(weight, {.transposed = true}), terms,
-                       bias.defined() ? data<T>(bias) : nullptr,
-                       static_cast<T*>(scratch(available_threads() * panel)), data<T>(inputs));
+      const PackArgs by_input = pack_args(weight, {.transposed = true});
+      const int64_t bytes = available_threads() * once_bytes<T>(terms, by_input.format);
+      multiply_once<T>({data<T>(rows), sequence.rows, input}, by_input, terms,
+                       bias.defined() ? data<T>(bias) : nullptr, static_cast<char*>(scratch(bytes)),
+                       data<T>(inputs));
     }
     run_stack<T>(stack, sequence, data<T>(rows),
                  {{.h0 = data<T>(h_first),

@@ -285,7 +285,8 @@ BackwardResult step_backward_cpu(const CellSpec& spec, const Inputs& in_, const 
                                                .y_stride = hidden,
                                                .carried = carried,
                                                .dinputs = dinputs,
-                                               .dproducts = dproducts});
+                                               .dproducts = dproducts,
+                                               .scratch = nullptr});
         });
     // out = or += d @ w, a weight in place.
     const auto through = [&](const T* d, const Tensor& w, bool accumulate, const Tensor& out) {

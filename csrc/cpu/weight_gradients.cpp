@@ -27,7 +27,7 @@ constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
 // The part of B that has rows [first, first + k) and columns [column, column + columns) of it.
 template <typename T>
 PackArgs part_of(PackArgs b, int64_t first, int64_t k, int64_t column, int64_t columns) {
-  const int64_t itemsize = b.format == Format::kSame ? sizeof(T) : 2;
+  const int64_t itemsize = b.format == Format::kSame || b.rounds ? sizeof(T) : 2;
   b.b = static_cast<const char*>(b.b) + (first * b.stride_k + column * b.stride_column) * itemsize;
   b.k = k;
   b.columns = columns;
@@ -43,7 +43,8 @@ int64_t PackedRhs<T>::bytes(int64_t k, int64_t columns, Format format) {
 }
 
 template <typename T>
-PackedRhs<T> PackedRhs<T>::of_states(const Rows<T>& b, const Rows<T>& a, void* packed) {
+PackedRhs<T> PackedRhs<T>::of_states(const Rows<T>& b, Format format, const Rows<T>& a,
+                                     void* packed) {
   const auto zero = [&](int64_t row) {
     return all_zero(b.data + row * b.stride, b.columns) &&
            all_finite(a.data + row * a.stride, a.columns);
@@ -51,12 +52,12 @@ PackedRhs<T> PackedRhs<T>::of_states(const Rows<T>& b, const Rows<T>& a, void* p
   int64_t begin = 0, end = b.rows;
   while (begin < end && zero(begin)) ++begin;
   while (begin < end && zero(end - 1)) --end;
-  return {b.pack_args(), begin, end, packed};
+  return {b.pack_args(format), begin, end, packed};
 }
 
 template <typename T>
 void PackedRhs<T>::multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride,
-                            bool accumulate, T* out) const {
+                            bool accumulate, T* out, void* scratch) const {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const auto [from, to] = part(first);
   kernels.matmul({.rows = rows,
@@ -70,7 +71,7 @@ void PackedRhs<T>::multiply(int64_t first, int64_t rows, const T* a, int64_t a_s
                   .accumulate = accumulate,
                   .out = out,
                   .out_stride = columns_,
-                  .scratch = nullptr});
+                  .scratch = scratch});
 }
 
 template <typename T>
@@ -94,17 +95,27 @@ template class PackedRhs<double>;
 
 namespace {
 
+// What each thread has of `memory` for the two functions that follow: a block of elements, and what
+// a kernel needs to round rows.
+template <typename T>
+int64_t thread_bytes(Format format) {
+  return kBlockElements * int64_t{sizeof(T)} +
+         cpu_kernels().of<T>().scratch_bytes(format, kBlockRows, kTerms);
+}
+
 // out = a [rows, K] @ B [K, columns].
 template <typename T>
-void multiply(const Rows<T>& a, const PackedRhs<T>& b, T* out) {
-  each_block(a.rows, kBlockRows, a.columns * b.columns(), [&](int64_t begin, int64_t end, int64_t) {
-    int64_t first = 0;
-    do {
-      b.multiply(first, end - begin, a.data + begin * a.stride + first, a.stride, first > 0,
-                 out + begin * b.columns());
-      first += kTerms;
-    } while (first < a.columns);
-  });
+void multiply(const Rows<T>& a, const PackedRhs<T>& b, char* memory, T* out) {
+  const int64_t bytes = cpu_kernels().of<T>().scratch_bytes(b.format(), kBlockRows, kTerms);
+  each_block(a.rows, kBlockRows, a.columns * b.columns(),
+             [&](int64_t begin, int64_t end, int64_t thread) {
+               int64_t first = 0;
+               do {
+                 b.multiply(first, end - begin, a.data + begin * a.stride + first, a.stride,
+                            first > 0, out + begin * b.columns(), memory + thread * bytes);
+                 first += kTerms;
+               } while (first < a.columns);
+             });
 }
 
 // Multiplies that take as long as writing an element of a matrix that no cache holds.
@@ -118,11 +129,10 @@ struct TransposedProduct {
 };
 
 // out = or += a.T @ B for each product, all with as many rows as a; sums += the sums of a's
-// columns. a is transposed by blocks, each into a thread's own part of `blocks`
-// [available_threads(), kBlockElements].
+// columns. a is transposed by blocks, each into a thread's own part of `memory`.
 template <typename T>
 void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T>>& products,
-                         bool accumulate, T* blocks, T* sums) {
+                         bool accumulate, char* memory, T* sums) {
   int64_t columns = 0;
   for (const TransposedProduct<T>& product : products) columns += product.b.columns();
   const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
@@ -136,25 +146,35 @@ void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T
                                        .sums = sums + begin});
       for (const auto& [b, out] : products)
         b.multiply(first, end - begin, block, kBlockStride, accumulate || first > 0,
-                   out + begin * b.columns());
+                   out + begin * b.columns(), block + kBlockElements);
     }
   };
   const int64_t terms = std::max(a.rows, kStore);
+  const int64_t bytes = thread_bytes<T>(products[0].b.format());
   each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * terms * columns,
              [&](int64_t begin, int64_t end, int64_t thread) {
                block_of_rows(begin * kLine, std::min(end * kLine, a.columns),
-                             blocks + thread * kBlockElements);
+                             reinterpret_cast<T*>(memory + thread * bytes));
              });
 }
 
 }  // namespace
 
 template <typename T>
-void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* bias, T* panels,
+int64_t once_bytes(int64_t terms, Format format) {
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  return terms * kernels.panel_units() * int64_t{sizeof(T)} +
+         kernels.scratch_bytes(format, kBlockRows, terms);
+}
+template int64_t once_bytes<float>(int64_t, Format);
+template int64_t once_bytes<double>(int64_t, Format);
+
+template <typename T>
+void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* bias, char* memory,
                    T* out) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t width = kernels.panel_units();
-  const auto panel = [&](int64_t column, T* packed) {
+  const int64_t width = kernels.panel_units(), bytes = once_bytes<T>(terms, b.format);
+  const auto panel = [&](int64_t column, char* packed) {
     int64_t first = 0;
     do {
       PackArgs part = part_of<T>(b, first, std::min(terms, b.k - first), column,
@@ -173,20 +193,20 @@ void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* 
                       .accumulate = first > 0,
                       .out = out + column,
                       .out_stride = b.columns,
-                      .scratch = nullptr});
+                      .scratch = packed + terms * width * int64_t{sizeof(T)}});
       first += terms;
     } while (first < b.k);
   };
   each_block(kernels.panels(b.columns), 1, a.rows * b.k * width,
              [&](int64_t begin, int64_t end, int64_t thread) {
                for (int64_t index = begin; index < end; ++index)
-                 panel(index * width, panels + thread * terms * width);
+                 panel(index * width, memory + thread * bytes);
              });
 }
 template void multiply_once<float>(const Rows<float>&, const PackArgs&, int64_t, const float*,
-                                   float*, float*);
+                                   char*, float*);
 template void multiply_once<double>(const Rows<double>&, const PackArgs&, int64_t, const double*,
-                                    double*, double*);
+                                    char*, double*);
 
 template <typename T>
 WeightGradients<T>::WeightGradients(const PackedCell& cell, const Sequence& sequence,
@@ -198,6 +218,7 @@ WeightGradients<T>::WeightGradients(const PackedCell& cell, const Sequence& sequ
       saved_(saved),
       to_(targets),
       once_(sequence.rows <= kBlockRows),
+      format_(is_pairs(cell.w_hh.format) ? cell.w_hh.format : Format::kSame),
       by_input_(to_.dx ? pack_args(w_ih, {.transposed = false}) : PackArgs()) {}
 
 template <typename T>
@@ -206,11 +227,13 @@ void WeightGradients<T>::lay_out(Arena& arena, int64_t most_rows) {
     return arena.take<char>(needed ? PackedRhs<T>::bytes(of...) : 0);
   };
   const bool weights = to_.dw_hh != nullptr, projected = to_.dw_hr != nullptr;
-  blocks_ = arena.take<T>(available_threads() * kBlockElements);
+  const int64_t bytes =
+      std::max(thread_bytes<T>(format_), once_ ? once_bytes<T>(kTerms, by_input_.format) : 0);
+  blocks_ = arena.take<char>(available_threads() * bytes);
   packed_input_ = take(to_.dx && !once_, by_input_.k, by_input_.columns, by_input_.format);
-  packed_x_ = take(weights, most_rows, cell_.input);
-  packed_states_ = take(weights, most_rows, cell_.output);
-  packed_h_ = take(projected, most_rows, cell_.hidden);
+  packed_x_ = take(weights, most_rows, cell_.input, format_);
+  packed_states_ = take(weights, most_rows, cell_.output, format_);
+  packed_h_ = take(projected, most_rows, cell_.hidden, format_);
   sums_ = arena.take<T>(projected ? cell_.output : 0);  // of columns, which nobody asks for
 }
 
@@ -230,7 +253,7 @@ void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
     if (once_)
       multiply_once<T>(dinputs, by_input_, kTerms, nullptr, blocks_, out);
     else
-      multiply<T>(dinputs, *input_, out);
+      multiply<T>(dinputs, *input_, blocks_, out);
   }
   if (!to_.dw_hh) return;
   const Rows<T> x{x_ + steps.first_row * cell_.input, steps.rows, cell_.input};
@@ -238,12 +261,12 @@ void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
     const Rows<T> dproducts{of.dproducts + d * gates, steps.rows, gates, of.stride};
     const Rows<T> states{of.h_prev + d * steps.rows * cell_.output, steps.rows, cell_.output};
     std::vector<TransposedProduct<T>> products;
-    if (d == 0) products.push_back({PackedRhs<T>(x.pack_args(), packed_x_), to_.dw_ih});
+    if (d == 0) products.push_back({PackedRhs<T>(x.pack_args(format_), packed_x_), to_.dw_ih});
     if (d == 0 && dinputs.data != dproducts.data) {
       multiply_transposed<T>(dinputs, products, accumulate, blocks_, to_.db_ih);
       products.clear();
     }
-    products.push_back({PackedRhs<T>::of_states(states, dproducts, packed_states_),
+    products.push_back({PackedRhs<T>::of_states(states, format_, dproducts, packed_states_),
                         to_.dw_hh + d * gates * cell_.output});
     multiply_transposed<T>(dproducts, products, accumulate, blocks_,
                            to_.db_hh ? to_.db_hh + d * gates : to_.db_ih);
@@ -258,7 +281,7 @@ void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
   const at::Tensor h = of_steps(gates_ + 3 * hidden, stride) * of_steps(saved_, hidden).tanh();
   const Rows<T> cell_outputs{h.const_data_ptr<T>(), steps.rows, hidden};
   multiply_transposed<T>({of.outputs, steps.rows, cell_.output},
-                         {{PackedRhs<T>(cell_outputs.pack_args(), packed_h_), to_.dw_hr}},
+                         {{PackedRhs<T>(cell_outputs.pack_args(format_), packed_h_), to_.dw_hr}},
                          accumulate, blocks_, sums_);
 }
 

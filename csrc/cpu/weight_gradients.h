@@ -19,9 +19,15 @@ struct Rows {
   const T* data;
   int64_t rows, columns, stride = columns;
 
-  // As B of a product.
-  PackArgs pack_args() const {
-    return {.k = rows, .columns = columns, .b = data, .stride_k = stride, .stride_column = 1};
+  // As B of a product, packed as kSame, kPairs or kTiles.
+  PackArgs pack_args(Format format) const {
+    return {.k = rows,
+            .columns = columns,
+            .format = format,
+            .rounds = is_pairs(format),
+            .b = data,
+            .stride_k = stride,
+            .stride_column = 1};
   }
 };
 
@@ -30,12 +36,14 @@ struct Rows {
 inline constexpr int64_t kTerms = 512;
 
 // out [rows, columns] = a [rows, K] @ B + bias, for at most kBlockRows rows, so that each panel of
-// B is used once. A thread packs up to `terms` rows of a panel into its own part of `panels`
-// [available_threads(), terms * a panel's columns] and multiplies with them while they are in its
-// cache.
+// B is used once. A thread packs up to `terms` rows of a panel into its own part of `memory`
+// [available_threads(), once_bytes(terms, format of b)] and multiplies with them while they are in
+// its cache.
 template <typename T>
-void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* bias, T* panels,
+void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* bias, char* memory,
                    T* out);
+template <typename T>
+int64_t once_bytes(int64_t terms, Format format);
 
 // The packed right-hand side B [K, columns] of a product, in parts of kTerms rows. The caller owns
 // its memory.
@@ -47,14 +55,15 @@ class PackedRhs {
 
   PackedRhs(const PackArgs& b, void* packed) : PackedRhs(b, 0, b.k, packed) {}
   // B of states, for a product a.T @ B. Rows of zeros at its beginning and end are left out.
-  static PackedRhs of_states(const Rows<T>& b, const Rows<T>& a, void* packed);
+  static PackedRhs of_states(const Rows<T>& b, Format format, const Rows<T>& a, void* packed);
 
   // out [rows, columns] = or += a [rows, K of the part] @ (the part of B that begins at row
-  // `first`).
-  void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, bool accumulate,
-                T* out) const;
+  // `first`). scratch: as in MatmulArgs, for kTerms elements of a row.
+  void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, bool accumulate, T* out,
+                void* scratch) const;
 
   int64_t columns() const { return columns_; }
+  Format format() const { return format_; }
 
  private:
   // All but rows [begin, end) are zeros, which add nothing.
@@ -96,12 +105,14 @@ class WeightGradients {
   const PackedCell& cell_;
   const T *x_, *gates_, *saved_;
   Targets to_;
-  bool once_;  // w_ih serves one product
+  bool once_;      // w_ih serves one product
+  Format format_;  // what rows are multiplied as: kSame, or as the weights of w_hh where these are
+                   // pairs
   PackArgs by_input_;
   std::optional<PackedRhs<T>> input_;
-  T *blocks_ = nullptr, *sums_ = nullptr;
-  char *packed_input_ = nullptr, *packed_x_ = nullptr, *packed_states_ = nullptr,
-       *packed_h_ = nullptr;
+  T* sums_ = nullptr;
+  char *blocks_ = nullptr, *packed_input_ = nullptr, *packed_x_ = nullptr,
+       *packed_states_ = nullptr, *packed_h_ = nullptr;
 };
 
 }  // namespace iss

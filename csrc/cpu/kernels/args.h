@@ -19,6 +19,18 @@ struct PanelRange {
 // goes over the panels, and a multiple of the height of every tile.
 constexpr int64_t kBlockRows = 66;
 
+// Rows of a tile, and the groups of neighbours along K that it has.
+constexpr int64_t kTileSize = 16;
+constexpr int64_t whole_tiles(int64_t count) {
+  return (count + kTileSize - 1) / kTileSize * kTileSize;
+}
+
+// Groups of neighbours along K in a matrix packed as int8 or pairs. depth: neighbours of int8.
+constexpr int64_t groups_of(Format format, int64_t k, int64_t depth) {
+  const int64_t each = is_int8(format) ? depth : 2, groups = (k + each - 1) / each;
+  return in_tiles(format) ? whole_tiles(groups) : groups;
+}
+
 // Vectors of a panel: as many as the gates of a unit, or a multiple of them.
 constexpr int panel_vectors(int gates) { return gates == 3 ? 3 : 4; }
 
@@ -30,17 +42,20 @@ constexpr int panel_vectors(int gates) { return gates == 3 ? 3 : 4; }
 // units, each with G vectors. If fewer units are left for the last block, its gates stand that many
 // columns apart instead of `lanes`. The end of the panel is then empty, and no kernel reads it.
 //
-// kBfloat16: two vectors of a panel are interleaved; a third one stands alone. kInt8:
+// kBfloat16: two vectors of a panel are interleaved; a third one stands alone. kPairs: as a matrix
+// of Pairs with K / 2 rows; an odd K is filled up with zeros. Tiles fill up K with zeros to a whole
+// tile. kInt8:
 // [panel][K / depth][V][lanes][depth], then the scales of the panel, float [V][lanes], and the
 // initial values of its sums, int32 [V][lanes].
 struct PackArgs {
   int64_t k, columns;
   int gates = 1;
   Format format = Format::kSame;
+  bool rounds = false;     // kPairs, kTiles: b has floats, not Bfloat16
   PanelRange panels = {};  // those to write
   const void* b;           // element (k, column) at b[k * stride_k + column * stride_column]
   int64_t stride_k, stride_column;
-  const float* scales = nullptr;  // [columns]; kInt8 alone
+  const float* scales = nullptr;  // [columns]; int8 alone
   void* packed = nullptr;         // [Kernels::packed_bytes(...)]
 };
 
@@ -66,7 +81,7 @@ struct MatmulArgs {
   bool accumulate;
   T* out;  // [rows, columns], out_stride elements from row to row
   int64_t out_stride;
-  void* scratch;  // [Kernels::scratch_bytes(rows, K)], the calling thread's own; for int8
+  void* scratch;  // [Kernels::scratch_bytes(b.format, rows, K)], the calling thread's own
   // Where b is transposed, a_more @ B_more [k_more, columns] may be added to each product: one sum
   // over both is cheaper than two. B_more has the order and format of b.
   const T* a_more = nullptr;
@@ -111,7 +126,7 @@ struct StepArgs {
   T* gates;  // [n, kSavedGates * H], gates_stride; nullptr when not training
   int64_t gates_stride;
   T* saved;                         // [n, H] kSavedState; nullptr when not training
-  void* scratch;                    // as in MatmulArgs
+  void* scratch;                    // as in MatmulArgs, of w_hh
   int64_t product_bias_stride = 0;  // from row to row; 0: the same for all
 };
 
@@ -138,10 +153,11 @@ struct StepBackwardArgs {
   int64_t before_stride;
   const T* y;  // [n, H], y_stride: the output of this step
   int64_t y_stride;
-  T* carried;    // [n, H] kCarries; in: the gradient of c_t (kHasC), or a summand of dh; out: the
-                 // same for the step before
-  T* dinputs;    // [n, G H] gradient of the inputs
-  T* dproducts;  // [n, G H] gradient of the products; dinputs itself but for kSplit
+  T* carried;     // [n, H] kCarries; in: the gradient of c_t (kHasC), or a summand of dh; out: the
+                  // same for the step before
+  T* dinputs;     // [n, G H] gradient of the inputs
+  T* dproducts;   // [n, G H] gradient of the products; dinputs itself but for kSplit
+  void* scratch;  // as in MatmulArgs
 };
 
 }  // namespace iss

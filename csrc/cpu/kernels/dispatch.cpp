@@ -9,12 +9,12 @@
 
 namespace iss {
 
-extern const CpuKernels kScalarKernels;
+extern const CpuKernels kScalarKernels, kScalarBf16Kernels;
 #if defined(__x86_64__)
-extern const CpuKernels kAvx2Kernels;
-extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx2Kernels, kAvx2VnniKernels;
+extern const CpuKernels kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;
 #elif defined(__aarch64__)
-extern const CpuKernels kNeonKernels;
+extern const CpuKernels kNeonKernels, kNeonBf16Kernels;
 #endif
 
 namespace {
@@ -22,12 +22,20 @@ namespace {
 // Every ISA that is built, best first. A new one is its isa_*.cpp, its vec_*-inl.h and a line here.
 const CpuKernels* const kBuilt[] = {
 #if defined(__x86_64__)
+    &kAvx512Bf16Kernels,
     &kAvx512Kernels,
+    &kAvx2VnniKernels,
     &kAvx2Kernels,
 #elif defined(__aarch64__)
+    &kNeonBf16Kernels,
     &kNeonKernels,
 #endif
     &kScalarKernels,
+    // On request alone: for tests, and what no machine has measured yet.
+    &kScalarBf16Kernels,
+#if defined(__x86_64__)
+    &kAmxKernels,
+#endif
 };
 
 std::string joined(const std::vector<std::string>& names) {

@@ -9,8 +9,12 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-ISS_TARGET_BEGIN("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+// Only the kernels of Format::kPairs use AVX512-BF16, those of kTiles and kInt8Tiles AMX.
+ISS_TARGET_BEGIN(
+    "fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 namespace iss {
 namespace {
 #include "cpu/kernels/vec_avx512-inl.h"
@@ -19,6 +23,7 @@ namespace {
 #include "cpu/kernels/operand_float-inl.h"
 #include "cpu/kernels/operand_int8-inl.h"
 #include "cpu/kernels/operand_stored-inl.h"
+#include "cpu/kernels/tiles_amx-inl.h"
 #include "cpu/kernels/pack-inl.h"
 #include "cpu/kernels/matmul-inl.h"
 #include "cells/lstm-inl.h"
@@ -31,17 +36,54 @@ namespace {
 }  // namespace
 ISS_TARGET_END
 
-extern const CpuKernels kAvx512Kernels;
-const CpuKernels kAvx512Kernels = {
-    .isa = "avx512",
+namespace {
+bool supported() {
+  // A CPU without VNNI (2017's Skylake-SP) is served by AVX2.
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool with_bf16() { return supported() && __builtin_cpu_supports("avx512bf16"); }
+
+// Linux gives a process the tiles where it asks for them.
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+}  // namespace
+
+extern const CpuKernels kAmxKernels, kAvx512Bf16Kernels, kAvx512Kernels;
+const CpuKernels kAmxKernels = {
+    .isa = "amx",
     .supported =
         [] {
-          // A CPU without VNNI (2017's Skylake-SP) is served by AVX2.
-          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                 __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
-                 __builtin_cpu_supports("f16c");
+          return with_bf16() && __builtin_cpu_supports("amx-tile") &&
+                 __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+                 tiles_permitted();
         },
+    .f32 = with(table<float>(), Format::kTiles, Format::kInt8Tiles),
+    .f64 = table<double>(),
+    .lasso_f32 = lasso_table<float>(),
+    .lasso_f64 = lasso_table<double>(),
+    .lasso_bf16 = lasso_table<Bfloat16>(),
+};
+const CpuKernels kAvx512Bf16Kernels = {
+    .isa = "avx512_bf16",
+    .supported = &with_bf16,
+    .f32 = with(table<float>(), Format::kPairs, Format::kInt8),
+    .f64 = table<double>(),
+    .lasso_f32 = lasso_table<float>(),
+    .lasso_f64 = lasso_table<double>(),
+    .lasso_bf16 = lasso_table<Bfloat16>(),
+};
+const CpuKernels kAvx512Kernels = {
+    .isa = "avx512",
+    .supported = &supported,
     .f32 = table<float>(),
     .f64 = table<double>(),
     .lasso_f32 = lasso_table<float>(),

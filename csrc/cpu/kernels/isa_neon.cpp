@@ -13,6 +13,7 @@ namespace {
 #include "cpu/kernels/operand_float-inl.h"
 #include "cpu/kernels/operand_int8-inl.h"
 #include "cpu/kernels/operand_stored-inl.h"
+#include "cpu/kernels/tiles_none-inl.h"
 #include "cpu/kernels/pack-inl.h"
 #include "cpu/kernels/matmul-inl.h"
 #include "cells/lstm-inl.h"

@@ -10,6 +10,7 @@ namespace {
 #include "cpu/kernels/operand_float-inl.h"
 #include "cpu/kernels/operand_int8-inl.h"
 #include "cpu/kernels/operand_stored-inl.h"
+#include "cpu/kernels/tiles_none-inl.h"
 #include "cpu/kernels/pack-inl.h"
 #include "cpu/kernels/matmul-inl.h"
 #include "cells/lstm-inl.h"
@@ -21,11 +22,21 @@ namespace {
 #include "cpu/kernels/table-inl.h"
 }  // namespace
 
-extern const CpuKernels kScalarKernels;
+extern const CpuKernels kScalarKernels, kScalarBf16Kernels;
 const CpuKernels kScalarKernels = {
     .isa = "scalar",
     .supported = [] { return true; },
     .f32 = table<float>(),
+    .f64 = table<double>(),
+    .lasso_f32 = lasso_table<float>(),
+    .lasso_f64 = lasso_table<double>(),
+    .lasso_bf16 = lasso_table<Bfloat16>(),
+};
+// For tests, on any machine: what the kernels of avx512_bf16 do.
+const CpuKernels kScalarBf16Kernels = {
+    .isa = "scalar_bf16",
+    .supported = [] { return true; },
+    .f32 = with(table<float>(), Format::kPairs, Format::kInt8),
     .f64 = table<double>(),
     .lasso_f32 = lasso_table<float>(),
     .lasso_f64 = lasso_table<double>(),

@@ -1,6 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // A product with a matrix, by the tiles of its operand.
 
+// Rows [rows, k] as Pairs [rows, pairs], rounded and filled up with zeros; a Pair in the place of a
+// float. For T = float, where Vec<T>::kPairs.
+template <typename T>
+inline void round_rows(const T* from, int64_t stride, int64_t rows, int64_t k, int64_t pairs,
+                       T* to) {
+  constexpr int64_t kLanes = Vec<T>::kLanes;
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += pairs) {
+    std::fill(to + k / 2, to + pairs, T(0));
+    Bfloat16* const halves = reinterpret_cast<Bfloat16*>(to);
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) Vec<T>::load(from + i).round_to(halves + i);
+    if (i == k) continue;
+    // Lanes after the last one are the next row's, which is written later.
+    Vec<T>::load(from + i, k - i).round_to(halves + i);
+  }
+}
+
 // The tiles of a [rows, k] @ b [k, columns], in panels of kVectors.
 template <typename T, int kVectors, typename Prefetch, typename Finish>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
@@ -10,6 +27,18 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
     each_tile_of<T, kVectors>(FloatOperand<T, kVectors, W>(a, stride, rows, k, panels, weights),
                               rows, k, columns, panels, prefetch, finish);
   };
+  if constexpr (Vec<T>::kPairs)
+    if (is_pairs(b.format)) {
+      T* const rounded = static_cast<T*>(scratch);
+      const int64_t pairs = groups_of(b.format, k, 2);
+      round_rows(a, stride, rows, k, pairs, rounded);
+      if constexpr (kHasTiles)
+        if (b.format == Format::kTiles)
+          return each_product<kVectors>(PairTiles<kVectors>{rounded, pairs, b.panels}, rows,
+                                        columns, panels, prefetch, finish);
+      const FloatOperand<T, kVectors, Pair> operand(rounded, pairs, rows, pairs, panels, b.panels);
+      return each_tile_of<T, kVectors>(operand, rows, pairs, columns, panels, prefetch, finish);
+    }
   if constexpr (std::is_same_v<T, float>) {
     if (b.format == Format::kFloat16 && rows == 1 && Vec<T>::halves())
       return each_panel_of<T, kVectors, kMostPanels>(
@@ -17,11 +46,13 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
           columns, panels, prefetch, finish);
     if (b.format == Format::kFloat16) return floats(static_cast<const Float16*>(b.panels));
     if (b.format == Format::kBfloat16) return floats(static_cast<const Bfloat16*>(b.panels));
-    if (b.format == Format::kInt8 || b.format == Format::kInt8Fine) {
-      const int64_t terms = b.format == Format::kInt8 ? 1 : 2;
-      return each_tile_of<T, kVectors>(
-          Int8Operand<kVectors>(a, rows, stride, k, terms, b.panels, scratch), rows, k, columns,
-          panels, prefetch, finish);
+    if (is_int8(b.format)) {
+      const Int8Operand<kVectors> operand(a, rows, stride, k, b, scratch);
+      if constexpr (kHasTiles)
+        if (in_tiles(b.format))
+          return each_product<kVectors>(Int8Tiles<kVectors>{operand}, rows, columns, panels,
+                                        prefetch, finish);
+      return each_tile_of<T, kVectors>(operand, rows, k, columns, panels, prefetch, finish);
     }
   }
   floats(static_cast<const T*>(b.panels));

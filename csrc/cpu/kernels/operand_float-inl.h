@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// A packed matrix of floats: T as it is, or 16 bits that are widened as a vector is loaded.
+// A packed matrix of floats: T as it is, 16 bits that are widened as a vector is loaded, or Pairs.
 
-// B stored as W: T, or a 16-bit type. kHalves: as in Vec<T>::halves().
+// B stored as W: T, a 16-bit type, or Pair. With Pair, `a` and K count Pairs too: a Pair travels in
+// the place of a float, and only `plus` knows of it. kHalves: as in Vec<T>::halves().
 template <typename T, int kVectors, typename W, bool kHalves = false>
 struct FloatOperand {
   // A panel of three vectors leaves registers for taller tiles. The tallest of AVX-512 keep one of
   // the vectors in a register and load the others again for each row: worth it only where one tile
   // takes all rows, and then from L2 on, since the weights are read once.
   static constexpr int kTileRows =
-      kVectors == 3 && std::is_same_v<T, W> ? Vec<T>::kTallRows : Vec<T>::kTileRows;
+      kVectors == 3 && sizeof(T) == sizeof(W) ? Vec<T>::kTallRows : Vec<T>::kTileRows;
   static constexpr int kManyRows = std::min(kTileRows, 6);
   // The bytes of a K block, which several tiles of rows use while it is in the L1 cache. Tall tiles
   // read 11 bytes a cycle, which the L2 cache delivers too; so their blocks are longer, and sums
@@ -69,6 +70,14 @@ struct FloatOperand {
       return Vec<T>::load(at);
   }
 
+  template <typename V>
+  static V plus(V x, V w, V sum) {
+    if constexpr (std::is_same_v<W, Pair>)
+      return V::dot(x, w, sum);
+    else
+      return fma(x, w, sum);
+  }
+
   // The micro-kernel: sums += a @ rows [begin, end) of B; sums = where begin is 0. Vectors counts
   // from the first of the panel on, and may go on into the next panel.
   template <int Rows, int Vectors>
@@ -115,10 +124,10 @@ struct FloatOperand {
           const V x = V::set(x_rows[r * x_stride + i]);
           // Keeps the compiler from loading all vectors at once, as in a tile of fewer rows.
           if constexpr (Rows == 10) __asm__ volatile("" ::: "memory");
-          sum[r][0] = fma(x, first, sum[r][0]);
+          sum[r][0] = plus(x, first, sum[r][0]);
 #pragma GCC unroll 4
           for (int j = 1; j < Vectors; ++j)
-            sum[r][j] = fma(x, V::load(at + j * Vec<T>::kLanes), sum[r][j]);
+            sum[r][j] = plus(x, V::load(at + j * Vec<T>::kLanes), sum[r][j]);
         }
       } else {
         V x[Rows];
@@ -130,7 +139,7 @@ struct FloatOperand {
           const W* const at = of_step + j / kVectors * to_next + j % kVectors * Vec<T>::kLanes;
           const V w = load<Rows>(at, j);
 #pragma GCC unroll 16
-          for (int r = 0; r < Rows; ++r) sum[r][j] = fma(x[r], w, sum[r][j]);
+          for (int r = 0; r < Rows; ++r) sum[r][j] = plus(x[r], w, sum[r][j]);
           // Keeps the compiler from loading both vectors of a pair at once: registers are too few.
           if constexpr (std::is_same_v<W, Bfloat16> && Rows > 1) __asm__ volatile("" ::: "memory");
         }

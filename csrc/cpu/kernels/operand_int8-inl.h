@@ -22,22 +22,24 @@ struct Int8Operand {
   static constexpr int64_t kFew = 32;
 
   int64_t rows, groups, terms;
-  const float* scales;  // [terms, rows]; the second is 0 for a row of one term
-  const Activation* a;  // [terms, rows, groups * kDepth]
+  int64_t spaced;       // rows, or as many as whole tiles have
+  const float* scales;  // [terms, spaced]; the second is 0 for a row of one term
+  const Activation* a;  // [terms, spaced, groups * kDepth]
   const char* panels;
 
   static constexpr int64_t panel_bytes(int64_t groups) {
     return kColumns * (groups * Dot::kDepth + 8);
   }
 
-  Int8Operand(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, int64_t terms,
-              const void* packed, void* scratch)
+  Int8Operand(const float* rows_of_a, int64_t rows, int64_t stride, int64_t k, Packed b,
+              void* scratch)
       : rows(rows),
-        groups((k + Dot::kDepth - 1) / Dot::kDepth),
-        terms(terms),
-        panels(static_cast<const char*>(packed)) {
+        groups(groups_of(b.format, k, Dot::kDepth)),
+        terms(is_fine(b.format) ? 2 : 1),
+        spaced(in_tiles(b.format) ? whole_tiles(rows) : rows),
+        panels(static_cast<const char*>(b.panels)) {
     float* const row_scales = static_cast<float*>(scratch);
-    Activation* const activations = reinterpret_cast<Activation*>(row_scales + terms * rows);
+    Activation* const activations = reinterpret_cast<Activation*>(row_scales + terms * spaced);
     scales = row_scales;
     a = activations;
     for (int64_t r = 0; r < rows; ++r) {
@@ -57,8 +59,8 @@ struct Int8Operand {
         const float scale = size / Dot::kLevels;
         const float inverse = size > kSmallest ? Dot::kLevels / size : 0;
         const auto put = [&](int64_t term, float its_scale, const auto& steps) {
-          row_scales[term * rows + r] = its_scale;
-          Activation* const to = activations + (term * rows + r) * groups * Dot::kDepth;
+          row_scales[term * spaced + r] = its_scale;
+          Activation* const to = activations + (term * spaced + r) * groups * Dot::kDepth;
           // steps(i) has 1.5 * 2^23 added, so the rounded integer is in its low bits.
           for (int64_t i = 0; i < k; ++i)
             to[i] = static_cast<Activation>(std::bit_cast<int32_t>(steps(i)) -
@@ -66,7 +68,7 @@ struct Int8Operand {
           for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
         };
         put(0, scale, [&](int64_t i) { return element(i) * inverse + kShift; });
-        if (terms == 2) row_scales[rows + r] = 0;
+        if (terms == 2) row_scales[spaced + r] = 0;
         if (!wide) return;
         constexpr float kFiner = 2 * Dot::kLevels;  // the rest is at most half a step
         put(1, scale / kFiner, [&](int64_t i) {
@@ -103,11 +105,11 @@ struct Int8Operand {
     for (int64_t term = 0; term < terms; ++term) {
       if (term == 1) {
         bool wide = false;
-        for (int r = 0; r < Rows; ++r) wide |= scales[rows + row + r] != 0;
+        for (int r = 0; r < Rows; ++r) wide |= scales[spaced + row + r] != 0;
         if (!wide) return;
       }
-      const Activation* const x = a + (term * rows + row) * steps * Dot::kDepth;
-      const float* const x_scales = scales + term * rows + row;
+      const Activation* const x = a + (term * spaced + row) * steps * Dot::kDepth;
+      const float* const x_scales = scales + term * spaced + row;
       Dot sum[Rows][Vectors];
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)

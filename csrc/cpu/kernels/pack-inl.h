@@ -93,10 +93,60 @@ inline void pack_rows(const PackArgs& args) {
   }
 }
 
+// For T = float, where Vec<T>::kPairs. S: Bfloat16, or T, which is rounded.
+template <typename T, int kVectors, typename S>
+inline void pack_pairs(const PackArgs& args) {
+  constexpr int64_t kColumns = kPanelColumns<T, kVectors>, kLanes = Vec<T>::kLanes;
+  const S* const b = static_cast<const S*>(args.b);
+  const int64_t pairs = groups_of(args.format, args.k, 2);
+  const auto panel_at = [&](int64_t panel) {
+    return static_cast<Pair*>(args.packed) + panel * pairs * kColumns;
+  };
+  if (args.gates == 1 && args.stride_column == 1) {  // two rows of B at a time
+    for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel)
+      for (int64_t i = 0; i < pairs; ++i)
+        for (int64_t slot = 0; slot < kColumns; slot += kLanes) {
+          const int64_t column = panel * kColumns + slot, left = args.columns - column;
+          const auto row = [&](int64_t k) {
+            const S* const at = b + k * args.stride_k + column;
+            return k >= args.k || left <= 0 ? Vec<T>::set(0)
+                   : left >= kLanes         ? Vec<T>::load(at)
+                                            : Vec<T>::load(at, left);
+          };
+          Vec<T>::store_pairs(row(2 * i), row(2 * i + 1), panel_at(panel) + i * kColumns + slot);
+        }
+    return;
+  }
+  constexpr int64_t kRows = 64;  // as in pack_as
+  const S* from[kColumns];
+  each_column<T, kVectors>(args, [&](int64_t panel, int64_t slot, int64_t column) {
+    from[slot] = column < 0 ? nullptr : b + column * args.stride_column;
+    if (slot + 1 < kColumns) return;
+    for (int64_t begin = 0; begin < 2 * pairs; begin += kRows) {
+      const int64_t count = std::clamp<int64_t>(args.k - begin, 0, kRows);
+      for (int64_t first = 0; first < kColumns; first += kLanes) {
+        T rounded[kLanes][kRows / 2] = {};  // Pairs, in the place of floats
+        const T* columns[kLanes];
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          columns[lane] = rounded[lane];
+          const S* const at = from[first + lane];
+          if (at == nullptr) continue;
+          S values[kRows] = {};
+          for (int64_t i = 0; i < count; ++i) values[i] = at[(begin + i) * args.stride_k];
+          for (int64_t i = 0; i < kRows; i += kLanes)
+            Vec<T>::load(values + i).round_to(reinterpret_cast<Bfloat16*>(rounded[lane]) + i);
+        }
+        transpose_rows(columns, kLanes, std::min(kRows / 2, pairs - begin / 2), kColumns,
+                       reinterpret_cast<T*>(panel_at(panel) + begin / 2 * kColumns + first));
+      }
+    }
+  });
+}
+
 template <int kVectors>
 inline void pack_int8(const PackArgs& args) {
   using Operand = Int8Operand<kVectors>;
-  const int64_t groups = (args.k + Dot::kDepth - 1) / Dot::kDepth;
+  const int64_t groups = groups_of(args.format, args.k, Dot::kDepth);
   each_column<float, kVectors>(args, [&](int64_t panel, int64_t slot, int64_t column) {
     char* const base = static_cast<char*>(args.packed) + panel * Operand::panel_bytes(groups);
     const int8_t* from = static_cast<const int8_t*>(args.b) + column * args.stride_column;
@@ -124,7 +174,13 @@ inline void pack_vectors(const PackArgs& args) {
       return pack_as<T, kVectors, Bfloat16>(args);
     case Format::kInt8:
     case Format::kInt8Fine:
+    case Format::kInt8Tiles:
+    case Format::kInt8FineTiles:
       return pack_int8<kVectors>(args);
+    case Format::kPairs:
+    case Format::kTiles:
+      if constexpr (Vec<T>::kPairs)
+        args.rounds ? pack_pairs<T, kVectors, T>(args) : pack_pairs<T, kVectors, Bfloat16>(args);
   }
 }
 

@@ -161,5 +161,5 @@ void step_backward(const StepBackwardArgs<T>& args) {
     }
   };
   each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b, hidden, args.panels,
-                         nullptr, prefetch, finish);
+                         args.scratch, prefetch, finish);
 }

@@ -7,6 +7,8 @@ constexpr Kernels<T> table() {
       .lanes = Vec<T>::kLanes,
       .tile_rows = Vec<T>::kTileRows,
       .depth = Dot::kDepth,
+      .bfloat16 = Format::kBfloat16,
+      .int8 = Format::kInt8,
       .pack = &pack<T>,
       .matmul = &matmul<T>,
       .transpose = &transpose<T>,
@@ -17,6 +19,13 @@ constexpr Kernels<T> table() {
                 {&step<Rhn, T>, &step_backward<Rhn, T>},
                 {&step<RhnCarry, T>, &step_backward<RhnCarry, T>}},
   };
+}
+
+// The same, where weights are packed for units of their own.
+constexpr Kernels<float> with(Kernels<float> kernels, Format bfloat16, Format int8) {
+  kernels.bfloat16 = bfloat16;
+  kernels.int8 = int8;
+  return kernels;
 }
 
 template <typename W>

@@ -19,9 +19,10 @@ namespace iss {
 
 template <typename T>
 struct Kernels {
-  int64_t lanes;      // elements of a vector
-  int64_t tile_rows;  // rows that one matmul tile holds in registers
-  int64_t depth;      // neighbours along K that one kInt8 instruction adds up
+  int64_t lanes;          // elements of a vector
+  int64_t tile_rows;      // rows that one matmul tile holds in registers
+  int64_t depth;          // neighbours along K that one kInt8 instruction adds up
+  Format bfloat16, int8;  // what weights of these types are packed as
   void (*pack)(const PackArgs&);
   void (*matmul)(const MatmulArgs<T>&);
   void (*transpose)(const TransposeArgs<T>&);
@@ -39,15 +40,23 @@ struct Kernels {
   }
   // Bytes of PackArgs::packed for `columns` columns, those of all gates.
   int64_t packed_bytes(int64_t k, int64_t columns, int gates, Format format) const {
-    const int64_t width = panel_vectors(gates) * lanes;
-    const bool int8 = format == Format::kInt8 || format == Format::kInt8Fine;
-    const int64_t panel = int8 ? width * ((k + depth - 1) / depth * depth) + width * 8
+    const int64_t width = panel_vectors(gates) * lanes, groups = groups_of(format, k, depth);
+    const int64_t panel = is_int8(format)           ? width * (groups * depth + 8)
+                          : is_pairs(format)        ? width * groups * int64_t{sizeof(Pair)}
                           : format == Format::kSame ? width * k * int64_t{sizeof(T)}
                                                     : width * k * 2;
     return panels(columns / gates, gates) * panel;
   }
-  // Bytes that a kernel needs to quantise `rows` rows of k elements, in one term or two.
-  int64_t scratch_bytes(int64_t rows, int64_t k) const { return 2 * rows * (4 + 2 * (k + depth)); }
+  // Bytes that a kernel needs to quantise `rows` rows of k elements, in one term or two, or to
+  // round them: whole cache lines.
+  int64_t scratch_bytes(Format format, int64_t rows, int64_t k) const {
+    const int64_t groups = groups_of(format, k, depth);
+    const int64_t all = in_tiles(format) ? whole_tiles(rows) : rows;
+    const int64_t bytes = is_int8(format)    ? 2 * all * (4 + 2 * groups * depth)
+                          : is_pairs(format) ? all * groups * int64_t{sizeof(Pair)} + 32
+                                             : 0;  // 32: a kernel may write half a vector too much
+    return (bytes + 63) / 64 * 64;
+  }
 };
 
 // For weights stored as W.

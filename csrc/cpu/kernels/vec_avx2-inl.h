@@ -13,6 +13,7 @@ inline __m256i first_lanes(int64_t bytes4) {
 template <>
 struct Vec<float> {
   static constexpr int64_t kLanes = 8;
+  static constexpr bool kPairs = false;
   static constexpr int kTileRows = 3;  // 3 rows x 4 accumulators + 3 broadcasts of 16 registers
   static constexpr int kTallRows = 4;  // 4 rows x 3 accumulators + 3 vectors + a broadcast
   static constexpr int kRowPanels = 2;
@@ -99,6 +100,7 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 4;
+  static constexpr bool kPairs = false;
   static constexpr int kTileRows = 3;
   static constexpr int kTallRows = 4;
   static constexpr int kRowPanels = 2;
@@ -165,7 +167,27 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   return {_mm256_castsi256_pd(_mm256_add_epi64(n, _mm256_set1_epi64x(1023ll << 52)))};
 }
 
-// See vec_scalar-inl.h. maddubs adds two neighbouring products in 16 bits. Activations of 7 bits
+// See vec_scalar-inl.h.
+#ifdef ISS_AVX_VNNI
+struct Dot {
+  static constexpr int kDepth = 4;
+  static constexpr int32_t kZero = 128, kLevels = 127;
+  using Activation = uint8_t;
+  __m256i v;
+
+  static Dot load(const int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+  Dot plus(const Activation* a, const int8_t* w) const {
+    int32_t four;
+    __builtin_memcpy(&four, a, sizeof(four));
+    const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    return {_mm256_dpbusd_avx_epi32(v, _mm256_set1_epi32(four), weights)};
+  }
+  Vec<float> to_float() const { return {_mm256_cvtepi32_ps(v)}; }
+};
+#else
+// maddubs adds two neighbouring products in 16 bits. Activations of 7 bits
 // (1 to 127 with kZero added) times weights of 8 bits do not overflow: 2 * 127 * 127 < 2^15.
 struct Dot {
   static constexpr int kDepth = 4;
@@ -185,3 +207,4 @@ struct Dot {
   }
   Vec<float> to_float() const { return {_mm256_cvtepi32_ps(v)}; }
 };
+#endif

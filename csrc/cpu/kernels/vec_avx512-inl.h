@@ -26,6 +26,7 @@ struct Vec<float> {
   static constexpr int64_t kLanes = 16;
   static constexpr int kTileRows = 6;   // 6 rows x 4 accumulators + 6 broadcasts of 32 registers
   static constexpr int kTallRows = 10;  // 10 rows x 3 accumulators + a vector + a broadcast
+  static constexpr bool kPairs = true;  // of a CPU with AVX512-BF16
   static constexpr int kRowPanels = 1;
   __m512 v;
 
@@ -49,6 +50,18 @@ struct Vec<float> {
   static Vec load_odd(const Bfloat16* p) {
     const __m512i bits = _mm512_loadu_si512(p);
     return {_mm512_castsi512_ps(_mm512_and_epi32(bits, _mm512_set1_epi32(~0xffff)))};
+  }
+  static Vec load(const Pair* p) { return load(reinterpret_cast<const float*>(p)); }
+  static Vec dot(Vec x, Vec w, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)(x.v), (__m512bh)(w.v))};
+  }
+  void round_to(void* p) const {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+  }
+  static void store_pairs(Vec first, Vec second, Pair* to) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first.v));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second.v));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   static Vec widened(__m256i halves) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
@@ -116,6 +129,7 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 8;
+  static constexpr bool kPairs = false;
   static constexpr int kTileRows = 6;
   static constexpr int kTallRows = 10;
   static constexpr int kRowPanels = 1;
@@ -205,5 +219,6 @@ struct Dot {
     return {reinterpret_cast<Lanes>(_mm512_dpbusd_epi32(
         reinterpret_cast<__m512i>(v), _mm512_set1_epi32(four), _mm512_loadu_si512(w)))};
   }
+  friend Dot operator+(Dot a, Dot b) { return {a.v + b.v}; }
   Vec<float> to_float() const { return {_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(v))}; }
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vec<float> of 4 lanes and Vec<double> of 2, for NEON on aarch64. The only NEON intrinsics.
+// ISS_NEON_BF16: with the instructions for dot products of bfloat16 and int8.
 
 template <typename T>
 struct Vec;
@@ -44,6 +45,24 @@ struct Vec<float> {
     to[2] = {vcombine_f32(vget_high_f32(ab.val[0]), vget_high_f32(cd.val[0]))};
     to[3] = {vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]))};
   }
+#ifdef ISS_NEON_BF16
+  static constexpr bool kPairs = true;
+  static Vec load(const Pair* p) { return load(reinterpret_cast<const float*>(p)); }
+  static Vec dot(Vec x, Vec w, Vec sum) {
+    return {vbfdotq_f32(sum.v, vreinterpretq_bf16_f32(x.v), vreinterpretq_bf16_f32(w.v))};
+  }
+  uint16x4_t rounded() const { return vreinterpret_u16_bf16(vcvt_bf16_f32(v)); }
+  void round_to(void* p) const {
+    const uint16x4_t halves = rounded();
+    __builtin_memcpy(p, &halves, sizeof(halves));
+  }
+  static void store_pairs(Vec first, Vec second, Pair* to) {
+    const uint16x4x2_t pairs = vzip_u16(first.rounded(), second.rounded());
+    __builtin_memcpy(to, &pairs, sizeof(pairs));
+  }
+#else
+  static constexpr bool kPairs = false;
+#endif
   void store(float* p) const { vst1q_f32(p, v); }
   void store(Bfloat16* p) const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
@@ -67,6 +86,7 @@ struct Vec<float> {
 template <>
 struct Vec<double> {
   static constexpr int64_t kLanes = 2;
+  static constexpr bool kPairs = false;
   static constexpr int kTileRows = 6;
   static constexpr int kTallRows = 6;
   static constexpr int kRowPanels = 2;
@@ -143,6 +163,22 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
 }
 
 // See vec_scalar-inl.h.
+#ifdef ISS_NEON_BF16
+struct Dot {
+  static constexpr int kDepth = 4;
+  static constexpr int32_t kZero = 0, kLevels = 127;
+  using Activation = int8_t;
+  int32x4_t v;
+
+  static Dot load(const int32_t* p) { return {vld1q_s32(p)}; }
+  Dot plus(const Activation* a, const int8_t* w) const {
+    int32_t four;
+    __builtin_memcpy(&four, a, sizeof(four));
+    return {vdotq_s32(v, vreinterpretq_s8_s32(vdupq_n_s32(four)), vld1q_s8(w))};
+  }
+  Vec<float> to_float() const { return {vcvtq_f32_s32(v)}; }
+};
+#else
 struct Dot {
   static constexpr int kDepth = 2;
   static constexpr int32_t kZero = 0, kLevels = 127;
@@ -160,3 +196,4 @@ struct Dot {
   }
   Vec<float> to_float() const { return {vcvtq_f32_s32(v)}; }
 };
+#endif

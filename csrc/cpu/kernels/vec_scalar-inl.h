@@ -45,6 +45,28 @@ struct Vec {
     return load_even(p + 1);
   }
   static Vec load(const Bfloat16* p) { return load_even(p); }
+  // A Pair in the place of each element, and sum + x.first * w.first + x.second * w.second of them.
+  static constexpr bool kPairs = std::is_same_v<T, float>;
+  static Vec load(const Pair* p) {
+    Vec pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return pair;
+  }
+  static Vec dot(Vec x, Vec w, Vec sum) {
+    const auto half = [](Vec pair, int shift) {
+      return std::bit_cast<float>(std::bit_cast<uint32_t>(pair.v) << shift & 0xffff0000u);
+    };
+    return {sum.v + half(x, 16) * half(w, 16) + half(x, 0) * half(w, 0)};
+  }
+  // kLanes elements, rounded to Bfloat16; the Pairs of two vectors. To nearest, but a subnormal may
+  // count as zero.
+  void round_to(void* p) const {
+    const Bfloat16 rounded = to_bfloat16(v);
+    __builtin_memcpy(p, &rounded, sizeof(rounded));
+  }
+  static void store_pairs(Vec first, Vec second, Pair* to) {
+    to->bits = to_bfloat16(first.v).bits | uint32_t{to_bfloat16(second.v).bits} << 16;
+  }
   static Vec load(const T* p, int64_t) { return {*p}; }  // the first n < kLanes lanes; others are 0
   static Vec load(const Bfloat16* p, int64_t) { return load(p); }
   // Transposes kLanes rows of 4 columns: lane r of to[k] = rows[r][at + k], k < 4.

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/kernels/table.h"
+#include "cpu/kernels/target.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define ISS_AVX_VNNI
+ISS_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+namespace iss {
+namespace {
+#include "cpu/kernels/vec_avx2-inl.h"
+#include "cpu/kernels/math-inl.h"
+#include "cpu/kernels/tile-inl.h"
+#include "cpu/kernels/operand_float-inl.h"
+#include "cpu/kernels/operand_int8-inl.h"
+#include "cpu/kernels/operand_stored-inl.h"
+#include "cpu/kernels/tiles_none-inl.h"
+#include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/matmul-inl.h"
+#include "cells/lstm-inl.h"
+#include "cells/gru-inl.h"
+#include "cells/rnn-inl.h"
+#include "cells/rhn-inl.h"
+#include "cpu/kernels/step-inl.h"
+#include "cpu/kernels/group_lasso-inl.h"
+#include "cpu/kernels/table-inl.h"
+}  // namespace
+ISS_TARGET_END
+
+extern const CpuKernels kAvx2VnniKernels;
+const CpuKernels kAvx2VnniKernels = {
+    .isa = "avx2_vnni",
+    .supported =
+        [] {
+          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                 __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
+        },
+    .f32 = table<float>(),
+    .f64 = table<double>(),
+    .lasso_f32 = lasso_table<float>(),
+    .lasso_f64 = lasso_table<double>(),
+    .lasso_bf16 = lasso_table<Bfloat16>(),
+};
+}  // namespace iss
+#endif

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/kernels/table.h"
+#include "cpu/kernels/target.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#define ISS_NEON_BF16
+#if defined(__clang__)
+ISS_TARGET_BEGIN("bf16,dotprod")
+#else
+ISS_TARGET_BEGIN("arch=armv8.2-a+bf16+dotprod")
+#endif
+
+namespace iss {
+namespace {
+#include "cpu/kernels/vec_neon-inl.h"
+#include "cpu/kernels/math-inl.h"
+#include "cpu/kernels/tile-inl.h"
+#include "cpu/kernels/operand_float-inl.h"
+#include "cpu/kernels/operand_int8-inl.h"
+#include "cpu/kernels/operand_stored-inl.h"
+#include "cpu/kernels/tiles_none-inl.h"
+#include "cpu/kernels/pack-inl.h"
+#include "cpu/kernels/matmul-inl.h"
+#include "cells/lstm-inl.h"
+#include "cells/gru-inl.h"
+#include "cells/rnn-inl.h"
+#include "cells/rhn-inl.h"
+#include "cpu/kernels/step-inl.h"
+#include "cpu/kernels/group_lasso-inl.h"
+#include "cpu/kernels/table-inl.h"
+}  // namespace
+ISS_TARGET_END
+
+extern const CpuKernels kNeonBf16Kernels;
+const CpuKernels kNeonBf16Kernels = {
+    .isa = "neon_bf16",
+    .supported =
+        [] {
+#if defined(__linux__)
+          // HWCAP_ASIMDDP and HWCAP2_BF16.
+          constexpr unsigned long kDotProducts = 1 << 20, kBf16 = 1 << 14;
+          return (getauxval(AT_HWCAP) & kDotProducts) != 0 && (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+          return false;
+#endif
+        },
+    .f32 = with(table<float>(), Format::kPairs, Format::kInt8),
+    .f64 = table<double>(),
+    .lasso_f32 = lasso_table<float>(),
+    .lasso_f64 = lasso_table<double>(),
+    .lasso_bf16 = lasso_table<Bfloat16>(),
+};
+}  // namespace iss
+#endif
