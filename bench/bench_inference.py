@@ -160,7 +160,8 @@ def checked(point: Point) -> Iterator[tuple[tuple[str, tuple[int, ...]], Call]]:
         except Unavailable as reason:
             print(f"{name} left out of {point}: {reason}")
             continue
-        y = torch.as_tensor(y.numpy() if hasattr(y, "numpy") else y)
+        if not isinstance(y, Tensor):
+            y = torch.as_tensor(y.numpy() if hasattr(y, "numpy") else y)
         error = max_error(y.reshape(truth.shape), truth)
         if error <= engine.tolerance:
             yield (name, layers), call

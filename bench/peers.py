@@ -9,6 +9,7 @@ run the layers raises Unavailable with the reason.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import time
@@ -124,6 +125,27 @@ def torch_compiled(layers: Layers, x: Tensor, _: int) -> Call:
     if time.perf_counter() - start > 30:
         raise Unavailable("took more than 30 s to compile")
     return call
+
+
+def torch_bfloat16(layers: Layers, x: Tensor, threads: int) -> Call:
+    """nn.LSTM in bfloat16, weights and activations: oneDNN's, where the CPU has units for it."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Unavailable("oneDNN has no bfloat16 on this CPU")
+    stored = [copy.deepcopy(layer).bfloat16() for layer in layers]
+    return torch_layers(stored, x.bfloat16(), threads)
+
+
+def torch_autocast(layers: Layers, x: Tensor, threads: int) -> Call:
+    """nn.LSTM in float32 under autocast to bfloat16."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Unavailable("oneDNN has no bfloat16 on this CPU")
+    call = torch_layers(layers, x, threads)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return call()  # type: ignore[no-any-return]
+
+    return run
 
 
 def torch_int8(layers: Layers, x: Tensor, threads: int) -> Call:
@@ -307,11 +329,11 @@ def ort_step(layers: Layers, x: Tensor, threads: int, int8: bool = False) -> Cal
 # -- OpenVINO
 
 
-def openvino(layers: Layers, x: Tensor, threads: int) -> Call:
+def openvino(layers: Layers, x: Tensor, threads: int, precision: str = "f32") -> Call:
     """OpenVINO, one request used again.
 
-    In float32 also where the CPU has bfloat16. Threads are not pinned: the calling thread is one of
-    them, and the other engines run on it too.
+    In float32 also where the CPU has bfloat16, unless that is asked for. Threads are not pinned:
+    the calling thread is one of them, and the other engines run on it too.
     """
     import openvino as ov
 
@@ -319,7 +341,7 @@ def openvino(layers: Layers, x: Tensor, threads: int) -> Call:
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,
     }
     compiled = core.compile_model(core.read_model(onnx_model(layers, x)), "CPU", options)
@@ -401,6 +423,13 @@ def engines(cell: str) -> dict[str, Engine]:
     if cell == "lstm":  # ONNX Runtime quantises no GRU and no RNN
         result["ONNX Runtime int8"] = Engine(functools.partial(ort, int8=True), "int8", 0.1, ORT)
     result["OpenVINO"] = Engine(openvino, packages=("openvino", "onnx"))
+    if cell == "lstm":  # others have no bfloat16 GRU in oneDNN
+        brain = functools.partial(openvino, precision="bf16")
+        result |= {
+            "nn.LSTM bfloat16": Engine(torch_bfloat16, "bfloat16", 2e-2),
+            "nn.LSTM autocast": Engine(torch_autocast, "bfloat16", 2e-2),
+            "OpenVINO bfloat16": Engine(brain, "bfloat16", 2e-2, ("openvino", "onnx")),
+        }
     return {**result, f"ISS{module}": Engine(iss, ours=True), **_ours("prepared", prepared)}
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What this machine's cores can do at best: `roofline THREADS` prints a line "fma,,GFLOP/s" and one
-// line "read,BYTES,GB/s" for each working set from 16 KB to 256 MB. Built and run by roofline.py.
+// What this machine's cores can do at best: `roofline THREADS` prints a line "fma,,GFLOP/s", the same
+// of "bfloat16" and "int8" where there are instructions for them, and one line "read,BYTES,GB/s" for
+// each working set from 16 KB to 256 MB. Built and run by roofline.py.
 
 #include <algorithm>
 #include <chrono>
@@ -10,6 +11,12 @@
 #include <functional>
 #include <thread>
 #include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -51,6 +58,60 @@ void multiply_add(int64_t passes) {
   }
   finish(sums, kSums);
 }
+
+// The same for products of pairs in bfloat16 and of fours in int8, by the best unit that there is.
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+constexpr double kPairFlops = 4 * 2.0 * 16 * 16 * 32, kFourFlops = 4 * 2.0 * 16 * 16 * 64;
+template <bool kIntegers>
+void multiply_tiles(int64_t passes) {
+  struct alignas(64) Shapes {
+    uint8_t palette = 1, rest[15] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } shapes;
+  _tile_loadconfig(&shapes);
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    if constexpr (kIntegers) {
+      _tile_dpbusd(0, 4, 6);
+      _tile_dpbusd(1, 4, 7);
+      _tile_dpbusd(2, 5, 6);
+      _tile_dpbusd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_release();
+}
+void multiply_pairs(int64_t passes) { multiply_tiles<false>(passes); }
+void multiply_fours(int64_t passes) { multiply_tiles<true>(passes); }
+#else
+#if defined(__AVX512BF16__)
+constexpr double kPairFlops = 2.0 * kSums * 32;
+void multiply_pairs(int64_t passes) {
+  __m512 sums[kSums] = {}, factor = _mm512_set1_ps(0);
+  hide(factor);
+  for (int64_t pass = 0; pass < passes; ++pass)
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i)
+      sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)factor, (__m512bh)factor);
+  for (__m512& sum : sums) hide(sum);
+}
+#endif
+#if defined(__AVX512VNNI__)
+constexpr double kFourFlops = 2.0 * kSums * 64;
+void multiply_fours(int64_t passes) {
+  __m512i sums[kSums] = {}, factor = _mm512_setzero_si512();
+  hide(factor);
+  for (int64_t pass = 0; pass < passes; ++pass)
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], factor, factor);
+  for (__m512i& sum : sums) hide(sum);
+}
+#endif
+#endif
 
 // count: vectors, a multiple of kReads.
 constexpr int kReads = 8;
@@ -94,6 +155,19 @@ int main(int argc, char** argv) {
   const double flops = 2.0 * kSums * kLanes * threads;
   const double peak = best_rate(threads, flops, [](int, int64_t n) { multiply_add(n); });
   std::printf("fma,,%.2f\n", peak / 1e9);
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 1;  // asks for the tiles
+#endif
+#if defined(__AVX512BF16__)
+  const double pairs =
+      best_rate(threads, kPairFlops * threads, [](int, int64_t n) { multiply_pairs(n); });
+  std::printf("bfloat16,,%.2f\n", pairs / 1e9);
+#endif
+#if defined(__AVX512VNNI__)
+  const double fours =
+      best_rate(threads, kFourFlops * threads, [](int, int64_t n) { multiply_fours(n); });
+  std::printf("int8,,%.2f\n", fours / 1e9);
+#endif
 
   constexpr int64_t kSmallest = 16 << 10, kLargest = 256 << 20;
   std::vector<std::vector<Vector>> data(threads);  // each thread its part, as weights are split

@@ -23,8 +23,9 @@ Every step counts, also a first one from zeros, whose product with w_hh may be l
 
 bandwidth(n) is that of reading n bytes over and over: benchmarks call a function again and again,
 so it is the bandwidth of the cache that holds them. peak is the rate of float32 FMA, also for
-weights in 16 bits, which are widened. int8 has instructions of its own, so its roof is `read`
-alone. Activations are left out: the roof is a bound from below.
+float16, which is widened; bfloat16 and int8 have their own where the CPU has units for them. An
+int8 without one has `read` alone for a roof. Activations are left out: the roof is a bound from
+below.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,16 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 @dataclass(frozen=True)
 class Roofline:
-    """gflops: float32 FMA; reads: (working set in bytes, GB/s), from small to large."""
+    """gflops: float32 FMA; reads: (working set in bytes, GB/s), from small to large; peaks: GFLOP/s
+    of bfloat16 and int8, where there are units for them."""
 
     gflops: float
     reads: tuple[tuple[int, float], ...]
+    peaks: Mapping[str, float]
+
+    def peak(self, precision: str) -> float:
+        """GFLOP/s of products in a precision."""
+        return self.peaks.get(precision, math.inf if precision == "int8" else self.gflops)
 
     def gbytes_per_s(self, size: float) -> float:
         """Read bandwidth of a working set of so many bytes, interpolated in log2."""
@@ -74,7 +81,7 @@ class Roofline:
             for _, h in sizes:
                 w_hh = gates * h * h * item
                 read += steps * w_hh / self.gbytes_per_s(w_hh)
-        compute = 0.0 if weights == "int8" else flops(layers, steps, batch, gates) / self.gflops
+        compute = flops(layers, steps, batch, gates) / self.peak(weights)
         return max(compute, read) / 1e6
 
     def training_ms(
@@ -84,18 +91,21 @@ class Roofline:
         batch: int,
         input_gradient: bool = True,
         gates: int = 4,
+        precision: str = "float32",
     ) -> float:
-        """The roof of a forward and a backward pass in float32."""
+        """The roof of a forward and a backward pass."""
+        item = ITEMSIZE[precision]
         sizes = list(zip(layers, layers[1:], strict=False))
-        total = sum(gates * h * (i + h) for i, h in sizes) * 4
-        w_ih = 3 * sum(gates * h * i for i, h in sizes) * 4
+        total = sum(gates * h * (i + h) for i, h in sizes) * item
+        w_ih = 3 * sum(gates * h * i for i, h in sizes) * item
         if not input_gradient:
-            w_ih -= gates * layers[1] * layers[0] * 4
+            w_ih -= gates * layers[1] * layers[0] * item
         read = w_ih / self.gbytes_per_s(total)
         for _, h in sizes:
-            w_hh = gates * h * h * 4
+            w_hh = gates * h * h * item
             read += (2 * steps + 1) * w_hh / self.gbytes_per_s(w_hh)
-        arithmetic = training_flops(layers, steps, batch, input_gradient, gates) / self.gflops
+        operations = training_flops(layers, steps, batch, input_gradient, gates)
+        arithmetic = operations / self.peak(precision)
         return max(arithmetic, read) / 1e6
 
 
@@ -126,16 +136,17 @@ def roofline(threads: int) -> Roofline:
             [str(program), str(threads)], check=True, capture_output=True, text=True
         )
     lines = [line.split(",") for line in run.stdout.splitlines()]
-    peak = next(float(rate) for kind, _, rate in lines if kind == "fma")
+    peaks = {kind: float(rate) for kind, _, rate in lines if kind != "read"}
     rates = [(int(size), float(rate)) for kind, size, rate in lines if kind == "read"]
     # A smaller set is never read slower: a dip is another process's doing.
     reads = [(size, max(rate for _, rate in rates[i:])) for i, (size, _) in enumerate(rates)]
-    return Roofline(peak, tuple(reads))
+    return Roofline(peaks.pop("fma"), tuple(reads), peaks)
 
 
 if __name__ == "__main__":
     for count in dict.fromkeys((1, len(os.sched_getaffinity(0)))):
         measured = roofline(count)
-        print(f"{count} threads: {measured.gflops:.0f} GFLOP/s float32")
+        peaks = {"float32": measured.gflops, **measured.peaks}
+        print(f"{count} threads: " + ", ".join(f"{n:.0f} GFLOP/s {p}" for p, n in peaks.items()))
         for size, rate in measured.reads:
             print(f"{size / 1024:10.0f} KB {rate:8.1f} GB/s")

@@ -51,7 +51,9 @@ def test_bench_writes_a_row_for_every_engine(quick):
     stream = theirs | {f"Stream {weights}" for weights in FORMATS}
     layer = theirs | {f"prepared {weights}" for weights in FORMATS} | {"torch int8", "ISSLSTM"}
     if installed("openvino", "onnx"):
-        layer |= {"OpenVINO"}
+        layer |= {"OpenVINO", "OpenVINO bfloat16"}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        layer |= {"nn.LSTM bfloat16", "nn.LSTM autocast"}
     assert {row["engine"] for row in rows if row["series"] == "stream"} == stream
     assert {row["engine"] for row in rows if row["series"] == "layer"} == layer
     assert len(rows) == len(stream) + 2 * len(layer)
@@ -95,6 +97,22 @@ def test_the_training_benchmark_writes_a_row_for_every_provider(tmp_path, cell, 
     assert all(float(row["ms_p50"]) > 0 for row in rows)
     assert {row["packed"]: row["roofline"] != "" for row in rows} == {"0": True, "1": False}
     assert "packed x1: geometric mean" in done.stdout
+
+
+def test_the_benchmark_of_precisions_compares_engines_of_the_same(tmp_path):
+    path, page = tmp_path / "precision-here.csv", tmp_path / "page.md"
+    args = ["--quick", "--threads", "1", "--seconds", "0.02", "--output", path]
+    done = run(BENCH / "bench_precision.py", *args)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert {row["precision"] for row in rows if row["task"] == "inference"} == set(FORMATS)
+    trained = {(row["engine"], row["precision"]) for row in rows if row["task"] == "training"}
+    assert {("nn.LSTM", "float32"), ("ISSLSTM", "float32")} <= trained
+    page.write_text("<!-- precision:begin -->\n<!-- precision:end -->\n")
+    done = run(BENCH / "bench_precision.py", "--docs", page, "--csv", path)
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert [line[1] for line in table[1:]] == list(FORMATS)
 
 
 def test_the_benchmark_of_resets_compares_with_split_segments(tmp_path):

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An LSTM in each precision on this machine, inference and training; check, then time.
+
+python bench/bench_precision.py [--quick] [--threads N ...] [--output CSV]
+python bench/bench_precision.py --docs README.md    # the table of all machines
+
+Inference is measured as bench_inference.py does its series `layer`: one layer, I = H, 30 steps, by
+every engine. Training is a forward and a backward pass of 35 steps with gradients of the weights
+and of the input, by nn.LSTM and ISSLSTM in float32 and in bfloat16. The CSV is
+bench/results/precision-ISA.csv, the ISA that of the kernels. A row gives the fraction of the roof
+that roofline.py derives, by the peak of the unit for its precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from statistics import geometric_mean
+
+import torch
+from bench_inference import Point, measure
+from bench_training import Problem, training_step
+from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from report import replace_block, wrapped
+from roofline import roofline
+
+import iss_kernels
+from iss_kernels.testing import assert_no_worse_than_torch
+
+HIDDEN, BATCH, STEPS = (64, 256, 512, 1024), (1, 10, 64), 30
+TRAINED_HIDDEN, TRAINED_BATCH, TRAINED_STEPS = (64, 256, 650), (20, 64), 35
+FIELDS = (
+    "task", "engine", "precision", "H", "B", "T", "threads", "ms_p50", "ms_p20", "ms_p80",
+    "roofline", "device", "isa", "torch", "onnxruntime", "openvino", "git", "date",
+)  # fmt: skip
+
+
+def inference(hidden: int, batch: int, threads: int, seconds: float) -> list[dict[str, object]]:
+    """A row for each engine."""
+    point = Point("layer", (hidden, hidden), STEPS, batch, threads)
+    rows = measure(point, seconds)
+    return [{"task": "inference", "precision": row["weights"], "H": hidden, **row} for row in rows]
+
+
+def training(hidden: int, batch: int, threads: int, seconds: float) -> list[dict[str, object]]:
+    """The same of a training step."""
+    problem = Problem(hidden, TRAINED_STEPS, batch)
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    layer = torch.nn.LSTM(hidden, hidden)
+    ours = iss_kernels.ISSLSTM.from_torch(layer)
+    truth = training_step(copy.deepcopy(layer).double(), problem, torch.float64)()
+    steps: dict[tuple[str, str], Callable[[], object]] = {}
+    dtypes = {"float32": torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # or nn.LSTM has none
+        dtypes["bfloat16"] = torch.bfloat16
+    for precision, dtype in dtypes.items():
+        theirs, own = (
+            training_step(copy.deepcopy(module).to(dtype), problem, dtype)
+            for module in (layer, ours)
+        )
+        for got, torchs, true in zip(own(), theirs(), truth, strict=True):
+            assert_no_worse_than_torch(got, torchs, true)
+        steps |= {("nn.LSTM", precision): theirs, ("ISSLSTM", precision): own}
+    roof = roofline(threads)
+    rows: list[dict[str, object]] = []
+    for (engine, precision), values in interleaved_ms(steps, seconds * len(steps)).items():
+        p20, p50, p80 = percentiles(values)
+        least = roof.training_ms((hidden, hidden), TRAINED_STEPS, batch, precision=precision)
+        rows.append(
+            {
+                "task": "training", "engine": engine, "precision": precision, "H": hidden,
+                "B": batch, "T": TRAINED_STEPS, "threads": threads, "ms_p50": f"{p50:.5f}",
+                "ms_p20": f"{p20:.5f}", "ms_p80": f"{p80:.5f}", "roofline": f"{least / p50:.4f}",
+                **machine(),
+            }
+        )  # fmt: skip
+    return rows
+
+
+# -- the table
+
+
+def ours(row: Mapping[str, str]) -> bool:
+    """Whether it is a row of ours that counts."""
+    name = "ISSLSTM" if row["task"] == "training" else f"prepared {row['precision']}"
+    return row["engine"] == name
+
+
+def theirs(row: Mapping[str, str]) -> bool:
+    """Whether another engine's."""
+    return not row["engine"].startswith(("prepared", "ISS"))
+
+
+def lines_of(rows: list[dict[str, str]]) -> Iterable[list[str]]:
+    """Of one machine: a line for each precision."""
+    own: dict[tuple[str, ...], float] = {}  # ms by precision, task, B, H, threads
+    best: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        at = tuple(row[name] for name in ("precision", "task", "B", "H", "threads"))
+        if ours(row):
+            own[at] = float(row["ms_p50"])
+        elif theirs(row):
+            best[at] = min(best.get(at, float("inf")), float(row["ms_p50"]))
+    singles = {("float32", *at[1:]): ms for at, ms in own.items() if at[0] == "float32"}
+
+    def gain(precision: str, task: str, batch: str, over: Mapping[tuple[str, ...], float]) -> str:
+        ratios = []
+        for at, ms in own.items():
+            other = ("float32" if over is singles else precision, *at[1:])
+            if at[:2] == (precision, task) and batch in ("", at[2]) and other in over:
+                ratios.append(over[other] / ms)
+        return f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "-"
+
+    for precision in dict.fromkeys(at[0] for at in own):
+        yield [
+            f"{rows[0]['device']}, {rows[0]['isa']}", precision,
+            *(gain(precision, "inference", str(batch), best) for batch in BATCH),
+            gain(precision, "inference", str(BATCH[-1]), singles),
+            gain(precision, "training", "", best), gain(precision, "training", "", singles),
+        ]  # fmt: skip
+
+
+def table(paths: Iterable[Path]) -> str:
+    """One table of all machines, and what its columns are."""
+    names = [
+        "machine", "precision", *(f"{b} row{'s' * (b > 1)}" for b in BATCH),
+        f"{BATCH[-1]} rows, over float32", "training", "training, over float32",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(names)} |", "|---|---|" + "--:|" * (len(names) - 2)]
+    for path in paths:
+        with path.open(newline="") as file:
+            lines += [f"| {' | '.join(line)} |" for line in lines_of(list(csv.DictReader(file)))]
+    sizes, trained = (", ".join(map(str, hidden)) for hidden in (HIDDEN, TRAINED_HIDDEN))
+    about = (
+        "How many times faster than the fastest other engine of the same precision (nn.LSTM, "
+        "OpenVINO, ONNX Runtime; in training nn.LSTM), and than our own float32: geometric mean, "
+        f"and in brackets the least. One LSTM layer, I = H = {sizes}, {STEPS} steps; training "
+        f"{trained} units, {TRAINED_STEPS} steps, {' and '.join(map(str, TRAINED_BATCH))} rows; "
+        "one thread and all. `python bench/bench_precision.py`, `bench/results/precision-*.csv`."
+    )
+    return "\n".join([*lines, "", wrapped(about)])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two points, a few seconds")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=0.15, help="per engine and point")
+    parser.add_argument("--output", type=Path, metavar="CSV")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the table there instead")
+    parser.add_argument("--csv", type=Path, nargs="+", help="of --docs: all in bench/results")
+    options = parser.parse_args()
+    if options.docs:
+        paths = options.csv or sorted(RESULTS.glob("precision-*.csv"))
+        replace_block(options.docs, "precision", table(paths))
+        return
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
+    grid = (
+        list(itertools.product(HIDDEN, BATCH)),
+        list(itertools.product(TRAINED_HIDDEN, TRAINED_BATCH)),
+    )
+    if options.quick:
+        grid = [(64, 10)], [(64, 20)]
+    rows: list[dict[str, object]] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for threads in dict.fromkeys(options.threads):
+            for task, points in zip((inference, training), grid, strict=True):
+                for hidden, batch in points:
+                    new = task(hidden, batch, threads, options.seconds)
+                    rows += [{name: row.get(name, "") for name in FIELDS} for row in new]
+                    text = ", ".join(f"{r['engine']} {float(str(r['ms_p50'])):.3f}" for r in new)
+                    print(f"{task.__name__} H{hidden} B{batch} x{threads}: {text}", flush=True)
+    if rows:
+        output = options.output or RESULTS / f"precision-{machine()['isa']}.csv"
+        write_csv(output, rows)
+        print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()
