@@ -219,6 +219,6 @@ struct Dot {
     return {reinterpret_cast<Lanes>(_mm512_dpbusd_epi32(
         reinterpret_cast<__m512i>(v), _mm512_set1_epi32(four), _mm512_loadu_si512(w)))};
   }
-  friend Dot operator+(Dot a, Dot b) { return {a.v + b.v}; }
+  Dot operator+(Dot other) const { return {v + other.v}; }
   Vec<float> to_float() const { return {_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(v))}; }
 };
