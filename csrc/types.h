@@ -36,6 +36,12 @@ constexpr bool is_int8(Format format) {
 constexpr bool is_fine(Format format) {
   return format == Format::kInt8Fine || format == Format::kInt8FineTiles;
 }
+// The same format in two terms, of int8.
+constexpr Format fine(Format format) {
+  return format == Format::kInt8        ? Format::kInt8Fine
+         : format == Format::kInt8Tiles ? Format::kInt8FineTiles
+                                        : format;
+}
 // Whether rows are rounded to bfloat16.
 constexpr bool is_pairs(Format format) {
   return format == Format::kPairs || format == Format::kTiles;

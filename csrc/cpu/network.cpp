@@ -44,9 +44,7 @@ Stack packed_stack(const CellSpec& spec, const std::vector<std::vector<CellWeigh
           .bias = copied(bias),
           .product_bias = copied(product_bias),
           .depth = depth};
-      if (first && cell.w_ih.format == Format::kInt8) cell.w_ih.format = Format::kInt8Fine;
-      if (first && cell.w_ih.format == Format::kInt8Tiles)
-        cell.w_ih.format = Format::kInt8FineTiles;
+      if (first) cell.w_ih.format = fine(cell.w_ih.format);
       cells.push_back(std::move(cell));
     }
   }

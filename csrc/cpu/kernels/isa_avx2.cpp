@@ -28,18 +28,9 @@ namespace {
 ISS_TARGET_END
 
 extern const CpuKernels kAvx2Kernels;
-const CpuKernels kAvx2Kernels = {
-    .isa = "avx2",
-    .supported =
-        [] {
-          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                 __builtin_cpu_supports("f16c");
-        },
-    .f32 = table<float>(),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
+constinit const CpuKernels kAvx2Kernels = all_kernels("avx2", [] {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+});
 }  // namespace iss
 #endif

@@ -29,18 +29,9 @@ namespace {
 ISS_TARGET_END
 
 extern const CpuKernels kAvx2VnniKernels;
-const CpuKernels kAvx2VnniKernels = {
-    .isa = "avx2_vnni",
-    .supported =
-        [] {
-          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                 __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
-        },
-    .f32 = table<float>(),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
+constinit const CpuKernels kAvx2VnniKernels = all_kernels("avx2_vnni", [] {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
+});
 }  // namespace iss
 #endif

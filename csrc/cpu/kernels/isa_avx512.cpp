@@ -46,7 +46,7 @@ bool supported() {
 }
 bool with_bf16() { return supported() && __builtin_cpu_supports("avx512bf16"); }
 
-// Linux gives a process the tiles where it asks for them.
+// On Linux a process must ask for the tiles before it uses them.
 bool tiles_permitted() {
 #if defined(__linux__)
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -58,37 +58,16 @@ bool tiles_permitted() {
 }  // namespace
 
 extern const CpuKernels kAmxKernels, kAvx512Bf16Kernels, kAvx512Kernels;
-const CpuKernels kAmxKernels = {
-    .isa = "amx",
-    .supported =
-        [] {
-          return with_bf16() && __builtin_cpu_supports("amx-tile") &&
-                 __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
-                 tiles_permitted();
-        },
-    .f32 = with(table<float>(), Format::kTiles, Format::kInt8Tiles),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
-const CpuKernels kAvx512Bf16Kernels = {
-    .isa = "avx512_bf16",
-    .supported = &with_bf16,
-    .f32 = with(table<float>(), Format::kPairs, Format::kInt8),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
-const CpuKernels kAvx512Kernels = {
-    .isa = "avx512",
-    .supported = &supported,
-    .f32 = table<float>(),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
+constinit const CpuKernels kAmxKernels = all_kernels(
+    "amx",
+    [] {
+      return with_bf16() && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+             tiles_permitted();
+    },
+    Format::kTiles, Format::kInt8Tiles);
+constinit const CpuKernels kAvx512Bf16Kernels =
+    all_kernels("avx512_bf16", &with_bf16, Format::kPairs);
+constinit const CpuKernels kAvx512Kernels = all_kernels("avx512", &supported);
 }  // namespace iss
 #endif

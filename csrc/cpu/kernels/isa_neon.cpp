@@ -26,14 +26,6 @@ namespace {
 }  // namespace
 
 extern const CpuKernels kNeonKernels;
-const CpuKernels kNeonKernels = {
-    .isa = "neon",
-    .supported = [] { return true; },
-    .f32 = table<float>(),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
+constinit const CpuKernels kNeonKernels = all_kernels("neon", [] { return true; });
 }  // namespace iss
 #endif

@@ -37,23 +37,17 @@ namespace {
 ISS_TARGET_END
 
 extern const CpuKernels kNeonBf16Kernels;
-const CpuKernels kNeonBf16Kernels = {
-    .isa = "neon_bf16",
-    .supported =
-        [] {
+constinit const CpuKernels kNeonBf16Kernels = all_kernels(
+    "neon_bf16",
+    [] {
 #if defined(__linux__)
-          // HWCAP_ASIMDDP and HWCAP2_BF16.
-          constexpr unsigned long kDotProducts = 1 << 20, kBf16 = 1 << 14;
-          return (getauxval(AT_HWCAP) & kDotProducts) != 0 && (getauxval(AT_HWCAP2) & kBf16) != 0;
+      // HWCAP_ASIMDDP and HWCAP2_BF16.
+      constexpr unsigned long kDotProducts = 1 << 20, kBf16 = 1 << 14;
+      return (getauxval(AT_HWCAP) & kDotProducts) != 0 && (getauxval(AT_HWCAP2) & kBf16) != 0;
 #else
-          return false;
+      return false;
 #endif
-        },
-    .f32 = with(table<float>(), Format::kPairs, Format::kInt8),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
+    },
+    Format::kPairs);
 }  // namespace iss
 #endif

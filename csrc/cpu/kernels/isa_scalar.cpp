@@ -23,23 +23,8 @@ namespace {
 }  // namespace
 
 extern const CpuKernels kScalarKernels, kScalarBf16Kernels;
-const CpuKernels kScalarKernels = {
-    .isa = "scalar",
-    .supported = [] { return true; },
-    .f32 = table<float>(),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
+constinit const CpuKernels kScalarKernels = all_kernels("scalar", [] { return true; });
 // For tests, on any machine: what the kernels of avx512_bf16 do.
-const CpuKernels kScalarBf16Kernels = {
-    .isa = "scalar_bf16",
-    .supported = [] { return true; },
-    .f32 = with(table<float>(), Format::kPairs, Format::kInt8),
-    .f64 = table<double>(),
-    .lasso_f32 = lasso_table<float>(),
-    .lasso_f64 = lasso_table<double>(),
-    .lasso_bf16 = lasso_table<Bfloat16>(),
-};
+constinit const CpuKernels kScalarBf16Kernels =
+    all_kernels("scalar_bf16", [] { return true; }, Format::kPairs);
 }  // namespace iss

@@ -21,13 +21,6 @@ constexpr Kernels<T> table() {
   };
 }
 
-// The same, where weights are packed for units of their own.
-constexpr Kernels<float> with(Kernels<float> kernels, Format bfloat16, Format int8) {
-  kernels.bfloat16 = bfloat16;
-  kernels.int8 = int8;
-  return kernels;
-}
-
 template <typename W>
 constexpr GroupLassoKernels<W> lasso_table() {
   return {
@@ -36,4 +29,21 @@ constexpr GroupLassoKernels<W> lasso_table() {
       .scale = &by_units<W, ByUnits::kScale>,
       .threshold = &by_units<W, ByUnits::kThreshold>,
   };
+}
+
+// All of them. bfloat16, int8: what weights of these types are packed as.
+constexpr CpuKernels all_kernels(const char* isa, bool (*supported)(),
+                                 Format bfloat16 = Format::kBfloat16, Format int8 = Format::kInt8) {
+  CpuKernels kernels = {
+      .isa = isa,
+      .supported = supported,
+      .f32 = table<float>(),
+      .f64 = table<double>(),
+      .lasso_f32 = lasso_table<float>(),
+      .lasso_f64 = lasso_table<double>(),
+      .lasso_bf16 = lasso_table<Bfloat16>(),
+  };
+  kernels.f32.bfloat16 = bfloat16;
+  kernels.f32.int8 = int8;
+  return kernels;
 }

@@ -167,31 +167,16 @@ inline Vec<double> exp2_of(Vec<double> shifted) {
   return {_mm256_castsi256_pd(_mm256_add_epi64(n, _mm256_set1_epi64x(1023ll << 52)))};
 }
 
-// See vec_scalar-inl.h.
+// See vec_scalar-inl.h. Without VNNI, maddubs adds two neighbouring products in 16 bits:
+// activations of 7 bits (1 to 127 with kZero added) times weights of 8 bits do not overflow, 2 *
+// 127 * 127 < 2^15.
+struct Dot {
 #ifdef ISS_AVX_VNNI
-struct Dot {
-  static constexpr int kDepth = 4;
   static constexpr int32_t kZero = 128, kLevels = 127;
-  using Activation = uint8_t;
-  __m256i v;
-
-  static Dot load(const int32_t* p) {
-    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
-  }
-  Dot plus(const Activation* a, const int8_t* w) const {
-    int32_t four;
-    __builtin_memcpy(&four, a, sizeof(four));
-    const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-    return {_mm256_dpbusd_avx_epi32(v, _mm256_set1_epi32(four), weights)};
-  }
-  Vec<float> to_float() const { return {_mm256_cvtepi32_ps(v)}; }
-};
 #else
-// maddubs adds two neighbouring products in 16 bits. Activations of 7 bits
-// (1 to 127 with kZero added) times weights of 8 bits do not overflow: 2 * 127 * 127 < 2^15.
-struct Dot {
-  static constexpr int kDepth = 4;
   static constexpr int32_t kZero = 64, kLevels = 63;
+#endif
+  static constexpr int kDepth = 4;
   using Activation = uint8_t;
   __m256i v;
 
@@ -201,10 +186,14 @@ struct Dot {
   Dot plus(const Activation* a, const int8_t* w) const {
     int32_t four;
     __builtin_memcpy(&four, a, sizeof(four));
+    const __m256i activations = _mm256_set1_epi32(four);
     const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(four), weights);
+#ifdef ISS_AVX_VNNI
+    return {_mm256_dpbusd_avx_epi32(v, activations, weights)};
+#else
+    const __m256i pairs = _mm256_maddubs_epi16(activations, weights);
     return {_mm256_add_epi32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+#endif
   }
   Vec<float> to_float() const { return {_mm256_cvtepi32_ps(v)}; }
 };
-#endif
