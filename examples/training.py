@@ -44,8 +44,10 @@ class Sparsity:
     the paper. l1: of an L1 penalty on every parameter. threshold: elements smaller than this become
     zero after each step (Wen et al. 2018, section 3.2; their code takes max(1e-4, 2 * l1)),
     everywhere or in the groups alone. every: batches between two looks for dead units. after:
-    batches before which dead units may still come back. remove: dead units leave the model and the
-    optimiser's state; otherwise they are held at zero, which gives the same model and takes longer.
+    batches before which dead units may still come back. until: epochs after which the penalties
+    end and what is left trains without their bias (the relaxed lasso, Meinshausen 2007); 0: never.
+    remove: dead units leave the model and the optimiser's state; otherwise they are held at zero,
+    which gives the same model and takes longer.
     """
 
     strength: float = 0.0
@@ -55,12 +57,12 @@ class Sparsity:
     everywhere: bool = True
     every: int = 100
     after: int = 0
+    until: int = 0
     remove: bool = True
 
-    @property
-    def active(self) -> bool:
-        """Whether anything is penalised."""
-        return self.strength > 0 or self.l1 > 0
+    def active(self, epoch: int) -> bool:
+        """Whether anything is penalised in an epoch, counted from 0."""
+        return (self.strength > 0 or self.l1 > 0) and not 0 < self.until <= epoch
 
 
 class Trainer(ABC):
@@ -139,19 +141,25 @@ class Trainer(ABC):
         if index == 0:
             self.total, self.seconds = 0.0, [0.0, 0.0]
         self.model.train()
-        learning_rate = self.rate(self.done // self.batches_per_epoch)
+        epoch = self.done // self.batches_per_epoch
+        active, learning_rate = self.sparsity.active(epoch), self.rate(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.loss(index)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self._regularise()
+        if active:
+            self._regularise()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
-        self._threshold(learning_rate)
+        if active:
+            self._threshold(learning_rate)
+        if self.held:
+            self.groups.zero_units_(self.held)
         self.stepped()
         self.total += loss.item()
         self.done += 1
-        if self.sparsity.active and self.done % self.sparsity.every == 0:
+        if active and self.done % self.sparsity.every == 0:
             self._bury(at_least=0.01)
         self._count(begin)
 
@@ -164,12 +172,9 @@ class Trainer(ABC):
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.sign(), alpha=self.sparsity.l1)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
 
     @torch.no_grad()
     def _threshold(self, learning_rate: float) -> None:
-        if not self.sparsity.active:
-            return
         if self.lasso is not None and self.sparsity.proximal:
             self.lasso.proximal_(learning_rate)
         elif self.sparsity.everywhere:
@@ -177,8 +182,6 @@ class Trainer(ABC):
                 torch.hardshrink(parameter, self.sparsity.threshold, out=parameter)
         elif self.lasso is not None:
             self.lasso.threshold_(self.sparsity.threshold)
-        if self.held:
-            self.groups.zero_units_(self.held)
 
     def _bury(self, at_least: float = 0.0) -> None:
         """Hold the units that are dead now at zero, or let them leave, where their share suffices.
@@ -224,9 +227,9 @@ class Trainer(ABC):
     def end_epoch(self) -> dict[str, Any]:
         """Measure, and add a row to the history."""
         begin = _clocks()
-        if self.sparsity.active:
-            self._bury()
         epoch = len(self.history)
+        if self.sparsity.active(epoch):
+            self._bury()
         row: dict[str, Any] = {"epoch": epoch + 1, "rate": self.rate(epoch)}
         row |= {"loss": self.total / self.batches_per_epoch} | self.evaluate()
         row |= {"units": self.units(), "parameters": count(self.model)}

@@ -141,7 +141,7 @@ class LanguageTrainer(TextTrainer):
     def __init__(self, model: Model, recipe: Recipe, text: Text) -> None:
         sparsity = Sparsity(
             recipe.strength, recipe.proximal, recipe.l1, recipe.threshold, every=recipe.every,
-            after=recipe.after, remove=recipe.remove,
+            after=recipe.after, until=recipe.until, remove=recipe.remove,
         )  # fmt: skip
         groups = find(recipe, model)
         super().__init__(model, optimizer(recipe, model), recipe, text, groups, sparsity, "lstm")

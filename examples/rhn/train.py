@@ -77,7 +77,7 @@ class HighwayTrainer(TextTrainer):
         example = torch.arange(6).view(3, 2) % model.decoder.out_features
         sparsity = Sparsity(
             recipe.strength, threshold=recipe.threshold, everywhere=False, every=recipe.every,
-            after=recipe.after, remove=recipe.remove,
+            after=recipe.after, until=recipe.until, remove=recipe.remove,
         )  # fmt: skip
         groups = iss.find_groups(model, example, embedding=True)
         optimizer = torch.optim.SGD(model.parameters(), recipe.rate, weight_decay=recipe.l2)

@@ -53,6 +53,7 @@ class Recipe:
     proximal: bool = _option(False, "shrink the norms after each step instead of the gradient")
     threshold: float = _option(4e-4, "elements of the groups below it become zero")
     after: int = _option(2000, "steps before which dead units may come back, as the paper's may")
+    until: int = _option(0, "evaluations after which the lasso ends; 0: never")
     every: int = _option(100, "steps between two looks for units that are dead")
     remove: bool = _option(True, "take dead units out during training")
     evaluate_every: int = _option(500, "steps between two evaluations and checkpoints")
@@ -91,6 +92,7 @@ class Reader(Trainer):
                 everywhere=False,
                 every=recipe.every,
                 after=recipe.after,
+                until=recipe.until,
                 remove=recipe.remove,
             ),
             lambda epoch: recipe.rate,
@@ -135,7 +137,7 @@ class Reader(Trainer):
         """The average without its dead units, its small elements set to zero as in training."""
         average = deepcopy(self.average)
         groups = replace(self.groups, model=average)
-        if self.sparsity.active:
+        if self.sparsity.active(len(self.history)):
             iss.GroupLasso(groups).threshold_(self.recipe.threshold)
         return iss.shrink(average, groups)[0]
 
