@@ -227,19 +227,21 @@ def test_report_fills_the_block_of_a_page(quick, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, page",
+    "script, page, blocks",
     [
-        ("report.py", "docs/benchmarks.md"),
-        ("report_training.py", "docs/training.md"),
-        ("bench_contention.py", "docs/servers.md"),
-        ("report_demo.py", "README.md"),
+        ("report.py", "docs/benchmarks.md", "bench|bench_gru"),
+        ("report_training.py", "docs/training.md", "training"),
+        ("bench_contention.py", "docs/servers.md", "contention"),
+        ("report_demo.py", "README.md", "demo"),
+        ("bench_precision.py", "README.md", "precision"),
     ],
 )
-def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path, script, page):
+def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path, script, page, blocks):
     pytest.importorskip("matplotlib")
     committed = (BENCH.parent / page).read_text()
     copy = tmp_path / "page.md"
-    copy.write_text(re.sub(r"(begin -->\n).*?(<!-- \w+:end)", r"\1\2", committed, flags=re.S))
+    block = rf"(<!-- ({blocks}):begin -->\n).*?(<!-- \2:end)"
+    copy.write_text(re.sub(block, r"\1\3", committed, flags=re.S))
     assert copy.read_text() != committed
     plots = ["--plots", tmp_path] if script == "report.py" else []
     done = run(BENCH / script, "--docs", copy, *plots)
