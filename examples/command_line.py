@@ -18,6 +18,7 @@ from examples.training import processes
 from iss_kernels.demo.checkpoint import ResumeError
 
 Recipe = TypeVar("Recipe")
+MAY_BE_ZERO = ("hold", "after", "until")  # of a recipe's whole numbers
 INTERRUPTED, USAGE, FAILED = 130, 2, 1
 
 
@@ -73,10 +74,20 @@ def add_recipe(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
 
 
 def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with the options that were given."""
+    """The recipe with the options that were given.
+
+    Raises DataError for a whole number that is too small.
+    """
     names = [field.name for field in dataclasses.fields(recipe)]  # type: ignore[arg-type]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    for name, value in given.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        least = 0 if name in MAY_BE_ZERO else 1
+        for number in numbers:
+            if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                option = "--" + name.replace("_", "-")
+                raise DataError(f"expected {option} in [{least}, inf), got {number}")
     return dataclasses.replace(recipe, **given)  # type: ignore[type-var]
 
 

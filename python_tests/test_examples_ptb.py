@@ -91,6 +91,25 @@ def test_units_leave_and_the_perplexities_stay(data):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
 
 
+def test_the_penalties_end(data):
+    """After `until` epochs the gradients are those of the loss, and nothing else changes."""
+    penalised = trainer(data, strength=0.1, threshold=3e-3, until=2)
+    plain = trainer(data)
+    while penalised.done < penalised.batches_per_epoch * 2:
+        penalised.batch()
+    penalised.end_epoch()
+    units = penalised.units()
+    assert sum(units.values()) < 22
+    plain.load_state_dict(penalised.state_dict())
+    for one in (penalised, plain):
+        while one.done < one.batches:
+            one.batch()
+    assert penalised.units() == units
+    assert [*penalised.model.state_dict()] == [*plain.model.state_dict()]
+    for ours, theirs in zip(penalised.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_resume_gives_the_same_bits(data, tmp_path):
     options = ["--method", "iss", "--strength", "0.1", "--threshold", "3e-3", "--keep", "0.8"]
     run(data, tmp_path / "whole", *options)
@@ -195,6 +214,8 @@ def test_two_processes_train_the_same_model(data, tmp_path):
         (["--tied"], "expected an embedding of the last layer's size, 10, with --tied, got 8"),
         (["--keep", "0"], "expected --keep in (0, 1], got 0.0"),
         (["--epochs", "0"], "expected --epochs in [1, inf), got 0"),
+        (["--hidden", "4", "-1"], "expected --hidden in [1, inf), got -1"),
+        (["--until", "-1"], "expected --until in [0, inf), got -1"),
         (["--groups", "all"], "expected --groups lstm or lstm+embedding, got all"),
         (["--resume"], "no checkpoint to resume from"),
     ],

@@ -83,9 +83,6 @@ def _check(args: argparse.Namespace, chosen: Recipe) -> None:
         raise DataError(f"expected --optimizer sgd or adamw, got {chosen.optimizer}")
     if not 0 < chosen.keep <= 1:
         raise DataError(f"expected --keep in (0, 1], got {chosen.keep}")
-    for name in ("epochs", "batch", "steps", "stride", "every", "embedding"):
-        if getattr(chosen, name) < 1:
-            raise DataError(f"expected --{name} in [1, inf), got {getattr(chosen, name)}")
 
 
 def _start(model: LanguageModel, folder: Path, text: Text) -> None:

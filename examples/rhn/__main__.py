@@ -49,9 +49,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(chosen: Recipe) -> None:
-    for name in ("epochs", "batch", "steps", "stride", "every", "width", "depth"):
-        if getattr(chosen, name) < 1:
-            raise DataError(f"expected --{name} in [1, inf), got {getattr(chosen, name)}")
     for name in DROPS:
         if not 0 <= getattr(chosen, name) < 1:
             shown = name.replace("_", "-")

@@ -95,11 +95,6 @@ def _check(args: argparse.Namespace, recipe: training.Recipe) -> None:
     if (args.start is not None) != (args.method == "iss-finetune"):
         expected = "without" if args.start is not None else "with"
         raise DataError(f"expected --method {args.method} {expected} --start, the baseline's run")
-    for name, number in asdict(recipe).items():
-        option = "--" + name.replace("_", "-")
-        least = 0 if name == "after" else 1
-        if isinstance(number, int) and not isinstance(number, bool) and number < least:
-            raise DataError(f"expected {option} in [{least}, inf), got {number}")
     if not 0 < recipe.keep <= 1:
         raise DataError(f"expected --keep in (0, 1], got {recipe.keep}")
     if not 0 <= recipe.ema < 1:
