@@ -1,38 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language model of the paper's table 1 in its sizes; check, then time.
+"""The language model of the paper's table 1 in its sizes, in each precision; check, then time.
 
-python bench/bench_ptb.py [--sizes 373,315 ...] [--quick] [--threads N ...] [--output CSV]
+python bench/bench_ptb.py [--sizes 1500,373,315 ...] [--quick] [--threads N ...] [--output CSV]
+python bench/bench_ptb.py --docs docs/benchmarks.md    # the table of all machines
 
 Wen et al. (2018, table 1) time the two LSTM layers and the softmax layer over 30 steps of 10 rows:
 157.0 ms with 1500 and 1500 units, 14.82 ms with 373 and 315, 22.11 ms with 381 and 535, by Intel
-MKL on 24 cores of two Xeon E5-2673 v3. The words' vectors have 1500 numbers in all three. Timed
-here in turn: nn.LSTM and nn.Linear, and our prepared model in each format of the weights. float32
-is checked against torch's in float64; what is rounded must come near.
+MKL on 24 cores of two Xeon E5-2673 v3. The words' vectors have 1500 numbers in all three. The other
+sizes are those of examples/ptb's `medium`, before and after. Timed here in turn: nn.LSTM and
+nn.Linear, in float32 and in bfloat16 where torch multiplies it, and our prepared model in each
+format of the weights. float32 is checked against torch's in float64; what is rounded must come
+near. The CSV is bench/results/ptb-ISA.csv, the ISA that of the kernels.
 
-Multiply-adds of one step, in million: 4 H1 (1500 + H1) + 4 H2 (H1 + H2) + 10000 H2, 51.0 at 1500
-and 1500, 6.8 at 373 and 315.
+Multiply-adds of one step, in million: 4 H1 (E + H1) + 4 H2 (H1 + H2) + 10000 H2, 51.0 at 1500 and
+1500 units, 6.8 at 373 and 315.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import csv
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
 from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from report import replace_block, wrapped
 from torch import Tensor, nn
 
 import iss_kernels
 from iss_kernels.testing import assert_no_worse_than_torch
 
-SIZES = ((1500, 1500), (381, 535), (373, 315))
-QUICK = ((40, 30),)
-PAPER = {(1500, 1500): 157.0, (381, 535): 22.11, (373, 315): 14.82}  # ms
-STEPS, BATCHES, VOCABULARY, EMBEDDING = 30, (10, 1, 64), 10_000, 1500
+# Numbers of a word's vector, units of the layers.
+SIZES = ((1500, 1500, 1500), (1500, 381, 535), (1500, 373, 315), (650, 650, 650), (650, 260, 435))
+QUICK = ((50, 40, 30),)
+PAPER = {(1500, 1500, 1500): 157.0, (1500, 381, 535): 22.11, (1500, 373, 315): 14.82}  # ms
+STEPS, BATCHES, VOCABULARY = 30, (10, 1, 64), 10_000
 # Largest error of an answer, which is of the order of 0.3, with rounded weights.
 ROUNDED = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 3e-2}
+# Columns of the table.
+COLUMNS = {
+    "nn.LSTM": ("torch", "float32"),
+    "nn.LSTM bfloat16": ("torch", "bfloat16"),
+    "float32": ("iss_kernels", "float32"),
+    "bfloat16": ("iss_kernels", "bfloat16"),
+    "int8": ("iss_kernels", "int8"),
+}
 
 
 class Plain(nn.Module):
@@ -40,8 +57,7 @@ class Plain(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], vocabulary: int) -> None:
         super().__init__()
-        widths = [EMBEDDING, *sizes]
-        self.layers = nn.ModuleList(nn.LSTM(*pair) for pair in zip(widths, sizes, strict=False))
+        self.layers = nn.ModuleList(nn.LSTM(*pair) for pair in itertools.pairwise(sizes))
         self.softmax = nn.Linear(sizes[-1], vocabulary)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +73,8 @@ class Ours(nn.Module):
 
     def __init__(self, plain: Plain, sizes: tuple[int, ...]) -> None:
         super().__init__()
-        self.lstm, self.softmax = iss_kernels.ISSLSTM(EMBEDDING, sizes, len(sizes)), plain.softmax
+        self.lstm = iss_kernels.ISSLSTM(sizes[0], sizes[1:], len(sizes) - 1)
+        self.softmax = plain.softmax
         weights = {
             name.replace("_l0", f"_l{i}"): weight
             for i, layer in enumerate(plain.layers)
@@ -79,31 +96,56 @@ def measure(
     torch.manual_seed(0)
     plain = Plain(sizes, vocabulary).eval()
     ours = Ours(plain, sizes).eval()
-    x = torch.randn(STEPS, batch, EMBEDDING)
-    formats = ("float32", *ROUNDED)
-    engines: dict[str, nn.Module] = {"nn.LSTM": plain}
-    engines |= {weights: iss_kernels.prepare(ours, weights) for weights in formats}
-    double = Plain(sizes, vocabulary).double().eval()
-    double.load_state_dict(plain.state_dict())
-    truth = double(x.double())
-    assert_no_worse_than_torch(engines["float32"](x), plain(x), truth)
+    x = torch.randn(STEPS, batch, sizes[0])
+    calls = {("torch", "float32"): partial(plain, x)}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # or nn.LSTM has none
+        calls["torch", "bfloat16"] = partial(copy.deepcopy(plain).bfloat16(), x.bfloat16())
+    for weights in ("float32", *ROUNDED):
+        calls["iss_kernels", weights] = partial(iss_kernels.prepare(ours, weights), x)
+    truth = copy.deepcopy(plain).double()(x.double())
+    assert_no_worse_than_torch(calls["iss_kernels", "float32"](), plain(x), truth)
     for weights, bound in ROUNDED.items():
-        error = (engines[weights](x) - truth).abs().max().item()
+        error = (calls["iss_kernels", weights]() - truth).abs().max().item()
         assert error <= bound, f"{weights}: an error of {error:.2g}"
-    calls = {name: partial(engine, x) for name, engine in engines.items()}
     rows: list[dict[str, object]] = []
-    for name, values in interleaved_ms(calls, seconds).items():
+    for (provider, weights), values in interleaved_ms(calls, seconds).items():
         p20, p50, p80 = percentiles(values)
         rows.append(
             {
-                "provider": "torch" if name == "nn.LSTM" else "iss_kernels",
-                "weights": "float32" if name == "nn.LSTM" else name,
-                "H1": sizes[0], "H2": sizes[-1], "T": STEPS, "B": batch, "threads": threads,
+                "provider": provider, "weights": weights, "E": sizes[0], "H1": sizes[1],
+                "H2": sizes[-1], "T": STEPS, "B": batch, "threads": threads,
                 "ms_p50": f"{p50:.3f}", "ms_p20": f"{p20:.3f}", "ms_p80": f"{p80:.3f}",
                 **machine(),
             }
         )  # fmt: skip
     return rows
+
+
+def table(paths: Iterable[Path]) -> str:
+    """One table of all machines, with all threads, and what its columns are."""
+    lines = [f"| machine | units | rows | {' | '.join(COLUMNS)} |"]
+    lines.append("|:--|:--|--:|" + "--:|" * len(COLUMNS))
+    for path in paths:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["B"] != "1"]
+        threads = max(row["threads"] for row in rows)
+        points: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
+        for row in rows:
+            if row["threads"] == threads:
+                point = points.setdefault((row["H1"], row["H2"], row["B"]), {})
+                point[row["provider"], row["weights"]] = float(row["ms_p50"])
+        for (first, second, batch), times in points.items():
+            cells = (f"{times[key]:.1f}" if key in times else "-" for key in COLUMNS.values())
+            name = f"{rows[0]['device']}, {rows[0]['isa']}, {threads} threads"
+            lines.append(f"| {name} | {first} + {second} | {batch} | {' | '.join(cells)} |")
+    about = (
+        f"Milliseconds for {STEPS} steps of two LSTM layers and the softmax layer of "
+        f"{VOCABULARY:,} words; the last three columns are ours, by the format of the weights. "
+        "On 24 cores the paper has 157.0 ms for 1500 + 1500 units and 10 rows, 22.11 for "
+        "381 + 535 and 14.82 for 373 + 315. `python bench/bench_ptb.py`, "
+        "`bench/results/ptb-*.csv`."
+    )
+    return "\n".join([*lines, "", wrapped(about)])
 
 
 def main() -> None:
@@ -116,12 +158,15 @@ def main() -> None:
     add("--batch", nargs="+", type=int, default=BATCHES)
     add("--quick", action="store_true", help="one small size, a few seconds")
     add("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    add("--output", type=Path, default=RESULTS / "ptb.csv")
+    add("--output", type=Path, metavar="CSV")
+    add("--docs", type=Path, metavar="FILE", help="write the table there instead")
     options = parser.parse_args()
+    if options.docs:
+        replace_block(options.docs, "ptb", table(sorted(RESULTS.glob("ptb-*.csv"))))
+        return
     sizes, batches = (QUICK, (2,)) if options.quick else (options.sizes, options.batch)
     rows: list[dict[str, object]] = []
     print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    print(f"{'ms, p50':<24}{'nn.LSTM':>9}{'ours':>9}" + "".join(f"{w:>10}" for w in ROUNDED))
     with contextlib.suppress(KeyboardInterrupt):
         for threads in dict.fromkeys(options.threads):
             torch.set_num_threads(threads)
@@ -130,12 +175,15 @@ def main() -> None:
                     seconds, vocabulary = (0.3, 50) if options.quick else (10, VOCABULARY)
                     new = measure(size, batch, threads, seconds, vocabulary)
                     rows += new
-                    times = "".join(f"{float(str(row['ms_p50'])):10.2f}" for row in new)
-                    paper = f"   (paper: {PAPER[size]})" if batch == 10 and size in PAPER else ""
-                    print(f"{f'{size} x{threads} B{batch}':<23}{times}{paper}", flush=True)
+                    times = ", ".join(
+                        f"{r['provider']} {r['weights']} {float(str(r['ms_p50'])):.2f}" for r in new
+                    )
+                    paper = f" (paper: {PAPER[size]})" if batch == 10 and size in PAPER else ""
+                    print(f"{size} x{threads} B{batch}: {times}{paper}", flush=True)
     if rows:
-        write_csv(options.output, rows)
-        print(f"wrote {options.output}")
+        output = options.output or RESULTS / f"ptb-{machine()['isa']}.csv"
+        write_csv(output, rows)
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

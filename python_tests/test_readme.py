@@ -14,6 +14,7 @@ import iss_kernels as iss
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+EXAMPLES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "examples").rglob("README.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "csrc/README.md", *DOCS]
 
 
@@ -61,7 +62,7 @@ def is_table(line):
     return line.lstrip().startswith("|")
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES, "CHANGELOG.md"])
 def test_lines_have_at_most_100_characters(page):
     without_targets = ((n, re.sub(r"\]\([^)]*\)", "]", line)) for n, line in prose(page))
     assert [n for n, line in without_targets if len(line) > 100 and not is_table(line)] == []
@@ -73,7 +74,7 @@ def test_tables_have_at_most_8_columns(page):
     assert [n for n, row in rows if row.strip().strip("|").count("|") >= 8] == []
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES, "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
     text = re.sub(r"`[^`]*`", "", "\n".join(line for _, line in prose(page)))
     for target in re.findall(r"\]\(([^)]+)\)", text):
