@@ -10,9 +10,9 @@
 
 #define ISS_NEON_BF16
 #if defined(__clang__)
-ISS_TARGET_BEGIN("bf16,dotprod")
+ISS_TARGET_BEGIN("bf16,dotprod,i8mm")
 #else
-ISS_TARGET_BEGIN("arch=armv8.2-a+bf16+dotprod")
+ISS_TARGET_BEGIN("arch=armv8.2-a+bf16+dotprod+i8mm")
 #endif
 
 namespace iss {
@@ -41,9 +41,10 @@ constinit const CpuKernels kNeonBf16Kernels = all_kernels(
     "neon_bf16",
     [] {
 #if defined(__linux__)
-      // HWCAP_ASIMDDP and HWCAP2_BF16.
-      constexpr unsigned long kDotProducts = 1 << 20, kBf16 = 1 << 14;
-      return (getauxval(AT_HWCAP) & kDotProducts) != 0 && (getauxval(AT_HWCAP2) & kBf16) != 0;
+      // HWCAP_ASIMDDP; HWCAP2_I8MM and HWCAP2_BF16, which Armv8.6 has together.
+      constexpr unsigned long kDotProducts = 1 << 20, kMatrices = 1 << 13 | 1 << 14;
+      return (getauxval(AT_HWCAP) & kDotProducts) != 0 &&
+             (getauxval(AT_HWCAP2) & kMatrices) == kMatrices;
 #else
       return false;
 #endif

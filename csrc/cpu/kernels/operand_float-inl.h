@@ -107,7 +107,7 @@ struct FloatOperand {
 #pragma GCC unroll 16
       for (int j = 0; j < Vectors; ++j)
         sum[r][j] = begin == 0 ? V::set(0) : V::load(sums + sum_at<T, kVectors>(r, j));
-    for (int64_t i = 0; i < steps; ++i) {
+    const auto prefetch = [&](int64_t i) {
       if constexpr (kFar) {
         if (together) __builtin_prefetch(next, 0, 2);
         if (ahead)
@@ -116,9 +116,21 @@ struct FloatOperand {
             __builtin_prefetch(here + i * kStepBytes + distance + line, 0, 2);
         next += share;
       }
+    };
+    // Vector j of row i of B.
+    const auto at = [&](int64_t i, int j) {
+      return weights + i * kPanelColumns<T, kVectors> + j / kVectors * to_next +
+             j % kVectors * Vec<T>::kLanes;
+    };
+    int64_t i = 0;
+    if constexpr (Rows > 1 && std::is_same_v<W, Pair> && requires { typename V::TwoRows; }) {
+      const auto x = [&](int64_t r, int64_t i) { return x_rows + r * x_stride + i; };
+      i = by_two_rows<typename V::TwoRows>(sum, steps, x, at, prefetch);
+    }
+    for (; i < steps; ++i) {
+      prefetch(i);
       if constexpr (Rows > Vec<T>::kTileRows) {
-        const W* const at = weights + i * kPanelColumns<T, kVectors>;
-        const V first = V::load(at);
+        const V first = V::load(at(i, 0));
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
           const V x = V::set(x_rows[r * x_stride + i]);
@@ -126,18 +138,15 @@ struct FloatOperand {
           if constexpr (Rows == 10) __asm__ volatile("" ::: "memory");
           sum[r][0] = plus(x, first, sum[r][0]);
 #pragma GCC unroll 4
-          for (int j = 1; j < Vectors; ++j)
-            sum[r][j] = plus(x, V::load(at + j * Vec<T>::kLanes), sum[r][j]);
+          for (int j = 1; j < Vectors; ++j) sum[r][j] = plus(x, V::load(at(i, j)), sum[r][j]);
         }
       } else {
         V x[Rows];
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) x[r] = V::set(x_rows[r * x_stride + i]);
-        const W* const of_step = weights + i * kPanelColumns<T, kVectors>;
 #pragma GCC unroll 16
         for (int j = 0; j < Vectors; ++j) {
-          const W* const at = of_step + j / kVectors * to_next + j % kVectors * Vec<T>::kLanes;
-          const V w = load<Rows>(at, j);
+          const V w = load<Rows>(at(i, j), j);
 #pragma GCC unroll 16
           for (int r = 0; r < Rows; ++r) sum[r][j] = plus(x[r], w, sum[r][j]);
           // Keeps the compiler from loading both vectors of a pair at once: registers are too few.

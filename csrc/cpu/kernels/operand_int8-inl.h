@@ -89,7 +89,7 @@ struct Int8Operand {
     return int64_t{1} << 40;
   }  // in one go: only its end turns sums to floats
 
-  template <int Rows, int Vectors>
+  template <int Rows, int Vectors, typename D = Dot>
   __attribute__((noinline)) void multiply(int64_t row, int64_t panel, int64_t, int64_t,
                                           float* sums) const {
     constexpr int kLanes = Vec<float>::kLanes;
@@ -116,17 +116,19 @@ struct Int8Operand {
 #pragma GCC unroll 16
         for (int j = 0; j < Vectors; ++j)
           sum[r][j] = Dot::load(reinterpret_cast<const int32_t*>(of_vector(tail + kColumns, j)));
-      for (int64_t i = 0; i < steps; ++i) {
-        const int8_t* const group = weights + i * kColumns * Dot::kDepth;
+      const auto group = [&](int64_t r, int64_t i) { return x + (r * steps + i) * Dot::kDepth; };
+      const auto at = [&](int64_t i, int j) {
+        return weights + i * kColumns * Dot::kDepth + j / kVectors * bytes +
+               j % kVectors * kLanes * Dot::kDepth;
+      };
+      int64_t i = 0;
+      if constexpr (Rows > 1 && requires { typename D::TwoRows; })
+        i = by_two_rows<typename D::TwoRows>(sum, steps, group, at, [](int64_t) {});
+      for (; i < steps; ++i)
 #pragma GCC unroll 16
-        for (int j = 0; j < Vectors; ++j) {
-          const int8_t* const at =
-              group + j / kVectors * bytes + j % kVectors * kLanes * Dot::kDepth;
+        for (int j = 0; j < Vectors; ++j)
 #pragma GCC unroll 16
-          for (int r = 0; r < Rows; ++r)
-            sum[r][j] = sum[r][j].plus(x + (r * steps + i) * Dot::kDepth, at);
-        }
-      }
+          for (int r = 0; r < Rows; ++r) sum[r][j] = sum[r][j].plus(group(r, i), at(i, j));
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 16

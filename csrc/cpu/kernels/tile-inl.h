@@ -23,6 +23,46 @@ constexpr int64_t sum_at(int64_t r, int64_t j) {
          j % kVectors * Vec<T>::kLanes;
 }
 
+// Of a micro-kernel where the ISA has instructions for the products of two rows (MatrixSums): takes
+// two steps along K at a time and returns how many of them it has taken. x(r, i): row r of `a` at
+// step i. at(i, j): vector j of step i of B. prefetch(i): what step i asks for.
+template <typename TwoRows, int Rows, int Vectors, typename Sum, typename X, typename At,
+          typename Prefetch>
+inline int64_t by_two_rows(Sum (&sum)[Rows][Vectors], int64_t steps, const X& x, const At& at,
+                           const Prefetch& prefetch) {
+  constexpr auto next = [](int r) { return std::min(r + 1, Rows - 1); };  // or the last one again
+  TwoRows sums[(Rows + 1) / 2][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r += 2)
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) sums[r / 2][j] = TwoRows::of(sum[r][j].v, sum[next(r)][j].v);
+  int64_t i = 0;
+  for (; i + 2 <= steps; i += 2) {
+    prefetch(i);
+    prefetch(i + 1);
+    decltype(TwoRows::load(x(0, 0), x(0, 0))) rows[(Rows + 1) / 2];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r += 2) rows[r / 2] = TwoRows::load(x(r, i), x(next(r), i));
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; r += 2)
+        sums[r / 2][j] = sums[r / 2][j].plus(rows[r / 2], at(i, j), at(i + 1, j));
+      // Keeps the compiler from loading all vectors at once: registers are too few.
+      __asm__ volatile("" ::: "memory");
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r += 2)
+#pragma GCC unroll 16
+    for (int j = 0; j < Vectors; ++j) {
+      const TwoRows rows = sums[r / 2][j].rows();
+      sum[r][j] = {rows.left};
+      if (r + 1 < Rows) sum[next(r)][j] = {rows.right};
+    }
+  return i;
+}
+
 // Calls multiply() with the number of rows and vectors as constants: 0 to Rows, 1 to Vectors.
 template <int Rows, int Vectors, typename T, typename Operands>
 inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t panel,

@@ -1,9 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vec<float> of 4 lanes and Vec<double> of 2, for NEON on aarch64. The only NEON intrinsics.
-// ISS_NEON_BF16: with the instructions for dot products of bfloat16 and int8.
+// ISS_NEON_BF16: with the instructions for dot products and for matrices of bfloat16 and int8.
 
 template <typename T>
 struct Vec;
+
+#ifdef ISS_NEON_BF16
+inline float32x4_t multiply_add(float32x4_t sums, uint64x2_t rows, uint32x4_t columns) {
+  return vbfmmlaq_f32(sums, vreinterpretq_bf16_u64(rows), vreinterpretq_bf16_u32(columns));
+}
+inline int32x4_t multiply_add(int32x4_t sums, uint64x2_t rows, uint32x4_t columns) {
+  return vmmlaq_s32(sums, vreinterpretq_s8_u64(rows), vreinterpretq_s8_u32(columns));
+}
+
+// The sums of two rows and a vector of columns in 2 x 2 blocks, as BFMMLA and SMMLA take them: each
+// adds the products of 8 bytes of K, in the order of two dot products, so with the same bits.
+template <typename V>
+struct MatrixSums {
+  V left, right;  // of columns 0, 1 and 2, 3: first two sums of the first row
+
+  static MatrixSums of(V first, V second) {
+    const auto a = std::bit_cast<uint64x2_t>(first), b = std::bit_cast<uint64x2_t>(second);
+    return {std::bit_cast<V>(vzip1q_u64(a, b)), std::bit_cast<V>(vzip2q_u64(a, b))};
+  }
+  // The inverse of `of`.
+  MatrixSums rows() const { return of(left, right); }
+  // 8 bytes of each row.
+  static uint64x2_t load(const void* first, const void* second) {
+    uint64_t bytes[2];
+    __builtin_memcpy(&bytes[0], first, 8);
+    __builtin_memcpy(&bytes[1], second, 8);
+    return vcombine_u64(vcreate_u64(bytes[0]), vcreate_u64(bytes[1]));
+  }
+  // columns, next: 4 bytes of each column, and those after.
+  MatrixSums plus(uint64x2_t x, const void* columns, const void* next) const {
+    const uint32x4_t a = vld1q_u32(static_cast<const uint32_t*>(columns));
+    const uint32x4_t b = vld1q_u32(static_cast<const uint32_t*>(next));
+    return {multiply_add(left, x, vzip1q_u32(a, b)), multiply_add(right, x, vzip2q_u32(a, b))};
+  }
+};
+#endif
 
 template <>
 struct Vec<float> {
@@ -47,6 +83,7 @@ struct Vec<float> {
   }
 #ifdef ISS_NEON_BF16
   static constexpr bool kPairs = true;
+  using TwoRows = MatrixSums<float32x4_t>;
   static Vec load(const Pair* p) { return load(reinterpret_cast<const float*>(p)); }
   static Vec dot(Vec x, Vec w, Vec sum) {
     return {vbfdotq_f32(sum.v, vreinterpretq_bf16_f32(x.v), vreinterpretq_bf16_f32(w.v))};
@@ -168,6 +205,7 @@ struct Dot {
   static constexpr int kDepth = 4;
   static constexpr int32_t kZero = 0, kLevels = 127;
   using Activation = int8_t;
+  using TwoRows = MatrixSums<int32x4_t>;
   int32x4_t v;
 
   static Dot load(const int32_t* p) { return {vld1q_s32(p)}; }
