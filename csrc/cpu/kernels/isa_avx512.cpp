@@ -12,27 +12,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#define ISS_AMX
+
 // Only the kernels of Format::kPairs use AVX512-BF16, those of kTiles and kInt8Tiles AMX.
 ISS_TARGET_BEGIN(
     "fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 namespace iss {
 namespace {
 #include "cpu/kernels/vec_avx512-inl.h"
-#include "cpu/kernels/math-inl.h"
-#include "cpu/kernels/tile-inl.h"
-#include "cpu/kernels/operand_float-inl.h"
-#include "cpu/kernels/operand_int8-inl.h"
-#include "cpu/kernels/operand_stored-inl.h"
-#include "cpu/kernels/tiles_amx-inl.h"
-#include "cpu/kernels/pack-inl.h"
-#include "cpu/kernels/matmul-inl.h"
-#include "cells/lstm-inl.h"
-#include "cells/gru-inl.h"
-#include "cells/rnn-inl.h"
-#include "cells/rhn-inl.h"
-#include "cpu/kernels/step-inl.h"
-#include "cpu/kernels/group_lasso-inl.h"
-#include "cpu/kernels/table-inl.h"
+#include "cpu/kernels/all-inl.h"
 }  // namespace
 ISS_TARGET_END
 

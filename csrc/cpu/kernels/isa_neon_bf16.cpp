@@ -18,21 +18,7 @@ ISS_TARGET_BEGIN("arch=armv8.2-a+bf16+dotprod+i8mm")
 namespace iss {
 namespace {
 #include "cpu/kernels/vec_neon-inl.h"
-#include "cpu/kernels/math-inl.h"
-#include "cpu/kernels/tile-inl.h"
-#include "cpu/kernels/operand_float-inl.h"
-#include "cpu/kernels/operand_int8-inl.h"
-#include "cpu/kernels/operand_stored-inl.h"
-#include "cpu/kernels/tiles_none-inl.h"
-#include "cpu/kernels/pack-inl.h"
-#include "cpu/kernels/matmul-inl.h"
-#include "cells/lstm-inl.h"
-#include "cells/gru-inl.h"
-#include "cells/rnn-inl.h"
-#include "cells/rhn-inl.h"
-#include "cpu/kernels/step-inl.h"
-#include "cpu/kernels/group_lasso-inl.h"
-#include "cpu/kernels/table-inl.h"
+#include "cpu/kernels/all-inl.h"
 }  // namespace
 ISS_TARGET_END
 
