@@ -176,9 +176,12 @@ def test_the_table_and_the_pictures_of_a_run(data, tmp_path, capsys):
         run(data, tmp_path / seed, "--seed", seed)
     run(data, tmp_path / "iss", "--method", "iss", "--strength", "0.1", "--threshold", "3e-3",
         "--label", "ISS")  # fmt: skip
+    run(data, tmp_path / "short", "--epochs", "1")
     capsys.readouterr()
-    assert report([str(tmp_path / name / "result.json") for name in ("1", "2", "iss")]) == 0
-    heading, line, baseline, iss = capsys.readouterr().out.splitlines()
+    runs = ("1", "2", "iss", "short")
+    assert report([str(tmp_path / name / "result.json") for name in runs]) == 0
+    heading, line, baseline, iss, short = capsys.readouterr().out.splitlines()
+    assert short.startswith("| small | baseline | 8, 12, 10 | ")
     assert baseline.startswith("| small | baseline, 2 seeds | 8, 12, 10; 8, 12, 10 | ")
     assert "| 100%; 100% |" in baseline
     assert iss.startswith("| small | ISS | 8, ") and iss.count("|") == heading.count("|")

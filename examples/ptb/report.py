@@ -37,13 +37,15 @@ HEADINGS = (
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row for each config and variant of a method."""
-    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """Markdown: a row for all runs that differ in their seed alone."""
+    rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in results:
-        rows.setdefault((result["config"], result["label"]), []).append(result)
+        recipe = json.dumps(result["options"] | {"seed": 0}, sort_keys=True)
+        rows.setdefault((result["config"], result["label"], recipe), []).append(result)
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
-    for (config, label), runs in rows.items():
-        baseline = rows.get((config, "baseline"), runs)
+    for (config, label, _), runs in rows.items():
+        baselines = (rows[key] for key in rows if key[:2] == (config, "baseline"))
+        baseline = next(baselines, runs)
         lines.append(
             (
                 config,
