@@ -135,7 +135,7 @@ def test_the_benchmark_of_the_paper_s_model_times_every_format(tmp_path):
     ours = [("iss_kernels", w) for w in ("float32", "float16", "bfloat16", "int8")]
     torchs = [("torch", "float32")]
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        torchs.append(("torch", "bfloat16"))
+        torchs += [("torch", "bfloat16"), ("iss_kernels", "bfloat16 model")]
     assert [(row["provider"], row["weights"]) for row in rows] == [*torchs, *ours]
     assert all(float(row["ms_p50"]) > 0 for row in rows)
 
