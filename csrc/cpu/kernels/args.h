@@ -43,10 +43,9 @@ constexpr int panel_vectors(int gates) { return gates == 3 ? 3 : 4; }
 // columns apart instead of `lanes`. The end of the panel is then empty, and no kernel reads it.
 //
 // kBfloat16: two vectors of a panel are interleaved; a third one stands alone. kPairs: as a matrix
-// of Pairs with K / 2 rows; an odd K is filled up with zeros. Tiles fill up K with zeros to a whole
-// tile. kInt8:
-// [panel][K / depth][V][lanes][depth], then the scales of the panel, float [V][lanes], and the
-// initial values of its sums, int32 [V][lanes].
+// of Pairs with K / 2 rows; an odd K is filled up with zeros. kInt8: [panel][K / depth][V][lanes]
+// [depth], then the scales of the panel, float [V][lanes], and the initial values of its sums,
+// int32 [V][lanes]. kTiles and kInt8Tiles are the same with K filled up with zeros to a whole tile.
 struct PackArgs {
   int64_t k, columns;
   int gates = 1;
