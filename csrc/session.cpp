@@ -125,20 +125,15 @@ using CellTuple = std::tuple<at::Tensor, at::Tensor, OptionalTensor, OptionalTen
 // The keys of one whose values torch negates (x.conj().imag) or fills in when they are read.
 constexpr c10::DispatchKeySet kLazy({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
 
-// The network of a prepared module, and the buffers that it was packed from.
-class BoundNetwork : public Network {
+// The buffers of a module that something was packed from.
+class Sources {
  public:
-  BoundNetwork(const CellSpec& cell, std::vector<std::vector<CellWeights>> layers, bool uniform,
-               const py::dict& buffers)
-      : Network(cell, std::move(layers)), uniform_(uniform) {
+  explicit Sources(const py::dict& buffers) {
     for (const auto& [name, value] : buffers) {
       const auto tensor = value.cast<at::Tensor>();
       sources_.push_back({py::reinterpret_borrow<py::str>(name), tensor, tensor._version()});
     }
   }
-
-  // Whether its cells are all of one size.
-  bool uniform() const { return uniform_; }
 
   // Whether a module's buffers are still those, with the same values. (A change through .data or a
   // NumPy view goes unnoticed.)
@@ -158,9 +153,54 @@ class BoundNetwork : public Network {
     at::Tensor tensor;
     int64_t version;
   };
-  bool uniform_;
   std::vector<Source> sources_;
 };
+
+// The network of a prepared module.
+class BoundNetwork : public Network, public Sources {
+ public:
+  BoundNetwork(const CellSpec& cell, std::vector<std::vector<CellWeights>> layers, bool uniform,
+               const py::dict& buffers)
+      : Network(cell, std::move(layers)), Sources(buffers), uniform_(uniform) {}
+
+  // Whether its cells are all of one size.
+  bool uniform() const { return uniform_; }
+
+ private:
+  bool uniform_;
+};
+
+class BoundLinear : public Linear, public Sources {
+ public:
+  BoundLinear(const at::Tensor& weight, const OptionalTensor& scales, const OptionalTensor& bias,
+              const py::dict& buffers)
+      : Linear(weight, scales.value_or(at::Tensor()), bias.value_or(at::Tensor())),
+        Sources(buffers) {}
+};
+
+// Whether a call with this input may go past the dispatcher, by weights packed from `buffers`.
+bool is_plain_call(const Sources& sources, const py::object& input, const py::dict& buffers) {
+  if (!THPVariable_CheckExact(input.ptr())) return false;
+  const at::Tensor& x = THPVariable_Unpack(input.ptr());
+  return is_plain(x) && nobody_watches() && !(x.requires_grad() && at::GradMode::is_enabled()) &&
+         sources.is_current(buffers);
+}
+
+// x [..., I] -> [..., O], float32. None for anything else, so that the long way may say what is
+// wrong with it.
+py::object run_linear(const BoundLinear& linear, const py::object& input, const py::dict& buffers) {
+  if (!is_plain_call(linear, input, buffers)) return py::none();
+  const at::Tensor& x = THPVariable_Unpack(input.ptr());
+  if (x.dim() == 0 || x.scalar_type() != at::kFloat || x.numel() == 0 ||
+      x.size(-1) != linear.input() || linear.output() == 0)
+    return py::none();
+  at::Tensor y;
+  {
+    const py::gil_scoped_release no_gil;
+    y = linear.run(x.contiguous());
+  }
+  return py::cast(y);
+}
 
 std::shared_ptr<BoundNetwork> make_network(const std::string& name,
                                            const std::vector<std::vector<CellTuple>>& layers,
@@ -183,11 +223,10 @@ std::shared_ptr<BoundNetwork> make_network(const std::string& name,
 // are still `buffers`. None for anything else, so that the long way may say what is wrong with it.
 py::object run_plain(const BoundNetwork& network, const py::object& input, bool batch_first,
                      const py::dict& buffers) {
-  if (!network.uniform() || !THPVariable_CheckExact(input.ptr())) return py::none();
+  if (!network.uniform() || !is_plain_call(network, input, buffers)) return py::none();
   const at::Tensor& x = THPVariable_Unpack(input.ptr());
-  if (!is_plain(x) || !nobody_watches() || x.dim() != 3 || x.scalar_type() != network.dtype() ||
-      x.numel() == 0 || x.size(2) != network.input() ||
-      (x.requires_grad() && at::GradMode::is_enabled()) || !network.is_current(buffers))
+  if (x.dim() != 3 || x.scalar_type() != network.dtype() || x.numel() == 0 ||
+      x.size(2) != network.input())
     return py::none();
   at::Tensor y, h_n, c_n;
   {
@@ -480,14 +519,20 @@ PYBIND11_MODULE(_C, module) {
       py::reinterpret_steal<py::object>(PyCFunction_New(&cell_step_definition, nullptr));
   py::class_<BoundNetwork, std::shared_ptr<BoundNetwork>>(module, "Network")
       .def(py::init(&make_network))
-      .def("is_current", &BoundNetwork::is_current)
+      .def("is_current", &Sources::is_current)
       .def("run", &run)
       .def("run_plain", &run_plain);
+  py::class_<BoundLinear, std::shared_ptr<BoundLinear>>(module, "Linear")
+      .def(py::init<const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                    const py::dict&>())
+      .def("is_current", &Sources::is_current)
+      .def("run", &run_linear);
   py::class_<BoundStream, std::shared_ptr<BoundStream>>(module, "Stream")
       .def(py::init<int64_t, int64_t>())
       .def("add_recurrent",
            [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_recurrent(n); })
-      .def("add_linear", &BoundStream::add_linear)
+      .def("add_linear",
+           [](BoundStream& self, const std::shared_ptr<BoundLinear>& l) { self.add_linear(l); })
       .def("add_layer_norm", &BoundStream::add_layer_norm)
       .def("add_activation", &BoundStream::add_activation)
       .def_property_readonly("step", &step_of)

@@ -21,8 +21,8 @@ from iss_kernels.arguments import Arguments, Path, cloned, leaves, mapped, named
 from iss_kernels.carry import Loop, Memory, Variables, loops_in, memories_of, recurrent_in
 from iss_kernels.chain import BOTH_WAYS, device_of
 from iss_kernels.copying import copied
-from iss_kernels.prepare import Prepared
 from iss_kernels.steps import Steps, widened
+from iss_kernels.stored import Snapshot
 
 
 class _Refused(Exception):
@@ -620,7 +620,7 @@ def _first_right(model: nn.Module, verifier: _Verifier, ways: Iterator[_Way]) ->
                 failed = _Refused(f"which fails on a sequence or a step of one: {_brief(error)}")
                 refusal = refusal or (failed, engine, way.streamed)
                 continue
-            prepared = [module for module in model.modules() if isinstance(module, Prepared)]
+            prepared = [module for module in model.modules() if isinstance(module, Snapshot)]
             coarse = any(module.weights != "float32" for module in prepared)
             return engine.of(model) if coarse else engine
     if refusal is None:

@@ -18,14 +18,16 @@ from torch.nn import functional as F
 
 from iss_kernels import backend
 from iss_kernels.copying import copied
+from iss_kernels.linear import PreparedLinear
 from iss_kernels.prepare import Prepared, prepare, recurrent_types
+from iss_kernels.stored import Snapshot
 
 BOTH_WAYS = (
     "Stream: expected recurrent layers in one direction, got {}: its backward half begins at the "
     "last step, which a stream has not seen yet"
 )
 
-_SIMPLE = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)
+_SIMPLE = (nn.Linear, PreparedLinear, nn.LayerNorm, nn.Dropout, nn.Identity)
 ACTIVATIONS = {
     nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu", nn.GELU: "gelu",
     nn.LeakyReLU: "leaky_relu",
@@ -122,14 +124,18 @@ def _own_ways(module: nn.Module) -> str | None:
 
 
 def _snapshot(layer: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
-    """A copy of a layer for inference in float32, the weights of a recurrent one in its format."""
+    """A copy of a layer for inference in float32, the weights of a prepared one in its format."""
     if layer not in made:
         for parameter in layer.parameters():
             if not parameter.is_floating_point():
                 got = f"{str(parameter.dtype).removeprefix('torch.')} in {type(layer).__name__}"
                 raise ValueError(f"Stream: expected floating-point weights, got {got}")
-        if isinstance(layer, recurrent_types()):
-            made[layer] = layer if isinstance(layer, Prepared) else prepare(layer)
+        if isinstance(layer, Snapshot):
+            made[layer] = layer
+        elif isinstance(layer, recurrent_types()):
+            made[layer] = prepare(layer)
+        elif isinstance(layer, nn.Linear):
+            made[layer] = PreparedLinear(copy.deepcopy(layer), "float32")
         else:
             double: Any = copy.deepcopy(layer).float().eval()
             if hasattr(double, "inplace"):
@@ -193,7 +199,9 @@ class Chain:
                 in_a_row = in_a_row[0]
         self._expect_equal(y, in_a_row, 1e-5)
         # Kernels of a sequence round 16 and 8 bits, and those of CUDA, elsewhere than a step's.
-        coarse = x.is_cuda or any(layer.weights != "float32" for layer in recurrent)
+        coarse = x.is_cuda or any(
+            layer.weights != "float32" for layer in layers if isinstance(layer, Snapshot)
+        )
         steps = torch.stack([step(x_t).clone() for x_t in x])
         self._expect_equal(y, steps.transpose(0, 1) if turned else steps, 1e-1 if coarse else 1e-3)
 
@@ -261,6 +269,11 @@ def _only_states(value: Any) -> bool:
     return isinstance(value, _State)
 
 
+def _kind(layer: nn.Module) -> str:
+    """What the model calls the layer of a snapshot."""
+    return type(layer).__name__.removeprefix("Prepared")
+
+
 def sizes_of(layers: Sequence[nn.Module]) -> tuple[int, int]:
     """Raise ValueError for what cannot go step by step; return the sizes of input and output."""
     begin = width = 0
@@ -274,7 +287,7 @@ def sizes_of(layers: Sequence[nn.Module]) -> tuple[int, int]:
                     "full_width, got none"
                 )
             needs, gives = layer.input_size, layer.sizes[-1][0][1]
-        elif isinstance(layer, nn.Linear):
+        elif isinstance(layer, PreparedLinear):
             needs, gives = layer.in_features, layer.out_features
         elif isinstance(layer, nn.LayerNorm):
             if len(layer.normalized_shape) != 1:
@@ -297,11 +310,11 @@ def sizes_of(layers: Sequence[nn.Module]) -> tuple[int, int]:
             continue
         if gives == 0:
             raise ValueError(
-                f"Stream: expected layers that put out features, got {type(layer).__name__} for 0"
+                f"Stream: expected layers that put out features, got {_kind(layer)} for 0"
             )
         if width not in (0, needs):
             raise ValueError(
-                f"Stream: expected layers whose sizes fit, got {type(layer).__name__} for {needs} "
+                f"Stream: expected layers whose sizes fit, got {_kind(layer)} for {needs} "
                 f"features after {width}"
             )
         begin, width = begin or needs, gives

@@ -35,15 +35,17 @@ from iss_kernels.accelerate import (
     check_plain,
     take_over,
 )
-from iss_kernels.prepare import _DTYPES as FORMATS
+from iss_kernels.linear import PreparedLinear, is_plain_linear
 from iss_kernels.prepare import Prepared, prepared_type
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
 from iss_kernels.recurrent_cell import _options as options_of_cell
 from iss_kernels.shrink import fit
 from iss_kernels.states import Shrinkable
+from iss_kernels.stored import FORMATS, Snapshot
 
 FORMAT = 1
 _KEY = "iss_kernels"  # of the metadata; its value is JSON
+_LINEAR = "Linear"  # the kind of a Linear layer that `prepare` made
 _KEPT = "iss_kernels.kept."  # before the name of a module whose units have left in part
 _SIZES = ("input_size", "hidden_size", "proj_size")  # the options that shrinking changes
 _DTYPES = {
@@ -54,7 +56,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class _Entry:
-    """A recurrent module as the file describes it.
+    """A module as the file describes it: a recurrent one, or a Linear that `prepare` made.
 
     kind: the name of its class, torch's or ours. options: the arguments by which the class makes
     one. weights: the format of a prepared module, "" for others. before: the width of each state
@@ -83,9 +85,10 @@ class _Entry:
 class _Metadata:
     """What the file says beside its tensors.
 
-    modules: {name: recurrent module}. shared: the names of each tensor that has several; the file
-    holds it under the first. transient: names of the buffers that a state_dict leaves out. widths:
-    numbers in the model's own modules that shrinking changed: module, place there, number.
+    modules: {name: recurrent or prepared module}. shared: the names of each tensor that has
+    several; the file holds it under the first. transient: names of the buffers that a state_dict
+    leaves out. widths: numbers in the model's own modules that shrinking changed: module, place
+    there, number.
     """
 
     modules: dict[str, _Entry]
@@ -402,7 +405,7 @@ def _fill(model: nn.Module, names: list[str], own: Tensor, value: Tensor) -> Non
 
 
 # -------------------------------------------------------------------------------------------------
-# Recurrent modules
+# Modules
 
 
 def _kinds() -> dict[str, tuple[Any, Any, Any]]:
@@ -418,7 +421,9 @@ def _options(module: Any, ours: Any) -> dict[str, Any]:
 
 
 def _entry(path: str, module: nn.Module) -> _Entry | None:
-    """What the file says of a recurrent module; None for others and where weights are computed."""
+    """What the file says of a module; None for most, and where weights are computed."""
+    if isinstance(module, PreparedLinear):
+        return _Entry(_LINEAR, {}, module.weights, [])
     if isinstance(module, Prepared):
         ours = next(kind for kind in MODULES.values() if isinstance(module, kind))
         options = _options(module, ours)
@@ -454,7 +459,7 @@ def _replacements(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
-        if isinstance(module, Prepared):
+        if isinstance(module, Snapshot):
             raise ValueError(
                 f"load: expected a model that is not prepared, got {path or 'one'} as a "
                 f"{type(module).__name__}; load first, then prepare"
@@ -462,13 +467,16 @@ def _replacements(
     new = {}
     for path, entry in metadata.modules.items():
         label, old = path or "the model", cast(Any, modules.get(path))
+        prefix = path and f"{path}."
+        values = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+        if entry.kind == _LINEAR:
+            new[old] = _made_linear(label, entry.weights, old, values)
+            continue
         stayed = stored.pop(_KEPT + path, None)
         kind, options, differ = _wanted(label, entry, old)
         if not (differ or type(old) is not kind or entry.weights or entry.before or _before(old)):
             continue
         check_plain(old, "load", label)
-        prefix = path and f"{path}."
-        values = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
         made = _made(label, kind, options, entry.weights, old, values)
         if isinstance(made, Shrinkable):
             made.kept, made.full_width = None, entry.full_width  # not those of the old module
@@ -528,6 +536,12 @@ def _made(
         raise ValueError(
             f"load: expected {label} of sizes that an {kind.__name__} can have, got {sizes}"
         ) from error
+    _check_values(label, made, values, weights)
+    return made if weights else take_over(made, old, old._parameters)
+
+
+def _check_values(label: str, made: Any, values: Mapping[str, Tensor], weights: str) -> None:
+    """Refuse values of other shapes than a module has, or of other dtypes where it is prepared."""
     for name, expected in _tensors_of(made)[0].items():
         value = values.get(name, expected)
         if value.shape != expected.shape or (weights and value.dtype != expected.dtype):
@@ -535,7 +549,31 @@ def _made(
                 f"load: expected {name} of shape {list(expected.shape)}, as the sizes of {label} "
                 f"say, got {list(value.shape)} of {value.dtype} in the file"
             )
-    return made if weights else take_over(made, old, old._parameters)
+
+
+def _made_linear(label: str, weights: str, old: Any, values: Mapping[str, Tensor]) -> nn.Module:
+    """A prepared Linear of the sizes that these values have, with all else that `old` has."""
+    if not is_plain_linear(old):
+        got = "none" if old is None else f"a {type(old).__name__}"
+        computed = " with a weight or forward of its own" * (type(old) is nn.Linear)
+        raise ValueError(
+            f"load: expected {label} to be an nn.Linear, as in the file, got {got}{computed}"
+        )
+    weight = values.get("weight")
+    if weight is None or weight.dim() != 2 or not weights:
+        raise ValueError(f"load: expected a weight of two dimensions for {label} in the file")
+    source = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in values, device="meta")
+    made = PreparedLinear(_zeros(source), weights)
+    _check_values(label, made, values, weights)
+    return _with_rest(made, old, old.weight)
+
+
+def _zeros(module: nn.Module) -> Any:
+    """A module, on the CPU in float32, with zeros."""
+    source = module.to_empty(device="cpu").float()
+    for parameter in source.parameters():
+        parameter.detach().zero_()
+    return source
 
 
 @torch.no_grad()
@@ -543,11 +581,12 @@ def _prepared(made: Any, old: Any, weights: str) -> nn.Module:
     """What `prepare` makes of a module, whose values are to follow, with all that `old` has."""
     if not isinstance(made, Recurrent):
         raise TypeError(f"there is no prepared {type(made).__name__}")
-    source = made.to_empty(device="cpu").float()
-    for parameter in source.parameters():
-        parameter.zero_()
-    like: Tensor = old.weight_ih_l0
-    fast = prepared_type(type(made))(source, weights).to("cpu" if like.is_meta else like.device)
+    return _with_rest(prepared_type(type(made))(_zeros(made), weights), old, old.weight_ih_l0)
+
+
+def _with_rest(fast: nn.Module, old: Any, like: Tensor) -> nn.Module:
+    """A prepared module on the device of `like`, with all but the weights that `old` has."""
+    fast = fast.to("cpu" if like.is_meta else like.device)
     for table in ("_parameters", "_buffers", "_modules"):
         others = {k: v for k, v in vars(old)[table].items() if k not in fast._buffers}
         vars(fast)[table].update(others)

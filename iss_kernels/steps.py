@@ -28,8 +28,9 @@ from iss_kernels.carry import (
     rows_dim,
 )
 from iss_kernels.copying import copied
-from iss_kernels.prepare import Prepared, prepare
+from iss_kernels.prepare import prepare
 from iss_kernels.recurrent import CELL_MODULES, MODULES
+from iss_kernels.stored import Snapshot
 
 
 class Steps:
@@ -302,14 +303,9 @@ def _is_double(module: nn.Module) -> bool:
 
 
 def widened(model: nn.Module) -> nn.Module:
-    """A copy without 16 or 8 bits in recurrent modules, whose rounding would hide differences."""
+    """A copy without 16 or 8 bits in weights, whose rounding would hide differences."""
     result = copied(model).eval()
     for module in result.modules():
-        if isinstance(module, Prepared) and module.weights != "float32":
-            names = sum(module._all_weights, [])
-            values = {name: module._weight(name, torch.float32).clone() for name in names}
-            module._buffers.clear()
-            module._buffers.update(values)
-            module._expected = {name: (t.shape, t.dtype) for name, t in values.items()}
-            module._native, module.weights = None, "float32"
+        if isinstance(module, Snapshot) and module.weights != "float32":
+            module.widen()
     return result

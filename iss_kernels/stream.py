@@ -18,6 +18,7 @@ from iss_kernels import backend, ops
 from iss_kernels.arguments import named
 from iss_kernels.causal import steps_of
 from iss_kernels.chain import ACTIVATIONS, Chain, device_of, sizes_of
+from iss_kernels.linear import PreparedLinear
 from iss_kernels.prepare import Prepared
 
 
@@ -301,8 +302,8 @@ def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -
     for layer in layers:
         if isinstance(layer, Prepared):
             engine.add_recurrent(layer.native())
-        elif isinstance(layer, nn.Linear):
-            engine.add_linear(own(layer.weight), own(layer.bias))
+        elif isinstance(layer, PreparedLinear):
+            engine.add_linear(layer.native())
         elif isinstance(layer, nn.LayerNorm):
             engine.add_layer_norm(own(layer.weight), own(layer.bias), layer.eps)
         else:

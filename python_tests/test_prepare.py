@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iss_kernels import ISSGRU, ISSLSTM, ISSRHN, ISSRNN, load, prepare, save, use_backend
 from iss_kernels.backend import multiplies_bfloat16, supported_isas, use_isa
 from iss_kernels.demo.model import LanguageModel, perplexity, windows
+from iss_kernels.linear import PreparedLinear
 from iss_kernels.prepare import PreparedGRU, PreparedLSTM, PreparedRHN, PreparedRNN
 from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
@@ -734,7 +735,7 @@ def test_a_tangent_is_not_dropped(implementation):
 # -- the model around it ---------------------------------------------------------------------------
 
 
-def test_every_lstm_of_a_model_is_prepared_and_the_rest_copied(weights):
+def test_every_lstm_and_linear_of_a_model_is_prepared_and_the_rest_copied(weights):
     model = Tagger()
     before, types = values_of(model), [type(m) for m in model.modules()]
     prepared = prepare(model, weights)
@@ -742,7 +743,7 @@ def test_every_lstm_of_a_model_is_prepared_and_the_rest_copied(weights):
     assert type(prepared.first) is PreparedLSTM and prepared.again is prepared.first
     assert type(prepared.inner[0]) is PreparedLSTM
     assert prepared.norm is not model.norm and prepared.norm.weight is not model.norm.weight
-    assert isinstance(prepared.inner[1].weight, nn.Parameter)
+    assert type(prepared.inner[1]) is PreparedLinear
     with torch.no_grad():
         torch.testing.assert_close(prepared(X), model(X), rtol=0, atol=3e-2)
     assert model.training and [type(m) for m in model.modules()] == types

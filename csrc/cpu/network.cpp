@@ -19,6 +19,9 @@
 namespace iss {
 namespace {
 
+// Panels of a Linear that a thread takes at a time: its rows are rounded or quantised for them once.
+constexpr int64_t kPanelsEach = 16;
+
 // Biases may be views of a module's buffers, which may change later.
 at::Tensor copied(const at::Tensor& bias) { return bias.defined() ? bias.clone() : bias; }
 
@@ -99,21 +102,27 @@ Network::Network(const CellSpec& cell, std::vector<std::vector<CellWeights>> lay
       weights_(std::move(layers)),
       dtype_(weights_[0][0].w_ih.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {}
 
-std::shared_ptr<const Stack> Network::stack() const {
+template <typename Packed>
+template <typename Pack>
+std::shared_ptr<const Packed> PackedForIsa<Packed>::get(const Pack& pack) const {
   const CpuKernels* const kernels = &cpu_kernels();
   {
     const std::lock_guard lock(process_mutex());
-    if (packed_for_ == kernels) return stack_;
+    if (packed_for_ == kernels) return packed_;
   }
   // Threads that come here at once each pack; the last one's panels are kept.
-  const auto packed = std::make_shared<const Stack>(packed_stack(cell_, weights_));
+  const auto packed = std::make_shared<const Packed>(pack());
   auto replaced = packed;
   {
     const std::lock_guard lock(process_mutex());
-    stack_.swap(replaced);
+    packed_.swap(replaced);
     packed_for_ = kernels;
   }
   return packed;  // what was replaced goes now, after the lock
+}
+
+std::shared_ptr<const Stack> Network::stack() const {
+  return packed_.get([&] { return packed_stack(cell_, weights_); });
 }
 
 int64_t Network::input() const { return weights_[0][0].w_ih.size(1); }
@@ -184,6 +193,54 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::
   return {y, state[0], state[1]};
 }
 
+std::shared_ptr<const Matrix> Linear::matrix() const {
+  return packed_.get([&] {
+    Matrix matrix = pack(weight_, {.transposed = true}, scales_);
+    matrix.format = fine(matrix.format);
+    return matrix;
+  });
+}
+
+void Linear::run(const Matrix& matrix, const float* x, int64_t rows, float* y) const {
+  const Call call;
+  const Kernels<float>& kernels = cpu_kernels().f32;
+  const int64_t k = input(), columns = output(), panels = kernels.panels(columns);
+  const int64_t bytes = kernels.scratch_bytes(matrix.format, std::min(kBlockRows, rows), k);
+  char* const own = static_cast<char*>(scratch(bytes * available_threads()));
+  const auto multiply = [&](int64_t first, int64_t last, PanelRange range, int64_t thread) {
+    for (int64_t row = first; row < last; row += kBlockRows)
+      kernels.matmul({.rows = std::min(kBlockRows, last - row),
+                      .k = k,
+                      .columns = columns,
+                      .panels = range,
+                      .a = x + row * k,
+                      .a_stride = k,
+                      .b = matrix.view(),
+                      .bias = bias_.defined() ? bias_.const_data_ptr<float>() : nullptr,
+                      .accumulate = false,
+                      .out = y + row * columns,
+                      .out_stride = columns,
+                      .scratch = own + thread * bytes});
+  };
+  // Each thread has panels of its own and reads their weights alone, unless there are too few.
+  if (panels >= kPanelsEach * available_threads() || rows <= kBlockRows)
+    return each_block(panels, kPanelsEach, rows * k * columns / panels,
+                      [&](int64_t begin, int64_t end, int64_t thread) {
+                        multiply(0, rows, {begin, end}, thread);
+                      });
+  each_block(rows, kBlockRows, k * columns, [&](int64_t begin, int64_t end, int64_t thread) {
+    multiply(begin, end, {0, panels}, thread);
+  });
+}
+
+at::Tensor Linear::run(const at::Tensor& x) const {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = output();
+  const at::Tensor y = recycled(shape, at::kFloat);
+  run(*matrix(), x.const_data_ptr<float>(), x.numel() / input(), y.mutable_data_ptr<float>());
+  return y;
+}
+
 at::Tensor floats(int64_t rows, int64_t columns) {
   const c10::InferenceMode normal(false);
   return at::detail::empty_cpu({rows, columns}, at::kFloat);
@@ -213,8 +270,9 @@ void Stream::add_recurrent(std::shared_ptr<const Network> network) {
   add(Recurrent{std::move(network), std::move(states)}, width);
 }
 
-void Stream::add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  add(Linear{weight, bias.value_or(at::Tensor()), {}}, weight.size(0));
+void Stream::add_linear(std::shared_ptr<const Linear> linear) {
+  const int64_t width = linear->output();
+  add(Product{std::move(linear)}, width);
 }
 
 void Stream::add_layer_norm(const std::optional<at::Tensor>& weight,
@@ -236,30 +294,12 @@ void Stream::run(Recurrent& recurrent, const float* x, float* y, int64_t) {
   run_stack<float>(*recurrent.stack, one_step_, x, recurrent.states, y);
 }
 
-void Stream::run(Linear& linear, const float* x, float* y, int64_t columns) {
-  const Kernels<float>& kernels = cpu_kernels().f32;
-  if (linear.packed_for != &kernels) {
-    linear.packed = pack(linear.weight, {.transposed = true});
-    linear.packed_for = &kernels;
+void Stream::run(Product& product, const float* x, float* y, int64_t) {
+  if (product.packed_for != &cpu_kernels()) {
+    product.packed_for = &cpu_kernels();
+    product.matrix = product.linear->matrix();
   }
-  const int64_t k = linear.weight.size(1);
-  const int64_t panels = kernels.panels(columns);
-  each_part(panels, batch_ * k * columns / std::max<int64_t>(1, panels),
-            [&](int64_t begin, int64_t end) {
-              kernels.matmul(
-                  {.rows = batch_,
-                   .k = k,
-                   .columns = columns,
-                   .panels = {begin, end},
-                   .a = x,
-                   .a_stride = k,
-                   .b = linear.packed.view(),
-                   .bias = linear.bias.defined() ? linear.bias.const_data_ptr<float>() : nullptr,
-                   .accumulate = false,
-                   .out = y,
-                   .out_stride = columns,
-                   .scratch = nullptr});
-            });
+  product.linear->run(*product.matrix, x, batch_, y);
 }
 
 void Stream::run(LayerNorm& norm, const float* x, float* y, int64_t n) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Inference from weights that no longer change: packed once, run without the dispatcher. A Network
-// is one prepared recurrent module; a Stream takes a chain of layers one time step at a time.
+// is one prepared recurrent module, a Linear one prepared nn.Linear; a Stream takes a chain of layers one time step at a time.
 #pragma once
 
 #include <memory>
@@ -22,6 +22,20 @@ struct CellWeights {
   at::Tensor scale_ih, scale_hh, scale_hr;  // [G H], [D G H], [P]; of int8 alone
   at::Tensor b_ih, b_hh;                    // [G H], [D G H] in the compute dtype
   bool reverse;
+};
+
+// What is packed for the ISA in use, and again where that has changed.
+template <typename Packed>
+class PackedForIsa {
+ public:
+  // pack() -> Packed
+  template <typename Pack>
+  std::shared_ptr<const Packed> get(const Pack& pack) const;
+
+ private:
+  // Guarded by process_mutex().
+  mutable std::shared_ptr<const Packed> packed_;
+  mutable const void* packed_for_ = nullptr;
 };
 
 class Network {
@@ -59,9 +73,28 @@ class Network {
   const CellSpec& cell_;
   std::vector<std::vector<CellWeights>> weights_;
   at::ScalarType dtype_;
-  // Guarded by process_mutex().
-  mutable std::shared_ptr<const Stack> stack_;
-  mutable const void* packed_for_ = nullptr;
+  PackedForIsa<Stack> packed_;
+};
+
+// x @ weight.T + bias, as nn.Linear. weight [O, I]: float32, float16, bfloat16, or int8 with scales
+// [O]; bias float32 [O]. scales and bias may be undefined.
+class Linear {
+ public:
+  Linear(const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& bias)
+      : weight_(weight), scales_(scales), bias_(bias) {}
+
+  int64_t input() const { return weight_.size(1); }
+  int64_t output() const { return weight_.size(0); }
+  std::shared_ptr<const Matrix> matrix() const;  // packed for the ISA in use
+
+  // x [rows, input()] -> y [rows, output()], contiguous.
+  void run(const Matrix& matrix, const float* x, int64_t rows, float* y) const;
+  // x [..., input()], contiguous float32
+  at::Tensor run(const at::Tensor& x) const;
+
+ private:
+  at::Tensor weight_, scales_, bias_;
+  PackedForIsa<Matrix> packed_;
 };
 
 // [rows, columns] in float32, whatever torch's default dtype, device or mode is: it may be written
@@ -77,7 +110,7 @@ class Stream {
   Stream(int64_t batch, int64_t input);
 
   void add_recurrent(std::shared_ptr<const Network> network);
-  void add_linear(const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+  void add_linear(std::shared_ptr<const Linear> linear);
   void add_layer_norm(const std::optional<at::Tensor>& weight,
                       const std::optional<at::Tensor>& bias, double eps);
   // relu, tanh, sigmoid, silu, gelu, leaky_relu (parameter: the slope below 0)
@@ -101,9 +134,9 @@ class Stream {
     std::shared_ptr<const Stack> stack = nullptr;
     const void* packed_for = nullptr;
   };
-  struct Linear {
-    at::Tensor weight, bias;
-    Matrix packed;
+  struct Product {
+    std::shared_ptr<const Linear> linear;
+    std::shared_ptr<const Matrix> matrix = nullptr;
     const void* packed_for = nullptr;
   };
   struct LayerNorm {
@@ -114,12 +147,12 @@ class Stream {
     int kind;
     double parameter;
   };
-  using Stage = std::variant<Recurrent, Linear, LayerNorm, Activation>;
+  using Stage = std::variant<Recurrent, Product, LayerNorm, Activation>;
 
   void add(Stage stage, int64_t width);
   void expect_whole_step() const;
   void run(Recurrent& recurrent, const float* x, float* y, int64_t width);
-  void run(Linear& linear, const float* x, float* y, int64_t width);
+  void run(Product& product, const float* x, float* y, int64_t width);
   void run(LayerNorm& norm, const float* x, float* y, int64_t width);
   void run(Activation& activation, const float* x, float* y, int64_t width);
 
