@@ -8,10 +8,9 @@ Wen et al. (2018, table 1) time the two LSTM layers and the softmax layer over 3
 157.0 ms with 1500 and 1500 units, 14.82 ms with 373 and 315, 22.11 ms with 381 and 535, by Intel
 MKL on 24 cores of two Xeon E5-2673 v3. The words' vectors have 1500 numbers in all three. The other
 sizes are those of examples/ptb's `medium`, before and after. Timed here in turn: nn.LSTM and
-nn.Linear, in float32 and in bfloat16 where torch multiplies it, and our prepared model in each
-format of the weights, whose softmax layer stays torch's in float32, and as a whole in bfloat16.
-float32 is checked against torch's in float64; what is rounded must come
-near. The CSV is bench/results/ptb-ISA.csv, the ISA that of the kernels.
+nn.Linear, in float32 and in bfloat16 where torch multiplies it, our prepared model in each format of
+the weights, and a model in bfloat16 prepared, whose input and output are bfloat16 too. float32 is
+checked against torch's in float64; what is rounded must come near. The CSV is bench/results/ptb-ISA.csv, the ISA that of the kernels.
 
 Multiply-adds of one step, in million: 4 H1 (E + H1) + 4 H2 (H1 + H2) + 10000 H2, 51.0 at 1500 and
 1500 units, 6.8 at 373 and 315.
@@ -43,7 +42,7 @@ PAPER = {(1500, 1500, 1500): 157.0, (1500, 381, 535): 22.11, (1500, 373, 315): 1
 STEPS, BATCHES, VOCABULARY = 30, (10, 1, 64), 10_000
 # Largest error of an answer, which is of the order of 0.3, with rounded weights.
 ROUNDED = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 3e-2}
-WHOLE = "bfloat16 model"  # the softmax layer, its input and its output too
+WHOLE = "bfloat16 model"  # its input and its output too
 # Columns of the table.
 COLUMNS = {
     "nn.LSTM": ("torch", "float32"),
@@ -149,11 +148,11 @@ def table(paths: Iterable[Path]) -> str:
             lines.append(f"| {name} | {first} + {second}; {batch} | {' | '.join(cells)} |")
     about = (
         f"Milliseconds for {STEPS} steps of two LSTM layers and the softmax layer of "
-        f"{VOCABULARY:,} words. The last four columns are ours: the whole model in bfloat16, as in "
-        "the column before, and LSTMs with weights in a format, whose softmax layer stays torch's "
-        "in float32. "
+        f"{VOCABULARY:,} words. The last four columns are ours: a model in bfloat16 prepared, with "
+        "bfloat16 in and out as in the column before, and a float32 model with weights prepared in "
+        "a format. "
         "On 24 cores the paper has 157.0 ms for 1500 + 1500 units and 10 rows, 22.11 for "
-        "381 + 535 and 14.82 for 373 + 315. `python bench/bench_ptb.py`, "
+        "381 + 535 and 14.82 for 373 + 315. `python bench/bench_ptb.py --batch 10 64`, "
         "`bench/results/ptb-*.csv`."
     )
     return "\n".join([*lines, "", wrapped(about)])
