@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from examples import command_line
 from examples.ptb.recipes import Recipe
-from examples.ptb.train import build, find
+from examples.ptb.train import PREPARED, build, find
 from examples.training import CHECKPOINT, LOG, RESULT
 from iss_kernels import shrink_
 from iss_kernels.demo.checkpoint import load
@@ -31,7 +31,7 @@ from iss_kernels.demo.figures import weight_pictures
 from iss_kernels.demo.model import enlarge_
 
 HEADINGS = (
-    "config", "method", "embedding, units", "valid", "test", "parameters",
+    "config", "method", "embedding, units", "valid", "test", "in bfloat16; int8", "parameters",
     "multiply-adds of the LSTM; of all", "minutes",
 )  # fmt: skip
 
@@ -53,6 +53,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 "; ".join(", ".join(map(str, run["sizes"])) for run in runs),
                 _mean(runs, "valid"),
                 _mean(runs, "test"),
+                "; ".join(_in_format(runs, name) for name in PREPARED),
                 f"{statistics.mean(run['parameters'] for run in runs) / 1e6:.2f} M",
                 f"{_share(runs, baseline, softmax=False)}; {_share(runs, baseline, softmax=True)}",
                 f"{statistics.mean(run['cpu_seconds'] for run in runs) / 60:.0f}",
@@ -65,6 +66,12 @@ def _mean(runs: Sequence[dict[str, Any]], name: str) -> str:
     values = [run[name] for run in runs]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _in_format(runs: Sequence[dict[str, Any]], weights: str) -> str:
+    """Test perplexity of the prepared models, which older runs did not measure."""
+    values = [run["test_prepared"][weights] for run in runs if "test_prepared" in run]
+    return f"{statistics.mean(values):.1f}" if values else "-"
 
 
 def _share(

@@ -22,6 +22,7 @@ from iss_kernels.demo.model import LanguageModel, detach, strips, windows
 from iss_kernels.demo.text import Text
 
 EVALUATION_BATCH = 20
+PREPARED = ("bfloat16", "int8")  # formats of the weights in which the test is repeated
 
 
 class Model(LanguageModel):
@@ -164,9 +165,12 @@ def run(
         **asdict(trainer.recipe),
     }
     fit(trainer, args.output, options, resume=args.resume)
-    test = perplexity(trainer.model, trainer.text.test)
+    text = trainer.text.test
+    test = perplexity(trainer.model, text)
+    prepared = {name: perplexity(iss.prepare(trainer.model, name), text) for name in PREPARED}
     if is_first():
-        measured = {"config": args.config, "valid": trainer.history[-1]["valid"], "test": test}
+        measured: dict[str, Any] = {"config": args.config, "valid": trainer.history[-1]["valid"]}
+        measured |= {"test": test, "test_prepared": prepared}
         write_result(args.output, options, trainer, measured | measure())
 
 
