@@ -140,6 +140,19 @@ def test_the_benchmark_of_the_paper_s_model_times_every_format(tmp_path):
     assert all(float(row["ms_p50"]) > 0 for row in rows)
 
 
+def test_the_benchmark_of_linear_layers_times_every_format(tmp_path):
+    path = tmp_path / "linear.csv"
+    done = run(BENCH / "bench_linear.py", "--quick", "--threads", "1", "--output", path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    timed = [("iss_kernels", w) for w in ("float32", "float16", "bfloat16", "int8")]
+    timed += [("torch", "float32"), ("torch", "int8")]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        timed.append(("torch", "bfloat16"))
+    assert sorted((row["provider"], row["weights"]) for row in rows) == sorted(timed)
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
+
+
 def test_the_lasso_benchmark_writes_a_row_for_every_kernel(tmp_path):
     path = tmp_path / "new" / "lasso.csv"
     done = run(BENCH / "bench_lasso.py", "--quick", "--threads", "1", "--output", path)
@@ -238,6 +251,7 @@ def test_report_fills_the_block_of_a_page(quick, tmp_path):
         ("report_demo.py", "README.md", "demo"),
         ("bench_precision.py", "README.md", "precision"),
         ("bench_ptb.py", "docs/benchmarks.md", "ptb"),
+        ("bench_linear.py", "docs/benchmarks.md", "linear"),
     ],
 )
 def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path, script, page, blocks):
