@@ -33,8 +33,9 @@ def prepared_of(linear, weights="float32"):
 
 # -- accuracy --------------------------------------------------------------------------------------
 
-# in_features, out_features: tails of every vector, one column, one element, several blocks.
-SIZES = [(1, 1), (3, 70), (37, 61), (64, 1), (131, 300), (20, 2100)]
+# in_features, out_features: tails of every vector, one column, one element, several blocks, long
+# sums.
+SIZES = [(1, 1), (3, 70), (37, 61), (64, 1), (131, 300), (20, 2100), (1030, 90)]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -193,34 +193,49 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::
   return {y, state[0], state[1]};
 }
 
-std::shared_ptr<const Matrix> Linear::matrix() const {
+std::shared_ptr<const Linear::Parts> Linear::parts() const {
   return packed_.get([&] {
-    Matrix matrix = pack(weight_, {.transposed = true}, scales_);
-    matrix.format = fine(matrix.format);
-    return matrix;
+    Parts parts;
+    if (weight_.scalar_type() != at::kFloat) {
+      parts.push_back(pack(weight_, {.transposed = true}, scales_));
+      parts[0].format = fine(parts[0].format);
+    } else {
+      int64_t first = 0;
+      do {
+        const int64_t terms = std::min(kTerms, input() - first);
+        parts.push_back(pack(weight_.narrow(1, first, terms).contiguous(), {.transposed = true}));
+        first += kTerms;
+      } while (first < input());
+    }
+    return parts;
   });
 }
 
-void Linear::run(const Matrix& matrix, const float* x, int64_t rows, float* y) const {
+void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) const {
   const Call call;
   const Kernels<float>& kernels = cpu_kernels().f32;
   const int64_t k = input(), columns = output(), panels = kernels.panels(columns);
-  const int64_t bytes = kernels.scratch_bytes(matrix.format, std::min(kBlockRows, rows), k);
+  const int64_t bytes = kernels.scratch_bytes(parts[0].format, std::min(kBlockRows, rows), k);
   char* const own = static_cast<char*>(scratch(bytes * available_threads()));
   const auto multiply = [&](int64_t first, int64_t last, PanelRange range, int64_t thread) {
+    const int64_t terms = parts.size() > 1 ? kTerms : k;
     for (int64_t row = first; row < last; row += kBlockRows)
-      kernels.matmul({.rows = std::min(kBlockRows, last - row),
-                      .k = k,
-                      .columns = columns,
-                      .panels = range,
-                      .a = x + row * k,
-                      .a_stride = k,
-                      .b = matrix.view(),
-                      .bias = bias_.defined() ? bias_.const_data_ptr<float>() : nullptr,
-                      .accumulate = false,
-                      .out = y + row * columns,
-                      .out_stride = columns,
-                      .scratch = own + thread * bytes});
+      for (size_t part = 0; part < parts.size(); ++part) {
+        const int64_t begin = part * terms;
+        kernels.matmul({.rows = std::min(kBlockRows, last - row),
+                        .k = std::min(terms, k - begin),
+                        .columns = columns,
+                        .panels = range,
+                        .a = x + row * k + begin,
+                        .a_stride = k,
+                        .b = parts[part].view(),
+                        .bias = part == 0 && bias_.defined() ? bias_.const_data_ptr<float>()
+                                                             : nullptr,
+                        .accumulate = part > 0,
+                        .out = y + row * columns,
+                        .out_stride = columns,
+                        .scratch = own + thread * bytes});
+      }
   };
   // Each thread has panels of its own and reads their weights alone, unless there are too few.
   if (panels >= kPanelsEach * available_threads() || rows <= kBlockRows)
@@ -237,7 +252,7 @@ at::Tensor Linear::run(const at::Tensor& x) const {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = output();
   const at::Tensor y = recycled(shape, at::kFloat);
-  run(*matrix(), x.const_data_ptr<float>(), x.numel() / input(), y.mutable_data_ptr<float>());
+  run(*parts(), x.const_data_ptr<float>(), x.numel() / input(), y.mutable_data_ptr<float>());
   return y;
 }
 
@@ -297,9 +312,9 @@ void Stream::run(Recurrent& recurrent, const float* x, float* y, int64_t) {
 void Stream::run(Product& product, const float* x, float* y, int64_t) {
   if (product.packed_for != &cpu_kernels()) {
     product.packed_for = &cpu_kernels();
-    product.matrix = product.linear->matrix();
+    product.parts = product.linear->parts();
   }
-  product.linear->run(*product.matrix, x, batch_, y);
+  product.linear->run(*product.parts, x, batch_, y);
 }
 
 void Stream::run(LayerNorm& norm, const float* x, float* y, int64_t n) {

@@ -85,16 +85,20 @@ class Linear {
 
   int64_t input() const { return weight_.size(1); }
   int64_t output() const { return weight_.size(0); }
-  std::shared_ptr<const Matrix> matrix() const;  // packed for the ISA in use
+
+  // Some columns of the weight each, one after the other: terms that are summed before they are
+  // added to the others, so that a long sum rounds less.
+  using Parts = std::vector<Matrix>;
+  std::shared_ptr<const Parts> parts() const;  // packed for the ISA in use
 
   // x [rows, input()] -> y [rows, output()], contiguous.
-  void run(const Matrix& matrix, const float* x, int64_t rows, float* y) const;
+  void run(const Parts& parts, const float* x, int64_t rows, float* y) const;
   // x [..., input()], contiguous float32
   at::Tensor run(const at::Tensor& x) const;
 
  private:
   at::Tensor weight_, scales_, bias_;
-  PackedForIsa<Matrix> packed_;
+  PackedForIsa<Parts> packed_;
 };
 
 // [rows, columns] in float32, whatever torch's default dtype, device or mode is: it may be written
@@ -136,7 +140,7 @@ class Stream {
   };
   struct Product {
     std::shared_ptr<const Linear> linear;
-    std::shared_ptr<const Matrix> matrix = nullptr;
+    std::shared_ptr<const Linear::Parts> parts = nullptr;
     const void* packed_for = nullptr;
   };
   struct LayerNorm {

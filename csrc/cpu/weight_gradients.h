@@ -31,10 +31,6 @@ struct Rows {
   }
 };
 
-// Sums over all rows of a sequence are cut into parts of so many terms. That bounds their rounding
-// error, and the operands of a part stay in the L2 cache.
-inline constexpr int64_t kTerms = 512;
-
 // out [rows, columns] = a [rows, K] @ B + bias, for at most kBlockRows rows, so that each panel of
 // B is used once. A thread packs up to `terms` rows of a panel into its own part of `memory`
 // [available_threads(), once_bytes(terms, format of b)] and multiplies with them while they are in
