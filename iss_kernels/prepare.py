@@ -273,7 +273,7 @@ def _carry(module: nn.Module, prepared: Snapshot, memo: dict[int, Any]) -> None:
         setattr(prepared, name, copy.deepcopy(vars(module)[name], memo))
 
 
-def _linears(model: nn.Module) -> list[nn.Linear]:
+def plain_linears(model: nn.Module) -> list[nn.Linear]:
     """The Linear layers that a `PreparedLinear` may stand for.
 
     Not those of torch's own modules, such as a TransformerEncoderLayer, which hand the weights to
@@ -332,7 +332,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         _check(module, names[module] or "the module")
         kind = prepared_type(cast(type[Recurrent], class_of(module)))
         new[module] = memo[id(module)] = kind(module, weights)
-    for linear in _linears(model):
+    for linear in plain_linears(model):
         new[linear] = memo[id(linear)] = PreparedLinear(linear, weights)
     result = copied(model, memo)
     for module, prepared in new.items():

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from iss_kernels.accelerate import added
 from iss_kernels.arguments import Arguments, Path, cloned, leaves, mapped, named, tensors
 from iss_kernels.carry import (
     Loop,
@@ -28,7 +29,8 @@ from iss_kernels.carry import (
     rows_dim,
 )
 from iss_kernels.copying import copied
-from iss_kernels.prepare import prepare
+from iss_kernels.linear import PreparedLinear
+from iss_kernels.prepare import plain_linears, prepare
 from iss_kernels.recurrent import CELL_MODULES, MODULES
 from iss_kernels.stored import Snapshot
 
@@ -283,8 +285,9 @@ def _described(value: Any) -> str:
 
 
 def _fast(model: nn.Module) -> nn.Module:
-    """A copy for inference whose recurrent modules run our kernels where they can."""
+    """A copy for inference whose recurrent and Linear layers run our kernels where they can."""
     memo: dict[int, Any] = {}
+    linears = {linear for linear in plain_linears(model) if linear.weight.dtype == torch.float32}
     for module in model.modules():
         kind: Any = CELL_MODULES.get(type(module))
         try:
@@ -292,9 +295,15 @@ def _fast(model: nn.Module) -> nn.Module:
                 memo[id(module)] = copied(kind.from_torch(module))
             elif type(module) in (*MODULES, *MODULES.values()) and not _is_double(module):
                 memo[id(module)] = prepare(module)
+            elif module in linears and not added(module) and not _has_hook(module):
+                memo[id(module)] = PreparedLinear(module, "float32")
         except ValueError:
             pass  # pruned, parametrised or changed: it stays as it is
     return copied(model, memo).eval()
+
+
+def _has_hook(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_double(module: nn.Module) -> bool:
