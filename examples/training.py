@@ -20,7 +20,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ class Sparsity:
     zero after each step (Wen et al. 2018, section 3.2; their code takes max(1e-4, 2 * l1)),
     everywhere or in the groups alone. every: batches between two looks for dead units. after:
     batches before which dead units may still come back. until: epochs after which the penalties
-    end and what is left trains without their bias (the relaxed lasso, Meinshausen 2007); 0: never.
-    remove: dead units leave the model and the optimiser's state; otherwise they are held at zero,
-    which gives the same model and takes longer.
+    are `relax` times what they were, so that what is left trains with less of their bias (the
+    relaxed lasso, Meinshausen 2007, whose phi `relax` is); 0: never. remove: dead units leave the
+    model and the optimiser's state; otherwise they are held at zero, which gives the same model and
+    takes longer.
     """
 
     strength: float = 0.0
@@ -58,11 +59,20 @@ class Sparsity:
     every: int = 100
     after: int = 0
     until: int = 0
+    relax: float = 0.0
     remove: bool = True
 
-    def active(self, epoch: int) -> bool:
-        """Whether anything is penalised in an epoch, counted from 0."""
-        return (self.strength > 0 or self.l1 > 0) and not 0 < self.until <= epoch
+    @classmethod
+    def of(cls, recipe: Any, **changes: Any) -> Sparsity:
+        """What a recipe says of these, by the same names."""
+        named = {f.name: getattr(recipe, f.name) for f in fields(cls) if hasattr(recipe, f.name)}
+        return cls(**named | changes)
+
+    def share(self, epoch: int) -> float:
+        """What of the penalties counts in an epoch, counted from 0."""
+        if self.strength == self.l1 == 0:
+            return 0.0
+        return self.relax if 0 < self.until <= epoch else 1.0
 
 
 class Trainer(ABC):
@@ -96,6 +106,7 @@ class Trainer(ABC):
         self.kept = {family.name: torch.arange(family.size) for family in groups.families}
         self.held: dict[str, Tensor] = {}  # units that are dead and still there
         self.lasso: iss.GroupLasso | None = None
+        self.share = 1.0  # of the penalties, that the strengths of the lasso have
         if groups.families:
             # The paper's code counts the elements twice that lie in a row and a column of a unit.
             overlap = not sparsity.proximal
@@ -142,7 +153,7 @@ class Trainer(ABC):
             self.total, self.seconds = 0.0, [0.0, 0.0]
         self.model.train()
         epoch = self.done // self.batches_per_epoch
-        active, learning_rate = self.sparsity.active(epoch), self.rate(epoch)
+        active, learning_rate = self._set_share(epoch), self.rate(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.loss(index)
@@ -163,6 +174,19 @@ class Trainer(ABC):
             self._bury(at_least=0.01)
         self._count(begin)
 
+    def _set_share(self, epoch: int) -> bool:
+        """Give the lasso the strengths of an epoch; whether anything is penalised in it."""
+        share = self.sparsity.share(epoch)
+        if share not in (0, self.share):
+            if self.lasso is not None:
+                self.lasso = iss.GroupLasso(
+                    self.groups,
+                    {name: s * share / self.share for name, s in self.lasso.strength.items()},
+                    paper_overlap=self.lasso.paper_overlap,
+                )
+            self.share = share
+        return share > 0
+
     @torch.no_grad()
     def _regularise(self) -> None:
         """The penalties' gradients, which the clipping counts as well."""
@@ -171,7 +195,7 @@ class Trainer(ABC):
         if self.sparsity.l1:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.add_(parameter.sign(), alpha=self.sparsity.l1)
+                    parameter.grad.add_(parameter.sign(), alpha=self.sparsity.l1 * self.share)
 
     @torch.no_grad()
     def _threshold(self, learning_rate: float) -> None:
@@ -228,7 +252,7 @@ class Trainer(ABC):
         """Measure, and add a row to the history."""
         begin = _clocks()
         epoch = len(self.history)
-        if self.sparsity.active(epoch):
+        if self.sparsity.share(epoch) > 0:
             self._bury()
         row: dict[str, Any] = {"epoch": epoch + 1, "rate": self.rate(epoch)}
         row |= {"loss": self.total / self.batches_per_epoch} | self.evaluate()

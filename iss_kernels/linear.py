@@ -14,6 +14,9 @@ from iss_kernels import backend
 from iss_kernels.stored import Snapshot, dtype_name
 
 
+_OWN = vars(nn.Linear(1, 1, device="meta")).keys()  # attributes
+
+
 def is_plain_linear(module: Any) -> bool:
     """Whether a module is an nn.Linear that computes what its class does, from real weights."""
     if type(module) is not nn.Linear or "forward" in vars(module):
@@ -34,9 +37,6 @@ def is_plain_linear(module: Any) -> bool:
             for name in vars(module).keys() - _OWN
         )
     )
-
-
-_OWN = vars(nn.Linear(1, 1, device="meta")).keys()
 
 
 class PreparedLinear(Snapshot):

@@ -91,10 +91,13 @@ def test_units_leave_and_the_perplexities_stay(data):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
 
 
-def test_the_penalties_end(data):
-    """After `until` epochs the gradients are those of the loss, and nothing else changes."""
-    penalised = trainer(data, strength=0.1, threshold=3e-3, until=2)
-    plain = trainer(data)
+@pytest.mark.parametrize("relax", [0.0, 0.5])
+@pytest.mark.parametrize("proximal", [False, True])
+def test_the_penalties_end_or_become_less(data, proximal, relax):
+    """After `until` epochs the gradients are those of what is left of them alone."""
+    options = {"threshold": 3e-3, "proximal": proximal}
+    penalised = trainer(data, strength=0.1, l1=1e-4, until=2, relax=relax, **options)
+    plain = trainer(data, strength=0.1 * relax, l1=1e-4 * relax, **options)
     while penalised.done < penalised.batches_per_epoch * 2:
         penalised.batch()
     penalised.end_epoch()

@@ -406,6 +406,17 @@ def test_a_stream_keeps_the_format(implementation, weights):
 
 
 @torch.no_grad()
+def test_a_stream_is_a_snapshot(implementation, weights):
+    fast, x = prepare(Chained(), weights), torch.randn(2, 5)
+    step = Stream(fast, batch_size=2)
+    y = step(x).clone()
+    for buffer in fast.out.buffers():
+        buffer.zero_()
+    step.reset()
+    assert torch.equal(step(x), y)
+
+
+@torch.no_grad()
 def test_onnx_has_the_values_of_the_format(weights, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")

@@ -193,6 +193,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Network::run_from_zero(const at::
   return {y, state[0], state[1]};
 }
 
+Linear::Linear(const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& bias)
+    : weight_(weight), scales_(scales), bias_(copied(bias)) {}
+
 std::shared_ptr<const Linear::Parts> Linear::parts() const {
   return packed_.get([&] {
     Parts parts;

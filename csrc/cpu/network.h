@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Inference from weights that no longer change: packed once, run without the dispatcher. A Network
-// is one prepared recurrent module, a Linear one prepared nn.Linear; a Stream takes a chain of layers one time step at a time.
+// is one prepared recurrent module, a Linear one prepared nn.Linear; a Stream takes a chain of
+// layers one time step at a time.
 #pragma once
 
 #include <memory>
@@ -80,8 +81,7 @@ class Network {
 // [O]; bias float32 [O]. scales and bias may be undefined.
 class Linear {
  public:
-  Linear(const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& bias)
-      : weight_(weight), scales_(scales), bias_(bias) {}
+  Linear(const at::Tensor& weight, const at::Tensor& scales, const at::Tensor& bias);
 
   int64_t input() const { return weight_.size(1); }
   int64_t output() const { return weight_.size(0); }

@@ -38,7 +38,8 @@ class Schedule:
     threshold: float = option("smaller elements become zero after each step", 1e-4)
     every: int = option("batches between two looks for dead units", 100)
     after: int = option("batches before which dead units may come back", 0)
-    until: int = option("epochs after which the penalties end; 0: never", 0)
+    until: int = option("epochs after which the penalties are `relax` of themselves; 0: never", 0)
+    relax: float = option("share of the penalties that stays after `until`", 0.0)
     autocast: bool = option("train under autocast to bfloat16; perplexities stay float32", False)
     remove: bool = option("dead units leave during training (else they stay, at zero)", True)
 

@@ -140,12 +140,9 @@ class LanguageTrainer(TextTrainer):
     """Training of the paper's language model."""
 
     def __init__(self, model: Model, recipe: Recipe, text: Text) -> None:
-        sparsity = Sparsity(
-            recipe.strength, recipe.proximal, recipe.l1, recipe.threshold, every=recipe.every,
-            after=recipe.after, until=recipe.until, remove=recipe.remove,
-        )  # fmt: skip
         groups = find(recipe, model)
-        super().__init__(model, optimizer(recipe, model), recipe, text, groups, sparsity, "lstm")
+        trained = optimizer(recipe, model)
+        super().__init__(model, trained, recipe, text, groups, Sparsity.of(recipe), "lstm")
 
 
 def run(

@@ -75,10 +75,7 @@ class HighwayTrainer(TextTrainer):
 
     def __init__(self, model: HighwayModel, recipe: Recipe, text: Text) -> None:
         example = torch.arange(6).view(3, 2) % model.decoder.out_features
-        sparsity = Sparsity(
-            recipe.strength, threshold=recipe.threshold, everywhere=False, every=recipe.every,
-            after=recipe.after, until=recipe.until, remove=recipe.remove,
-        )  # fmt: skip
+        sparsity = Sparsity.of(recipe, everywhere=False)
         groups = iss.find_groups(model, example, embedding=True)
         optimizer = torch.optim.SGD(model.parameters(), recipe.rate, weight_decay=recipe.l2)
         super().__init__(model, optimizer, recipe, text, groups, sparsity, "rhn")

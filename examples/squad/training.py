@@ -53,7 +53,8 @@ class Recipe:
     proximal: bool = _option(False, "shrink the norms after each step instead of the gradient")
     threshold: float = _option(4e-4, "elements of the groups below it become zero")
     after: int = _option(2000, "steps before which dead units may come back, as the paper's may")
-    until: int = _option(0, "evaluations after which the lasso ends; 0: never")
+    until: int = _option(0, "evaluations after which the lasso is `relax` of itself; 0: never")
+    relax: float = _option(0.0, "share of the lasso that stays after `until`")
     every: int = _option(100, "steps between two looks for units that are dead")
     remove: bool = _option(True, "take dead units out during training")
     evaluate_every: int = _option(500, "steps between two evaluations and checkpoints")
@@ -85,16 +86,7 @@ class Reader(Trainer):
             model,
             torch.optim.Adam([p for p in model.parameters() if p.requires_grad], recipe.rate),
             groups,
-            Sparsity(
-                strength=recipe.strength,
-                proximal=recipe.proximal,
-                threshold=recipe.threshold,
-                everywhere=False,
-                every=recipe.every,
-                after=recipe.after,
-                until=recipe.until,
-                remove=recipe.remove,
-            ),
+            Sparsity.of(recipe, everywhere=False),
             lambda epoch: recipe.rate,
             batches_per_epoch=recipe.evaluate_every,
             epochs=recipe.steps // recipe.evaluate_every,
@@ -137,7 +129,7 @@ class Reader(Trainer):
         """The average without its dead units, its small elements set to zero as in training."""
         average = deepcopy(self.average)
         groups = replace(self.groups, model=average)
-        if self.sparsity.active(len(self.history)):
+        if self.sparsity.share(len(self.history)) > 0:
             iss.GroupLasso(groups).threshold_(self.recipe.threshold)
         return iss.shrink(average, groups)[0]
 
