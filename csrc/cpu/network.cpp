@@ -19,7 +19,8 @@
 namespace iss {
 namespace {
 
-// Panels of a Linear that a thread takes at a time: its rows are rounded or quantised for them once.
+// Panels of a Linear that a thread takes at a time; its rows are rounded or quantised for them
+// once.
 constexpr int64_t kPanelsEach = 16;
 
 // Biases may be views of a module's buffers, which may change later.
@@ -225,19 +226,19 @@ void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) con
     for (int64_t row = first; row < last; row += kBlockRows)
       for (size_t part = 0; part < parts.size(); ++part) {
         const int64_t begin = part * terms;
-        kernels.matmul({.rows = std::min(kBlockRows, last - row),
-                        .k = std::min(terms, k - begin),
-                        .columns = columns,
-                        .panels = range,
-                        .a = x + row * k + begin,
-                        .a_stride = k,
-                        .b = parts[part].view(),
-                        .bias = part == 0 && bias_.defined() ? bias_.const_data_ptr<float>()
-                                                             : nullptr,
-                        .accumulate = part > 0,
-                        .out = y + row * columns,
-                        .out_stride = columns,
-                        .scratch = own + thread * bytes});
+        kernels.matmul(
+            {.rows = std::min(kBlockRows, last - row),
+             .k = std::min(terms, k - begin),
+             .columns = columns,
+             .panels = range,
+             .a = x + row * k + begin,
+             .a_stride = k,
+             .b = parts[part].view(),
+             .bias = part == 0 && bias_.defined() ? bias_.const_data_ptr<float>() : nullptr,
+             .accumulate = part > 0,
+             .out = y + row * columns,
+             .out_stride = columns,
+             .scratch = own + thread * bytes});
       }
   };
   // Each thread has panels of its own and reads their weights alone, unless there are too few.
