@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
-from report import replace_block, wrapped
+from report import by_engine, replace_block, wrapped
 from torch import nn
 
 from iss_kernels.linear import PreparedLinear
@@ -91,11 +91,7 @@ def table(path: Path) -> str:
         rows = [*csv.DictReader(file)]
     lines = [f"| rows, in, out; threads | {' | '.join(COLUMNS)} |"]
     lines.append("|:--|" + "--:|" * len(COLUMNS))
-    points: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
-    for row in rows:
-        point = points.setdefault((row["rows"], row["in"], row["out"], row["threads"]), {})
-        point[row["provider"], row["weights"]] = float(row["ms_p50"])
-    for (count, inputs, outputs, threads), times in points.items():
+    for (count, inputs, outputs, threads), times in by_engine(rows, "rows", "in", "out", "threads"):
         cells = (f"{times[key]:.3g}" if key in times else "-" for key in COLUMNS.values())
         lines.append(f"| {count}, {inputs}, {outputs}; {threads} | {' | '.join(cells)} |")
     about = (

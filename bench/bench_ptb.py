@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
-from report import replace_block, wrapped
+from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
 import iss_kernels
@@ -138,12 +138,8 @@ def table(paths: Iterable[Path]) -> str:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["B"] != "1"]
         threads = max(row["threads"] for row in rows)
-        points: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
-        for row in rows:
-            if row["threads"] == threads:
-                point = points.setdefault((row["H1"], row["H2"], row["B"]), {})
-                point[row["provider"], row["weights"]] = float(row["ms_p50"])
-        for (first, second, batch), times in points.items():
+        rows = [row for row in rows if row["threads"] == threads]
+        for (first, second, batch), times in by_engine(rows, "H1", "H2", "B"):
             cells = (f"{times[key]:.1f}" if key in times else "-" for key in COLUMNS.values())
             name = f"{rows[0]['device']}, {rows[0]['isa']}, {threads} threads"
             lines.append(f"| {name} | {first} + {second}; {batch} | {' | '.join(cells)} |")

@@ -344,6 +344,17 @@ def roof_over_best(points: Results, at: Iterable[Point]) -> float:
     return geometric_mean(1 / row.roofline for row in best)
 
 
+def by_engine(
+    rows: Iterable[Mapping[str, str]], *point: str
+) -> Iterable[tuple[tuple[str, ...], dict[tuple[str, str], float]]]:
+    """(values of the columns `point`, {(provider, weights): milliseconds}) for each such point."""
+    points: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        times = points.setdefault(tuple(row[name] for name in point), {})
+        times[row["provider"], row["weights"]] = float(row["ms_p50"])
+    return points.items()
+
+
 def wrapped(text: str) -> str:
     """A paragraph in lines of at most 100."""
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
