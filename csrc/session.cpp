@@ -13,6 +13,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <sstream>
 
 #include "cell_step.h"
@@ -237,6 +238,49 @@ py::object run_plain(const BoundNetwork& network, const py::object& input, bool 
   }
   if (!c_n.defined()) return py::make_tuple(y, h_n);
   return py::make_tuple(y, py::make_tuple(h_n, c_n));
+}
+
+// One step of a cell: x [B, I], hx: h [B, H], or (h, c), or None for zeros -> the same after it.
+// None for anything else, so that the long way may say what is wrong with it.
+py::object step_of_cell(const BoundNetwork& network, const py::object& input, const py::object& hx,
+                        const py::dict& buffers) {
+  if (!is_plain_call(network, input, buffers)) return py::none();
+  const at::Tensor& x = THPVariable_Unpack(input.ptr());
+  if (x.dim() != 2 || x.scalar_type() != network.dtype() || x.numel() == 0 ||
+      x.size(1) != network.input())
+    return py::none();
+  const auto each = static_cast<size_t>(network.states_per_cell());
+  std::vector<at::Tensor> states;
+  for (size_t i = 0; i < each; ++i) {
+    PyObject* given = hx.ptr();
+    if (given == Py_None) {
+      states.push_back(floats(x.size(0), network.output()).zero_());
+      continue;
+    }
+    if (each > 1) {
+      if (!PyTuple_CheckExact(given) || PyTuple_GET_SIZE(given) != static_cast<int64_t>(each))
+        return py::none();
+      given = PyTuple_GET_ITEM(given, i);
+    }
+    if (!THPVariable_CheckExact(given)) return py::none();
+    const at::Tensor& state = THPVariable_Unpack(given);
+    if (!is_plain(state) || state.dim() != 2 || state.scalar_type() != network.dtype() ||
+        state.size(0) != x.size(0) || state.size(1) != network.output() ||
+        (state.requires_grad() && at::GradMode::is_enabled()))
+      return py::none();
+    states.push_back(state);
+  }
+  {
+    const py::gil_scoped_release no_gil;
+    for (at::Tensor& state : states) {  // the kernels turn h_0 and c_0 into h_n and c_n
+      const at::Tensor before = state.contiguous();
+      state = floats(before.size(0), before.size(1));
+      std::memcpy(state.mutable_data_ptr(), before.const_data_ptr(), before.nbytes());
+    }
+    network.run(x.contiguous(), std::vector<int64_t>{x.size(0)}, {}, states);
+  }
+  if (each == 1) return py::cast(states[0]);
+  return py::make_tuple(states[0], states[1]);
 }
 
 // x [T, B, I], or [N, I] with batch_sizes [T]; resets: bool [T, B] or [N]; states: h [B, P], and c
@@ -521,7 +565,8 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init(&make_network))
       .def("is_current", &Sources::is_current)
       .def("run", &run)
-      .def("run_plain", &run_plain);
+      .def("run_plain", &run_plain)
+      .def("step", &step_of_cell);
   py::class_<BoundLinear, std::shared_ptr<BoundLinear>>(module, "Linear")
       .def(py::init<const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                     const py::dict&>())

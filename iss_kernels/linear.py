@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iss_kernels import backend
-from iss_kernels.stored import Snapshot, dtype_name
-
+from iss_kernels.stored import NO_GRADIENT, Snapshot, dtype_name
 
 _OWN = vars(nn.Linear(1, 1, device="meta")).keys()  # attributes
 
@@ -71,10 +70,7 @@ class PreparedLinear(Snapshot):
             if y is not None:
                 return y
         if torch.is_grad_enabled() and input.requires_grad:
-            raise RuntimeError(
-                "PreparedLinear: expected an input that asks for no gradient (a prepared model "
-                "only infers; use torch.no_grad()), got one with requires_grad=True"
-            )
+            raise RuntimeError(NO_GRADIENT.format("PreparedLinear"))
         if not input.is_floating_point():
             raise RuntimeError(
                 f"PreparedLinear: expected an input of a floating dtype, got {dtype_name(input)}"

@@ -155,7 +155,7 @@ _OPERANDS = ("W", "R", "B", *(f"{w}_{part}" for w in "WR" for part in ("scale", 
 def _parts(module: Any, index: int) -> Sequence[Tensor | None]:
     """w_ih, w_hh, b_ih, b_hh, w_hr of a layer and direction, or of a cell."""
     if isinstance(module, RecurrentCell):
-        return module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None
+        return *module._weights(module._dtype()), None
     return module._parameters_of(index, module._dtype())  # type: ignore[no-any-return]
 
 

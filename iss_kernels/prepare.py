@@ -20,9 +20,10 @@ from iss_kernels import backend
 from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
 from iss_kernels.copying import copied
 from iss_kernels.linear import PreparedLinear, is_plain_linear
-from iss_kernels.recurrent import MODULES, Recurrent, class_of
+from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent, class_of
+from iss_kernels.recurrent_cell import RecurrentCell, options_of_cell
 from iss_kernels.states import States
-from iss_kernels.stored import FORMATS, Snapshot, dtype_name
+from iss_kernels.stored import FORMATS, NO_GRADIENT, Snapshot, dtype_name
 
 
 class Prepared(Snapshot, Recurrent):
@@ -52,18 +53,7 @@ class Prepared(Snapshot, Recurrent):
         super().__init__(**self.options_of(module), device="meta")
         self.kept = getattr(module, "kept", None)  # torch's have none
         self.full_width = getattr(module, "full_width", False)
-        names: list[str] = sum(self._all_weights, [])
-        device = module._parameters["weight_ih_l0"].device
-        for name in names:
-            value: Tensor = module._parameters[name]
-            shape = self._parameters[name].shape  # type: ignore[union-attr]
-            if value.shape != shape or value.device != device:
-                raise ValueError(
-                    f"prepare: expected {name} of shape {list(shape)} on {device}, "
-                    f"got {list(value.shape)} on {value.device}"
-                )
-            delattr(self, name)
-        self._take(module, names, weights)
+        self._adopt(module, sum(self._all_weights, []), weights)
 
     def reset_parameters(self) -> None:
         """Raise RuntimeError: there is nothing to train."""
@@ -111,10 +101,7 @@ class Prepared(Snapshot, Recurrent):
             self._check_packed(input)
         tensor = input.data if isinstance(input, PackedSequence) else input
         if torch.is_grad_enabled() and _asks_for_gradient((tensor, hx)):
-            raise RuntimeError(
-                f"{type(self).__name__}: expected an input that asks for no gradient (a prepared "
-                "model only infers; use torch.no_grad()), got one with requires_grad=True"
-            )
+            raise RuntimeError(NO_GRADIENT.format(type(self).__name__))
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             y, state = super().forward(_to(input, torch.float32), hx, lengths, resets)
             return _to(y, tensor.dtype), _to(state, tensor.dtype)
@@ -197,26 +184,89 @@ class Prepared(Snapshot, Recurrent):
                 )
 
 
+_OF_CELLS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class PreparedCell(Snapshot, RecurrentCell):
+    """A recurrent cell for inference alone, from a snapshot of another's weights; see `prepare`.
+
+    PreparedLSTMCell, PreparedGRUCell and PreparedRNNCell are this over ISSLSTMCell, ISSGRUCell and
+    ISSRNNCell, called like torch's cell. Weights, activations, conversions and what follows a call
+    are as in `Prepared`. Raises RuntimeError where a gradient is asked for.
+    """
+
+    def __init__(self, module: Any, weights: str) -> None:
+        super().__init__(**options_of_cell(module), device="meta")  # type: ignore[call-arg]
+        self.kept = getattr(module, "kept", None)  # torch's have none
+        self.full_width = getattr(module, "full_width", False)
+        self._adopt(
+            module, [name for name, p in self._parameters.items() if p is not None], weights
+        )
+
+    def _fast(self, input: Tensor, hx: Any) -> Any:
+        native = self._native
+        if native is None or self.full_width or torch.compiler.is_compiling():
+            return None
+        return native.step(input, hx, self._buffers) if backend.backend() == "extension" else None
+
+    def _forward(self, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and _asks_for_gradient((input, hx)):
+            raise RuntimeError(NO_GRADIENT.format(type(self).__name__))
+        dtype = input.dtype
+        if not input.is_floating_point() or backend.exporting_onnx():
+            return super()._forward(input, hx)
+        with torch.autocast(input.device.type, enabled=False):
+            after = super()._forward(input.float(), hx if hx is None else _to(hx, torch.float32))
+        return tuple(state.to(dtype) for state in after)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _run(self, x: Tensor, states: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        _check_devices(x, "parameter", [self._buffer("weight_ih")])
+        _check_devices(x, "hidden", states)
+        native = None if backend.exporting_onnx() else self.native()
+        if native is not None and all(type(t) in (Tensor, nn.Parameter) for t in (x, *states)):
+            done = native.run(x[None], None, None, list(states))
+            if done is not None:
+                return done[1][0]  # type: ignore[no-any-return]
+        kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
+        dtype = self.held if kernels else torch.float32
+        after = super()._run(x.to(dtype), _to(states, dtype), dtype)
+        return _to(after, torch.float32)  # type: ignore[no-any-return]
+
+    def _weights(self, dtype: torch.dtype) -> list[Any]:
+        return [self._weight(name, dtype) if name in self._expected else None for name in _OF_CELLS]
+
+    def _compiled(self, value: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+        names = ("weight_ih_scale", "weight_hh_scale", "none", "bias_ih", "bias_hh")
+        cell = (value["weight_ih"], value["weight_hh"], None, *map(value.get, names), False)
+        return backend.native().Network(self.cell.name, [[cell]], True, buffers)
+
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _name_over(cls: type[Recurrent]) -> str:
+def _name_over(cls: type[nn.Module]) -> str:
     return "Prepared" + cls.__name__.removeprefix("ISS")
 
 
-def prepared_type(cls: type[Recurrent]) -> type[Prepared]:
-    """`Prepared` over one of our modules, PreparedLSTM over ISSLSTM; an attribute of this file."""
+def prepared_type(cls: type[nn.Module]) -> type[Any]:
+    """What `prepare` makes of one of our classes, PreparedLSTM of ISSLSTM; an attribute here."""
     name = _name_over(cls)
     if name not in globals():
-        doc = f"An {cls.__name__} for inference alone, as `prepare` makes it; see `Prepared`."
-        made = type(name, (Prepared, cls), {"__module__": __name__, "__doc__": doc})
+        base = PreparedCell if issubclass(cls, RecurrentCell) else Prepared
+        doc = (
+            f"An {cls.__name__} for inference alone, as `prepare` makes it; see `{base.__name__}`."
+        )
+        made = type(name, (base, cls), {"__module__": __name__, "__doc__": doc})
         globals().setdefault(name, made)  # another thread may have made it
-    return cast(type[Prepared], globals()[name])
+    return cast(type[Any], globals()[name])
 
 
 def __getattr__(name: str) -> Any:
     """The classes of `prepared_type`, which pickle finds by name."""
-    for cls in MODULES.values():
+    for cls in (*MODULES.values(), *CELL_MODULES.values()):
         if name == _name_over(cls):
             return prepared_type(cls)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -254,7 +304,8 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 def _check(module: Any, name: str) -> None:
     """Raise ValueError for what of a recurrent module cannot come along."""
     check_plain(module, "prepare", name)
-    names: list[str] = sum(module._all_weights, [])
+    cell = isinstance(module, nn.RNNCellBase)
+    names: Sequence[str] = _OF_CELLS if cell else sum(module._all_weights, [])
     extra = [
         *(f"parameter {key}" for key in module._parameters if key not in names),
         *(f"buffer {key}" for key in module._buffers),
@@ -291,8 +342,9 @@ def plain_linears(model: nn.Module) -> list[nn.Linear]:
 def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     """A copy of `model` for inference: each recurrent and Linear layer in it with packed weights.
 
-    Recurrent are nn.LSTM, nn.GRU and nn.RNN, and ISSLSTM, ISSGRU, ISSRNN and their kin; they become
-    a `Prepared`, an nn.Linear a `PreparedLinear`. weights: how their weights are stored, "float32",
+    Recurrent are nn.LSTM, nn.GRU and nn.RNN, ISSLSTM, ISSGRU, ISSRNN and their kin, which become a
+    `Prepared`, and the cells of these, which become a `PreparedCell`; an nn.Linear becomes a
+    `PreparedLinear`. weights: how their weights are stored, "float32",
     "float16", "bfloat16" or "int8" (each row with its own scale). The copy is in eval mode;
     changing the model's weights later does not change it. Hooks come along, but for those of a
     backward pass, as do attributes of a module. Copied as they are: subclasses, a Linear whose
@@ -310,27 +362,29 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
-    known = (*MODULES, *MODULES.values(), Snapshot)
+    cells = (*CELL_MODULES, *CELL_MODULES.values())
+    known = (*MODULES, *MODULES.values(), *cells, Snapshot)
     kin = [m for m in model.modules() if isinstance(m, known)]
-    names = {m: name for name, m in model.named_modules()}
-    found = [m for m in kin if type(m) in recurrent_types() or is_parametrized(m)]
-    if not found:
-        but = f" but {type(kin[0]).__name__}, a subclass of one" if kin else ""
-        raise ValueError(
-            "prepare: expected a model with a recurrent module of torch.nn or of this package, got "
-            f"{type(model).__name__} without one{but}"
-        )
     for module in kin:
         if isinstance(module, Snapshot):
             raise ValueError(
                 "prepare: expected a model that is not prepared yet, got one with a "
                 f"{type(module).__name__}"
             )
+    names = {m: name for name, m in model.named_modules()}
+    found = [m for m in kin if type(m) in (*recurrent_types(), *cells) or is_parametrized(m)]
+    if not found:
+        but = f" but {type(kin[0]).__name__}, a subclass of one" if kin else ""
+        raise ValueError(
+            "prepare: expected a model with a recurrent module of torch.nn or of this package, got "
+            f"{type(model).__name__} without one{but}"
+        )
     memo: dict[int, Any] = {}
     new: dict[nn.Module, Snapshot] = {}
     for module in found:
         _check(module, names[module] or "the module")
-        kind = prepared_type(cast(type[Recurrent], class_of(module)))
+        ours: Any = CELL_MODULES.get(type(module), class_of(module) or type(module))
+        kind = prepared_type(ours)
         new[module] = memo[id(module)] = kind(module, weights)
     for linear in plain_linears(model):
         new[linear] = memo[id(linear)] = PreparedLinear(linear, weights)

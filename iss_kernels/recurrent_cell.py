@@ -68,7 +68,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
                 f"from_torch: expected a torch.nn.{cls.torch_class.__name__}, "
                 f"got {type(cell).__name__}"
             )
-        return cast(_Module, converted("from_torch", cell, cls, **_options(cell)))
+        return cast(_Module, converted("from_torch", cell, cls, **options_of_cell(cell)))
 
     def to_torch(self) -> nn.RNNCellBase:
         """torch's cell with the same parameters (shared, not copied), hooks and mode.
@@ -82,7 +82,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
                 f"to_torch: expected an {type(self).__name__} whose outputs have the width of its "
                 "units, got one with full_width"
             )
-        new = converted("to_torch", self, self.torch_class, **_options(self))
+        new = converted("to_torch", self, self.torch_class, **options_of_cell(self))
         return cast(nn.RNNCellBase, new)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -151,7 +151,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
                     f"hidden{which} has inconsistent hidden_size: got {got}, "
                     f"expected {self.hidden_size}{before}"
                 )
-        kind, dtype = x.device.type, self.weight_ih.dtype
+        kind, dtype = x.device.type, self._dtype()
         if kind != "meta" and torch.is_autocast_enabled(kind):
             cast_to = torch.get_autocast_dtype(kind)
             if backend.on_cuda(x.device):
@@ -175,13 +175,21 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
             from iss_kernels import onnx_nodes
 
             return onnx_nodes.cell_forward(self, x, states)
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        w_ih, w_hh, b_ih, b_hh = (w if w is None else w.to(dtype) for w in weights)
+        w_ih, w_hh, b_ih, b_hh = self._weights(dtype)
         c0 = states[1] if len(states) == 2 else None
         h, _, c = ops.recurrent(
             self._step, x, None, None, states[0], c0, w_ih, w_hh, b_ih, b_hh, None, None, False
         )
         return (h,) if c is None else (h, c)
+
+    def _dtype(self) -> torch.dtype:
+        """What a step is computed in, without autocast."""
+        return self.weight_ih.dtype
+
+    def _weights(self, dtype: torch.dtype) -> list[Any]:
+        """w_ih, w_hh, b_ih and b_hh in `dtype`."""
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return [None if w is None else w.to(dtype) for w in weights]
 
     @property
     def _kind(self) -> str:
@@ -189,7 +197,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
         return self.torch_class.__name__
 
 
-def _options(cell: Any) -> dict[str, Any]:
+def options_of_cell(cell: Any) -> dict[str, Any]:
     """Arguments by which torch's class, or ours, makes a cell like this one of either."""
     names = ("input_size", "hidden_size", "bias", "nonlinearity")
     return {name: getattr(cell, name) for name in names if hasattr(cell, name)}

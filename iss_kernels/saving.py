@@ -36,9 +36,9 @@ from iss_kernels.accelerate import (
     take_over,
 )
 from iss_kernels.linear import PreparedLinear, is_plain_linear
-from iss_kernels.prepare import Prepared, prepared_type
+from iss_kernels.prepare import Prepared, PreparedCell, prepared_type
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
-from iss_kernels.recurrent_cell import _options as options_of_cell
+from iss_kernels.recurrent_cell import options_of_cell
 from iss_kernels.shrink import fit
 from iss_kernels.states import Shrinkable
 from iss_kernels.stored import FORMATS, Snapshot
@@ -424,8 +424,9 @@ def _entry(path: str, module: nn.Module) -> _Entry | None:
     """What the file says of a module; None for most, and where weights are computed."""
     if isinstance(module, PreparedLinear):
         return _Entry(_LINEAR, {}, module.weights, [])
-    if isinstance(module, Prepared):
-        ours = next(kind for kind in MODULES.values() if isinstance(module, kind))
+    if isinstance(module, (Prepared, PreparedCell)):
+        kinds = (*MODULES.values(), *CELL_MODULES.values())
+        ours: Any = next(kind for kind in kinds if isinstance(module, kind))
         options = _options(module, ours)
         return _Entry(ours.__name__, options, module.weights, _before(module), module.full_width)
     kind, _, ours = _kinds().get(type(module).__name__, (None, None, None))
@@ -579,9 +580,8 @@ def _zeros(module: nn.Module) -> Any:
 @torch.no_grad()
 def _prepared(made: Any, old: Any, weights: str) -> nn.Module:
     """What `prepare` makes of a module, whose values are to follow, with all that `old` has."""
-    if not isinstance(made, Recurrent):
-        raise TypeError(f"there is no prepared {type(made).__name__}")
-    return _with_rest(prepared_type(type(made))(_zeros(made), weights), old, old.weight_ih_l0)
+    like = next(iter(old._parameters.values()))
+    return _with_rest(prepared_type(type(made))(_zeros(made), weights), old, like)
 
 
 def _with_rest(fast: nn.Module, old: Any, like: Tensor) -> nn.Module:

@@ -288,13 +288,14 @@ def _fast(model: nn.Module) -> nn.Module:
     """A copy for inference whose recurrent and Linear layers run our kernels where they can."""
     memo: dict[int, Any] = {}
     linears = {linear for linear in plain_linears(model) if linear.weight.dtype == torch.float32}
+    recurrent = (*MODULES, *MODULES.values(), *CELL_MODULES, *CELL_MODULES.values())
     for module in model.modules():
         kind: Any = CELL_MODULES.get(type(module))
         try:
-            if kind is not None:
-                memo[id(module)] = copied(kind.from_torch(module))
-            elif type(module) in (*MODULES, *MODULES.values()) and not _is_double(module):
+            if type(module) in recurrent and not _is_double(module):
                 memo[id(module)] = prepare(module)
+            elif kind is not None:
+                memo[id(module)] = copied(kind.from_torch(module))
             elif module in linears and not added(module) and not _has_hook(module):
                 memo[id(module)] = PreparedLinear(module, "float32")
         except ValueError:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshot: what modules for inference have in common, weights in a format that stay as they are.
 
-`prepare` makes them: PreparedLSTM and its kin (prepare.py), PreparedLinear (linear.py).
+`prepare` makes them: PreparedLSTM, PreparedLSTMCell and their kin (prepare.py), PreparedLinear
+(linear.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,10 @@ FORMATS = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
+NO_GRADIENT = (
+    "{}: expected an input that asks for no gradient (a prepared model only infers; use "
+    "torch.no_grad()), got one with requires_grad=True"
+)
 _Stored: TypeAlias = tuple[Tensor, Tensor | None]  # the weight, and for int8 its scales by row
 
 
@@ -92,7 +97,7 @@ class Snapshot(nn.Module):
     _converted: dict[str, tuple[Any, list[Tensor], Tensor]]
     _expected: dict[str, tuple[torch.Size, torch.dtype]]  # of each buffer
 
-    def _take(self, module: nn.Module, names: Iterable[str], weights: str) -> None:
+    def _take(self, module: nn.Module, names: Sequence[str], weights: str) -> None:
         """Hold the parameters of a module that have these names."""
         self.weights = weights
         self._native, self._converted, self._expected = None, {}, {}
@@ -105,6 +110,20 @@ class Snapshot(nn.Module):
                     self._add(name + "_scale", scale)
             self._set_like(self._device())
         self.eval()
+
+    def _adopt(self, module: Any, names: Sequence[str], weights: str) -> None:
+        """As `_take`, in the place of parameters of its own, which say what shapes there are."""
+        device = module._parameters[names[0]].device
+        for name in names:
+            value: Tensor = module._parameters[name]
+            shape = self._parameters[name].shape  # type: ignore[union-attr]
+            if value.shape != shape or value.device != device:
+                raise ValueError(
+                    f"prepare: expected {name} of shape {list(shape)} on {device}, "
+                    f"got {list(value.shape)} on {value.device}"
+                )
+            delattr(self, name)
+        self._take(module, names, weights)
 
     def _device(self) -> torch.device:
         """Of the weights."""
