@@ -1141,7 +1141,7 @@ ERRORS = {
         "prepare: expected a torch.nn.Module, got list",
     ),
     "no recurrent module": (
-        lambda: prepare(nn.Sequential(nn.LSTMCell(3, 4), nn.Linear(4, 4))),
+        lambda: prepare(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))),
         ValueError,
         "prepare: expected a model with a recurrent module of torch.nn or of this package, got "
         "Sequential without one",

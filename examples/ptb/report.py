@@ -14,7 +14,8 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from examples import command_line
-from examples.ptb.recipes import Recipe
+from examples.ptb.recipes import CONFIGS, Recipe
 from examples.ptb.train import PREPARED, build, find
 from examples.training import CHECKPOINT, LOG, RESULT
 from iss_kernels import shrink_
@@ -44,8 +45,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         rows.setdefault((result["config"], result["label"], recipe), []).append(result)
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
     for (config, label, _), runs in rows.items():
-        baselines = (rows[key] for key in rows if key[:2] == (config, "baseline"))
-        baseline = next(baselines, runs)
+        sizes = asdict(CONFIGS[config])
+        baselines = (rows[key][0]["options"] for key in rows if key[:2] == (config, "baseline"))
+        sizes |= next(baselines, {})
+        whole = (sizes["embedding"], *sizes["hidden"])
         lines.append(
             (
                 config,
@@ -55,7 +58,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 _mean(runs, "test"),
                 "; ".join(_in_format(runs, name) for name in PREPARED),
                 f"{statistics.mean(run['parameters'] for run in runs) / 1e6:.2f} M",
-                f"{_share(runs, baseline, softmax=False)}; {_share(runs, baseline, softmax=True)}",
+                f"{_share(runs, whole, softmax=False)}; {_share(runs, whole, softmax=True)}",
                 f"{statistics.mean(run['cpu_seconds'] for run in runs) / 60:.0f}",
             )
         )
@@ -74,16 +77,14 @@ def _in_format(runs: Sequence[dict[str, Any]], weights: str) -> str:
     return f"{statistics.mean(values):.1f}" if values else "-"
 
 
-def _share(
-    runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], softmax: bool
-) -> str:
-    """Multiply-adds of a time step, as a share of the baseline's."""
-
-    def mean(of: Sequence[dict[str, Any]]) -> float:
-        counts = [run["lstm_multiply_adds"] + softmax * run["softmax_multiply_adds"] for run in of]
-        return float(statistics.mean(counts))
-
-    return f"{mean(runs) / mean(baseline):.0%}"
+def _share(runs: Sequence[dict[str, Any]], whole: Sequence[int], softmax: bool) -> str:
+    """Multiply-adds of a time step, as a share of those of these sizes, the embedding's first."""
+    all_of_them = sum(4 * h * (i + h) for i, h in pairwise(whole))
+    if softmax:
+        vocabulary = runs[0]["softmax_multiply_adds"] // runs[0]["sizes"][-1]
+        all_of_them += vocabulary * whole[-1]
+    counts = [run["lstm_multiply_adds"] + softmax * run["softmax_multiply_adds"] for run in runs]
+    return f"{statistics.mean(counts) / all_of_them:.0%}"
 
 
 def pictures(folder: Path) -> None:
