@@ -63,10 +63,10 @@ int64_t concurrent_calls(int64_t now) {
 // their cores: the next hold is then four times longer than the one before.
 //
 // A thread that slept may be late because its core slept too: a virtual machine takes 2 to 8 ms to
-// wake one. That thread is on time from then on, so its lateness does not count. It does count if
-// the thread was late the time before as well: then another process has its core, or calls come so
-// seldom that the second thread is worth less than its waking.
-constexpr int64_t kLongestHold = 1024 * kMillisecond, kLongestWaking = 10 * kMillisecond;
+// wake one, and some take 84. That thread is on time from then on, so its lateness does not count.
+// It does count if the thread was late the time before as well: then another process has its core,
+// or calls come so seldom that the second thread is worth less than its waking.
+constexpr int64_t kLongestHold = 1024 * kMillisecond, kLongestWaking = 100 * kMillisecond;
 std::atomic<int64_t> thread_limit = kAll, hold = 0, hold_ends = 0;
 std::atomic<int64_t> of_use = kAll / 2;  // nanoseconds in regions without a late thread since then
 std::atomic<int64_t> last_late = 0;
