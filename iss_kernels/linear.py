@@ -80,8 +80,7 @@ class PreparedLinear(Snapshot):
             y = self._run(x)
             if y is not None:
                 return y.to(input.dtype)
-        kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
-        dtype = self.held if kernels else torch.float32
+        dtype = self._dtype_on(x.device)
         bias = self._buffer("bias") if "bias" in self._expected else None
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(dtype)

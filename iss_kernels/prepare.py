@@ -153,8 +153,7 @@ class Prepared(Snapshot, Recurrent):
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The CUDA kernels, in the dtype of the weights, or the reference, in float32."""
         _check_devices(x, "parameter", list(map(self._buffer, self._expected)))
-        by_kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
-        dtype = self.held if by_kernels else torch.float32
+        dtype = self._dtype_on(x.device)
         with torch.autocast(x.device.type, enabled=False):
             y, final = super()._run(x.to(dtype), batch_sizes, resets, _to(states, dtype))
         return y.float(), _to(final, torch.float32)
@@ -230,8 +229,7 @@ class PreparedCell(Snapshot, RecurrentCell):
             done = native.run(x[None], None, None, list(states))
             if done is not None:
                 return done[1][0]  # type: ignore[no-any-return]
-        kernels = backend.on_cuda(x.device) and backend.backend() == "extension"
-        dtype = self.held if kernels else torch.float32
+        dtype = self._dtype_on(x.device)
         after = super()._run(x.to(dtype), _to(states, dtype), dtype)
         return _to(after, torch.float32)  # type: ignore[no-any-return]
 

@@ -278,6 +278,11 @@ class Snapshot(nn.Module):
         """What CUDA kernels take the weights in."""
         return torch.float32 if self.weights == "int8" else FORMATS[self.weights]
 
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        """What ops compute in: that of the weights in CUDA kernels, else float32."""
+        kernels = backend.on_cuda(device) and backend.backend() == "extension"
+        return self.held if kernels else torch.float32
+
     def _weight(self, name: str, dtype: torch.dtype) -> Tensor:
         """In the dtype that is computed in; converted once for the CUDA kernels."""
         weight = self._buffer(name)

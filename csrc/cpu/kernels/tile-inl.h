@@ -26,7 +26,7 @@ constexpr int64_t sum_at(int64_t r, int64_t j) {
 // The loop of a micro-kernel along K, on an ISA whose instructions multiply two rows at once
 // (MatrixSums). It takes two steps at a time and returns how many it took: all, or all but the
 // last. x(r, i) is row r of `a` at step i, at(i, j) is vector j of B at step i, and prefetch(i)
-// asks for what step i reads later.
+// brings what a later step reads into the cache.
 template <typename TwoRows, int Rows, int Vectors, typename Sum, typename X, typename At,
           typename Prefetch>
 inline int64_t by_two_rows(Sum (&sum)[Rows][Vectors], int64_t steps, const X& x, const At& at,
