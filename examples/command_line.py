@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import errno
 import os
@@ -20,6 +21,8 @@ from iss_kernels.demo.checkpoint import ResumeError
 Recipe = TypeVar("Recipe")
 MAY_BE_ZERO = ("hold", "after", "until")  # of a recipe's whole numbers
 INTERRUPTED, USAGE, FAILED = 130, 2, 1
+# Parameters of glibc's mallopt.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class DataError(ValueError):
@@ -99,6 +102,7 @@ def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
+    keep_freed_memory()
     try:
         with processes():
             run()
@@ -112,6 +116,18 @@ def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _complain(name, "stopped; --resume goes on", INTERRUPTED)
     return 0
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of large tensors that are freed, for the next batch.
+
+    By default it goes back to the system. For 400 x 10000 logits, forward and backward, fresh pages
+    cost a fifth of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _complain(name: str, sentence: str, code: int) -> int:
