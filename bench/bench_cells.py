@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of a cell against torch's cell and a Stream step, and training through a loop; check, then
-time.
+"""A call of a cell against torch's cell, a prepared one and a Stream step, and training through a
+loop; check, then time.
 
 python bench/bench_cells.py [--cell lstm|gru|rnn] [--quick] [--threads N ...] [--output CSV]
 
-I = H, float32. A call takes one step without gradients, from a given state; a Stream step of the
-same size is the layer's, with packed weights. torch.no_grad() is entered once for all calls.
+I = H; activations are float32, and so are weights but those of `prepared`. A call takes one step
+without gradients, from a given state; a Stream step of the same size is the layer's, with packed
+weights. torch.no_grad() is entered once for all calls.
 Training: a loop over T = 20 steps, forward and backward, with gradients of weights and inputs.
 Times of a training row are those of a whole loop.
 """
@@ -32,6 +33,7 @@ CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
 HIDDEN = (64, 128, 256, 512, 1024)
 BATCH = (1, 16, 64)
 STEPS = 20
+WEIGHTS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[d
         module.load_state_dict(weights)
         stream, x = iss_kernels.Stream(module, problem.B), torch.randn(problem.B, problem.H)
         steps["Stream"] = lambda: stream(x)
+        for weights_as in WEIGHTS:
+            prepared = iss_kernels.prepare(torchs, weights_as)
+            steps[f"prepared {weights_as}"] = call(prepared, name, problem, torch.float32)
     with torch.set_grad_enabled(problem.T > 0):
         times = interleaved_ms(steps, seconds)
     rows: list[dict[str, object]] = []
@@ -140,7 +145,8 @@ def main() -> None:
     output = options.output or record("cells", options.cell)
     rows: list[dict[str, object]] = []
     print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    print(f"{'us, p50':<26}{'torch':>10}{'ours':>10}{'Stream':>10}  torch / ours, ours - Stream")
+    heads = ("torch", "ours", "Stream", *WEIGHTS)
+    print(f"{'us, p50':<26}", *(f"{head:>9}" for head in heads), "  torch / ours")
     with contextlib.suppress(KeyboardInterrupt):
         for threads in dict.fromkeys(options.threads):
             torch.set_num_threads(threads)
@@ -151,8 +157,7 @@ def main() -> None:
                 us = [1e3 * float(str(row["ms_p50"])) for row in new]
                 ratios.setdefault("training" if problem.T else "call", []).append(us[0] / us[1])
                 print(f"{f'{problem} x{threads}':<26}", *(f"{t:9.2f}" for t in us), end="")
-                print(" " * 10 * (3 - len(us)), f"{us[0] / us[1]:7.2f}", end="")
-                print("" if problem.T else f"{us[1] - us[2]:7.2f}", flush=True)
+                print(" " * 10 * (len(heads) - len(us)), f"{us[0] / us[1]:7.2f}", flush=True)
             for series, values in ratios.items():
                 mean, least = statistics.geometric_mean(values), min(values)
                 print(f"{series} x{threads}: torch / ours: mean {mean:.2f}, least {least:.2f}")
