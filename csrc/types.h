@@ -46,6 +46,8 @@ constexpr Format fine(Format format) {
 constexpr bool is_pairs(Format format) {
   return format == Format::kPairs || format == Format::kTiles;
 }
+// Whether a row is rounded, to bfloat16 or 8 bits, before it is multiplied.
+constexpr bool rounds_rows(Format format) { return is_pairs(format) || is_int8(format); }
 struct Float16 {
   uint16_t bits;
 };

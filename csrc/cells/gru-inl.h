@@ -14,7 +14,8 @@ struct Gru {
     saved = gates[2] + bias;
     gates[0] = r_z[0];
     gates[1] = r_z[1];
-    gates[2] = tanh(fma(gates[0], saved, input[2]));
+    const V sum = fma(gates[0], saved, input[2]);
+    gates[2] = tanh(sum);
     h = fma(gates[1], before - gates[2], gates[2]);
   }
 

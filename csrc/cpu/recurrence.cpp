@@ -27,6 +27,9 @@ namespace {
 // Bytes of the projected inputs of a chunk, which stay in a core's L2 cache. A chunk has at least
 // kBlockRows rows: with fewer, w_ih would be read too often.
 constexpr int64_t kChunkBytes = 1 << 18;
+// Bytes of w_ih that are not kept in that cache from chunk to chunk. A chunk then has as many rows
+// as its product works on together.
+constexpr int64_t kLargeBytes = 1 << 20;
 
 // One cell of a call: what it reads and writes.
 template <typename T>
@@ -54,10 +57,10 @@ void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T*
              void* scratch) {
   const PackedCell& cell = job.cell;
   if (!cell.w_ih.panels.defined()) return;
-  const int64_t columns = cell.gates();
-  for (int64_t first = 0; first < rows; first += kBlockRows)
+  const int64_t columns = cell.gates(), block = Kernels<T>::block_rows(cell.w_ih.format);
+  for (int64_t first = 0; first < rows; first += block)
     cpu_kernels().of<T>().matmul(
-        {.rows = std::min(kBlockRows, rows - first),
+        {.rows = std::min(block, rows - first),
          .k = cell.input,
          .columns = columns,
          .panels = panels,
@@ -206,7 +209,8 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
                 .gates = state.gates ? state.gates + row * gates_kept + d * gates : nullptr,
                 .gates_stride = gates_kept,
                 .saved = state.saved ? state.saved + row * hidden : nullptr,
-                .scratch = scratch};
+                .scratch = scratch,
+                .rough = rounds_rows(w_hh.format)};
             take_step(job, step, w_hh, args, k, d, b, row, previous);
           });
       if (!share.meet()) return false;
@@ -336,10 +340,12 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const int64_t layers = static_cast<int64_t>(stack.size());
 
   // The widest projected inputs, the longest state, and the inputs of micro-steps without any.
-  int64_t widest = 1, longest_row = 0, idle = 0;
+  int64_t widest = 1, longest_row = 0, idle = 0, least_rows = kBlockRows;
   for (const Layer& layer : stack)
     for (const PackedCell& cell : layer) {
       widest = std::max(widest, cell.gates());
+      if (cell.w_ih.part_bytes > kLargeBytes)
+        least_rows = std::max(least_rows, kernels.block_rows(cell.w_ih.format));
       longest_row = std::max({longest_row, cell.output, cell.hidden});
       if (cell.depth > 1 && !cell.product_bias.defined()) idle = std::max(idle, cell.gates());
     }
@@ -348,7 +354,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
   const int64_t fewest = split == Split::kLayers ? 8 : 1;
   const int64_t step_rows = std::max<int64_t>(1, sequence.batch);
   const int64_t cached = kChunkBytes / (step_rows * widest * int64_t{sizeof(T)});
-  const int64_t chunk = std::clamp<int64_t>(std::max(cached, kBlockRows / step_rows), 1,
+  const int64_t chunk = std::clamp<int64_t>(std::max(cached, least_rows / step_rows), 1,
                                             std::max<int64_t>(1, sequence.steps / fewest));
 
   c10::SmallVector<Job<T>, 4> jobs;
@@ -375,7 +381,8 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
         const Format format = cell.w_hh.format;
         quantising = std::max(
             {quantising,
-             kernels.scratch_bytes(format, std::min(kBlockRows, sequence.rows), cell.input),
+             kernels.scratch_bytes(format, std::min(Kernels<T>::block_rows(format), sequence.rows),
+                                   cell.input),
              kernels.scratch_bytes(format, sequence.batch, std::max(cell.hidden, cell.output))});
         jobs.push_back({cell, state, sequence, input, output + column, width, chunk, inputs,
                         unprojected, between, masked, zeros});

@@ -19,6 +19,8 @@ namespace {
 
 // Columns of a matrix that are transposed together, in lines of the cache.
 constexpr int64_t kLine = 16, kBlockLines = 4;
+// Elements of a tile's row of pairs.
+constexpr int64_t kTileRow = 2 * kTileSize;
 // The rows of a transposed block do not all start in the same set of the cache.
 constexpr int64_t kBlockStride = kTerms + kLine;
 // Also holds kTerms rows of any panel.
@@ -52,26 +54,32 @@ PackedRhs<T> PackedRhs<T>::of_states(const Rows<T>& b, Format format, const Rows
   int64_t begin = 0, end = b.rows;
   while (begin < end && zero(begin)) ++begin;
   while (begin < end && zero(end - 1)) --end;
+  if (is_pairs(format)) begin = begin / kTileRow * kTileRow;  // where a tile of `a` begins
   return {b.pack_args(format), begin, end, packed};
 }
 
 template <typename T>
 void PackedRhs<T>::multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride,
-                            bool accumulate, T* out, void* scratch) const {
+                            bool accumulate, T* out, void* scratch, bool rounded) const {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const auto [from, to] = part(first);
+  const int64_t left_out = from - first;
+  const int64_t skipped = !rounded            ? left_out
+                          : in_tiles(format_) ? left_out / kTileRow * kTileSize * kTileSize
+                                              : left_out / 2;
   kernels.matmul({.rows = rows,
                   .k = to - from,
                   .columns = columns_,
                   .panels = {0, kernels.panels(columns_)},
-                  .a = a + from - first,
+                  .a = a + skipped,
                   .a_stride = a_stride,
                   .b = {format_, panels(first)},
                   .bias = nullptr,
                   .accumulate = accumulate,
                   .out = out,
                   .out_stride = columns_,
-                  .scratch = scratch});
+                  .scratch = scratch,
+                  .rounded = rounded});
 }
 
 template <typename T>
@@ -106,8 +114,9 @@ int64_t thread_bytes(Format format) {
 // out = a [rows, K] @ B [K, columns].
 template <typename T>
 void multiply(const Rows<T>& a, const PackedRhs<T>& b, char* memory, T* out) {
+  constexpr int64_t kWhole = kBlockRows / kTileSize * kTileSize;
   const int64_t bytes = cpu_kernels().of<T>().scratch_bytes(b.format(), kBlockRows, kTerms);
-  each_block(a.rows, kBlockRows, a.columns * b.columns(),
+  each_block(a.rows, in_tiles(b.format()) ? kWhole : kBlockRows, a.columns * b.columns(),
              [&](int64_t begin, int64_t end, int64_t thread) {
                int64_t first = 0;
                do {
@@ -135,6 +144,8 @@ void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T
                          bool accumulate, char* memory, T* sums) {
   int64_t columns = 0;
   for (const TransposedProduct<T>& product : products) columns += product.b.columns();
+  const Format format = products[0].b.format();
+  const bool rounded = is_pairs(format);
   const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
     for (int64_t first = 0; first < a.rows; first += kTerms) {
       cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, a.rows - first),
@@ -143,14 +154,15 @@ void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T
                                        .from_stride = a.stride,
                                        .to = block,
                                        .to_stride = kBlockStride,
-                                       .sums = sums + begin});
+                                       .sums = sums + begin,
+                                       .format = format});
       for (const auto& [b, out] : products)
         b.multiply(first, end - begin, block, kBlockStride, accumulate || first > 0,
-                   out + begin * b.columns(), block + kBlockElements);
+                   out + begin * b.columns(), block + kBlockElements, rounded);
     }
   };
   const int64_t terms = std::max(a.rows, kStore);
-  const int64_t bytes = thread_bytes<T>(products[0].b.format());
+  const int64_t bytes = thread_bytes<T>(format);
   each_block((a.columns + kLine - 1) / kLine, kBlockLines, kLine * terms * columns,
              [&](int64_t begin, int64_t end, int64_t thread) {
                block_of_rows(begin * kLine, std::min(end * kLine, a.columns),
@@ -163,7 +175,7 @@ void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T
 template <typename T>
 int64_t once_bytes(int64_t terms, Format format) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  return terms * kernels.panel_units() * int64_t{sizeof(T)} +
+  return kernels.packed_bytes(terms, kernels.panel_units(), 1, format) +
          kernels.scratch_bytes(format, kBlockRows, terms);
 }
 template int64_t once_bytes<float>(int64_t, Format);
@@ -174,6 +186,7 @@ void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* 
                    T* out) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
   const int64_t width = kernels.panel_units(), bytes = once_bytes<T>(terms, b.format);
+  const int64_t panel_bytes = kernels.packed_bytes(terms, width, 1, b.format);
   const auto panel = [&](int64_t column, char* packed) {
     int64_t first = 0;
     do {
@@ -193,7 +206,7 @@ void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* 
                       .accumulate = first > 0,
                       .out = out + column,
                       .out_stride = b.columns,
-                      .scratch = packed + terms * width * int64_t{sizeof(T)}});
+                      .scratch = packed + panel_bytes});
       first += terms;
     } while (first < b.k);
   };

@@ -54,9 +54,9 @@ class PackedRhs {
   static PackedRhs of_states(const Rows<T>& b, Format format, const Rows<T>& a, void* packed);
 
   // out [rows, columns] = or += a [rows, K of the part] @ (the part of B that begins at row
-  // `first`). scratch: as in MatmulArgs, for kTerms elements of a row.
+  // `first`). scratch, rounded: as in MatmulArgs, for kTerms elements of a row.
   void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, bool accumulate, T* out,
-                void* scratch) const;
+                void* scratch, bool rounded = false) const;
 
   int64_t columns() const { return columns_; }
   Format format() const { return format_; }

@@ -45,7 +45,8 @@ constexpr int panel_vectors(int gates) { return gates == 3 ? 3 : 4; }
 // kBfloat16: two vectors of a panel are interleaved; a third one stands alone. kPairs: as a matrix
 // of Pairs with K / 2 rows; an odd K is filled up with zeros. kInt8: [panel][K / depth][V][lanes]
 // [depth], then the scales of the panel, float [V][lanes], and the initial values of its sums,
-// int32 [V][lanes]. kTiles and kInt8Tiles are the same with K filled up with zeros to a whole tile.
+// int32 [V][lanes]. kTiles and kInt8Tiles: the same vector by vector, [panel][V][K][lanes], with K
+// filled up with zeros to a whole tile.
 struct PackArgs {
   int64_t k, columns;
   int gates = 1;
@@ -86,9 +87,12 @@ struct MatmulArgs {
   const T* a_more = nullptr;
   int64_t a_more_stride = 0, k_more = 0;
   Packed b_more = {};
+  // b is of pairs, and so is `a` already (round_rows, or TransposeArgs); a_stride counts Pairs.
+  bool rounded = false;
 };
 
-// to = from.T; sums += the sum of each column of `from`.
+// to = from.T; sums += the sum of each column of `from`. With a format of pairs, `to` holds the
+// rows as round_rows leaves them: to_stride counts Pairs, and each row is filled up to whole tiles.
 template <typename T>
 struct TransposeArgs {
   int64_t rows, columns;
@@ -97,6 +101,7 @@ struct TransposeArgs {
   T* to;  // [columns, rows], to_stride elements from row to row
   int64_t to_stride;
   T* sums;  // [columns]
+  Format format = Format::kSame;
 };
 
 // One time step of a cell (cells/*-inl.h), or a micro-step of one that is deep, for the units of
@@ -127,6 +132,7 @@ struct StepArgs {
   T* saved;                         // [n, H] kSavedState; nullptr when not training
   void* scratch;                    // as in MatmulArgs, of w_hh
   int64_t product_bias_stride = 0;  // from row to row; 0: the same for all
+  bool rough = false;  // sigmoid and tanh may err by 2^-13, where an ISA is faster then
 };
 
 // The gradient of a time step for the units of `panels`: dh = a @ B + dy + dh_n, and the gradients

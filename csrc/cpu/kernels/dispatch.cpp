@@ -22,20 +22,13 @@ namespace {
 // Every ISA that is built, best first. A new one is its isa_*.cpp, its vec_*-inl.h and a line here.
 const CpuKernels* const kBuilt[] = {
 #if defined(__x86_64__)
-    &kAvx512Bf16Kernels,
-    &kAvx512Kernels,
-    &kAvx2VnniKernels,
-    &kAvx2Kernels,
+    &kAmxKernels,        &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2VnniKernels, &kAvx2Kernels,
 #elif defined(__aarch64__)
     &kNeonBf16Kernels,
     &kNeonKernels,
 #endif
     &kScalarKernels,
-    // On request alone: for tests, and what no machine has measured yet.
-    &kScalarBf16Kernels,
-#if defined(__x86_64__)
-    &kAmxKernels,
-#endif
+    &kScalarBf16Kernels,  // on request alone, for tests
 };
 
 std::string joined(const std::vector<std::string>& names) {

@@ -27,6 +27,12 @@ struct ExpConstants<double> {
       1. / 479001600, 1. / 6227020800, 1. / 87178291200};
 };
 
+// a / b for b from 1 to 2^126. An ISA may have a faster one (vec_avx512-inl.h).
+template <typename T>
+inline Vec<T> quotient(Vec<T> a, Vec<T> b) {
+  return a / b;
+}
+
 // exp(x) = scale * (1 + fraction) for |x| <= kLimit; a larger x gives the value at the limit, and
 // NaN passes. N vectors are computed side by side, so that the CPU finds independent instructions.
 template <typename T, int N>
@@ -65,7 +71,7 @@ template <typename T>
 __attribute__((always_inline)) inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> twice = x + x;
   const Vec<T> expm1 = Exp<T, 1>(&twice).minus_one(0);
-  return expm1 / (expm1 + Vec<T>::set(2));
+  return quotient(expm1, expm1 + Vec<T>::set(2));
 }
 
 template <typename T>
@@ -95,9 +101,9 @@ ISS_CELL void activate(Vec<T>* gates) {
   for (int k = 0; k < kGates; ++k) {
     if (is_tanh[k]) {
       const Vec<T> expm1 = e.minus_one(k);
-      gates[k] = expm1 / (expm1 + Vec<T>::set(2));
+      gates[k] = quotient(expm1, expm1 + Vec<T>::set(2));
     } else {
-      gates[k] = one / e.plus_one(k);
+      gates[k] = quotient(one, e.plus_one(k));
     }
   }
 }

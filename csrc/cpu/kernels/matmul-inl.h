@@ -1,20 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // A product with a matrix, by the tiles of its operand.
 
-// Rows [rows, k] as Pairs [rows, pairs], rounded and filled up with zeros; a Pair in the place of a
-// float. For T = float, where Vec<T>::kPairs.
+// Rows [rows, k] as Pairs, rounded and filled up with zeros; a Pair in the place of a float. They
+// are [rows, pairs], or, with `tiles`, [rows / 16][pairs / 16][16][16]. For T = float, where
+// Vec<T>::kPairs.
 template <typename T>
 inline void round_rows(const T* from, int64_t stride, int64_t rows, int64_t k, int64_t pairs,
-                       T* to) {
-  constexpr int64_t kLanes = Vec<T>::kLanes;
-  for (int64_t r = 0; r < rows; ++r, from += stride, to += pairs) {
-    std::fill(to + k / 2, to + pairs, T(0));
-    Bfloat16* const halves = reinterpret_cast<Bfloat16*>(to);
+                       bool tiles, T* to) {
+  constexpr int64_t kLanes = Vec<T>::kLanes, kLine = 2 * kTileSize;  // elements of a tile's row
+  const int64_t apart = tiles ? kTileSize * kLine : kLine;           // of two lines of a row
+  for (int64_t r = 0; r < rows; ++r, from += stride) {
+    const int64_t in_tile = tiles ? r % kTileSize : 0;
+    Bfloat16* line = reinterpret_cast<Bfloat16*>(to + (r - in_tile) * pairs) + in_tile * kLine;
     int64_t i = 0;
-    for (; i + kLanes <= k; i += kLanes) Vec<T>::load(from + i).round_to(halves + i);
+    for (; i + kLine <= k; i += kLine, line += apart)
+      for (int64_t j = 0; j < kLine; j += kLanes) Vec<T>::load(from + i + j).round_to(line + j);
     if (i == k) continue;
-    // Lanes after the last one are the next row's, which is written later.
-    Vec<T>::load(from + i, k - i).round_to(halves + i);
+    std::fill_n(line, tiles ? kLine : 2 * pairs - i, Bfloat16{});
+    for (; i + kLanes <= k; i += kLanes, line += kLanes) Vec<T>::load(from + i).round_to(line);
+    // Lanes after the last one are zeros, or the next row's, which is written later.
+    if (i < k) Vec<T>::load(from + i, k - i).round_to(line);
   }
 }
 
@@ -22,21 +27,24 @@ inline void round_rows(const T* from, int64_t stride, int64_t rows, int64_t k, i
 template <typename T, int kVectors, typename Prefetch, typename Finish>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
                       int64_t columns, PanelRange panels, void* scratch, const Prefetch& prefetch,
-                      const Finish& finish) {
+                      const Finish& finish, bool rounded = false) {
   const auto floats = [&]<typename W>(const W* weights) {
     each_tile_of<T, kVectors>(FloatOperand<T, kVectors, W>(a, stride, rows, k, panels, weights),
                               rows, k, columns, panels, prefetch, finish);
   };
   if constexpr (Vec<T>::kPairs)
     if (is_pairs(b.format)) {
-      T* const rounded = static_cast<T*>(scratch);
       const int64_t pairs = groups_of(b.format, k, 2);
-      round_rows(a, stride, rows, k, pairs, rounded);
+      if (!rounded) {
+        round_rows(a, stride, rows, k, pairs, in_tiles(b.format), static_cast<T*>(scratch));
+        a = static_cast<T*>(scratch);
+        stride = pairs;
+      }
       if constexpr (kHasTiles)
         if (b.format == Format::kTiles)
-          return each_product<kVectors>(PairTiles<kVectors>{rounded, pairs, b.panels}, rows,
+          return each_product<kVectors>(PairTiles<kVectors>{a, stride, pairs, b.panels}, rows,
                                         columns, panels, prefetch, finish);
-      const FloatOperand<T, kVectors, Pair> operand(rounded, pairs, rows, pairs, panels, b.panels);
+      const FloatOperand<T, kVectors, Pair> operand(a, stride, rows, pairs, panels, b.panels);
       return each_tile_of<T, kVectors>(operand, rows, pairs, columns, panels, prefetch, finish);
     }
   if constexpr (std::is_same_v<T, float>) {
@@ -95,7 +103,7 @@ void matmul(const MatmulArgs<T>& args) {
   };
   if (args.b.order == Order::kPanels)
     return each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b, args.columns,
-                                  args.panels, args.scratch, prefetch, finish);
+                                  args.panels, args.scratch, prefetch, finish, args.rounded);
   const auto in_place = [&](const auto& operand) {
     each_tile_of<T, kVectors>(operand, args.rows, args.k, args.columns, args.panels, prefetch,
                               finish);

@@ -24,7 +24,7 @@ struct Int8Operand {
   int64_t rows, groups, terms;
   int64_t spaced;       // rows, or as many as whole tiles have
   const float* scales;  // [terms, spaced]; the second is 0 for a row of one term
-  const Activation* a;  // [terms, spaced, groups * kDepth]
+  const Activation* a;  // [terms, spaced, groups * kDepth], a row of tiles in lines (round_rows)
   const char* panels;
 
   static constexpr int64_t panel_bytes(int64_t groups) {
@@ -42,6 +42,10 @@ struct Int8Operand {
     Activation* const activations = reinterpret_cast<Activation*>(row_scales + terms * spaced);
     scales = row_scales;
     a = activations;
+    // Rows are written in lines, which are side by side but in tiles.
+    constexpr int64_t kLine = kTileSize * Dot::kDepth;
+    const bool tiles = in_tiles(b.format);
+    const int64_t apart = tiles ? kTileSize * kLine : kLine;
     for (int64_t r = 0; r < rows; ++r) {
       const float* const from = rows_of_a + r * stride;
       // Without their signs, floats compare as their bits do; NaN has the largest.
@@ -60,12 +64,18 @@ struct Int8Operand {
         const float inverse = size > kSmallest ? Dot::kLevels / size : 0;
         const auto put = [&](int64_t term, float its_scale, const auto& steps) {
           row_scales[term * spaced + r] = its_scale;
-          Activation* const to = activations + (term * spaced + r) * groups * Dot::kDepth;
-          // steps(i) has 1.5 * 2^23 added, so the rounded integer is in its low bits.
-          for (int64_t i = 0; i < k; ++i)
-            to[i] = static_cast<Activation>(std::bit_cast<int32_t>(steps(i)) -
-                                            std::bit_cast<int32_t>(kShift) + Dot::kZero);
-          for (int64_t i = k; i < groups * Dot::kDepth; ++i) to[i] = 0;  // the weights there are 0
+          const int64_t in_tile = tiles ? r % kTileSize : 0;
+          Activation* line =
+              activations + (term * spaced + r - in_tile) * groups * Dot::kDepth + in_tile * kLine;
+          for (int64_t begin = 0; begin < k; begin += kLine, line += apart) {
+            const int64_t count = std::min(kLine, k - begin);
+            // steps(i) has 1.5 * 2^23 added, so the rounded integer is in its low bits.
+            for (int64_t i = 0; i < count; ++i)
+              line[i] = static_cast<Activation>(std::bit_cast<int32_t>(steps(begin + i)) -
+                                                std::bit_cast<int32_t>(kShift) + Dot::kZero);
+            const int64_t filled = std::min(kLine, groups * Dot::kDepth - begin);
+            for (int64_t i = count; i < filled; ++i) line[i] = 0;  // the weights there are 0
+          }
         };
         put(0, scale, [&](int64_t i) { return element(i) * inverse + kShift; });
         if (terms == 2) row_scales[spaced + r] = 0;

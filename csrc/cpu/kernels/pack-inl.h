@@ -99,8 +99,12 @@ inline void pack_pairs(const PackArgs& args) {
   constexpr int64_t kColumns = kPanelColumns<T, kVectors>, kLanes = Vec<T>::kLanes;
   const S* const b = static_cast<const S*>(args.b);
   const int64_t pairs = groups_of(args.format, args.k, 2);
-  const auto panel_at = [&](int64_t panel) {
-    return static_cast<Pair*>(args.packed) + panel * pairs * kColumns;
+  // Vector by vector in tiles, else row by row.
+  const bool tiles = in_tiles(args.format);
+  const int64_t stride = tiles ? kLanes : kColumns, to_next = tiles ? pairs * kLanes : kLanes;
+  const auto place = [&](int64_t panel, int64_t i, int64_t slot) {
+    return static_cast<Pair*>(args.packed) + panel * pairs * kColumns + i * stride +
+           slot / kLanes * to_next;
   };
   if (args.gates == 1 && args.stride_column == 1) {  // two rows of B at a time
     for (int64_t panel = args.panels.begin; panel < args.panels.end; ++panel)
@@ -113,7 +117,7 @@ inline void pack_pairs(const PackArgs& args) {
                    : left >= kLanes         ? Vec<T>::load(at)
                                             : Vec<T>::load(at, left);
           };
-          Vec<T>::store_pairs(row(2 * i), row(2 * i + 1), panel_at(panel) + i * kColumns + slot);
+          Vec<T>::store_pairs(row(2 * i), row(2 * i + 1), place(panel, i, slot));
         }
     return;
   }
@@ -136,8 +140,8 @@ inline void pack_pairs(const PackArgs& args) {
           for (int64_t i = 0; i < kRows; i += kLanes)
             Vec<T>::load(values + i).round_to(reinterpret_cast<Bfloat16*>(rounded[lane]) + i);
         }
-        transpose_rows(columns, kLanes, std::min(kRows / 2, pairs - begin / 2), kColumns,
-                       reinterpret_cast<T*>(panel_at(panel) + begin / 2 * kColumns + first));
+        transpose_rows(columns, kLanes, std::min(kRows / 2, pairs - begin / 2), stride,
+                       reinterpret_cast<T*>(place(panel, begin / 2, first)));
       }
     }
   });
@@ -146,14 +150,19 @@ inline void pack_pairs(const PackArgs& args) {
 template <int kVectors>
 inline void pack_int8(const PackArgs& args) {
   using Operand = Int8Operand<kVectors>;
+  constexpr int64_t kLanes = Vec<float>::kLanes;
   const int64_t groups = groups_of(args.format, args.k, Dot::kDepth);
+  const bool tiles = in_tiles(args.format);  // as in pack_pairs
+  const int64_t stride = tiles ? kLanes : Operand::kColumns;
+  const int64_t to_next = tiles ? groups * kLanes : kLanes;
   each_column<float, kVectors>(args, [&](int64_t panel, int64_t slot, int64_t column) {
     char* const base = static_cast<char*>(args.packed) + panel * Operand::panel_bytes(groups);
     const int8_t* from = static_cast<const int8_t*>(args.b) + column * args.stride_column;
     int32_t sum = 0;
     for (int64_t i = 0; i < groups * Dot::kDepth; ++i) {
       const int8_t weight = column < 0 || i >= args.k ? 0 : from[i * args.stride_k];
-      base[(i / Dot::kDepth * Operand::kColumns + slot) * Dot::kDepth + i % Dot::kDepth] = weight;
+      const int64_t at = i / Dot::kDepth * stride + slot / kLanes * to_next + slot % kLanes;
+      base[at * Dot::kDepth + i % Dot::kDepth] = weight;
       sum += weight;
     }
     float* const tail = reinterpret_cast<float*>(base + Operand::kColumns * groups * Dot::kDepth);
@@ -189,9 +198,49 @@ void pack(const PackArgs& args) {
   panel_vectors(args.gates) == 3 ? pack_vectors<T, 3>(args) : pack_vectors<T, 4>(args);
 }
 
+// For T = float, where Vec<T>::kPairs.
+template <typename T>
+inline void transpose_pairs(const TransposeArgs<T>& args) {
+  using V = Vec<T>;
+  constexpr int64_t kLanes = V::kLanes, kRows = 2 * kTileSize;  // of a tile
+  const bool tiles = in_tiles(args.format);
+  for (int64_t column = 0; column < args.columns; column += kLanes) {
+    const int64_t columns = std::min(kLanes, args.columns - column);
+    const auto load = [&](const T* from) {
+      return columns == kLanes ? V::load(from) : V::load(from, columns);
+    };
+    const int64_t in_tile = tiles ? column % kTileSize : 0;
+    T* to = args.to + (column - in_tile) * args.to_stride + in_tile * kTileSize;
+    const int64_t stride = tiles ? kTileSize : args.to_stride;
+    V sum = V::set(0);
+    for (int64_t row = 0; row < args.rows; row += kRows) {
+      alignas(64) T pairs[kTileSize][kLanes];
+      const T* lines[kTileSize];
+      for (int64_t p = 0; p < kTileSize; ++p) {
+        const int64_t at = row + 2 * p;
+        const T* const from = args.from + at * args.from_stride + column;
+        const V first = at < args.rows ? load(from) : V::set(0);
+        const V second = at + 1 < args.rows ? load(from + args.from_stride) : V::set(0);
+        __builtin_prefetch(from + kRows * args.from_stride, 0, 2);
+        __builtin_prefetch(from + (kRows + 1) * args.from_stride, 0, 2);
+        sum = sum + first + second;
+        V::store_pairs(first, second, reinterpret_cast<Pair*>(pairs[p]));
+        lines[p] = pairs[p];
+      }
+      for (int64_t p = 0; p < kTileSize; p += kLanes)
+        transpose_rows(lines + p, kLanes, columns, stride, to + p);
+      to += tiles ? kTileSize * kTileSize : kTileSize;
+    }
+    sum = sum + load(args.sums + column);
+    columns == kLanes ? sum.store(args.sums + column) : sum.store(args.sums + column, columns);
+  }
+}
+
 template <typename T>
 void transpose(const TransposeArgs<T>& args) {
   using V = Vec<T>;
+  if constexpr (V::kPairs)
+    if (is_pairs(args.format)) return transpose_pairs(args);
   // Blocks of a cache line by a cache line, from top to bottom. So few lines are written at a time
   // that they stay in L1 even if they fall into one set. The next block is prefetched.
   constexpr int64_t kRows = 16, kColumns = 16;

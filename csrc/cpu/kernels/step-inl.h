@@ -20,9 +20,8 @@ struct Part {
 
 template <typename Cell, typename T>
 void step(const StepArgs<T>& args) {
-  using V = Vec<T>;
   constexpr int kGates = Cell::kGates, kVectors = panel_vectors(kGates);
-  constexpr int64_t kLanes = V::kLanes, kBlocks = kVectors / kGates;
+  constexpr int64_t kLanes = Vec<T>::kLanes, kBlocks = kVectors / kGates;
   const int64_t hidden = args.hidden;
   const auto prefetch = [&](int64_t first_row, int64_t rows, int64_t panel, int64_t panels) {
     if (rows == 1) return;
@@ -33,8 +32,9 @@ void step(const StepArgs<T>& args) {
       __builtin_prefetch(args.before + row * args.before_stride + last, 0, 2);
     }
   };
-  const auto finish = [&](const T* sums, auto first_row, auto rows, int64_t panel,
-                          auto panels) __attribute__((noinline)) {
+  // V: Vec<T>, or Rough with activations of its own.
+  const auto finish_as = [&]<typename V>(V, const T* sums, auto first_row, auto rows, int64_t panel,
+                                         auto panels) __attribute__((noinline)) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = first_row + r;
       const bool reset = args.resets != nullptr && args.resets[row];
@@ -80,6 +80,11 @@ void step(const StepArgs<T>& args) {
           finish_block(Part<T>{left});
       }
     }
+  };
+  const auto finish = [&](const auto&... tile) {
+    if constexpr (requires { typename Vec<T>::Rough; })
+      if (args.rough) return finish_as(typename Vec<T>::Rough(), tile...);
+    finish_as(Vec<T>(), tile...);
   };
   each_tile<T, kVectors>(args.h_prev, args.h_prev_stride, args.rows, args.k, args.w_hh,
                          kGates * hidden, args.panels, args.scratch, prefetch, finish);

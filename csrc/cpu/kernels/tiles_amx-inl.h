@@ -10,102 +10,162 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// out = a @ b for Rows tiles of rows of `a` and Vectors vectors of columns of `b`, over `blocks`
-// tiles along K; strides in bytes. With two of each, a tile that is loaded serves two products.
+// A product of tiles, a @ b, over blocks [begin, end) of K. Its `blocks` tiles lie one after the
+// other; the next tile of rows is a_to_next bytes away, the next vector of columns to_next. The
+// sums stay in registers until the last block: then they go to out, `stride` bytes from row to row.
+struct TileProduct {
+  const char* a;
+  int64_t a_to_next;
+  const char* b;
+  int64_t to_next, begin, end, blocks;
+  void* out;
+  int64_t stride;
+};
+
+constexpr int64_t kTileBytes = kTileSize * 64;
+// The hardware's prefetcher stops at the end of a page. Touching one kAhead pages before its turn
+// keeps it going, where weights come from beyond the L2 cache.
+constexpr int64_t kTilesOfPage = 4096 / kTileBytes, kAhead = 2;
+
+// For Rows tiles of rows (1 or 2) and Vectors vectors of columns: up to 2, or 4 for one tile of
+// rows. Each tile that is loaded serves as many products as the eight registers allow.
 template <bool kIntegers, int Rows, int Vectors>
-__attribute__((noinline)) void multiply_tiles(const char* a, int64_t a_stride, const char* b,
-                                              int64_t b_stride, int64_t blocks, char* out,
-                                              int64_t out_stride) {
+__attribute__((noinline)) void multiply_tiles(const TileProduct& of) {
   // GCC's tile intrinsics do not tell it that they read and write memory.
   __asm__ volatile("" ::: "memory");
-  _tile_zero(0);
-  if constexpr (Vectors == 2) _tile_zero(1);
-  if constexpr (Rows == 2) _tile_zero(2);
-  if constexpr (Rows == 2 && Vectors == 2) _tile_zero(3);
-  for (int64_t i = 0; i < blocks; ++i, a += 64, b += kTileSize * b_stride) {
-    _tile_loadd(6, b, b_stride);
-    if constexpr (Vectors == 2) _tile_loadd(7, b + 64, b_stride);
-    _tile_loadd(4, a, a_stride);
-    if constexpr (Rows == 2) _tile_loadd(5, a + kTileSize * a_stride, a_stride);
-    if constexpr (kIntegers) {  // unsigned times signed
-      _tile_dpbusd(0, 4, 6);
-      if constexpr (Vectors == 2) _tile_dpbusd(1, 4, 7);
-      if constexpr (Rows == 2) _tile_dpbusd(2, 5, 6);
-      if constexpr (Rows == 2 && Vectors == 2) _tile_dpbusd(3, 5, 7);
-    } else {
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (Vectors == 2) _tile_dpbf16ps(1, 4, 7);
-      if constexpr (Rows == 2) _tile_dpbf16ps(2, 5, 6);
-      if constexpr (Rows == 2 && Vectors == 2) _tile_dpbf16ps(3, 5, 7);
+  static_assert(Rows * Vectors <= 4 && Rows <= 2);
+#define ISS_MULTIPLY(sum, a, b) /* unsigned times signed integers */ \
+  do {                                                               \
+    if constexpr (kIntegers)                                         \
+      _tile_dpbusd(sum, a, b);                                       \
+    else                                                             \
+      _tile_dpbf16ps(sum, a, b);                                     \
+  } while (false)
+  if (of.begin == 0) {
+    _tile_zero(0);
+    if constexpr (Vectors > 1) _tile_zero(1);
+    if constexpr (Vectors > 2 || Rows == 2) _tile_zero(2);
+    if constexpr (Vectors > 3 || (Rows == 2 && Vectors == 2)) _tile_zero(3);
+  }
+  const int64_t to_next = of.to_next;
+  const char *a = of.a + of.begin * kTileBytes, *b = of.b + of.begin * kTileBytes;
+  for (int64_t i = of.begin; i < of.end; ++i, a += kTileBytes, b += kTileBytes) {
+    if (i % kTilesOfPage == 0)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v)
+        __builtin_prefetch(b + v * to_next + kAhead * kTilesOfPage * kTileBytes, 0, 2);
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
+    ISS_MULTIPLY(0, 4, 6);
+    if constexpr (Vectors > 1) {
+      _tile_loadd(7, b + to_next, 64);
+      ISS_MULTIPLY(1, 4, 7);
+    }
+    if constexpr (Rows == 2) {
+      _tile_loadd(5, a + of.a_to_next, 64);
+      ISS_MULTIPLY(2, 5, 6);
+      if constexpr (Vectors > 1) ISS_MULTIPLY(3, 5, 7);
+    }
+    if constexpr (Vectors > 2) {
+      _tile_loadd(5, b + 2 * to_next, 64);
+      ISS_MULTIPLY(2, 4, 5);
+    }
+    if constexpr (Vectors > 3) {
+      _tile_loadd(6, b + 3 * to_next, 64);
+      ISS_MULTIPLY(3, 4, 6);
     }
   }
-  _tile_stored(0, out, out_stride);
-  if constexpr (Vectors == 2) _tile_stored(1, out + 64, out_stride);
-  if constexpr (Rows == 2) _tile_stored(2, out + kTileSize * out_stride, out_stride);
-  if constexpr (Rows == 2 && Vectors == 2)
-    _tile_stored(3, out + kTileSize * out_stride + 64, out_stride);
+#undef ISS_MULTIPLY
+  if (of.end == of.blocks) {
+    char* const out = static_cast<char*>(of.out);
+    _tile_stored(0, out, of.stride);
+    if constexpr (Vectors > 1) _tile_stored(1, out + 64, of.stride);
+    if constexpr (Vectors > 2) _tile_stored(2, out + 128, of.stride);
+    if constexpr (Vectors > 3) _tile_stored(3, out + 192, of.stride);
+    if constexpr (Rows == 2) _tile_stored(2, out + kTileSize * of.stride, of.stride);
+    if constexpr (Rows == 2 && Vectors == 2)
+      _tile_stored(3, out + kTileSize * of.stride + 64, of.stride);
+  }
   __asm__ volatile("" ::: "memory");
 }
 
-// The same with the numbers of tiles and vectors, 1 or 2, as constants.
+// The same with the numbers of tiles and vectors as constants.
 template <bool kIntegers>
-inline void multiply_tiles(int64_t rows, int64_t vectors, const void* a, int64_t a_stride,
-                           const void* b, int64_t b_stride, int64_t blocks, void* out,
-                           int64_t out_stride) {
-  const auto multiply =
-      rows == 1 ? vectors == 1 ? &multiply_tiles<kIntegers, 1, 1> : &multiply_tiles<kIntegers, 1, 2>
-      : vectors == 1 ? &multiply_tiles<kIntegers, 2, 1>
-                     : &multiply_tiles<kIntegers, 2, 2>;
-  multiply(static_cast<const char*>(a), a_stride, static_cast<const char*>(b), b_stride, blocks,
-           static_cast<char*>(out), out_stride);
+inline void multiply_tiles(int64_t rows, int64_t vectors, const TileProduct& of) {
+  constexpr decltype(&multiply_tiles<kIntegers, 1, 1>) kOfOne[] = {
+      &multiply_tiles<kIntegers, 1, 1>, &multiply_tiles<kIntegers, 1, 2>,
+      &multiply_tiles<kIntegers, 1, 3>, &multiply_tiles<kIntegers, 1, 4>};
+  const auto multiply = rows == 1      ? kOfOne[vectors - 1]
+                        : vectors == 1 ? &multiply_tiles<kIntegers, 2, 1>
+                                       : &multiply_tiles<kIntegers, 2, 2>;
+  multiply(of);
 }
 
-// Format::kTiles: rows of Pairs, `pairs` of them, in the place of floats.
+// Format::kTiles. a: rows of Pairs in tiles (round_rows), a_pairs from row to row.
 template <int kVectors>
 struct PairTiles {
+  static constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
   const float* a;
-  int64_t pairs;
+  int64_t a_pairs, pairs;
   const void* panels;
 
-  // The sums of 1 or 2 tiles of rows from `row` on, and of 1 or 2 vectors of a panel.
+  int64_t blocks() const { return pairs / kTileSize; }
+
+  // Blocks [begin, end) of the sums of 1 or 2 tiles of rows from `row` on, and of some vectors of a
+  // panel. They are in `sums` after the last one.
   void multiply(int64_t row, int64_t tiles, int64_t panel, int64_t vector, int64_t vectors,
-                float* sums) const {
-    constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
-    const Pair* const weights = static_cast<const Pair*>(panels) + panel * pairs * kColumns;
-    multiply_tiles<false>(tiles, vectors, a + row * pairs, pairs * 4,
-                          weights + vector * Vec<float>::kLanes, kColumns * 4, pairs / kTileSize,
-                          sums, kColumns * 4);
+                int64_t begin, int64_t end, float* sums) const {
+    const int64_t to_next = pairs * kTileSize * sizeof(Pair);
+    const char* const weights =
+        static_cast<const char*>(panels) + panel * pairs * kColumns * sizeof(Pair);
+    multiply_tiles<false>(tiles, vectors,
+                          {reinterpret_cast<const char*>(a + row * a_pairs),
+                           a_pairs * kTileSize * 4, weights + vector * to_next, to_next, begin, end,
+                           blocks(), sums, kColumns * sizeof(float)});
   }
 };
 
 // Format::kInt8Tiles and kInt8FineTiles.
 template <int kVectors>
 struct Int8Tiles {
+  static constexpr int64_t kLanes = Vec<float>::kLanes, kColumns = kPanelColumns<float, kVectors>;
+  static constexpr int64_t kDepth = Dot::kDepth;
+  static_assert(kDepth == 4 && sizeof(Dot::Activation) == 1);
   const Int8Operand<kVectors>& operand;
+
+  int64_t blocks() const { return operand.groups / kTileSize; }
 
   // As PairTiles::multiply.
   void multiply(int64_t row, int64_t tiles, int64_t panel, int64_t vector, int64_t vectors,
-                float* sums) const {
-    constexpr int64_t kLanes = Vec<float>::kLanes, kColumns = kPanelColumns<float, kVectors>;
-    constexpr int64_t kDepth = Dot::kDepth;
-    static_assert(kDepth == 4 && sizeof(Dot::Activation) == 1);
+                int64_t begin, int64_t end, float* sums) const {
     const auto& [rows, groups, terms, spaced, scales, a, panels] = operand;
+    const int64_t to_next = groups * kDepth * kTileSize;
     const char* const weights = panels + panel * operand.panel_bytes(groups);
     const auto* const column_scales =
         reinterpret_cast<const float*>(weights + kColumns * groups * kDepth) + vector * kLanes;
     const auto* const initial = reinterpret_cast<const int32_t*>(column_scales + kColumns);
     const int64_t count = std::min(tiles * kTileSize, rows - row);
+    alignas(64) int32_t products[kTileSize * 4 * kTileSize];  // of four tiles at most
+    const int64_t stride = vectors * kLanes;
+    const auto multiply_term = [&](int64_t term, int64_t begin, int64_t end) {
+      multiply_tiles<true>(
+          tiles, vectors,
+          {reinterpret_cast<const char*>(a + (term * spaced + row) * groups * kDepth), to_next,
+           weights + vector * to_next, to_next, begin, end, blocks(), products,
+           stride * int64_t{sizeof(int32_t)}});
+    };
+    multiply_term(0, begin, end);
+    if (end < blocks()) return;
     for (int64_t term = 0; term < terms; ++term) {
       const float* const row_scales = scales + term * spaced + row;
-      if (term == 1 && std::all_of(row_scales, row_scales + count, [](float s) { return s == 0; }))
-        return;
-      alignas(64) int32_t products[2 * kTileSize][2 * kTileSize];
-      multiply_tiles<true>(tiles, vectors, a + (term * spaced + row) * groups * kDepth,
-                           groups * kDepth, weights + vector * kLanes * kDepth, kColumns * kDepth,
-                           groups / kTileSize, products, sizeof(products[0]));
+      if (term == 1) {
+        if (std::all_of(row_scales, row_scales + count, [](float s) { return s == 0; })) return;
+        multiply_term(1, 0, end);
+      }
       for (int64_t r = 0; r < count; ++r)
         for (int64_t v = 0; v < vectors; ++v) {
-          const Dot sum = Dot::load(&products[r][v * kLanes]) + Dot::load(initial + v * kLanes);
+          const Dot sum =
+              Dot::load(products + r * stride + v * kLanes) + Dot::load(initial + v * kLanes);
           const Vec<float> product = sum.to_float() * Vec<float>::load(column_scales + v * kLanes) *
                                      Vec<float>::set(row_scales[r]);
           float* const to = sums + r * kColumns + v * kLanes;
@@ -115,27 +175,57 @@ struct Int8Tiles {
   }
 };
 
-// As each_tile_of, by tiles of 16 rows and a vector of columns.
+// As each_tile_of, by two tiles of rows at a time. While their tiles are multiplied, the vector
+// units finish the sums of those before: a few rows after every kSegment blocks, so that both find
+// work in the instructions that the CPU looks at together.
 template <int kVectors, typename Operand, typename Prefetch, typename Finish>
 inline void each_product(const Operand& operand, int64_t all_rows, int64_t columns,
                          PanelRange range, const Prefetch& prefetch, const Finish& finish) {
-  constexpr int64_t kMost = kBlockRows / kTileSize * kTileSize;
-  alignas(64) float sums[kSums<float, kVectors>];
-  const TileShapes shapes;
-  _tile_loadconfig(&shapes);
-  for (int64_t start = 0; start < all_rows; start += kMost) {
-    const int64_t rows = std::min(kMost, all_rows - start);
-    for (int64_t done = range.begin; done < range.end; ++done) {
-      const int64_t panel = range.backwards ? range.begin + range.end - 1 - done : done;
-      const int64_t vectors =
-          std::min<int64_t>(kVectors, vectors_from<float, kVectors>(panel, columns));
-      for (int64_t r = 0; r < rows; r += 2 * kTileSize)
-        for (int64_t v = 0; v < vectors; v += 2)
-          operand.multiply(start + r, rows - r > kTileSize ? 2 : 1, panel, v,
-                           std::min<int64_t>(2, vectors - v), sums + sum_at<float, kVectors>(r, v));
-      prefetch(start, rows, panel, 1);
-      finish(sums, start, rows, panel, int64_t{1});
+  constexpr int64_t kRows = 2 * kTileSize, kSegment = 4;
+  constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
+  alignas(64) float sums[2][kRows * kColumns];
+  const int64_t blocks = operand.blocks();
+  struct {
+    float* sums;
+    int64_t row, rows = 0, panel;
+  } ready;
+  const auto finish_rows = [&](int64_t rows) {
+    rows = std::min(rows, ready.rows);
+    if (rows == 0) return;
+    finish(ready.sums, ready.row, rows, ready.panel, int64_t{1});
+    ready.sums += rows * kColumns;
+    ready.row += rows;
+    ready.rows -= rows;
+  };
+  static constexpr TileShapes kShapes;
+  _tile_loadconfig(&kShapes);
+  int now = 0;
+  for (int64_t done = range.begin; done < range.end; ++done) {
+    const int64_t panel = range.backwards ? range.begin + range.end - 1 - done : done;
+    const int64_t vectors =
+        std::min<int64_t>(kVectors, vectors_from<float, kVectors>(panel, columns));
+    for (int64_t row = 0; row < all_rows; row += kRows, now = 1 - now) {
+      const int64_t rows = std::min(kRows, all_rows - row), tiles = rows > kTileSize ? 2 : 1;
+      const int64_t most = tiles == 1 ? 4 : 2;
+      // Of K, for each pass over it: one at least, where K is 0.
+      const int64_t segments = std::max<int64_t>(1, (blocks + kSegment - 1) / kSegment);
+      const int64_t passes = (vectors + most - 1) / most;
+      const int64_t each = (ready.rows + passes * segments - 1) / (passes * segments);
+      prefetch(row, rows, panel, 1);
+      for (int64_t v = 0; v < vectors; v += most) {
+        int64_t begin = 0;
+        do {
+          const int64_t end = std::min(begin + kSegment, blocks);
+          operand.multiply(row, tiles, panel, v, std::min(most, vectors - v), begin, end,
+                           sums[now] + v * kTileSize);
+          finish_rows(each);
+          begin = end;
+        } while (begin < blocks);
+      }
+      finish_rows(kRows);
+      ready = {sums[now], row, rows, panel};
     }
   }
+  finish_rows(kRows);
   _tile_release();  // or a switch of threads would save them
 }
