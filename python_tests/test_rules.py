@@ -59,7 +59,8 @@ def shrinks(model: nn.Module, inputs: Any = X, on_unknown: str = "raise") -> Gro
     expected, got = call(model, inputs), call(small.eval(), inputs)
     for path, value in expected.items():
         if path in got and value.shape == got[path].shape:
-            torch.testing.assert_close(got[path], value, rtol=0, atol=1e-5)
+            # rtol: sums of fewer terms round otherwise, and values may be as large as 20.
+            torch.testing.assert_close(got[path], value, rtol=1e-6, atol=1e-5)
     assert any(a < b for b, a in report.sizes.values())
     assert report.parameters[1] < report.parameters[0]
     return groups
