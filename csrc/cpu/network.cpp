@@ -219,15 +219,17 @@ void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) con
   const Call call;
   const Kernels<float>& kernels = cpu_kernels().f32;
   const int64_t k = input(), columns = output(), panels = kernels.panels(columns);
-  const int64_t bytes = kernels.scratch_bytes(parts[0].format, std::min(kBlockRows, rows), k);
+  const Format format = parts[0].format;
+  const int64_t block = kernels.block_rows(format);
+  const int64_t bytes = kernels.scratch_bytes(format, std::min(block, rows), k);
   char* const own = static_cast<char*>(scratch(bytes * available_threads()));
   const auto multiply = [&](int64_t first, int64_t last, PanelRange range, int64_t thread) {
     const int64_t terms = parts.size() > 1 ? kTerms : k;
-    for (int64_t row = first; row < last; row += kBlockRows)
+    for (int64_t row = first; row < last; row += block)
       for (size_t part = 0; part < parts.size(); ++part) {
         const int64_t begin = part * terms;
         kernels.matmul(
-            {.rows = std::min(kBlockRows, last - row),
+            {.rows = std::min(block, last - row),
              .k = std::min(terms, k - begin),
              .columns = columns,
              .panels = range,
@@ -247,7 +249,8 @@ void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) con
                       [&](int64_t begin, int64_t end, int64_t thread) {
                         multiply(0, rows, {begin, end}, thread);
                       });
-  each_block(rows, kBlockRows, k * columns, [&](int64_t begin, int64_t end, int64_t thread) {
+  const int64_t each = in_tiles(format) ? kWholeRows : kBlockRows;
+  each_block(rows, each, k * columns, [&](int64_t begin, int64_t end, int64_t thread) {
     multiply(begin, end, {0, panels}, thread);
   });
 }

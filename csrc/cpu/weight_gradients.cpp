@@ -114,9 +114,8 @@ int64_t thread_bytes(Format format) {
 // out = a [rows, K] @ B [K, columns].
 template <typename T>
 void multiply(const Rows<T>& a, const PackedRhs<T>& b, char* memory, T* out) {
-  constexpr int64_t kWhole = kBlockRows / kTileSize * kTileSize;
   const int64_t bytes = cpu_kernels().of<T>().scratch_bytes(b.format(), kBlockRows, kTerms);
-  each_block(a.rows, in_tiles(b.format()) ? kWhole : kBlockRows, a.columns * b.columns(),
+  each_block(a.rows, in_tiles(b.format()) ? kWholeRows : kBlockRows, a.columns * b.columns(),
              [&](int64_t begin, int64_t end, int64_t thread) {
                int64_t first = 0;
                do {

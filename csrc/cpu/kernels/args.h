@@ -25,6 +25,9 @@ constexpr int64_t whole_tiles(int64_t count) {
   return (count + kTileSize - 1) / kTileSize * kTileSize;
 }
 
+// The most rows up to kBlockRows that fill whole tiles.
+constexpr int64_t kWholeRows = kBlockRows / kTileSize * kTileSize;
+
 // Groups of neighbours along K in a matrix packed as int8 or pairs. depth: neighbours of int8.
 constexpr int64_t groups_of(Format format, int64_t k, int64_t depth) {
   const int64_t each = is_int8(format) ? depth : 2, groups = (k + each - 1) / each;
