@@ -155,6 +155,12 @@ at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
                                    dtype, std::nullopt);
 }
 
+at::Tensor converted(const at::Tensor& t, at::ScalarType dtype) {
+  if (t.scalar_type() == dtype) return t.contiguous();
+  const at::Tensor copy = recycled(t.sizes(), dtype);
+  return copy.copy_(t);
+}
+
 void* scratch(int64_t bytes) {
   struct Free {
     void operator()(void* memory) const { c10::free_cpu(memory); }

@@ -18,6 +18,10 @@ namespace iss {
 // 2 MB.
 at::Tensor recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
+// The tensor itself, contiguous, or a recycled copy in another type. (Tensor::to takes fresh
+// memory, whose page faults cost as much as the copy.)
+at::Tensor converted(const at::Tensor& t, at::ScalarType dtype);
+
 // New memory, aligned to 64 bytes; c10::free_cpu frees it. Where there is none, the list of
 // recycled() is freed first, then the allocation is tried again.
 void* allocate(size_t bytes);

@@ -23,6 +23,7 @@
 #include "cpu/plan.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
+#include "memory.h"
 #include "plain.h"
 #ifdef ISS_WITH_CUDA
 #include "cuda/device.h"
@@ -187,18 +188,20 @@ bool is_plain_call(const Sources& sources, const py::object& input, const py::di
          sources.is_current(buffers);
 }
 
-// x [..., I] -> [..., O], float32. None for anything else, so that the long way may say what is
-// wrong with it.
+// x [..., I] -> [..., O], float32 or 16 bits. None for anything else, so that the long way may say
+// what is wrong with it.
 py::object run_linear(const BoundLinear& linear, const py::object& input, const py::dict& buffers) {
   if (!is_plain_call(linear, input, buffers)) return py::none();
   const at::Tensor& x = THPVariable_Unpack(input.ptr());
-  if (x.dim() == 0 || x.scalar_type() != at::kFloat || x.numel() == 0 ||
-      x.size(-1) != linear.input() || linear.output() == 0)
+  const auto dtype = x.scalar_type();
+  const bool known = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  if (x.dim() == 0 || !known || x.numel() == 0 || x.size(-1) != linear.input() ||
+      linear.output() == 0)
     return py::none();
   at::Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    y = linear.run(x.contiguous());
+    y = converted(linear.run(converted(x, at::kFloat)), dtype);
   }
   return py::cast(y);
 }

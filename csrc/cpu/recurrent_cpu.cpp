@@ -31,15 +31,8 @@ T* data(const Tensor& t) {
   return t.numel() > 0 ? t.mutable_data_ptr<T>() : nullptr;
 }
 
-// The tensor itself, contiguous, or a copy in another type. (Tensor::to takes fresh memory, whose
-// page faults cost as much as the copy.)
-Tensor as(const Tensor& t, at::ScalarType type) {
-  if (t.scalar_type() == type) return t.contiguous();
-  const Tensor copy = recycled(t.sizes(), type);
-  return copy.copy_(t);
-}
-// In the type that the kernels compute in.
-Tensor widened(const Tensor& t) { return as(t, wide_type(t.scalar_type())); }
+// Contiguous, in the type that the kernels compute in.
+Tensor widened(const Tensor& t) { return converted(t, wide_type(t.scalar_type())); }
 
 // The same, always as a copy. (Tensor::to takes a microsecond longer.)
 Tensor copied(const Tensor& t) {
@@ -136,7 +129,7 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
                    .masks = masks ? data<T>(wide_masks) : nullptr}},
                  data<T>(y));
   });
-  return {as(y, dtype), as(h_n, dtype), as(c_n, dtype), gates, cells};
+  return {converted(y, dtype), converted(h_n, dtype), converted(c_n, dtype), gates, cells};
 }
 
 BackwardResult recurrent_backward_cpu(
@@ -231,7 +224,7 @@ BackwardResult recurrent_backward_cpu(
   });
   if (spec.deep && need_dw) db_ih.copy_(db_hh.narrow(0, 0, gate_rows));
   const auto or_empty = [&](const Tensor& t) {
-    return t.defined() ? as(t, dtype) : at::empty({0}, x.options());
+    return t.defined() ? converted(t, dtype) : at::empty({0}, x.options());
   };
   if (!need_dh0) dh0 = Tensor();
   return {or_empty(dx),    or_empty(dh0),   or_empty(dc),    or_empty(dw_ih),
