@@ -8,6 +8,8 @@
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 
+#include <cmath>
+
 #undef __builtin_cpu_supports
 #define __builtin_cpu_supports(isa) 1
 
@@ -71,6 +73,31 @@ Vector quarters(Vector a, Vector b, int which) {
   return result;
 }
 
+// f of each lane of a, and of b.
+template <typename Function>
+__m512 each(Function f, __m512 a, __m512 b) {
+  float from[2][16], to[16];
+  __builtin_memcpy(from[0], &a, sizeof(a));
+  __builtin_memcpy(from[1], &b, sizeof(b));
+  for (int i = 0; i < 16; ++i) to[i] = f(from[0][i], from[1][i]);
+  __m512 result;
+  __builtin_memcpy(&result, to, sizeof(to));
+  return result;
+}
+
+// With the error that the instruction may have: a mantissa of 14 bits.
+inline float reciprocal(float x, float) {
+  const float exact = 1 / x;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &exact, sizeof(bits));
+  if (std::isfinite(exact)) bits &= ~uint32_t{0x1ff};
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+inline float beyond_nearest(float x, float) { return std::isinf(x) ? 0 : x - std::nearbyint(x); }
+inline float scaled(float x, float power) { return x * std::exp2(double{std::floor(power)}); }
+
 // To bfloat16; not of NaN.
 inline __m256i rounded(__m512 vector) {
   uint32_t bits[16];
@@ -95,6 +122,9 @@ inline __m256i rounded(__m512 vector) {
 #define _mm512_cvtneps_pbh simde_missing::rounded
 #define _mm512_reduce_add_ps simde_missing::sum<float>
 #define _mm512_reduce_add_pd simde_missing::sum<double>
+#define _mm512_rcp14_ps(a) simde_missing::each(simde_missing::reciprocal, a, a)
+#define _mm512_reduce_ps(a, mode) simde_missing::each(simde_missing::beyond_nearest, a, a)
+#define _mm512_scalef_ps(a, b) simde_missing::each(simde_missing::scaled, a, b)
 #define _mm512_shuffle_f32x4 simde_missing::quarters
 #define _mm512_shuffle_f64x2 simde_missing::quarters
 #define _mm512_cvtph_ps(halves)                                           \
