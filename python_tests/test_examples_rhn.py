@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+import iss_kernels as iss
 from examples.rhn.__main__ import main
 from examples.rhn.recipes import CONFIGS, DROPS, METHODS, recipe
 from examples.rhn.train import HighwayTrainer, build
@@ -140,6 +141,17 @@ def test_units_leave_and_the_perplexities_stay(data):
         assert ours["units"] == theirs["units"]
         for name in ("train", "valid"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_the_lasso_can_be_a_proximal_step(data):
+    """It follows the step of the optimiser, by the learning rate."""
+    changes = dict(proximal=True, rate=0.3, **dict.fromkeys(DROPS, 0.0))
+    plain, shrunk = (trainer(data, strength=strength, **changes) for strength in (0.0, 0.1))
+    for one in (plain, shrunk):
+        one.batch()
+    iss.GroupLasso(plain.groups, 0.1).proximal_(0.3)
+    for ours, theirs in zip(shrunk.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_resume_gives_the_same_bits(data, tmp_path, monkeypatch):

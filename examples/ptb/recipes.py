@@ -35,6 +35,7 @@ class Schedule:
     hold: int = option("epochs before the first decay", 14)
     stride: int = option("epochs between two decays", 1)
     strength: float = option("lambda of the group lasso", 0.0)
+    proximal: bool = option("the lasso shrinks norms after the step (else: its gradient)", False)
     threshold: float = option("smaller elements become zero after each step", 1e-4)
     every: int = option("batches between two looks for dead units", 100)
     after: int = option("batches before which dead units may come back", 0)
@@ -60,7 +61,6 @@ class Recipe(Schedule):
     keep: float = option("share of the activations that dropout keeps", 0.35)
     optimizer: str = option("sgd or adamw", "sgd")
     weight_drop: float = option("share of the recurrent weights dropped for a batch", 0.0)
-    proximal: bool = option("the lasso shrinks norms after the step (else: its gradient)", False)
     l1: float = option("lambda of the L1 penalty", 0.0)
     groups: str = option("whose dimensions may leave: lstm or lstm+embedding", "lstm")
 
