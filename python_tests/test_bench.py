@@ -140,6 +140,18 @@ def test_the_benchmark_of_the_paper_s_model_times_every_format(tmp_path):
     assert all(float(row["ms_p50"]) > 0 for row in rows)
 
 
+def test_the_benchmark_of_the_paper_s_reader_times_every_format(tmp_path):
+    path = tmp_path / "new" / "squad.csv"
+    done = run(BENCH / "bench_squad.py", "--quick", "--threads", "1", "--output", path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    ours = [("prepared", weights) for weights in ("float32", "bfloat16", "int8")]
+    assert [(row["provider"], row["weights"]) for row in rows] == [
+        ("nn.LSTM", "float32"), ("ISSLSTM", "float32"), *ours
+    ]  # fmt: skip
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
+
+
 def test_the_benchmark_of_linear_layers_times_every_format(tmp_path):
     path = tmp_path / "linear.csv"
     done = run(BENCH / "bench_linear.py", "--quick", "--threads", "1", "--output", path)
@@ -252,6 +264,7 @@ def test_report_fills_the_block_of_a_page(quick, tmp_path):
         ("bench_precision.py", "README.md", "precision"),
         ("bench_ptb.py", "docs/benchmarks.md", "ptb"),
         ("bench_linear.py", "docs/benchmarks.md", "linear"),
+        ("bench_squad.py", "examples/squad/README.md", "squad"),
     ],
 )
 def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path, script, page, blocks):

@@ -37,9 +37,10 @@ from examples.squad.data import (
     words_of,
 )
 from examples.squad.model import BiDAF
-from examples.squad.timing import MODEL, VOCABULARY
 from examples.training import fit, write_result
 from iss_kernels.demo.checkpoint import write
+
+MODEL, VOCABULARY = "model.safetensors", "vocabulary.json"
 
 
 def arguments() -> argparse.ArgumentParser:

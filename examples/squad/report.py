@@ -13,7 +13,7 @@ from examples.squad.model import FAMILIES
 
 HEADINGS = (
     "run", "EM", "F1", "ModFwd1, ModBwd1, ModFwd2, ModBwd2, OutFwd, OutBwd", "phrases",
-    "parameters", "ms", "minutes",
+    "parameters", "minutes",
 )  # fmt: skip
 
 
@@ -32,7 +32,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 ", ".join(units[:6]),
                 ", ".join(units[6:]),
                 f"{small['parameters'] / 1e6:.2f} M",
-                str(result["milliseconds"]["module"]) if "milliseconds" in result else "",
                 f"{result['cpu_seconds'] / 60:.0f}",
             )
         )
