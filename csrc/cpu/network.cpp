@@ -249,8 +249,7 @@ void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) con
                       [&](int64_t begin, int64_t end, int64_t thread) {
                         multiply(0, rows, {begin, end}, thread);
                       });
-  const int64_t each = in_tiles(format) ? kWholeRows : kBlockRows;
-  each_block(rows, each, k * columns, [&](int64_t begin, int64_t end, int64_t thread) {
+  each_block(rows, kernels.share_rows(format), k * columns, [&](int64_t begin, int64_t end, int64_t thread) {
     multiply(begin, end, {0, panels}, thread);
   });
 }

@@ -114,8 +114,9 @@ int64_t thread_bytes(Format format) {
 // out = a [rows, K] @ B [K, columns].
 template <typename T>
 void multiply(const Rows<T>& a, const PackedRhs<T>& b, char* memory, T* out) {
-  const int64_t bytes = cpu_kernels().of<T>().scratch_bytes(b.format(), kBlockRows, kTerms);
-  each_block(a.rows, in_tiles(b.format()) ? kWholeRows : kBlockRows, a.columns * b.columns(),
+  const Kernels<T>& kernels = cpu_kernels().of<T>();
+  const int64_t bytes = kernels.scratch_bytes(b.format(), kBlockRows, kTerms);
+  each_block(a.rows, kernels.share_rows(b.format()), a.columns * b.columns(),
              [&](int64_t begin, int64_t end, int64_t thread) {
                int64_t first = 0;
                do {

@@ -25,8 +25,15 @@ constexpr int64_t whole_tiles(int64_t count) {
   return (count + kTileSize - 1) / kTileSize * kTileSize;
 }
 
-// The most rows up to kBlockRows that fill whole tiles.
-constexpr int64_t kWholeRows = kBlockRows / kTileSize * kTileSize;
+// The lines of `line` elements that a row is cut into: where the first one begins and how far the
+// next one is. They are side by side, or in tiles: [row / kTileSize][line of a row][kTileSize][line].
+struct Lines {
+  int64_t first, apart;
+};
+constexpr Lines lines_of(bool tiles, int64_t row, int64_t row_elements, int64_t line) {
+  const int64_t in_tile = tiles ? row % kTileSize : 0;
+  return {(row - in_tile) * row_elements + in_tile * line, tiles ? kTileSize * line : line};
+}
 
 // Groups of neighbours along K in a matrix packed as int8 or pairs. depth: neighbours of int8.
 constexpr int64_t groups_of(Format format, int64_t k, int64_t depth) {

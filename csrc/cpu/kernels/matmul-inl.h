@@ -8,10 +8,9 @@ template <typename T>
 inline void round_rows(const T* from, int64_t stride, int64_t rows, int64_t k, int64_t pairs,
                        bool tiles, T* to) {
   constexpr int64_t kLanes = Vec<T>::kLanes, kLine = 2 * kTileSize;  // elements of a tile's row
-  const int64_t apart = tiles ? kTileSize * kLine : kLine;           // of two lines of a row
   for (int64_t r = 0; r < rows; ++r, from += stride) {
-    const int64_t in_tile = tiles ? r % kTileSize : 0;
-    Bfloat16* line = reinterpret_cast<Bfloat16*>(to + (r - in_tile) * pairs) + in_tile * kLine;
+    const auto [first, apart] = lines_of(tiles, r, 2 * pairs, kLine);
+    Bfloat16* line = reinterpret_cast<Bfloat16*>(to) + first;
     int64_t i = 0;
     for (; i + kLine <= k; i += kLine, line += apart)
       for (int64_t j = 0; j < kLine; j += kLanes) Vec<T>::load(from + i + j).round_to(line + j);

@@ -45,7 +45,6 @@ struct Int8Operand {
     // Rows are written in lines, which are side by side but in tiles.
     constexpr int64_t kLine = kTileSize * Dot::kDepth;
     const bool tiles = in_tiles(b.format);
-    const int64_t apart = tiles ? kTileSize * kLine : kLine;
     for (int64_t r = 0; r < rows; ++r) {
       const float* const from = rows_of_a + r * stride;
       // Without their signs, floats compare as their bits do; NaN has the largest.
@@ -64,9 +63,9 @@ struct Int8Operand {
         const float inverse = size > kSmallest ? Dot::kLevels / size : 0;
         const auto put = [&](int64_t term, float its_scale, const auto& steps) {
           row_scales[term * spaced + r] = its_scale;
-          const int64_t in_tile = tiles ? r % kTileSize : 0;
-          Activation* line =
-              activations + (term * spaced + r - in_tile) * groups * Dot::kDepth + in_tile * kLine;
+          const auto [first, apart] =
+              lines_of(tiles, term * spaced + r, groups * Dot::kDepth, kLine);
+          Activation* line = activations + first;
           for (int64_t begin = 0; begin < k; begin += kLine, line += apart) {
             const int64_t count = std::min(kLine, k - begin);
             // steps(i) has 1.5 * 2^23 added, so the rounded integer is in its low bits.

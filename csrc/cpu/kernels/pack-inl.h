@@ -209,8 +209,8 @@ inline void transpose_pairs(const TransposeArgs<T>& args) {
     const auto load = [&](const T* from) {
       return columns == kLanes ? V::load(from) : V::load(from, columns);
     };
-    const int64_t in_tile = tiles ? column % kTileSize : 0;
-    T* to = args.to + (column - in_tile) * args.to_stride + in_tile * kTileSize;
+    const auto [first_line, apart] = lines_of(tiles, column, args.to_stride, kTileSize);
+    T* to = args.to + first_line;
     const int64_t stride = tiles ? kTileSize : args.to_stride;
     V sum = V::set(0);
     for (int64_t row = 0; row < args.rows; row += kRows) {
@@ -229,7 +229,7 @@ inline void transpose_pairs(const TransposeArgs<T>& args) {
       }
       for (int64_t p = 0; p < kTileSize; p += kLanes)
         transpose_rows(lines + p, kLanes, columns, stride, to + p);
-      to += tiles ? kTileSize * kTileSize : kTileSize;
+      to += apart;
     }
     sum = sum + load(args.sums + column);
     columns == kLanes ? sum.store(args.sums + column) : sum.store(args.sums + column, columns);

@@ -49,6 +49,10 @@ struct Kernels {
   }
   // Rows of a product that are worked on together: each time the kernel reads all of the matrix.
   static constexpr int64_t block_rows(Format format) { return in_tiles(format) ? 256 : kBlockRows; }
+  // Rows of a product that are one share of the work: whole tiles.
+  static constexpr int64_t share_rows(Format format) {
+    return in_tiles(format) ? kBlockRows / kTileSize * kTileSize : kBlockRows;
+  }
   // Bytes that a kernel needs to quantise `rows` rows of k elements, in one term or two, or to
   // round them: whole cache lines.
   int64_t scratch_bytes(Format format, int64_t rows, int64_t k) const {

@@ -185,6 +185,8 @@ inline void each_product(const Operand& operand, int64_t all_rows, int64_t colum
   constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
   alignas(64) float sums[2][kRows * kColumns];
   const int64_t blocks = operand.blocks();
+  // Each pass over K is cut into segments. Where K is 0 there is one, which sets the sums to 0.
+  const int64_t segments = std::max<int64_t>(1, (blocks + kSegment - 1) / kSegment);
   struct {
     float* sums;
     int64_t row, rows = 0, panel;
@@ -207,8 +209,6 @@ inline void each_product(const Operand& operand, int64_t all_rows, int64_t colum
     for (int64_t row = 0; row < all_rows; row += kRows, now = 1 - now) {
       const int64_t rows = std::min(kRows, all_rows - row), tiles = rows > kTileSize ? 2 : 1;
       const int64_t most = tiles == 1 ? 4 : 2;
-      // Each pass over K is cut into segments. Where K is 0 there is one, which sets the sums to 0.
-      const int64_t segments = std::max<int64_t>(1, (blocks + kSegment - 1) / kSegment);
       const int64_t passes = (vectors + most - 1) / most;
       const int64_t each = (ready.rows + passes * segments - 1) / (passes * segments);
       prefetch(row, rows, panel, 1);
