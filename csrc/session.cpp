@@ -201,7 +201,7 @@ py::object run_linear(const BoundLinear& linear, const py::object& input, const 
   at::Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    y = converted(linear.run(converted(x, at::kFloat)), dtype);
+    y = linear.run(x);
   }
   return py::cast(y);
 }

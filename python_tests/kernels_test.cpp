@@ -177,6 +177,42 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
   expect("matmul", out, truth, size_of_error(format, k, std::sqrt(double(k))));
 }
 
+// Rows and results of Bfloat16 give what rounding the same rows and results of floats gives.
+void test_matmul_of_bfloat16(const Kernels<float>& kernels, Format format, int64_t rows, int64_t k,
+                             int64_t columns, int64_t a_stride) {
+  const int64_t out_stride = columns + 3;
+  const auto a = normal<float>(rows * a_stride), bias = normal<float>(columns);
+  const Weight<float> b(format, k, columns, false);
+  const auto panels = b.packed(kernels, k, columns, false);
+  std::vector<char> scratch(kernels.scratch_bytes(format, rows, k));
+  std::vector<float> out(rows * out_stride, 7);
+  iss::MatmulArgs<float> args{.rows = rows,
+                              .k = k,
+                              .columns = columns,
+                              .panels = {0, kernels.panels(columns)},
+                              .a = a.data(),
+                              .a_stride = a_stride,
+                              .b = {format, panels.data()},
+                              .bias = bias.data(),
+                              .accumulate = false,
+                              .out = out.data(),
+                              .out_stride = out_stride,
+                              .scratch = scratch.data()};
+  kernels.matmul(args);
+  std::vector<iss::Bfloat16> rounded_a, rounded_out(out.size(), stored(iss::Bfloat16{}, 7));
+  for (const float x : a) rounded_a.push_back(stored(iss::Bfloat16{}, x));
+  args.a = reinterpret_cast<const float*>(rounded_a.data());
+  args.out = reinterpret_cast<float*>(rounded_out.data());
+  args.elements = iss::Elements::kBfloat16;
+  args.bfloat16_out = true;
+  kernels.matmul(args);
+  std::vector<float> got;
+  Doubles truth;
+  for (const iss::Bfloat16 x : rounded_out) got.push_back(value(x));
+  for (const float x : out) truth.push_back(value(stored(iss::Bfloat16{}, x)));
+  expect("matmul of bfloat16", got, truth, 0);
+}
+
 // The mathematics of a step of a cell, for one unit; over complex numbers, whose imaginary part is
 // a derivative: f(x + i e) = f(x) + i e f'(x).
 using Complex = std::complex<double>;
@@ -419,7 +455,7 @@ void test_product_of_pairs(const Kernels<T>& kernels, Format format, int64_t k, 
                   .out = out.data(),
                   .out_stride = columns,
                   .scratch = nullptr,
-                  .rounded = true});
+                  .elements = iss::Elements::kPairs});
   Doubles truth(rows * columns), true_sums(rows, 7);
   for (int64_t i = 0; i < k; ++i)
     for (int64_t r = 0; r < rows; ++r) {
@@ -571,8 +607,11 @@ void test(const Kernels<T>& kernels) {
       }
       test_transpose(kernels, 5 * rows, size);
       if constexpr (sizeof(T) == 4)
-        if (is_pairs(kernels.bfloat16))
+        if (is_pairs(kernels.bfloat16)) {
           test_product_of_pairs(kernels, kernels.bfloat16, 5 * rows, size);
+          for (int64_t a_stride : {size, size + 1})  // of which one is odd
+            test_matmul_of_bfloat16(kernels, kernels.bfloat16, rows, size, 70, a_stride);
+        }
     }
 }
 

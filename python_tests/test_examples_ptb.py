@@ -151,11 +151,12 @@ def test_fine_tuning_starts_from_the_baseline(data, tmp_path):
     run(data, tmp_path / "baseline")
     for method in ("iss-finetune", "l1"):
         run(data, tmp_path / method, "--method", method, "--start", str(tmp_path / "baseline"))
-    first, tuned = (
-        json.loads((tmp_path / name / "result.json").read_text())["epochs"]
-        for name in ("baseline", "iss-finetune")
+    whole, tuned, sparse = (
+        json.loads((tmp_path / name / "result.json").read_text())
+        for name in ("baseline", "iss-finetune", "l1")
     )
-    assert tuned[0]["train"] < first[0]["train"]
+    assert tuned["epochs"][0]["train"] < whole["epochs"][0]["train"]
+    assert sparse["sizes"] == whole["sizes"] and sparse["lstm_zeros"] > whole["lstm_zeros"] == 0
 
 
 def test_dimensions_of_the_embedding_leave_too(data, tmp_path):

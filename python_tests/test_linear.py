@@ -135,6 +135,22 @@ def test_other_floating_inputs_are_converted_there_and_back(implementation, weig
         assert torch.equal(prepared(x), y)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_bfloat16_goes_in_and_comes_out_as_float32_does_rounded(isa, weights, sizes):
+    prepared = prepared_of(nn.Linear(*sizes), weights)
+    for rows in (1, 2, 67, 300):
+        x = torch.randn(rows * sizes[0] + 1).bfloat16()
+        x[1] = math.inf
+        x = x[1:].view(rows, sizes[0])  # begins inside a pair
+        assert_same(prepared(x), prepared(x.float()).bfloat16())
+        apart = torch.randn(rows, sizes[0] + 1).bfloat16()[:, 1:]
+        assert_same(prepared(apart), prepared(apart.float()).bfloat16())
+
+
+def assert_same(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 def test_inputs_that_do_not_fit_are_refused(implementation, weights):
     prepared = prepared_of(nn.Linear(3, 4), weights)
     for _ in range(2):

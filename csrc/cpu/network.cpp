@@ -215,7 +215,9 @@ std::shared_ptr<const Linear::Parts> Linear::parts() const {
   });
 }
 
-void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) const {
+template <typename E>
+void Linear::run(const Parts& parts, const E* x, int64_t rows, E* y) const {
+  constexpr bool kRounded = std::is_same_v<E, Bfloat16>;
   const Call call;
   const Kernels<float>& kernels = cpu_kernels().f32;
   const int64_t k = input(), columns = output(), panels = kernels.panels(columns);
@@ -233,14 +235,16 @@ void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) con
              .k = std::min(terms, k - begin),
              .columns = columns,
              .panels = range,
-             .a = x + row * k + begin,
+             .a = reinterpret_cast<const float*>(x + row * k + begin),
              .a_stride = k,
              .b = parts[part].view(),
              .bias = part == 0 && bias_.defined() ? bias_.const_data_ptr<float>() : nullptr,
              .accumulate = part > 0,
-             .out = y + row * columns,
+             .out = reinterpret_cast<float*>(y + row * columns),
              .out_stride = columns,
-             .scratch = own + thread * bytes});
+             .scratch = own + thread * bytes,
+             .elements = kRounded ? Elements::kBfloat16 : Elements::kFloats,
+             .bfloat16_out = kRounded});
       }
   };
   // Each thread has panels of its own and reads their weights alone, unless there are too few.
@@ -249,17 +253,26 @@ void Linear::run(const Parts& parts, const float* x, int64_t rows, float* y) con
                       [&](int64_t begin, int64_t end, int64_t thread) {
                         multiply(0, rows, {begin, end}, thread);
                       });
-  each_block(rows, kernels.share_rows(format), k * columns, [&](int64_t begin, int64_t end, int64_t thread) {
-    multiply(begin, end, {0, panels}, thread);
-  });
+  each_block(rows, kernels.share_rows(format), k * columns,
+             [&](int64_t begin, int64_t end, int64_t thread) {
+               multiply(begin, end, {0, panels}, thread);
+             });
 }
 
 at::Tensor Linear::run(const at::Tensor& x) const {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = output();
+  const auto packed = parts();
+  const int64_t rows = x.numel() / input();
+  if (x.scalar_type() == at::kBFloat16 && is_pairs(packed->front().format)) {
+    const at::Tensor y = recycled(shape, at::kBFloat16);
+    run(*packed, static_cast<const Bfloat16*>(x.contiguous().const_data_ptr()), rows,
+        static_cast<Bfloat16*>(y.mutable_data_ptr()));
+    return y;
+  }
   const at::Tensor y = recycled(shape, at::kFloat);
-  run(*parts(), x.const_data_ptr<float>(), x.numel() / input(), y.mutable_data_ptr<float>());
-  return y;
+  run(*packed, converted(x, at::kFloat).const_data_ptr<float>(), rows, y.mutable_data_ptr<float>());
+  return converted(y, x.scalar_type());
 }
 
 at::Tensor floats(int64_t rows, int64_t columns) {

@@ -91,9 +91,11 @@ class Linear {
   using Parts = std::vector<Matrix>;
   std::shared_ptr<const Parts> parts() const;  // packed for the ISA in use
 
-  // x [rows, input()] -> y [rows, output()], contiguous.
-  void run(const Parts& parts, const float* x, int64_t rows, float* y) const;
-  // x [..., input()], contiguous float32
+  // x [rows, input()] -> y [rows, output()], contiguous, both of E: float, or Bfloat16 where the
+  // parts are of pairs.
+  template <typename E>
+  void run(const Parts& parts, const E* x, int64_t rows, E* y) const;
+  // x [..., input()] of float32, bfloat16 or float16; y has its type.
   at::Tensor run(const at::Tensor& x) const;
 
  private:

@@ -79,7 +79,7 @@ void PackedRhs<T>::multiply(int64_t first, int64_t rows, const T* a, int64_t a_s
                   .out = out,
                   .out_stride = columns_,
                   .scratch = scratch,
-                  .rounded = rounded});
+                  .elements = rounded ? Elements::kPairs : Elements::kFloats});
 }
 
 template <typename T>

@@ -58,12 +58,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sizes(model: LanguageModel) -> dict[str, Any]:
-    """Sizes of the embedding and the layers, and the multiply-adds of a time step."""
+    """Sizes of the embedding and the layers, and the multiply-adds of a time step.
+
+    And the share of the LSTM's weights that are zero one by one, as L1 makes them.
+    """
     lstm = model.lstm
     layers = [lstm.get_parameter(f"weight_hh_l{i}").shape[1] for i in range(lstm.num_layers)]
+    weights = [w for w in lstm.parameters() if w.dim() == 2]
+    multiply_adds = sum(w.numel() for w in weights)
     return {
         "sizes": [model.embedding.embedding_dim, *layers],
-        "lstm_multiply_adds": sum(w.numel() for w in lstm.parameters() if w.dim() == 2),
+        "lstm_multiply_adds": multiply_adds,
+        "lstm_zeros": sum(int((w == 0).sum()) for w in weights) / multiply_adds,
         "softmax_multiply_adds": model.decoder.weight.numel(),
     }
 

@@ -26,7 +26,8 @@ constexpr int64_t whole_tiles(int64_t count) {
 }
 
 // The lines of `line` elements that a row is cut into: where the first one begins and how far the
-// next one is. They are side by side, or in tiles: [row / kTileSize][line of a row][kTileSize][line].
+// next one is. They are side by side, or in tiles: [row / kTileSize][line of a
+// row][kTileSize][line].
 struct Lines {
   int64_t first, apart;
 };
@@ -79,6 +80,10 @@ struct Packed {
   Order order = Order::kPanels;
 };
 
+// What rows hold that are multiplied by pairs: floats, Bfloat16 as torch stores it, or pairs as
+// round_rows leaves them, or TransposeArgs. Strides count these.
+enum class Elements { kFloats, kBfloat16, kPairs };
+
 // out = or += a @ B + bias, with B packed for one gate. The columns of `panels` are written.
 template <typename T>
 struct MatmulArgs {
@@ -97,8 +102,8 @@ struct MatmulArgs {
   const T* a_more = nullptr;
   int64_t a_more_stride = 0, k_more = 0;
   Packed b_more = {};
-  // b is of pairs, and so is `a` already (round_rows, or TransposeArgs); a_stride counts Pairs.
-  bool rounded = false;
+  Elements elements = Elements::kFloats;  // of a
+  bool bfloat16_out = false;  // out is of Bfloat16, and so is out_stride; not with `accumulate`
 };
 
 // to = from.T; sums += the sum of each column of `from`. With a format of pairs, `to` holds the

@@ -3,9 +3,9 @@
 
 // Rows [rows, k] as Pairs, rounded and filled up with zeros; a Pair in the place of a float. They
 // are [rows, pairs], or, with `tiles`, [rows / 16][pairs / 16][16][16]. For T = float, where
-// Vec<T>::kPairs.
-template <typename T>
-inline void round_rows(const T* from, int64_t stride, int64_t rows, int64_t k, int64_t pairs,
+// Vec<T>::kPairs. S: T, or Bfloat16.
+template <typename T, typename S>
+inline void round_rows(const S* from, int64_t stride, int64_t rows, int64_t k, int64_t pairs,
                        bool tiles, T* to) {
   constexpr int64_t kLanes = Vec<T>::kLanes, kLine = 2 * kTileSize;  // elements of a tile's row
   for (int64_t r = 0; r < rows; ++r, from += stride) {
@@ -13,12 +13,19 @@ inline void round_rows(const T* from, int64_t stride, int64_t rows, int64_t k, i
     Bfloat16* line = reinterpret_cast<Bfloat16*>(to) + first;
     int64_t i = 0;
     for (; i + kLine <= k; i += kLine, line += apart)
-      for (int64_t j = 0; j < kLine; j += kLanes) Vec<T>::load(from + i + j).round_to(line + j);
+      if constexpr (std::is_same_v<S, Bfloat16>)
+        __builtin_memcpy(line, from + i, kLine * sizeof(S));
+      else
+        for (int64_t j = 0; j < kLine; j += kLanes) Vec<T>::load(from + i + j).round_to(line + j);
     if (i == k) continue;
     std::fill_n(line, tiles ? kLine : 2 * pairs - i, Bfloat16{});
-    for (; i + kLanes <= k; i += kLanes, line += kLanes) Vec<T>::load(from + i).round_to(line);
-    // Lanes after the last one are zeros, or the next row's, which is written later.
-    if (i < k) Vec<T>::load(from + i, k - i).round_to(line);
+    if constexpr (std::is_same_v<S, Bfloat16>) {
+      __builtin_memcpy(line, from + i, (k - i) * sizeof(S));
+    } else {
+      for (; i + kLanes <= k; i += kLanes, line += kLanes) Vec<T>::load(from + i).round_to(line);
+      // Lanes after the last one are zeros, or the next row's, which is written later.
+      if (i < k) Vec<T>::load(from + i, k - i).round_to(line);
+    }
   }
 }
 
@@ -26,7 +33,7 @@ inline void round_rows(const T* from, int64_t stride, int64_t rows, int64_t k, i
 template <typename T, int kVectors, typename Prefetch, typename Finish>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
                       int64_t columns, PanelRange panels, void* scratch, const Prefetch& prefetch,
-                      const Finish& finish, bool rounded = false) {
+                      const Finish& finish, Elements elements = Elements::kFloats) {
   const auto floats = [&]<typename W>(const W* weights) {
     each_tile_of<T, kVectors>(FloatOperand<T, kVectors, W>(a, stride, rows, k, panels, weights),
                               rows, k, columns, panels, prefetch, finish);
@@ -34,9 +41,17 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
   if constexpr (Vec<T>::kPairs)
     if (is_pairs(b.format)) {
       const int64_t pairs = groups_of(b.format, k, 2);
-      if (!rounded) {
-        round_rows(a, stride, rows, k, pairs, in_tiles(b.format), static_cast<T*>(scratch));
-        a = static_cast<T*>(scratch);
+      const bool tiles = in_tiles(b.format);
+      const bool whole = k % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(a) % 4 == 0;
+      if (elements == Elements::kBfloat16 && !tiles && whole) {
+        stride /= 2;  // they are pairs already
+      } else if (elements != Elements::kPairs) {
+        T* const to = static_cast<T*>(scratch);
+        if (elements == Elements::kFloats)
+          round_rows<T>(a, stride, rows, k, pairs, tiles, to);
+        else
+          round_rows<T>(reinterpret_cast<const Bfloat16*>(a), stride, rows, k, pairs, tiles, to);
+        a = to;
         stride = pairs;
       }
       if constexpr (kHasTiles)
@@ -69,10 +84,15 @@ template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int kVectors = panel_vectors(1);
   constexpr int64_t kLanes = Vec<T>::kLanes, kColumns = kPanelColumns<T, kVectors>;
+  const int64_t itemsize = args.bfloat16_out ? sizeof(Bfloat16) : sizeof(T);
+  // Where element (row, column) of `out` is.
+  const auto place = [&](int64_t row, int64_t column) {
+    return reinterpret_cast<char*>(args.out) + (row * args.out_stride + column) * itemsize;
+  };
   const auto prefetch = [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t at = panel * kColumns; at < (panel + panels) * kColumns; at += 64 / sizeof(T))
-        __builtin_prefetch(args.out + (row + r) * args.out_stride + at, 1, 2);
+      for (int64_t byte = 0; byte < panels * kColumns * itemsize; byte += 64)
+        __builtin_prefetch(place(row + r, panel * kColumns) + byte, 1, 2);
   };
   const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel,
                           auto panels) __attribute__((noinline)) {
@@ -81,13 +101,19 @@ void matmul(const MatmulArgs<T>& args) {
         const int64_t column = (panel + p) * kColumns;
         const int64_t left = args.columns - column;
         const T* const sum = sums + sum_at<T, kVectors>(r, p * kVectors);
-        T* const out = args.out + (row + r) * args.out_stride + column;
+        char* const to = place(row + r, column);
+        T* const out = reinterpret_cast<T*>(to);
         const T* const bias = args.bias == nullptr ? nullptr : args.bias + column;
         const auto put = [&](int64_t at, int64_t lanes) {
           Vec<T> value = Vec<T>::load(sum + at);
           if (bias != nullptr)
             value = value +
                     (lanes >= kLanes ? Vec<T>::load(bias + at) : Vec<T>::load(bias + at, lanes));
+          if constexpr (std::is_same_v<T, float>)
+            if (args.bfloat16_out) {
+              Bfloat16* const rounded = reinterpret_cast<Bfloat16*>(to) + at;
+              return lanes >= kLanes ? value.store(rounded) : value.store(rounded, lanes);
+            }
           if (args.accumulate)
             value =
                 value + (lanes >= kLanes ? Vec<T>::load(out + at) : Vec<T>::load(out + at, lanes));
@@ -102,7 +128,7 @@ void matmul(const MatmulArgs<T>& args) {
   };
   if (args.b.order == Order::kPanels)
     return each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b, args.columns,
-                                  args.panels, args.scratch, prefetch, finish, args.rounded);
+                                  args.panels, args.scratch, prefetch, finish, args.elements);
   const auto in_place = [&](const auto& operand) {
     each_tile_of<T, kVectors>(operand, args.rows, args.k, args.columns, args.panels, prefetch,
                               finish);
