@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import dataclasses
 import errno
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from iss_kernels.demo.checkpoint import ResumeError
 
 Recipe = TypeVar("Recipe")
 MAY_BE_ZERO = ("hold", "after", "until")  # of a recipe's whole numbers
+MAY_BE_NEGATIVE = ("bias", "phrase_strength")  # of its other numbers
 INTERRUPTED, USAGE, FAILED = 130, 2, 1
 # Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -79,19 +81,26 @@ def add_recipe(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
 def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     """The recipe with the options that were given.
 
-    Raises DataError for a whole number that is too small.
+    Raises DataError for numbers that are NaN or too small, and for --relax without --until.
     """
     names = [field.name for field in dataclasses.fields(recipe)]  # type: ignore[arg-type]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     for name, value in given.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        least = 0 if name in MAY_BE_ZERO else 1
-        for number in numbers:
-            if isinstance(number, int) and not isinstance(number, bool) and number < least:
-                option = "--" + name.replace("_", "-")
-                raise DataError(f"expected {option} in [{least}, inf), got {number}")
-    return dataclasses.replace(recipe, **given)  # type: ignore[type-var]
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                _check(name, number)
+    new = dataclasses.replace(recipe, **given)  # type: ignore[type-var]
+    if getattr(new, "relax", 0) and not getattr(new, "until", 0):
+        raise DataError("expected --relax with --until, the epochs after which it counts")
+    return new
+
+
+def _check(name: str, number: float) -> None:
+    least = 0 if name in MAY_BE_ZERO or isinstance(number, float) else 1
+    if math.isnan(number) or (number < least and name not in MAY_BE_NEGATIVE):
+        option = "--" + name.replace("_", "-")
+        raise DataError(f"expected {option} in [{least}, inf), got {number}")
 
 
 def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
