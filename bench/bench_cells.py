@@ -27,13 +27,14 @@ from harness import interleaved_ms, machine, percentiles, record, write_csv
 from torch import Tensor, nn
 
 import iss_kernels
-from iss_kernels.testing import assert_no_worse_than_torch
+from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
 CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
 HIDDEN = (64, 128, 256, 512, 1024)
 BATCH = (1, 16, 64)
 STEPS = 20
-WEIGHTS = ("float32", "bfloat16", "int8")
+# Largest error of a state, which is below 1, with weights in a format.
+WEIGHTS = {"float32": 1e-5, "bfloat16": 2e-2, "int8": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,15 @@ def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[d
         module = layer(problem.H, problem.H)
         module.load_state_dict(weights)
         stream, x = iss_kernels.Stream(module, problem.B), torch.randn(problem.B, problem.H)
+        first = states_in(double(x.double()))[0]
+        assert max_error(stream(x), first) <= WEIGHTS["float32"]
         steps["Stream"] = lambda: stream(x)
-        for weights_as in WEIGHTS:
+        for weights_as, bound in WEIGHTS.items():
             prepared = iss_kernels.prepare(torchs, weights_as)
-            steps[f"prepared {weights_as}"] = call(prepared, name, problem, torch.float32)
+            step = steps[f"prepared {weights_as}"] = call(prepared, name, problem, torch.float32)
+            with torch.no_grad():
+                for got, true in zip(states_in(step()), truth, strict=True):
+                    assert max_error(got, true) <= bound * max(1, true.abs().max().item())
     with torch.set_grad_enabled(problem.T > 0):
         times = interleaved_ms(steps, seconds)
     rows: list[dict[str, object]] = []
