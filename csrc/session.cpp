@@ -249,17 +249,15 @@ py::object step_of_cell(const BoundNetwork& network, const py::object& input, co
                         const py::dict& buffers) {
   if (!is_plain_call(network, input, buffers)) return py::none();
   const at::Tensor& x = THPVariable_Unpack(input.ptr());
-  if (x.dim() != 2 || x.scalar_type() != network.dtype() || x.numel() == 0 ||
+  const auto is_float = [](at::ScalarType dtype) { return dtype == at::kFloat; };
+  if (x.dim() != 2 || !is_float(x.scalar_type()) || !is_float(network.dtype()) || x.numel() == 0 ||
       x.size(1) != network.input())
     return py::none();
+  const int64_t rows = x.size(0), width = network.output();
   const auto each = static_cast<size_t>(network.states_per_cell());
-  std::vector<at::Tensor> states;
-  for (size_t i = 0; i < each; ++i) {
+  std::vector<at::Tensor> before;  // none: zeros
+  for (size_t i = 0; i < each && hx.ptr() != Py_None; ++i) {
     PyObject* given = hx.ptr();
-    if (given == Py_None) {
-      states.push_back(floats(x.size(0), network.output()).zero_());
-      continue;
-    }
     if (each > 1) {
       if (!PyTuple_CheckExact(given) || PyTuple_GET_SIZE(given) != static_cast<int64_t>(each))
         return py::none();
@@ -267,20 +265,25 @@ py::object step_of_cell(const BoundNetwork& network, const py::object& input, co
     }
     if (!THPVariable_CheckExact(given)) return py::none();
     const at::Tensor& state = THPVariable_Unpack(given);
-    if (!is_plain(state) || state.dim() != 2 || state.scalar_type() != network.dtype() ||
-        state.size(0) != x.size(0) || state.size(1) != network.output() ||
+    if (!is_plain(state) || state.dim() != 2 || !is_float(state.scalar_type()) ||
+        state.size(0) != rows || state.size(1) != width ||
         (state.requires_grad() && at::GradMode::is_enabled()))
       return py::none();
-    states.push_back(state);
+    before.push_back(state);
   }
+  std::vector<at::Tensor> states;  // the kernels turn h_0 and c_0 into h_n and c_n
   {
     const py::gil_scoped_release no_gil;
-    for (at::Tensor& state : states) {  // the kernels turn h_0 and c_0 into h_n and c_n
-      const at::Tensor before = state.contiguous();
-      state = floats(before.size(0), before.size(1));
-      std::memcpy(state.mutable_data_ptr(), before.const_data_ptr(), before.nbytes());
+    for (size_t i = 0; i < each; ++i) {
+      states.push_back(floats(rows, width));
+      if (before.empty()) {
+        states[i].zero_();
+      } else {
+        const at::Tensor state = before[i].contiguous();
+        std::memcpy(states[i].mutable_data_ptr(), state.const_data_ptr(), state.nbytes());
+      }
     }
-    network.run(x.contiguous(), std::vector<int64_t>{x.size(0)}, {}, states);
+    network.run(x.contiguous(), std::vector<int64_t>{rows}, {}, states);
   }
   if (each == 1) return py::cast(states[0]);
   return py::make_tuple(states[0], states[1]);
