@@ -45,8 +45,8 @@ CONFIGS = {
 }  # fmt: skip
 
 
-# What the method "iss" changes. The paper drops 0.6 times as much. The lasso of `small` is a proximal
-# step for five epochs and a tenth of it after them.
+# What the method "iss" changes. The paper drops 0.6 times as much. The lasso of `small` is a
+# proximal step for five epochs and a tenth of it after them.
 CHANGES: dict[str, dict[str, Any]] = {
     "paper": {
         "strength": 0.005,
