@@ -1020,7 +1020,6 @@ def test_a_model_that_is_not_causal_is_refused(name):
             "expected an example with a tensor to stream, got none",
         ),
     ],
-    ids=str,
 )
 def test_examples_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError) as got:
