@@ -26,7 +26,7 @@ from report import by_engine, replace_block, wrapped
 from torch import nn
 
 from iss_kernels.linear import PreparedLinear
-from iss_kernels.testing import assert_no_worse_than_torch
+from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
 SIZES = (  # rows, in_features, out_features
     (1, 128, 10), (1, 256, 256), (300, 256, 256), (1, 315, 10_000), (10, 315, 10_000),
@@ -66,7 +66,7 @@ def measure(size: tuple[int, int, int], threads: int, seconds: float) -> list[di
     truth = copy.deepcopy(linear).double()(x.double())
     assert_no_worse_than_torch(calls["iss_kernels", "float32"](x), linear(x), truth)
     for weights, bound in ROUNDED.items():
-        error = (calls["iss_kernels", weights](x) - truth).abs().max().item()
+        error = max_error(calls["iss_kernels", weights](x), truth)
         assert error <= bound, f"{weights}: an error of {error:.2g}"
     functions = {name: partial(call, x) for name, call in calls.items()}
     functions["torch", "float32"] = partial(linear, x)

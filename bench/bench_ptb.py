@@ -34,7 +34,7 @@ from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
 import iss_kernels
-from iss_kernels.testing import assert_no_worse_than_torch
+from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
 # Numbers of a word's vector, units of the layers.
 SIZES = (
@@ -117,7 +117,7 @@ def measure(
             calls["iss_kernels", WHOLE](), calls["torch", "bfloat16"](), truth
         )
     for weights, bound in ROUNDED.items():
-        error = (calls["iss_kernels", weights]() - truth).abs().max().item()
+        error = max_error(calls["iss_kernels", weights](), truth)
         assert error <= bound, f"{weights}: an error of {error:.2g}"
     rows: list[dict[str, object]] = []
     for (provider, weights), values in interleaved_ms(calls, seconds).items():

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import iss_kernels as iss
 from examples.squad.model import FAMILIES, BiDAF, example, parameters
-from iss_kernels.testing import assert_no_worse_than_torch
+from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
 # Units of ModFwd1, ModBwd1, ModFwd2, ModBwd2, OutFwd, OutBwd, and the paper's ms.
 PAPER: dict[tuple[int, ...], float] = {
@@ -122,9 +122,7 @@ def measure(sizes: tuple[int, ...], threads: int, seconds: float) -> list[dict[s
             ours, torchs = scores[provider, "float32"][i], scores["nn.LSTM", "float32"][i]
             assert_no_worse_than_torch(ours, torchs, truth)
         for weights, bound in ROUNDED.items():
-            error = (
-                (scores["prepared", weights][i] - truth).abs().max() / truth.abs().max()
-            ).item()
+            error = max_error(scores["prepared", weights][i], truth) / truth.abs().max().item()
             assert error <= bound, f"{weights}: an error of {error:.2g}"
     rows: list[dict[str, object]] = []
     for (provider, weights), values in interleaved_ms(calls, seconds).items():

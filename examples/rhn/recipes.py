@@ -46,7 +46,7 @@ CONFIGS = {
 
 
 # What the method "iss" changes. The paper drops 0.6 times as much. The lasso of `small` is a
-# proximal step for five epochs and a tenth of it after them, which are six epochs more.
+# proximal step for five epochs and a tenth of it after them; what is left has six epochs more.
 CHANGES: dict[str, dict[str, Any]] = {
     "paper": {
         "strength": 0.005,

@@ -25,9 +25,9 @@ constexpr int64_t whole_tiles(int64_t count) {
   return (count + kTileSize - 1) / kTileSize * kTileSize;
 }
 
-// The lines of `line` elements that a row is cut into: where the first one begins and how far the
-// next one is. They are side by side, or in tiles: [row / kTileSize][line of a
-// row][kTileSize][line].
+// A row is cut into lines of `line` elements: where its first one begins, and how far the next one
+// is. A row's lines are side by side, or, in tiles, one tile apart: a tile has one of each of its
+// kTileSize rows.
 struct Lines {
   int64_t first, apart;
 };
