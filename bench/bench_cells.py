@@ -13,17 +13,14 @@ Times of a training row are those of a whole loop.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleaved_ms, machine, percentiles, record, write_csv
+from harness import Row, command_line, each, p50, record, recording, timed_rows
 from torch import Tensor, nn
 
 import iss_kernels
@@ -89,7 +86,7 @@ def training(
     return step
 
 
-def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[dict[str, object]]:
+def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[Row]:
     """Rows for all providers of one problem: torch's cell first, then ours, then a Stream."""
     torch.manual_seed(0)
     kind, ours_name = CELLS[name], f"ISS{CELLS[name].__name__}"
@@ -123,53 +120,30 @@ def measure(problem: Problem, name: str, threads: int, seconds: float) -> list[d
                 for got, true in zip(states_in(step()), truth, strict=True):
                     assert max_error(got, true) <= bound * max(1, true.abs().max().item())
     with torch.set_grad_enabled(problem.T > 0):
-        times = interleaved_ms(steps, seconds)
-    rows: list[dict[str, object]] = []
-    for provider, values in times.items():
-        p20, p50, p80 = percentiles(values)
-        rows.append(
-            {
-                "provider": provider, "H": problem.H, "B": problem.B, "T": problem.T,
-                "dtype": "float32", "threads": threads,
-                "ms_p50": f"{p50:.5f}", "ms_p20": f"{p20:.5f}", "ms_p80": f"{p80:.5f}",
-                **machine(),
-            }
-        )  # fmt: skip
-    return rows
+        about = {"H": problem.H, "B": problem.B, "T": problem.T, "dtype": "float32"}
+        return timed_rows(steps, seconds, ["provider"], {**about, "threads": threads})
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "three problems, a few seconds")
     parser.add_argument("--cell", choices=tuple(CELLS), default="lstm")
-    parser.add_argument("--quick", action="store_true", help="three problems, a few seconds")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--output", type=Path, help="bench/results/cells[_CELL].csv")
     options = parser.parse_args()
-    output = options.output or record("cells", options.cell)
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     heads = ("torch", "ours", "Stream", *WEIGHTS)
-    print(f"{'us, p50':<26}", *(f"{head:>9}" for head in heads), "  torch / ours")
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    with recording(options.output or record("cells", options.cell)) as rows:
+        print(f"{'us, p50':<26}", *(f"{head:>9}" for head in heads), "  torch / ours")
+        for threads in each(options.threads):
             ratios: dict[str, list[float]] = {}
             for problem in QUICK if options.quick else PROBLEMS:
                 new = measure(problem, options.cell, threads, 0.3 if options.quick else 1)
                 rows += new
-                us = [1e3 * float(str(row["ms_p50"])) for row in new]
+                us = [1e3 * p50(row) for row in new]
                 ratios.setdefault("training" if problem.T else "call", []).append(us[0] / us[1])
                 print(f"{f'{problem} x{threads}':<26}", *(f"{t:9.2f}" for t in us), end="")
                 print(" " * 10 * (len(heads) - len(us)), f"{us[0] / us[1]:7.2f}", flush=True)
             for series, values in ratios.items():
                 mean, least = statistics.geometric_mean(values), min(values)
                 print(f"{series} x{threads}: torch / ours: mean {mean:.2f}, least {least:.2f}")
-    if rows:
-        write_csv(output, rows)
-        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import RESULTS, machine, rest, write_csv
+from harness import RESULTS, Row, machine, rest, write_csv
 from peers import Build, Call, as_iss, ort, prepared, torch_layers
 from report import digits, replace_block, wrapped
 from torch import nn
@@ -176,7 +176,7 @@ def cgroup(cores: int | None) -> Iterator[Path | None]:
         group.rmdir()
 
 
-def measure(name: str, problem: tuple[int, int, int], blocks: int) -> list[dict[str, object]]:
+def measure(name: str, problem: tuple[int, int, int], blocks: int) -> list[Row]:
     """The rows of one setting."""
     setting = SETTINGS[name]
     with busy(setting.neighbours), cgroup(setting.quota) as tasks:
@@ -207,7 +207,7 @@ def measure(name: str, problem: tuple[int, int, int], blocks: int) -> list[dict[
         for worker in workers:
             outputs.append(json.loads(worker.communicate()[0]))
     seconds = blocks * BLOCK
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     of_variant = {key: sorted(itertools.chain(*(o[key] for o in outputs))) for key in outputs[0]}
     one = of_variant["prepared/1"]
     for key, times in of_variant.items():

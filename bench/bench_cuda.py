@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from bench_lasso import Model, Problem
-from harness import RESULTS, machine, percentiles, write_csv
+from harness import RESULTS, Row, machine, percentiles, write_csv
 from roofline import flops
 from torch import Tensor, nn
 
@@ -289,9 +289,7 @@ def timed(call: Callable[[], object], repeats: int, device: str) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
-def measure(
-    point: Point, engines: Sequence[str], seconds: float, device: str
-) -> list[dict[str, object]]:
+def measure(point: Point, engines: Sequence[str], seconds: float, device: str) -> list[Row]:
     """A row per engine, plainly called and from a graph."""
     with tf32(point.precision == "tf32"):
         calls = calls_of(point, engines, device)
@@ -467,7 +465,7 @@ def main() -> None:
     drawable = importlib.util.find_spec("matplotlib") is not None
     plot = (options.plot or path.with_suffix(".svg")) if drawable else None
     if not options.report:
-        rows: list[dict[str, object]] = []
+        rows: list[Row] = []
         print(*(f"{key}: {value}" for key, value in build_info().items()), sep="\n")
         with contextlib.suppress(KeyboardInterrupt):  # what is measured so far is written
             for point in points(options) if "layer" in options.only else []:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import interleaved_ms, machine, percentiles, record
+from harness import Row, machine, p50, record, timed_rows
 from peers import GATES, MODULES, Call, Engine, Layer, Unavailable, engines, streams
 from roofline import flops, roofline
 from torch import Tensor
@@ -53,6 +53,10 @@ STREAM_HIDDEN = (64, 128, 256, 512, 1024)
 CLIFF = range(312, 321)
 ISSUE = ((100, 64), (1500, 373, 315), (1500, 1500, 1500))
 FULL, SHRUNKEN = (1500, 1500, 1500), (1500, 373, 315)
+FIELDS = (
+    "series", "engine", "weights", "layers", "T", "B", "threads", "ms_p50", "ms_p20", "ms_p80",
+    "gflops", "roofline", "device", "isa", "torch", "git", "date", "onnxruntime", "openvino",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,29 +173,21 @@ def checked(point: Point) -> Iterator[tuple[tuple[str, tuple[int, ...]], Call]]:
             print(f"{name} left out of {point}: error {error:.2g} > {engine.tolerance:.2g}")
 
 
-def measure(point: Point, seconds: float) -> list[dict[str, object]]:
+def measure(point: Point, seconds: float) -> list[Row]:
     """A row per contender."""
     roof = roofline(point.threads)
     contenders = point.contenders()
     with torch.inference_mode():
         calls = dict(checked(point))
         rounds = 7 if point.flops < LONG else 3
-        times = interleaved_ms(calls, seconds * len(calls), rounds)
-    rows: list[dict[str, object]] = []
-    for (name, layers), values in times.items():
-        weights = contenders[name, layers].weights
-        p20, p50, p80 = percentiles(values)
-        gates = GATES[point.cell]
-        gflops = flops(layers, point.T, point.B, gates) / p50 / 1e6
-        fraction = roof.ms(layers, point.T, point.B, weights, gates) / p50
-        rows.append(
-            {
-                "series": point.series, "engine": name, "weights": weights,
-                "layers": dashed(layers), "T": point.T, "B": point.B, "threads": point.threads,
-                "ms_p50": f"{p50:.5f}", "ms_p20": f"{p20:.5f}", "ms_p80": f"{p80:.5f}",
-                "gflops": f"{gflops:.3f}", "roofline": f"{fraction:.4f}", **machine(), **peers(),
-            }
-        )  # fmt: skip
+        about = {"series": point.series, "T": point.T, "B": point.B, "threads": point.threads}
+        rows = timed_rows(calls, seconds * len(calls), ("engine", "layers"), about, rounds)
+    for (name, layers), row in zip(calls, rows, strict=True):
+        weights, gates = contenders[name, layers].weights, GATES[point.cell]
+        gflops = flops(layers, point.T, point.B, gates) / p50(row) / 1e6
+        fraction = roof.ms(layers, point.T, point.B, weights, gates) / p50(row)
+        row |= {"layers": dashed(layers), "weights": weights, "gflops": f"{gflops:.3f}"}
+        row |= {"roofline": f"{fraction:.4f}", **peers()}
     return rows
 
 
@@ -213,7 +209,7 @@ def summary(point: Point, rows: Sequence[Mapping[str, object]]) -> str:
             name = str(row["engine"])
             ours = {**engines(point.cell), **streams(point.cell)}[name].ours
             where = "" if row["layers"] == dashed(point.layers) else f" {row['layers']}"
-            ms[ours][name + where] = float(str(row["ms_p50"]))
+            ms[ours][name + where] = p50(row)
     text = f"{point!s:<36}"
     for times in (ms[True], ms[False]):
         if times:
@@ -265,16 +261,14 @@ def main() -> None:
     skip = done(options.output) if resumed else set()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a" if resumed else "w", newline="") as file:
-        writer: csv.DictWriter[str] | None = None
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if not resumed:
+            writer.writeheader()
         try:
             for point in points(options):
                 if point.key in skip:
                     continue
                 rows = measure(point, options.seconds)
-                if writer is None:
-                    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                    if not resumed:
-                        writer.writeheader()
                 writer.writerows(rows)
                 file.flush()
                 print(summary(point, rows), flush=True)

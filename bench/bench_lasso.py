@@ -18,14 +18,11 @@ set of this size (roofline.py). Memory may read and write at once, so that what 
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from harness import RESULTS, Row, command_line, each, p50, recording, timed_rows
 from roofline import roofline
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -183,52 +180,44 @@ def kernels(problem: Problem) -> list[Kernel]:
     ]  # fmt: skip
 
 
-def row_of(
-    kernel: str, provider: str, model: Model, dtype: str, threads: int, values: list[float]
-) -> dict[str, object]:
-    """A row of the CSV, without what it says of memory."""
-    p20, p50, p80 = percentiles(values)
+def columns_of(model: Model, dtype: str, threads: int) -> Row:
+    """What a row says of its problem."""
     return {
-        "kernel": kernel, "provider": provider, "layers": model.layers, "H": model.hidden,
-        "vocabulary": model.vocabulary, "dtype": dtype, "threads": threads,
-        "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}",
-        "bytes": "", "gbps": "", "bandwidth": "", **machine(),
+        "layers": model.layers, "H": model.hidden, "vocabulary": model.vocabulary,
+        "dtype": dtype, "threads": threads, "bytes": "", "gbps": "", "bandwidth": "",
     }  # fmt: skip
 
 
-def measure(
-    model: Model, dtype: torch.dtype, threads: int, seconds: float
-) -> list[dict[str, object]]:
+def measure(model: Model, dtype: torch.dtype, threads: int, seconds: float) -> list[Row]:
     """Rows for all kernels and providers of one model."""
     problem = Problem.of(model, dtype)
     problem.check()
-    name = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
+    about = columns_of(model, dtype_name, threads)
     roof = roofline(threads)
-    rows = []
+    rows: list[Row] = []
     with torch.no_grad():
         for kernel in kernels(problem):
             with torch.set_grad_enabled(kernel.name == "penalty"):
-                times = interleaved_ms(kernel.providers, seconds)
+                calls = {(kernel.name, name): call for name, call in kernel.providers.items()}
+                new = timed_rows(calls, seconds, ("kernel", "provider"), about)
             moved = kernel.moved * problem.bytes
             bandwidth = roof.gbytes_per_s(kernel.working_set * problem.bytes)
-            medians = {}
-            for provider, values in times.items():
-                row = row_of(kernel.name, provider, model, name, threads, values)
-                medians[provider] = float(str(row["ms_p50"]))
-                gbps = moved / medians[provider] / 1e6
+            for row in new:
+                gbps = moved / p50(row) / 1e6
                 row |= {"bytes": moved, "gbps": f"{gbps:.2f}"}
                 row |= {"bandwidth": f"{gbps / bandwidth:.3f}"}
-                rows.append(row)
-            *others, ours = medians
+            rows += new
+            *others, ours = new
             print(
-                f"{str(model):<21} {name:<9}x{threads} {kernel.name:<10}{medians[ours]:10.4f} ms",
-                f"{float(str(rows[-1]['bandwidth'])):5.2f} of {bandwidth:.0f} GB/s; ",
-                ", ".join(f"{p} {medians[p] / medians[ours]:.2f} x" for p in others),
+                f"{str(model):<21} {dtype_name:<9}x{threads} {kernel.name:<10}{p50(ours):10.4f} ms",
+                f"{float(str(ours['bandwidth'])):5.2f} of {bandwidth:.0f} GB/s; ",
+                ", ".join(f"{row['provider']} {p50(row) / p50(ours):.2f} x" for row in others),
             )
     return rows
 
 
-def training(model: Model, threads: int, seconds: float) -> list[dict[str, object]]:
+def training(model: Model, threads: int, seconds: float) -> list[Row]:
     """Rows of a step of SGD with and without the penalty's gradient."""
     torch.manual_seed(0)
     module = model.build()
@@ -244,13 +233,10 @@ def training(model: Model, threads: int, seconds: float) -> list[dict[str, objec
             lasso.add_gradients_()
         optimizer.step()
 
-    times = interleaved_ms(
-        {"training step": lambda: step(False), "with the lasso": lambda: step(True)}, seconds
-    )
-    rows = []
-    for name, values in times.items():
-        rows.append(row_of(name, "iss_kernels", model, "float32", threads, values))
-    plain, penalised = (float(str(row["ms_p50"])) for row in rows)
+    calls = {"training step": lambda: step(False), "with the lasso": lambda: step(True)}
+    about = {"provider": "iss_kernels", **columns_of(model, "float32", threads)}
+    rows = timed_rows(calls, seconds, ["kernel"], about)
+    plain, penalised = map(p50, rows)
     print(
         f"{str(model):<21} float32  x{threads} training step {plain:.2f} ms,",
         f"with the lasso {penalised:.2f} ms: {penalised / plain - 1:+.1%}",
@@ -260,24 +246,15 @@ def training(model: Model, threads: int, seconds: float) -> list[dict[str, objec
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one small model, a few seconds")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--output", type=Path, default=RESULTS / "lasso.csv")
-    options = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    quick = "one small model, a few seconds"
+    options = command_line(__doc__, quick, RESULTS / "lasso.csv").parse_args()
+    with recording(options.output) as rows:
+        for threads in each(options.threads):
             for model in [QUICK] if options.quick else MODELS:
                 for dtype in (torch.float32, torch.bfloat16):
                     rows += measure(model, dtype, threads, 0.1 if options.quick else 3.0)
             for model in [QUICK] if options.quick else TRAINED:
                 rows += training(model, threads, 0.1 if options.quick else 20.0)
-    if rows:
-        write_csv(options.output, rows)
-        print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ and with weights in 8 bits as torch.ao.quantization.quantize_dynamic makes it.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import csv
 import warnings
@@ -21,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from harness import RESULTS, Row, command_line, each, recording, timed_rows
 from report import by_engine, replace_block, wrapped
 from torch import nn
 
@@ -53,7 +51,7 @@ def in_8_bits(linear: nn.Linear) -> nn.Module:
 
 
 @torch.inference_mode()
-def measure(size: tuple[int, int, int], threads: int, seconds: float) -> list[dict[str, object]]:
+def measure(size: tuple[int, int, int], threads: int, seconds: float) -> list[Row]:
     """A row per engine."""
     torch.manual_seed(0)
     rows, inputs, outputs = size
@@ -72,17 +70,8 @@ def measure(size: tuple[int, int, int], threads: int, seconds: float) -> list[di
     functions["torch", "float32"] = partial(linear, x)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         functions["torch", "bfloat16"] = partial(copy.deepcopy(linear).bfloat16(), x.bfloat16())
-    results: list[dict[str, object]] = []
-    for (provider, weights), values in interleaved_ms(functions, seconds).items():
-        p20, p50, p80 = percentiles(values)
-        results.append(
-            {
-                "provider": provider, "weights": weights, "rows": rows, "in": inputs,
-                "out": outputs, "threads": threads, "ms_p50": f"{p50:.4f}",
-                "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}", **machine(),
-            }
-        )  # fmt: skip
-    return results
+    about = {"rows": rows, "in": inputs, "out": outputs, "threads": threads}
+    return timed_rows(functions, seconds, ("provider", "weights"), about)
 
 
 def table(path: Path) -> str:
@@ -105,31 +94,19 @@ def table(path: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="one small size, a second")
-    add("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    add("--output", type=Path, metavar="CSV", default=RESULTS / "linear.csv")
-    add("--docs", type=Path, metavar="FILE", help="write the table there instead")
+    parser = command_line(__doc__, "one small size, a second", RESULTS / "linear.csv")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the table there instead")
     options = parser.parse_args()
     if options.docs:
         replace_block(options.docs, "linear", table(RESULTS / "linear.csv"))
         return
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    with recording(options.output) as rows:
+        for threads in each(options.threads):
             for size in QUICK if options.quick else SIZES:
                 new = measure(size, threads, 0.3 if options.quick else 3)
                 rows += new
                 times = ", ".join(f"{r['provider']} {r['weights']} {r['ms_p50']}" for r in new)
                 print(f"{size} x{threads}: {times}", flush=True)
-    if rows:
-        write_csv(options.output, rows)
-        print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

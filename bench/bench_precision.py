@@ -13,8 +13,6 @@ that roofline.py derives, by the peak of the unit for its precision.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import csv
 import itertools
@@ -25,7 +23,7 @@ from statistics import geometric_mean
 import torch
 from bench_inference import Point, measure
 from bench_training import Problem, training_step
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from harness import RESULTS, Row, command_line, each, machine, p50, recording, timed_rows
 from report import replace_block, wrapped
 from roofline import roofline
 
@@ -40,14 +38,14 @@ FIELDS = (
 )  # fmt: skip
 
 
-def inference(hidden: int, batch: int, threads: int, seconds: float) -> list[dict[str, object]]:
+def inference(hidden: int, batch: int, threads: int, seconds: float) -> list[Row]:
     """A row for each engine."""
     point = Point("layer", (hidden, hidden), STEPS, batch, threads)
     rows = measure(point, seconds)
     return [{"task": "inference", "precision": row["weights"], "H": hidden, **row} for row in rows]
 
 
-def training(hidden: int, batch: int, threads: int, seconds: float) -> list[dict[str, object]]:
+def training(hidden: int, batch: int, threads: int, seconds: float) -> list[Row]:
     """The same of a training step."""
     problem = Problem(hidden, TRAINED_STEPS, batch)
     torch.manual_seed(0)
@@ -68,18 +66,12 @@ def training(hidden: int, batch: int, threads: int, seconds: float) -> list[dict
             assert_no_worse_than_torch(got, torchs, true)
         steps |= {("nn.LSTM", precision): theirs, ("ISSLSTM", precision): own}
     roof = roofline(threads)
-    rows: list[dict[str, object]] = []
-    for (engine, precision), values in interleaved_ms(steps, seconds * len(steps)).items():
-        p20, p50, p80 = percentiles(values)
+    about = {"H": hidden, "B": batch, "T": TRAINED_STEPS, "threads": threads}
+    rows = timed_rows(steps, seconds * len(steps), ("engine", "precision"), about)
+    for row in rows:
+        precision = str(row["precision"])
         least = roof.training_ms((hidden, hidden), TRAINED_STEPS, batch, precision=precision)
-        rows.append(
-            {
-                "task": "training", "engine": engine, "precision": precision, "H": hidden,
-                "B": batch, "T": TRAINED_STEPS, "threads": threads, "ms_p50": f"{p50:.5f}",
-                "ms_p20": f"{p20:.5f}", "ms_p80": f"{p80:.5f}", "roofline": f"{least / p50:.4f}",
-                **machine(),
-            }
-        )  # fmt: skip
+        row |= {"task": "training", "roofline": f"{least / p50(row):.4f}"}
     return rows
 
 
@@ -149,13 +141,8 @@ def table(paths: Iterable[Path]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two points, a few seconds")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser = command_line(__doc__, "two points, a few seconds")
     parser.add_argument("--seconds", type=float, default=0.15, help="per engine and point")
-    parser.add_argument("--output", type=Path, metavar="CSV")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the table there instead")
     parser.add_argument("--csv", type=Path, nargs="+", help="of --docs: all in bench/results")
     options = parser.parse_args()
@@ -163,26 +150,20 @@ def main() -> None:
         paths = options.csv or sorted(RESULTS.glob("precision-*.csv"))
         replace_block(options.docs, "precision", table(paths))
         return
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     grid = (
         list(itertools.product(HIDDEN, BATCH)),
         list(itertools.product(TRAINED_HIDDEN, TRAINED_BATCH)),
     )
     if options.quick:
         grid = [(64, 10)], [(64, 20)]
-    rows: list[dict[str, object]] = []
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
+    with recording(options.output or RESULTS / f"precision-{machine()['isa']}.csv") as rows:
+        for threads in each(options.threads):
             for task, points in zip((inference, training), grid, strict=True):
                 for hidden, batch in points:
                     new = task(hidden, batch, threads, options.seconds)
                     rows += [{name: row.get(name, "") for name in FIELDS} for row in new]
-                    text = ", ".join(f"{r['engine']} {float(str(r['ms_p50'])):.3f}" for r in new)
+                    text = ", ".join(f"{r['engine']} {p50(r):.3f}" for r in new)
                     print(f"{task.__name__} H{hidden} B{batch} x{threads}: {text}", flush=True)
-    if rows:
-        output = options.output or RESULTS / f"precision-{machine()['isa']}.csv"
-        write_csv(output, rows)
-        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ Multiply-adds of one step, in million: 4 H1 (E + H1) + 4 H2 (H1 + H2) + 10000 H2
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import csv
 import itertools
@@ -29,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from harness import RESULTS, Row, command_line, each, machine, p50, recording, timed_rows
 from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
@@ -97,7 +95,7 @@ class Ours(nn.Module):
 @torch.inference_mode()
 def measure(
     sizes: tuple[int, ...], batch: int, threads: int, seconds: float, vocabulary: int
-) -> list[dict[str, object]]:
+) -> list[Row]:
     """A row per engine."""
     torch.manual_seed(0)
     plain = Plain(sizes, vocabulary).eval()
@@ -119,18 +117,8 @@ def measure(
     for weights, bound in ROUNDED.items():
         error = max_error(calls["iss_kernels", weights](), truth)
         assert error <= bound, f"{weights}: an error of {error:.2g}"
-    rows: list[dict[str, object]] = []
-    for (provider, weights), values in interleaved_ms(calls, seconds).items():
-        p20, p50, p80 = percentiles(values)
-        rows.append(
-            {
-                "provider": provider, "weights": weights, "E": sizes[0], "H1": sizes[1],
-                "H2": sizes[-1], "T": STEPS, "B": batch, "threads": threads,
-                "ms_p50": f"{p50:.3f}", "ms_p20": f"{p20:.3f}", "ms_p80": f"{p80:.3f}",
-                **machine(),
-            }
-        )  # fmt: skip
-    return rows
+    about = dict(zip(("E", "H1", "H2"), sizes, strict=True), T=STEPS, B=batch, threads=threads)
+    return timed_rows(calls, seconds, ("provider", "weights"), about)
 
 
 def table(paths: Iterable[Path]) -> str:
@@ -160,40 +148,26 @@ def table(paths: Iterable[Path]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "one small size, a few seconds")
     add = parser.add_argument
     add("--sizes", nargs="+", type=lambda s: tuple(map(int, s.split(","))), default=SIZES)
     add("--batch", nargs="+", type=int, default=BATCHES)
-    add("--quick", action="store_true", help="one small size, a few seconds")
-    add("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    add("--output", type=Path, metavar="CSV")
     add("--docs", type=Path, metavar="FILE", help="write the table there instead")
     options = parser.parse_args()
     if options.docs:
         replace_block(options.docs, "ptb", table(sorted(RESULTS.glob("ptb-*.csv"))))
         return
     sizes, batches = (QUICK, (2,)) if options.quick else (options.sizes, options.batch)
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    with recording(options.output or RESULTS / f"ptb-{machine()['isa']}.csv") as rows:
+        for threads in each(options.threads):
             for batch in batches:
                 for size in sizes:
                     seconds, vocabulary = (0.3, 50) if options.quick else (6, VOCABULARY)
                     new = measure(size, batch, threads, seconds, vocabulary)
                     rows += new
-                    times = ", ".join(
-                        f"{r['provider']} {r['weights']} {float(str(r['ms_p50'])):.2f}" for r in new
-                    )
+                    times = ", ".join(f"{r['provider']} {r['weights']} {p50(r):.2f}" for r in new)
                     paper = f" (paper: {PAPER[size]})" if batch == 10 and size in PAPER else ""
                     print(f"{size} x{threads} B{batch}: {times}{paper}", flush=True)
-    if rows:
-        output = options.output or RESULTS / f"ptb-{machine()['isa']}.csv"
-        write_csv(output, rows)
-        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -16,16 +16,13 @@ rollout.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from harness import RESULTS, Row, command_line, each, p50, recording, timed_rows
 from peers import MODULES
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
@@ -94,7 +91,7 @@ def call(module: nn.Module, run: Run, x: Tensor, dy: Tensor, training: bool) -> 
     return step
 
 
-def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, object]]:
+def measure(problem: Problem, threads: int, seconds: float) -> list[Row]:
     """A row per provider."""
     torch.manual_seed(0)
     module = MODULES[problem.cell]
@@ -116,47 +113,30 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[dict[str, ob
     checked = zip(calls[name, True](), calls[torchs_name, True](), truth, strict=False)
     for got, torchs_own, true in checked:
         assert_no_worse_than_torch(got, torchs_own, true)
-    rows: list[dict[str, object]] = []
-    for (provider, with_resets), values in interleaved_ms(calls, seconds).items():
-        p20, p50, p80 = percentiles(values)
-        rows.append(
-            {
-                "provider": provider, "resets": SHARE if with_resets else 0, "H": problem.H,
-                "T": problem.T, "B": problem.B, "training": int(problem.training),
-                "threads": threads, "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}",
-                "ms_p80": f"{p80:.4f}", **machine(),
-            }
-        )  # fmt: skip
-    return rows
+    about = {
+        "H": problem.H, "T": problem.T, "B": problem.B, "training": int(problem.training),
+        "threads": threads,
+    }  # fmt: skip
+    shares = {(name, SHARE if resets else 0): call for (name, resets), call in calls.items()}
+    return timed_rows(shares, seconds, ("provider", "resets"), about)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "one shape, a few seconds", RESULTS / "resets.csv")
     parser.add_argument("--cell", nargs="+", choices=tuple(MODULES), default=list(MODULES))
-    parser.add_argument("--quick", action="store_true", help="one shape, a few seconds")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--output", type=Path, default=RESULTS / "resets.csv")
     options = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    print(f"{'ms, p50':<34}{'ours':>9}{'resets':>9}{'cost':>8}{'torch':>9}{'split':>9}")
     shapes = QUICK if options.quick else SHAPES
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    with recording(options.output) as rows:
+        print(f"{'ms, p50':<34}{'ours':>9}{'resets':>9}{'cost':>8}{'torch':>9}{'split':>9}")
+        for threads in each(options.threads):
             for cell, shape, training in itertools.product(options.cell, shapes, (False, True)):
                 problem = Problem(cell, *shape, training)
                 new = measure(problem, threads, seconds=0.3 if options.quick else 4)
                 rows += new
-                plain, cut, torchs, by_split = (float(str(row["ms_p50"])) for row in new)
+                plain, cut, torchs, by_split = map(p50, new)
                 print(f"{f'{problem} x{threads}':<34}{plain:9.3f}{cut:9.3f}", end="")
                 print(f"{cut / plain - 1:8.1%}{torchs:9.3f}{by_split:9.3f}", flush=True)
-    if rows:
-        write_csv(options.output, rows)
-        print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

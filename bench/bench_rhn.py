@@ -10,17 +10,14 @@ gradients of the weights and of the input.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from harness import RESULTS, Row, command_line, each, p50, recording, timed_rows
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -100,9 +97,7 @@ def call_of(
     return call
 
 
-def measure(
-    problem: Problem, threads: int, seconds: float, compiled: bool
-) -> list[dict[str, object]]:
+def measure(problem: Problem, threads: int, seconds: float, compiled: bool) -> list[Row]:
     """Rows for all providers of one problem."""
     torch.manual_seed(0)
     rhn = ISSRHN(problem.H, problem.H, problem.D)
@@ -117,48 +112,36 @@ def measure(
     truth = call_of(plain, problem, double, torch.float64)()  # type: ignore[arg-type]
     for ours, torchs, true in zip(calls["ISSRHN"](), calls["torch"](), truth, strict=True):
         assert_no_worse_than_torch(ours, torchs, true)
-    rows: list[dict[str, object]] = []
-    for name, values in interleaved_ms(calls, seconds).items():
-        p20, p50, p80 = percentiles(values)
-        rows.append(
-            {
-                "provider": name, "H": problem.H, "D": problem.D, "T": STEPS, "B": problem.B,
-                "trains": int(problem.trains), "dtype": "float32", "threads": threads,
-                "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}",
-                "gflops": f"{problem.flops / p50 / 1e6:.1f}", **machine(),
-            }
-        )  # fmt: skip
+    about = {
+        "H": problem.H, "D": problem.D, "T": STEPS, "B": problem.B,
+        "trains": int(problem.trains), "dtype": "float32", "threads": threads,
+    }  # fmt: skip
+    rows = timed_rows(calls, seconds, ["provider"], about)
+    for row in rows:
+        row["gflops"] = f"{problem.flops / p50(row) / 1e6:.1f}"
     return rows
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one width of 64, not compiled")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser = command_line(__doc__, "one width of 64, not compiled", RESULTS / "rhn.csv")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--no-compile", action="store_true", help="eager torch alone")
-    parser.add_argument("--output", type=Path, default=RESULTS / "rhn.csv")
     options = parser.parse_args()
     widths, compiled = options.widths, not (options.quick or options.no_compile)
     if options.quick:
         widths, options.depth = [64], 3
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     names = ["torch", *["torch.compile"] * compiled, "ISSRHN"]
-    print(f"{'ms, p50':<28}", *(f"{name:>13}" for name in names), "  best of torch / ISSRHN")
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    with recording(options.output) as rows:
+        print(f"{'ms, p50':<28}", *(f"{name:>13}" for name in names), "  best of torch / ISSRHN")
+        for threads in each(options.threads):
             ratios: dict[tuple[bool, int], list[float]] = {}
             for trains, batch, width in itertools.product((False, True), BATCH, widths):
                 problem = Problem(width, options.depth, batch, trains)
                 new = measure(problem, threads, 0.3 if options.quick else 4, compiled)
                 rows += new
-                *torchs, ours = (float(str(row["ms_p50"])) for row in new)
+                *torchs, ours = map(p50, new)
                 ratios.setdefault((trains, batch), []).append(min(torchs) / ours)
                 print(f"{f'{problem} x{threads}':<28}", *(f"{ms:13.3f}" for ms in torchs), end="")
                 print(f"{ours:14.3f}{min(torchs) / ours:8.2f}", flush=True)
@@ -166,9 +149,6 @@ def main() -> None:
                 mean, least = statistics.geometric_mean(values), min(values)
                 kind = f"{'train' if trains else 'infer'} B{batch} x{threads}"
                 print(f"{kind}: geometric mean {mean:.2f}, least {least:.2f}")
-    if rows:
-        write_csv(options.output, rows)
-        print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

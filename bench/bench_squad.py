@@ -14,8 +14,6 @@ in float64; what is rounded must come near.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import csv
 import sys
@@ -24,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, interleaved_ms, machine, percentiles, write_csv
+from harness import RESULTS, Row, command_line, each, machine, p50, recording, timed_rows
 from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
@@ -106,7 +104,7 @@ def question() -> tuple[Tensor, ...]:
 
 
 @torch.inference_mode()
-def measure(sizes: tuple[int, ...], threads: int, seconds: float) -> list[dict[str, object]]:
+def measure(sizes: tuple[int, ...], threads: int, seconds: float) -> list[Row]:
     """A row per engine."""
     reader, inputs = reader_of(sizes), question()
     theirs = plain(reader)
@@ -124,17 +122,9 @@ def measure(sizes: tuple[int, ...], threads: int, seconds: float) -> list[dict[s
         for weights, bound in ROUNDED.items():
             error = max_error(scores["prepared", weights][i], truth) / truth.abs().max().item()
             assert error <= bound, f"{weights}: an error of {error:.2g}"
-    rows: list[dict[str, object]] = []
-    for (provider, weights), values in interleaved_ms(calls, seconds).items():
-        p20, p50, p80 = percentiles(values)
-        rows.append(
-            {
-                "provider": provider, "weights": weights, "sizes": " ".join(map(str, sizes)),
-                "parameters": parameters(reader), "threads": threads, "ms_p50": f"{p50:.3f}",
-                "ms_p20": f"{p20:.3f}", "ms_p80": f"{p80:.3f}", **machine(),
-            }
-        )  # fmt: skip
-    return rows
+    about = {"sizes": " ".join(map(str, sizes)), "parameters": parameters(reader)}
+    about["threads"] = threads
+    return timed_rows(calls, seconds, ("provider", "weights"), about)
 
 
 def table(paths: Iterable[Path]) -> str:
@@ -162,34 +152,20 @@ def table(paths: Iterable[Path]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="one small size, a few seconds")
-    add("--threads", type=int, nargs="+", default=[1])
-    add("--output", type=Path, metavar="CSV")
-    add("--docs", type=Path, metavar="FILE", help="write the table there instead")
+    parser = command_line(__doc__, "one small size, a few seconds")
+    parser.set_defaults(threads=[1])
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the table there instead")
     options = parser.parse_args()
     if options.docs:
         replace_block(options.docs, "squad", table(sorted(RESULTS.glob("squad-*.csv"))))
         return
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    with recording(options.output or RESULTS / f"squad-{machine()['isa']}.csv") as rows:
+        for threads in each(options.threads):
             for sizes in [(5, 4, 3, 6, 2, 1)] if options.quick else PAPER:
                 new = measure(sizes, threads, 0.3 if options.quick else 4)
                 rows += new
-                times = ", ".join(
-                    f"{r['provider']} {r['weights']} {float(str(r['ms_p50'])):.2f}" for r in new
-                )
+                times = ", ".join(f"{r['provider']} {r['weights']} {p50(r):.2f}" for r in new)
                 print(f"{sizes} x{threads}: {times} (paper: {PAPER.get(sizes)})", flush=True)
-    if rows:
-        output = options.output or RESULTS / f"squad-{machine()['isa']}.csv"
-        write_csv(output, rows)
-        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,14 @@ row gives the fraction of the roof that roofline.py derives (nothing for packed 
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleaved_ms, machine, percentiles, record, write_csv
+from harness import Row, command_line, each, p50, record, recording, timed_rows
 from peers import GATES, MODULES, without_onednn
 from roofline import roofline, training_flops
 from torch import Tensor, nn
@@ -117,7 +114,7 @@ def training_step(
     return step
 
 
-def measure(problem: Problem, cell: str, threads: int, seconds: float) -> list[dict[str, object]]:
+def measure(problem: Problem, cell: str, threads: int, seconds: float) -> list[Row]:
     """Rows for all providers of one problem: torch's first, then ours, then ours with recompute."""
     torch.manual_seed(0)
     module, ours_name = MODULES[cell], f"ISS{MODULES[cell].__name__}"
@@ -142,45 +139,31 @@ def measure(problem: Problem, cell: str, threads: int, seconds: float) -> list[d
     roof = roofline(threads).training_ms(
         (problem.H, problem.H), problem.T, problem.B, not problem.features, GATES[cell]
     )
-    rows: list[dict[str, object]] = []
-    for name, values in interleaved_ms(steps, seconds).items():
-        p20, p50, p80 = percentiles(values)
-        rows.append(
-            {
-                "provider": name, "H": problem.H, "T": problem.T, "B": problem.B,
-                "packed": int(problem.packed), "features": int(problem.features),
-                "dtype": "float32", "threads": threads,
-                "ms_p50": f"{p50:.4f}", "ms_p20": f"{p20:.4f}", "ms_p80": f"{p80:.4f}",
-                "gflops": f"{problem.flops(GATES[cell]) / p50 / 1e6:.1f}",
-                "roofline": "" if problem.packed else f"{roof / p50:.4f}", **machine(),
-            }
-        )  # fmt: skip
+    about = {
+        "H": problem.H, "T": problem.T, "B": problem.B, "packed": int(problem.packed),
+        "features": int(problem.features), "dtype": "float32", "threads": threads,
+    }  # fmt: skip
+    rows = timed_rows(steps, seconds, ["provider"], about)
+    for row in rows:
+        row["gflops"] = f"{problem.flops(GATES[cell]) / p50(row) / 1e6:.1f}"
+        row["roofline"] = "" if problem.packed else f"{roof / p50(row):.4f}"
     return rows
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "three problems, a few seconds")
     parser.add_argument("--cell", choices=tuple(MODULES), default="lstm")
-    parser.add_argument("--quick", action="store_true", help="three problems, a few seconds")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--output", type=Path, help="bench/results/training[_CELL].csv")
     options = parser.parse_args()
-    output = options.output or record("training", options.cell)
     ours = f"ISS{MODULES[options.cell].__name__}"
-    rows: list[dict[str, object]] = []
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
-    print(f"{'ms, p50':<26}{'torch, best':>12}{ours:>9}{'recompute':>11}  torch / {ours}")
-    with contextlib.suppress(KeyboardInterrupt):
-        for threads in dict.fromkeys(options.threads):
-            torch.set_num_threads(threads)
+    with recording(options.output or record("training", options.cell)) as rows:
+        print(f"{'ms, p50':<26}{'torch, best':>12}{ours:>9}{'recompute':>11}  torch / {ours}")
+        for threads in each(options.threads):
             ratios: dict[str, list[float]] = {}
             for problem in QUICK if options.quick else PROBLEMS:
                 new = measure(problem, options.cell, threads, 0.3 if options.quick else 2)
                 rows += new
-                *torchs, own, again = (float(str(row["ms_p50"])) for row in new)
+                *torchs, own, again = map(p50, new)
                 ratio = min(torchs) / own
                 ratios.setdefault(problem.kind, []).append(ratio)
                 print(f"{f'{problem} x{threads}':<26}{min(torchs):12.3f}{own:9.3f}", end="")
@@ -188,9 +171,6 @@ def main() -> None:
             for kind, values in ratios.items():
                 mean, least = statistics.geometric_mean(values), min(values)
                 print(f"{kind} x{threads}: geometric mean {mean:.2f}, least {least:.2f}")
-    if rows:
-        write_csv(output, rows)
-        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

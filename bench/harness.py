@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: interleaved timing, the machine's description, the CSV."""
+"""What benchmarks share: command line, interleaved timing, the machine's description, the CSV."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import datetime
 import functools
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +20,42 @@ import torch
 import iss_kernels
 
 Name = TypeVar("Name")
+Row = dict[str, object]  # of a CSV
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command_line(about: str, quick: str, output: Path | None = None) -> argparse.ArgumentParser:
+    """The parser of a benchmark: --quick, --threads, --output.
+
+    about: the module's docstring; quick: the help of --quick; output: --output's default.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
+    parser.add_argument("--output", type=Path, metavar="CSV", default=output)
+    return parser
+
+
+def each(threads: Iterable[int]) -> Iterator[int]:
+    """Each number of threads once, after torch has taken it."""
+    for count in dict.fromkeys(threads):
+        torch.set_num_threads(count)
+        yield count
+
+
+@contextlib.contextmanager
+def recording(output: Path) -> Iterator[list[Row]]:
+    """Print what machine this is; write the rows that were added to the list, after Ctrl-C too."""
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
+    rows: list[Row] = []
+    with contextlib.suppress(KeyboardInterrupt):
+        yield rows
+    if rows:
+        write_csv(output, rows)
+        print(f"wrote {output}")
 
 
 def record(benchmark: str, cell: str) -> Path:
@@ -68,6 +104,31 @@ def percentiles(values: list[float]) -> list[float]:
     return torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
 
 
+def timed_rows(
+    calls: Mapping[Name, Callable[[], object]],
+    seconds: float,
+    columns: Sequence[str],
+    about: Mapping[str, object],
+    rounds: int = 7,
+) -> list[Row]:
+    """A row for each call: its name, `about`, the percentiles of its milliseconds, the machine.
+
+    columns: of the name, or of its parts where it is a tuple; seconds, rounds: as interleaved_ms.
+    """
+    rows: list[Row] = []
+    for name, values in interleaved_ms(calls, seconds, rounds).items():
+        parts = name if isinstance(name, tuple) else (name,)
+        p20, p50, p80 = (f"{ms:.5f}" for ms in percentiles(values))
+        times = {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80}
+        rows.append({**dict(zip(columns, parts, strict=True)), **about, **times, **machine()})
+    return rows
+
+
+def p50(row: Mapping[str, object]) -> float:
+    """The median of a row, in milliseconds."""
+    return float(str(row["ms_p50"]))
+
+
 @functools.cache  # called for every row, and the machine does not change
 def machine() -> dict[str, str]:
     """What a row says of the machine: device, ISA, versions, date."""
@@ -88,7 +149,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+def write_csv(path: Path, rows: list[Row]) -> None:
     """Write rows that all have the same keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
