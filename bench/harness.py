@@ -129,6 +129,19 @@ def p50(row: Mapping[str, object]) -> float:
     return float(str(row["ms_p50"]))
 
 
+# A virtual machine's processor is often named "AMD EPYC" alone. By cpu family and model.
+GENERATIONS = {("25", "17"): "Zen 4", ("26", "2"): "Zen 5", ("6", "143"): "Sapphire Rapids"}
+
+
+def generation(cpuinfo: Path) -> str:
+    """The generation of the first processor in /proc/cpuinfo; "" where it is not known."""
+    if not cpuinfo.exists():
+        return ""
+    pairs = (line.partition(":") for line in reversed(cpuinfo.read_text().splitlines()))
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    return GENERATIONS.get((fields.get("cpu family", ""), fields.get("model", "")), "")
+
+
 @functools.cache  # called for every row, and the machine does not change
 def machine() -> dict[str, str]:
     """What a row says of the machine: device, ISA, versions, date."""
@@ -140,8 +153,9 @@ def machine() -> dict[str, str]:
         check=False,
     )
     info = iss_kernels.build_info()
+    name = generation(Path("/proc/cpuinfo"))
     return {
-        "device": info["cpu"],
+        "device": f"{info['cpu']} ({name})" if name else info["cpu"],
         "isa": info.get("isa", "none"),
         "torch": torch.__version__,
         "git": git.stdout.strip(),

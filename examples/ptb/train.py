@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, dropout
+from torch.nn.functional import cross_entropy
 
 import iss_kernels as iss
 from examples.ptb.recipes import Recipe, Schedule
@@ -35,11 +35,16 @@ class Model(LanguageModel):
         if not (self.training and self.weight_drop):
             return super().recur(x, state)
         dropped = {
-            name: dropout(weight, self.weight_drop)
+            name: drop(weight, self.weight_drop)
             for name, weight in self.lstm.named_parameters()
             if "weight_hh" in name
         }
         return functional_call(self.lstm, dropped, (x, state))
+
+
+def drop(weight: Tensor, share: float) -> Tensor:
+    """As torch's dropout, which takes three times as long on a CPU to draw its mask."""
+    return weight * (torch.rand_like(weight) >= share) / (1 - share)
 
 
 def build(recipe: Recipe, vocabulary: int) -> Model:
@@ -72,7 +77,7 @@ def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """SGD, or AdamW without decay of its own."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(trained, recipe.rate, weight_decay=0.0)
+        return torch.optim.AdamW(trained, recipe.rate, weight_decay=0.0, fused=True)
     return torch.optim.SGD(trained, recipe.rate)
 
 
