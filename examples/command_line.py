@@ -81,7 +81,8 @@ def add_recipe(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
 def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     """The recipe with the options that were given.
 
-    Raises DataError for numbers that are NaN or too small, and for --relax without --until.
+    Raises DataError for numbers that are NaN or too small, for --relax without --until, and for
+    --target with what says otherwise.
     """
     names = [field.name for field in dataclasses.fields(recipe)]  # type: ignore[arg-type]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -93,6 +94,15 @@ def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     new = dataclasses.replace(recipe, **given)  # type: ignore[type-var]
     if getattr(new, "relax", 0) and not getattr(new, "until", 0):
         raise DataError("expected --relax with --until, the epochs after which it counts")
+    if target := getattr(new, "target", 0):
+        if target >= 1:
+            raise DataError(f"expected --target in [0, 1), got {target}")
+        if not new.strength:  # type: ignore[attr-defined]
+            raise DataError("expected --target with --strength > 0, where it starts, got 0")
+        if new.until:  # type: ignore[attr-defined]
+            raise DataError(
+                "expected --target without --until: the penalty ends once it is reached"
+            )
     return new
 
 

@@ -46,9 +46,10 @@ class Sparsity:
     everywhere or in the groups alone. every: batches between two looks for dead units. after:
     batches before which dead units may still come back. until: epochs after which the penalties
     are `relax` times what they were, so that what is left trains with less of their bias (the
-    relaxed lasso, Meinshausen 2007, whose phi `relax` is); 0: never. remove: dead units leave the
-    model and the optimiser's state; otherwise they are held at zero, which gives the same model and
-    takes longer.
+    relaxed lasso, Meinshausen 2007, whose phi `relax` is); 0: never. target: share of the units
+    that is to be left; the lasso adapts its strength so that some `horizon` batches reach it, and
+    ends there. 0: the strength stays as it is. remove: dead units leave the model and the
+    optimiser's state; otherwise they are held at zero, which gives the same model and takes longer.
     """
 
     strength: float = 0.0
@@ -60,6 +61,8 @@ class Sparsity:
     after: int = 0
     until: int = 0
     relax: float = 0.0
+    target: float = 0.0
+    horizon: int = 0
     remove: bool = True
 
     @classmethod
@@ -110,7 +113,13 @@ class Trainer(ABC):
         if groups.families:
             # The paper's code counts the elements twice that lie in a row and a column of a unit.
             overlap = not sparsity.proximal
-            self.lasso = iss.GroupLasso(groups, sparsity.strength, paper_overlap=overlap)
+            self.lasso = iss.GroupLasso(
+                groups,
+                sparsity.strength,
+                paper_overlap=overlap,
+                target=sparsity.target or None,
+                horizon=sparsity.horizon if sparsity.target else None,
+            )
         self._wrap()
 
     # -- what a task says
@@ -271,6 +280,7 @@ class Trainer(ABC):
         return {name: getattr(self, name) for name in self._KEPT} | {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "lasso": self.lasso.state_dict() if self.lasso else None,
             "random": torch.get_rng_state(),
             "own": self.own_state(),
         }
@@ -282,6 +292,8 @@ class Trainer(ABC):
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.lasso is not None:
+            self.lasso.load_state_dict(state["lasso"])
         torch.set_rng_state(state["random"])
         self.load_own_state(state["own"])
 

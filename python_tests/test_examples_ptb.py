@@ -113,8 +113,15 @@ def test_the_penalties_end_or_become_less(data, proximal, relax):
         assert torch.equal(ours, theirs)
 
 
-def test_resume_gives_the_same_bits(data, tmp_path):
-    options = ["--method", "iss", "--strength", "0.1", "--threshold", "3e-3", "--keep", "0.8"]
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        ["--strength", "0.1", "--threshold", "3e-3"],
+        ["--strength", "0.01", "--proximal", "--target", "0.5", "--horizon", "50"],
+    ],
+)
+def test_resume_gives_the_same_bits(data, tmp_path, penalty):
+    options = ["--method", "iss", "--keep", "0.8", *penalty]
     run(data, tmp_path / "whole", *options)
     whole = load(tmp_path / "whole" / "checkpoint.pt")["trainer"]
     text = load_text(data)
@@ -144,6 +151,9 @@ raise SystemExit(main({args!r}))
     results = [json.loads((tmp_path / f / "result.json").read_text()) for f in ("whole", "cut")]
     assert results[0]["test"] == results[1]["test"]
     assert results[0]["sizes"] == results[1]["sizes"]
+    if "--target" in penalty:
+        assert whole["lasso"]["target"]["left"] == again["lasso"]["target"]["left"] <= 0.5
+        assert sum(results[0]["sizes"][1:]) == 11
     assert (tmp_path / "cut" / LOG).read_text().startswith("epoch,rate,loss,train,valid,units/")
 
 
@@ -167,11 +177,12 @@ def test_dimensions_of_the_embedding_leave_too(data, tmp_path):
 
 
 def test_a_recipe_of_today(data, tmp_path):
-    """AdamW, dropped weights, a tied softmax, the proximal step."""
-    options = ["--config", "modern", "--method", "iss", "--embedding", "10", "--strength", "5"]
+    """AdamW, dropped weights, a tied softmax, a share of the units as the target."""
+    options = ["--config", "modern", "--method", "iss", "--embedding", "10", "--horizon", "50"]
     run(data, tmp_path / "run", *options, "--rate", "0.02")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["sizes"][0] == result["sizes"][2] < 10
+    assert result["sizes"][0] == result["sizes"][2] <= 10
+    assert sum(result["sizes"][1:]) == 8  # 40 % of 22
     assert result["epochs"][1]["rate"] == pytest.approx(0.01)
 
 
@@ -226,6 +237,12 @@ def test_two_processes_train_the_same_model(data, tmp_path):
         (["--strength", "-0.1"], "expected --strength in [0, inf), got -0.1"),
         (["--clip", "nan"], "expected --clip in [0, inf), got nan"),
         (["--relax", "0.1"], "expected --relax with --until, the epochs after which it counts"),
+        (["--target", "1", "--strength", "1"], "expected --target in [0, 1), got 1.0"),
+        (["--target", "0.5"], "expected --target with --strength > 0, where it starts, got 0"),
+        (
+            ["--target", "0.5", "--strength", "1", "--until", "1"],
+            "expected --target without --until: the penalty ends once it is reached",
+        ),
         (["--groups", "all"], "expected --groups lstm or lstm+embedding, got all"),
         (["--resume"], "no checkpoint to resume from"),
     ],
