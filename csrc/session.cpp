@@ -64,10 +64,11 @@ py::dict plan_cpu(
     const std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t, bool, int64_t>>& cells,
     int64_t directions, int64_t steps, int64_t batch, at::ScalarType dtype, bool backward,
     int64_t threads) {
+  const CpuKernels& kernels = cpu_kernels();
+  const bool tiles = dtype == at::kBFloat16 && in_tiles(kernels.f32.bfloat16);
   std::vector<CellSize> sizes;
   for (const auto& [gates, input, hidden, output, projected, depth] : cells)
-    sizes.push_back({gates, input, hidden, output, projected, depth});
-  const CpuKernels& kernels = cpu_kernels();
+    sizes.push_back({gates, input, hidden, output, projected, depth, tiles});
   const bool is_double = dtype == at::kDouble;
   const PlanProblem problem{.cells = sizes,
                             .directions = directions,

@@ -118,6 +118,16 @@ def test_the_cpu_plan_says_whether_bfloat16_is_multiplied(isa):
     assert [plan.products for plan in plans] == ["float64", "float32", of_bfloat16]
 
 
+@pytest.mark.parametrize("isa", sorted({"amx", "avx512_bf16"} & {*supported_isas()}))
+def test_threads_meet_after_a_step_only_where_its_products_take_long_enough(isa):
+    with use_isa(isa):
+        few, many = (
+            iss.explain_plan(units, 10, torch.bfloat16, device="cpu", threads=2)
+            for units in (64, 256)
+        )
+    assert (few.split, many.split) == ("rows" if isa == "amx" else "units", "units")
+
+
 def test_the_cpu_plan_counts_micro_steps():
     shallow, deep = (
         iss.explain_plan(128, 1, device="cpu", cell="rhn", depth=depth, steps=3, threads=2)

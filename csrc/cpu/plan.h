@@ -24,7 +24,8 @@ struct Plan {
 struct CellSize {
   int64_t gates, input, hidden, output;  // G, I, H, P
   bool projected;
-  int64_t depth = 1;  // D, micro-steps of a step
+  int64_t depth = 1;   // D, micro-steps of a step
+  bool tiles = false;  // whether w_hh is multiplied by a tile unit
 
   // Per row and micro-step: without the projected inputs. Per row and step: with them.
   int64_t multiplies() const { return gates * hidden * output + (projected ? hidden * output : 0); }

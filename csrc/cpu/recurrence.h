@@ -34,8 +34,13 @@ struct PackedCell {
 };
 
 inline CellSize size_of(const PackedCell& cell) {
-  return {cell.spec->gates,           cell.input, cell.hidden, cell.output,
-          cell.w_hr.panels.defined(), cell.depth};
+  return {cell.spec->gates,
+          cell.input,
+          cell.hidden,
+          cell.output,
+          cell.w_hr.panels.defined(),
+          cell.depth,
+          in_tiles(cell.w_hh.format)};
 }
 
 using Layer = std::vector<PackedCell>;  // the one or two directions
