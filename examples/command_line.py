@@ -93,7 +93,7 @@ def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
                 _check(name, number)
     new = dataclasses.replace(recipe, **given)  # type: ignore[type-var]
     if getattr(new, "relax", 0) and not getattr(new, "until", 0):
-        raise DataError("expected --relax with --until, the epochs after which it counts")
+        raise DataError("expected --relax with --until, after which it counts")
     if target := getattr(new, "target", 0):
         if target >= 1:
             raise DataError(f"expected --target in [0, 1), got {target}")

@@ -236,7 +236,7 @@ def test_two_processes_train_the_same_model(data, tmp_path):
         (["--until", "-1"], "expected --until in [0, inf), got -1"),
         (["--strength", "-0.1"], "expected --strength in [0, inf), got -0.1"),
         (["--clip", "nan"], "expected --clip in [0, inf), got nan"),
-        (["--relax", "0.1"], "expected --relax with --until, the epochs after which it counts"),
+        (["--relax", "0.1"], "expected --relax with --until, after which it counts"),
         (["--target", "1", "--strength", "1"], "expected --target in [0, 1), got 1.0"),
         (["--target", "0.5"], "expected --target with --strength > 0, where it starts, got 0"),
         (
