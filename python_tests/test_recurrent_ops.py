@@ -362,9 +362,9 @@ def of_row(inputs, row):
 
 @by_cell
 def test_nor_does_its_gradient(isa, dtype, two_threads, cell):
-    """A product with few rows packs a panel at a time; one of K > 512 is added up in two parts."""
-    inputs = make_inputs(Case("gradient", 5, 14, 70, 140), dtype, cell=cell, resets="few")
-    dy = torch.randn(5, 14, 140, dtype=torch.float64).to(dtype)
+    """A product with few rows packs a panel at a time; one of K > 1024 is added up in two parts."""
+    inputs = make_inputs(Case("gradient", 5, 14, 70, 280), dtype, cell=cell, resets="few")
+    dy = torch.randn(5, 14, 280, dtype=torch.float64).to(dtype)
 
     def run_training(inputs, dy):
         x = inputs["x"].clone().requires_grad_()

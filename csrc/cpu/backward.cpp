@@ -197,12 +197,13 @@ void walk_back(const PackedCell& cell, const Sequence& sequence, int64_t first, 
 template <typename T>
 Backward<T>::Backward(const PackedCell& cell, const Sequence& sequence, bool need_h_prev)
     : cell_(cell), sequence_(sequence), need_h_prev_(need_h_prev) {
-  const int64_t chunks = std::max<int64_t>(1, (sequence.rows + kTerms - 1) / kTerms);
+  const int64_t chunks =
+      std::max<int64_t>(1, (sequence.rows + kGradientTerms - 1) / kGradientTerms);
   for (int64_t last = sequence.steps, first; last > 0; last = first) {
-    int64_t rows = 0;  // chunks of equal size, of at most kTerms rows but at least one step
+    int64_t rows = 0;  // chunks of equal size, of at most kGradientTerms rows but at least one step
     const auto fits = [&](int64_t k) {
       return rows * chunks < sequence.rows &&
-             rows + sequence.sizes[sequence.step(k, cell.reverse)] <= kTerms;
+             rows + sequence.sizes[sequence.step(k, cell.reverse)] <= kGradientTerms;
     };
     for (first = last; first > 0 && (first == last || fits(first - 1)); --first)
       rows += sequence.sizes[sequence.step(first - 1, cell.reverse)];

@@ -8,9 +8,10 @@
 
 namespace iss {
 
-// Long sums, over all rows of a sequence or the inputs of a Linear, are cut into parts of so many
-// terms. That bounds their rounding error, and the operands of a part stay in the L2 cache.
-inline constexpr int64_t kTerms = 512;
+// Long sums are cut into parts of so many terms: over the inputs of a Linear, and over the rows of
+// a sequence or the gates of a gradient. That bounds their rounding error, and the operands of a
+// part stay near the core. A gradient has longer parts, since each reads and writes all of it.
+inline constexpr int64_t kTerms = 512, kGradientTerms = 1024;
 
 // How a weight is read: as B = weight [K, columns], or as B = weight.T for a weight [columns, K];
 // gates: as in PackArgs. parts: the weight is so many matrices, one below the other, and each is

@@ -22,8 +22,8 @@ constexpr int64_t kLine = 16, kBlockLines = 4;
 // Elements of a tile's row of pairs.
 constexpr int64_t kTileRow = 2 * kTileSize;
 // The rows of a transposed block do not all start in the same set of the cache.
-constexpr int64_t kBlockStride = kTerms + kLine;
-// Also holds kTerms rows of any panel.
+constexpr int64_t kBlockStride = kGradientTerms + kLine;
+// Also holds kGradientTerms rows of any panel.
 constexpr int64_t kBlockElements = kBlockLines * kLine * kBlockStride;
 
 // The part of B that has rows [first, first + k) and columns [column, column + columns) of it.
@@ -40,8 +40,8 @@ PackArgs part_of(PackArgs b, int64_t first, int64_t k, int64_t column, int64_t c
 
 template <typename T>
 int64_t PackedRhs<T>::bytes(int64_t k, int64_t columns, Format format) {
-  return (k + kTerms - 1) / kTerms *
-         cpu_kernels().of<T>().packed_bytes(std::min(k, kTerms), columns, 1, format);
+  return (k + kGradientTerms - 1) / kGradientTerms *
+         cpu_kernels().of<T>().packed_bytes(std::min(k, kGradientTerms), columns, 1, format);
 }
 
 template <typename T>
@@ -87,10 +87,10 @@ PackedRhs<T>::PackedRhs(const PackArgs& b, int64_t begin, int64_t end, void* pac
     : begin_(begin),
       end_(end),
       columns_(b.columns),
-      part_bytes_(bytes(std::min(b.k, kTerms), b.columns, b.format)),
+      part_bytes_(bytes(std::min(b.k, kGradientTerms), b.columns, b.format)),
       format_(b.format),
       packed_(static_cast<char*>(packed)) {
-  for (int64_t first = 0; first < b.k; first += kTerms) {
+  for (int64_t first = 0; first < b.k; first += kGradientTerms) {
     const auto [from, to] = part(first);
     PackArgs rows = part_of<T>(b, from, to - from, 0, columns_);
     rows.packed = panels(first);
@@ -108,21 +108,21 @@ namespace {
 template <typename T>
 int64_t thread_bytes(Format format) {
   return kBlockElements * int64_t{sizeof(T)} +
-         cpu_kernels().of<T>().scratch_bytes(format, kBlockRows, kTerms);
+         cpu_kernels().of<T>().scratch_bytes(format, kBlockRows, kGradientTerms);
 }
 
 // out = a [rows, K] @ B [K, columns].
 template <typename T>
 void multiply(const Rows<T>& a, const PackedRhs<T>& b, char* memory, T* out) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const int64_t bytes = kernels.scratch_bytes(b.format(), kBlockRows, kTerms);
+  const int64_t bytes = kernels.scratch_bytes(b.format(), kBlockRows, kGradientTerms);
   each_block(a.rows, kernels.share_rows(b.format()), a.columns * b.columns(),
              [&](int64_t begin, int64_t end, int64_t thread) {
                int64_t first = 0;
                do {
                  b.multiply(first, end - begin, a.data + begin * a.stride + first, a.stride,
                             first > 0, out + begin * b.columns(), memory + thread * bytes);
-                 first += kTerms;
+                 first += kGradientTerms;
                } while (first < a.columns);
              });
 }
@@ -147,8 +147,8 @@ void multiply_transposed(const Rows<T>& a, const std::vector<TransposedProduct<T
   const Format format = products[0].b.format();
   const bool rounded = is_pairs(format);
   const auto block_of_rows = [&](int64_t begin, int64_t end, T* block) {
-    for (int64_t first = 0; first < a.rows; first += kTerms) {
-      cpu_kernels().of<T>().transpose({.rows = std::min(kTerms, a.rows - first),
+    for (int64_t first = 0; first < a.rows; first += kGradientTerms) {
+      cpu_kernels().of<T>().transpose({.rows = std::min(kGradientTerms, a.rows - first),
                                        .columns = end - begin,
                                        .from = a.data + first * a.stride + begin,
                                        .from_stride = a.stride,
@@ -240,8 +240,8 @@ void WeightGradients<T>::lay_out(Arena& arena, int64_t most_rows) {
     return arena.take<char>(needed ? PackedRhs<T>::bytes(of...) : 0);
   };
   const bool weights = to_.dw_hh != nullptr, projected = to_.dw_hr != nullptr;
-  const int64_t bytes =
-      std::max(thread_bytes<T>(format_), once_ ? once_bytes<T>(kTerms, by_input_.format) : 0);
+  const int64_t bytes = std::max(thread_bytes<T>(format_),
+                                 once_ ? once_bytes<T>(kGradientTerms, by_input_.format) : 0);
   blocks_ = arena.take<char>(available_threads() * bytes);
   packed_input_ = take(to_.dx && !once_, by_input_.k, by_input_.columns, by_input_.format);
   packed_x_ = take(weights, most_rows, cell_.input, format_);
@@ -264,7 +264,7 @@ void WeightGradients<T>::add(const StepGradients<T>& of, bool accumulate) {
   if (to_.dx) {
     T* const out = to_.dx + steps.first_row * cell_.input;
     if (once_)
-      multiply_once<T>(dinputs, by_input_, kTerms, nullptr, blocks_, out);
+      multiply_once<T>(dinputs, by_input_, kGradientTerms, nullptr, blocks_, out);
     else
       multiply<T>(dinputs, *input_, blocks_, out);
   }

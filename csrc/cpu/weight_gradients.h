@@ -41,8 +41,8 @@ void multiply_once(const Rows<T>& a, const PackArgs& b, int64_t terms, const T* 
 template <typename T>
 int64_t once_bytes(int64_t terms, Format format);
 
-// The packed right-hand side B [K, columns] of a product, in parts of kTerms rows. The caller owns
-// its memory.
+// The packed right-hand side B [K, columns] of a product, in parts of kGradientTerms rows. The
+// caller owns its memory.
 template <typename T>
 class PackedRhs {
  public:
@@ -54,7 +54,7 @@ class PackedRhs {
   static PackedRhs of_states(const Rows<T>& b, Format format, const Rows<T>& a, void* packed);
 
   // out [rows, columns] = or += a [rows, K of the part] @ (the part of B that begins at row
-  // `first`). scratch, rounded: as in MatmulArgs, for kTerms elements of a row.
+  // `first`). scratch, rounded: as in MatmulArgs, for kGradientTerms elements of a row.
   void multiply(int64_t first, int64_t rows, const T* a, int64_t a_stride, bool accumulate, T* out,
                 void* scratch, bool rounded = false) const;
 
@@ -67,9 +67,10 @@ class PackedRhs {
 
   // The rows to multiply of the part that begins in row `first`, and its panels.
   std::pair<int64_t, int64_t> part(int64_t first) const {
-    return {std::clamp(begin_, first, first + kTerms), std::clamp(end_, first, first + kTerms)};
+    return {std::clamp(begin_, first, first + kGradientTerms),
+            std::clamp(end_, first, first + kGradientTerms)};
   }
-  void* panels(int64_t first) const { return packed_ + first / kTerms * part_bytes_; }
+  void* panels(int64_t first) const { return packed_ + first / kGradientTerms * part_bytes_; }
 
   int64_t begin_, end_, columns_, part_bytes_;
   Format format_;
