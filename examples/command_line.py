@@ -94,9 +94,10 @@ def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     new = dataclasses.replace(recipe, **given)  # type: ignore[type-var]
     if getattr(new, "relax", 0) and not getattr(new, "until", 0):
         raise DataError("expected --relax with --until, after which it counts")
-    if target := getattr(new, "target", 0):
-        if target >= 1:
-            raise DataError(f"expected --target in [0, 1), got {target}")
+    for name in ("average", "target"):
+        if getattr(new, name, 0) >= 1:
+            raise DataError(f"expected --{name} in [0, 1), got {getattr(new, name)}")
+    if getattr(new, "target", 0):
         if not new.strength:  # type: ignore[attr-defined]
             raise DataError("expected --target with --strength > 0, where it starts, got 0")
         if new.until:  # type: ignore[attr-defined]

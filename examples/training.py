@@ -20,7 +20,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,11 @@ class Trainer(ABC):
     """Training of one model, batch by batch.
 
     groups: as find_groups gives them. rate: {number of the epoch from 0: learning rate}, as a
-    function. With torch.distributed initialised, each process gives its share of a batch to `loss`,
-    and gradients are averaged by DistributedDataParallel; all processes see the same groups.
+    function. decay: of a moving average of the weights, which is what is measured then; 0: none.
+    With torch.distributed initialised, each process gives its share of a batch to `loss`, and
+    gradients are averaged by DistributedDataParallel; all processes see the same groups.
+
+    average: the model to measure, the moving average or the model itself.
     """
 
     def __init__(
@@ -97,9 +101,11 @@ class Trainer(ABC):
         batches_per_epoch: int,
         epochs: int,
         clip: float,
+        decay: float = 0.0,
     ) -> None:
         self.model, self.optimizer, self.groups, self.sparsity = model, optimizer, groups, sparsity
-        self.rate, self.clip = rate, clip
+        self.rate, self.clip, self.decay = rate, clip, decay
+        self.average = deepcopy(model) if decay else model
         self.batches_per_epoch, self.epochs = batches_per_epoch, epochs
         self.done = 0  # batches
         self.total = 0.0  # loss of this epoch
@@ -132,13 +138,8 @@ class Trainer(ABC):
     def evaluate(self) -> dict[str, float]:
         """What an epoch is judged by."""
 
-    def stepped(self) -> None:  # noqa: B027
-        """A step of the optimiser is done: for moving averages."""
-
-    def shrunk(  # noqa: B027
-        self, former: iss.Groups, report: iss.ShrinkReport
-    ) -> None:
-        """Units have left: for states that are carried from batch to batch, and for averages."""
+    def shrunk(self, report: iss.ShrinkReport) -> None:  # noqa: B027
+        """Units have left: for states that are carried from batch to batch."""
 
     def own_state(self) -> dict[str, Any]:
         """What else the next batch depends on."""
@@ -176,7 +177,8 @@ class Trainer(ABC):
             self._threshold(learning_rate)
         if self.held:
             self.groups.zero_units_(self.held)
-        self.stepped()
+        if self.decay:
+            self._average()
         self.total += loss.item()
         self.done += 1
         if active and self.done % self.sparsity.every == 0:
@@ -216,6 +218,16 @@ class Trainer(ABC):
         elif self.lasso is not None:
             self.lasso.threshold_(self.sparsity.threshold)
 
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Average the weights; the first ones count less, as in TensorFlow's average."""
+        decay = min(self.decay, (1 + self.done) / (10 + self.done))
+        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
+        averages, weights = zip(*((a, w) for a, w in pairs if w.requires_grad), strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if self.held:  # as if they had left
+            replace(self.groups, model=self.average).zero_units_(self.held)
+
     def _bury(self, at_least: float = 0.0) -> None:
         """Hold the units that are dead now at zero, or let them leave, where their share suffices.
 
@@ -242,7 +254,9 @@ class Trainer(ABC):
             self.model, former, optimizer=self.optimizer, lasso=self.lasso, keep=keep
         )
         self.kept = {name: units[report.kept[name]] for name, units in self.kept.items()}
-        self.shrunk(former, report)
+        if self.decay:
+            iss.shrink_(self.average, replace(former, model=self.average), keep=report.kept)
+        self.shrunk(report)
         self._wrap()
 
     def _wrap(self) -> None:
@@ -280,6 +294,7 @@ class Trainer(ABC):
         return {name: getattr(self, name) for name in self._KEPT} | {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.decay else None,
             "lasso": self.lasso.state_dict() if self.lasso else None,
             "random": torch.get_rng_state(),
             "own": self.own_state(),
@@ -291,6 +306,8 @@ class Trainer(ABC):
         for name in self._KEPT:
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
+        if self.decay:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lasso is not None:
             self.lasso.load_state_dict(state["lasso"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.ptb.__main__ import main
+from examples.ptb.__main__ import _start, main
 from examples.ptb.recipes import CONFIGS, METHODS, Recipe, recipe
 from examples.ptb.report import main as report
 from examples.ptb.train import LanguageTrainer, build
@@ -74,9 +74,11 @@ def test_the_paper_s_recipe():
     assert all(recipe(config, method) for config in CONFIGS for method in METHODS)
 
 
-def test_units_leave_and_the_perplexities_stay(data):
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_units_leave_and_the_perplexities_stay(data, average):
     """Removing dead units gives the path of holding them at zero."""
-    runs = [trainer(data, strength=0.1, threshold=3e-3, remove=remove) for remove in (True, False)]
+    options = {"strength": 0.1, "threshold": 3e-3, "average": average}
+    runs = [trainer(data, **options, remove=remove) for remove in (True, False)]
     for one in runs:
         for _ in range(one.batches):
             one.batch()
@@ -117,7 +119,17 @@ def test_the_penalties_end_or_become_less(data, proximal, relax):
     "penalty",
     [
         ["--strength", "0.1", "--threshold", "3e-3"],
-        ["--strength", "0.01", "--proximal", "--target", "0.5", "--horizon", "50"],
+        [
+            "--strength",
+            "0.01",
+            "--proximal",
+            "--target",
+            "0.5",
+            "--horizon",
+            "50",
+            "--average",
+            "0.9",
+        ],
     ],
 )
 def test_resume_gives_the_same_bits(data, tmp_path, penalty):
@@ -146,8 +158,9 @@ raise SystemExit(main({args!r}))
     again = load(tmp_path / "cut" / "checkpoint.pt")["trainer"]
     assert len(text.vocabulary) == len(whole["model"]["embedding.weight"])
     assert whole["kept"].keys() == again["kept"].keys()
-    for name, value in whole["model"].items():
-        assert torch.equal(value, again["model"][name])
+    for part in ("model", "average") if "--average" in penalty else ("model",):
+        for name, value in whole[part].items():
+            assert torch.equal(value, again[part][name])
     results = [json.loads((tmp_path / f / "result.json").read_text()) for f in ("whole", "cut")]
     assert results[0]["test"] == results[1]["test"]
     assert results[0]["sizes"] == results[1]["sizes"]
@@ -157,8 +170,16 @@ raise SystemExit(main({args!r}))
     assert (tmp_path / "cut" / LOG).read_text().startswith("epoch,rate,loss,train,valid,units/")
 
 
-def test_fine_tuning_starts_from_the_baseline(data, tmp_path):
-    run(data, tmp_path / "baseline")
+@pytest.mark.parametrize("average", ["0", "0.9"])
+def test_fine_tuning_starts_from_the_baseline(data, tmp_path, average):
+    """From its moving average where it has one."""
+    run(data, tmp_path / "baseline", "--average", average)
+    text, trained = load_text(data), load(tmp_path / "baseline" / "checkpoint.pt")["trainer"]
+    model = trainer(data).model
+    _start(model, tmp_path / "baseline", text)
+    assert (trained["average"] is None) == (average == "0")
+    for name, value in (trained["average"] or trained["model"]).items():
+        assert torch.equal(model.state_dict()[name], value.double())
     for method in ("iss-finetune", "l1"):
         run(data, tmp_path / method, "--method", method, "--start", str(tmp_path / "baseline"))
     whole, tuned, sparse = (
@@ -238,6 +259,7 @@ def test_two_processes_train_the_same_model(data, tmp_path):
         (["--clip", "nan"], "expected --clip in [0, inf), got nan"),
         (["--relax", "0.1"], "expected --relax with --until, after which it counts"),
         (["--target", "1", "--strength", "1"], "expected --target in [0, 1), got 1.0"),
+        (["--average", "1"], "expected --average in [0, 1), got 1.0"),
         (["--target", "0.5"], "expected --target with --strength > 0, where it starts, got 0"),
         (
             ["--target", "0.5", "--strength", "1", "--until", "1"],

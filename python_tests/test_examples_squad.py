@@ -378,14 +378,14 @@ class Stop(Exception):
 def run(arguments: list[str], stop_after: int = 0) -> int:
     """A run, which ends after a batch as if power had failed; 0: not at all."""
     with pytest.MonkeyPatch.context() as patch:
-        steps = training.Reader.stepped
+        steps = training.Reader._average
 
-        def stepped(self: training.Reader) -> None:
+        def averaging(self: training.Reader) -> None:
             steps(self)
             if stop_after and self.done + 1 == stop_after:
                 raise Stop
 
-        patch.setattr(training.Reader, "stepped", stepped)
+        patch.setattr(training.Reader, "_average", averaging)
         return main(arguments)
 
 

@@ -94,7 +94,8 @@ def _check(args: argparse.Namespace, chosen: Recipe) -> None:
 def _start(model: LanguageModel, folder: Path, text: Text) -> None:
     """Take over the weights of a finished run."""
     content = load(folder / training.CHECKPOINT)
-    options, weights = content["options"], content["trainer"]["model"]
+    options, run = content["options"], content["trainer"]
+    weights = run["average"] or run["model"]
     if options.get("text") != text.fingerprint:
         raise DataError(f"expected --start trained on the text of --data, got {folder}, on another")
     own = {name: list(p.shape) for name, p in model.state_dict().items()}

@@ -43,6 +43,7 @@ class Schedule:
     relax: float = option("share of the penalties that stays after `until`", 0.0)
     target: float = option("share of the units that the lasso leaves; 0: `strength` decides", 0.0)
     horizon: int = option("batches until the target is reached, about", 2600)
+    average: float = option("decay of the weights' average, which is measured; 0: none", 0.0)
     autocast: bool = option("train under autocast to bfloat16; perplexities stay float32", False)
     remove: bool = option("dead units leave during training (else they stay, at zero)", True)
 
@@ -84,9 +85,9 @@ MODERN = replace(
 )  # fmt: skip
 CONFIGS = {"small": SMALL, "medium": MEDIUM, "large": LARGE, "modern": MODERN}
 
-# AdamW moves a weight as far whether its gradient is large or small, and the lasso then takes nearly
-# all units of a layer or none: after an epoch 649 + 650 are left with a strength of 4, 170 + 648
-# with 8, 1 + 91 with 30. So the lasso of `modern` is led to a share of the units instead.
+# AdamW moves a weight as far whether its gradient is large or small, and the lasso then takes most
+# units of a layer or none: after an epoch 649 + 650 are left with a strength of 4, 170 + 648 with
+# 8, 1 + 91 with 30. So the lasso of `modern` is led to a share of the units instead.
 
 # What a method changes of a config. The paper's learning rate falls to a tenth after each third of
 # an ISS run: `lr_decay ** (epoch // (55 // 3))`.

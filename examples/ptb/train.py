@@ -110,6 +110,7 @@ class TextTrainer(Trainer):
             batches_per_epoch=(len(self.data) - 1) // recipe.steps,
             epochs=recipe.epochs,
             clip=recipe.clip,
+            decay=recipe.average,
         )
 
     def loss(self, index: int) -> Tensor:
@@ -125,9 +126,9 @@ class TextTrainer(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Perplexities of the training windows, with dropout, and of the validation text."""
         train = math.exp(self.total / self.batches_per_epoch / self.recipe.steps)
-        return {"train": train, "valid": perplexity(self.model, self.text.valid)}
+        return {"train": train, "valid": perplexity(self.average, self.text.valid)}
 
-    def shrunk(self, former: iss.Groups, report: iss.ShrinkReport) -> None:
+    def shrunk(self, report: iss.ShrinkReport) -> None:
         """Cut the state."""
         if self.state is not None and self.recurrent in report.stayed:
             self.state = report.cut_state(self.state, self.recurrent)
@@ -168,8 +169,8 @@ def run(
     }
     fit(trainer, args.output, options, resume=args.resume)
     text = trainer.text.test
-    test = perplexity(trainer.model, text)
-    prepared = {name: perplexity(iss.prepare(trainer.model, name), text) for name in PREPARED}
+    test = perplexity(trainer.average, text)
+    prepared = {name: perplexity(iss.prepare(trainer.average, name), text) for name in PREPARED}
     if is_first():
         measured: dict[str, Any] = {"config": args.config, "valid": trainer.history[-1]["valid"]}
         measured |= {"test": test, "test_prepared": prepared}

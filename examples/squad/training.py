@@ -8,7 +8,7 @@ model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,7 +80,6 @@ class Reader(Trainer):
         self.recipe, self.encoder, self.dev = recipe, encoder, dev
         self.questions, self.seed = training, seed
         self.epoch, self.ordered = -1, [[*training]]  # the batches of a pass over the questions
-        self.average = deepcopy(model)
         groups = iss.find_groups(model, example())
         super().__init__(
             model,
@@ -91,6 +90,7 @@ class Reader(Trainer):
             batches_per_epoch=recipe.evaluate_every,
             epochs=recipe.steps // recipe.evaluate_every,
             clip=torch.inf,
+            decay=recipe.ema,
         )
         strengths = dict.fromkeys(FAMILIES.values(), recipe.strength)
         if recipe.phrase_strength >= 0:
@@ -111,20 +111,6 @@ class Reader(Trainer):
         first, last = self.encoder.targets(batch)
         return cross_entropy(scores[0], first) + cross_entropy(scores[1], last)
 
-    @torch.no_grad()
-    def stepped(self) -> None:
-        """Average the weights; the first ones count less, as in TensorFlow's average."""
-        decay = min(self.recipe.ema, (1 + self.done) / (10 + self.done))
-        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
-        averages, weights = zip(*((a, w) for a, w in pairs if w.requires_grad), strict=True)
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        if self.held:  # as if they had left
-            replace(self.groups, model=self.average).zero_units_(self.held)
-
-    def shrunk(self, former: iss.Groups, report: iss.ShrinkReport) -> None:
-        """The average loses the same units."""
-        iss.shrink_(self.average, replace(former, model=self.average), keep=report.kept)
-
     def small(self) -> nn.Module:
         """The average without its dead units, its small elements set to zero as in training."""
         average = deepcopy(self.average)
@@ -141,12 +127,6 @@ class Reader(Trainer):
     def score(self, model: nn.Module, questions: Sequence[Question]) -> dict[str, float]:
         """Exact match and F1 in percent."""
         return score(model, self.encoder, questions, self.recipe.batch, self.recipe.longest)
-
-    def own_state(self) -> dict[str, Any]:
-        return {"average": self.average.state_dict()}
-
-    def load_own_state(self, state: Mapping[str, Any]) -> None:
-        self.average.load_state_dict(state["average"])
 
 
 def new_model(recipe: Recipe, vocabulary: Vocabulary, vectors: Tensor) -> BiDAF:
