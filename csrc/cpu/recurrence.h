@@ -103,7 +103,7 @@ struct StepGradients {
   T* masked;       // [B, H]  of a deep cell, for its own use
 };
 
-// The backward walk of a cell, last step first, in chunks of some hundred rows. The results of a
+// The backward walk of a cell, last step first, in chunks of some 1000 rows. The results of a
 // chunk are used while they are in the cache, and a longer sequence takes no more memory for them.
 // cell: w_hh packed as [G H, P] (D of them), w_hr as [P, H]; its w_ih and biases are not used.
 template <typename T>
