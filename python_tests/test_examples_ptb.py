@@ -213,6 +213,9 @@ def test_the_table_and_the_pictures_of_a_run(data, tmp_path, capsys):
     run(data, tmp_path / "iss", "--method", "iss", "--strength", "0.1", "--threshold", "3e-3",
         "--label", "ISS")  # fmt: skip
     run(data, tmp_path / "short", "--epochs", "1")
+    earlier = json.loads((tmp_path / "2" / "result.json").read_text())
+    del earlier["options"]["average"]  # of a run before there was this option
+    (tmp_path / "2" / "result.json").write_text(json.dumps(earlier))
     capsys.readouterr()
     runs = ("1", "2", "iss", "short")
     assert report([str(tmp_path / name / "result.json") for name in runs]) == 0

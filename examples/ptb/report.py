@@ -41,7 +41,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row for all runs that differ in their seed alone."""
     rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in results:
-        recipe = json.dumps(result["options"] | {"seed": 0}, sort_keys=True)
+        # An option that an earlier run did not have was as it is by default.
+        recipe = json.dumps(asdict(Recipe()) | result["options"] | {"seed": 0}, sort_keys=True)
         rows.setdefault((result["config"], result["label"], recipe), []).append(result)
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
     for (config, label, _), runs in rows.items():
