@@ -95,7 +95,7 @@ def _start(model: LanguageModel, folder: Path, text: Text) -> None:
     """Take over the weights of a finished run."""
     content = load(folder / training.CHECKPOINT)
     options, run = content["options"], content["trainer"]
-    weights = run["average"] or run["model"]
+    weights = run.get("average") or run["model"]
     if options.get("text") != text.fingerprint:
         raise DataError(f"expected --start trained on the text of --data, got {folder}, on another")
     own = {name: list(p.shape) for name, p in model.state_dict().items()}
