@@ -23,7 +23,7 @@ from statistics import geometric_mean
 import torch
 from bench_inference import Point, measure
 from bench_training import Problem, training_step
-from harness import RESULTS, Row, command_line, each, machine, p50, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, p50, record_of_isa, recording, timed_rows
 from report import replace_block, wrapped
 from roofline import roofline
 
@@ -156,7 +156,7 @@ def main() -> None:
     )
     if options.quick:
         grid = [(64, 10)], [(64, 20)]
-    with recording(options.output or RESULTS / f"precision-{machine()['isa']}.csv") as rows:
+    with recording(options.output or record_of_isa("precision")) as rows:
         for threads in each(options.threads):
             for task, points in zip((inference, training), grid, strict=True):
                 for hidden, batch in points:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, Row, command_line, each, machine, p50, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, p50, record_of_isa, recording, timed_rows
 from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
@@ -158,7 +158,7 @@ def main() -> None:
         replace_block(options.docs, "ptb", table(sorted(RESULTS.glob("ptb-*.csv"))))
         return
     sizes, batches = (QUICK, (2,)) if options.quick else (options.sizes, options.batch)
-    with recording(options.output or RESULTS / f"ptb-{machine()['isa']}.csv") as rows:
+    with recording(options.output or record_of_isa("ptb")) as rows:
         for threads in each(options.threads):
             for batch in batches:
                 for size in sizes:

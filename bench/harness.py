@@ -63,6 +63,11 @@ def record(benchmark: str, cell: str) -> Path:
     return RESULTS / f"{benchmark}{'' if cell == 'lstm' else f'_{cell}'}.csv"
 
 
+def record_of_isa(benchmark: str) -> Path:
+    """The CSV of record of a benchmark that has one for each ISA."""
+    return RESULTS / f"{benchmark}-{machine()['isa']}.csv"
+
+
 def rest() -> None:
     """Wait until this process is idle.
 
@@ -118,8 +123,8 @@ def timed_rows(
     rows: list[Row] = []
     for name, values in interleaved_ms(calls, seconds, rounds).items():
         parts = name if isinstance(name, tuple) else (name,)
-        p20, p50, p80 = (f"{ms:.5f}" for ms in percentiles(values))
-        times = {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80}
+        low, middle, high = (f"{ms:.5f}" for ms in percentiles(values))
+        times = {"ms_p50": middle, "ms_p20": low, "ms_p80": high}
         rows.append({**dict(zip(columns, parts, strict=True)), **about, **times, **machine()})
     return rows
 
@@ -127,19 +132,6 @@ def timed_rows(
 def p50(row: Mapping[str, object]) -> float:
     """The median of a row, in milliseconds."""
     return float(str(row["ms_p50"]))
-
-
-# A virtual machine's processor is often named "AMD EPYC" alone. By cpu family and model.
-GENERATIONS = {("25", "17"): "Zen 4", ("26", "2"): "Zen 5", ("6", "143"): "Sapphire Rapids"}
-
-
-def generation(cpuinfo: Path) -> str:
-    """The generation of the first processor in /proc/cpuinfo; "" where it is not known."""
-    if not cpuinfo.exists():
-        return ""
-    pairs = (line.partition(":") for line in reversed(cpuinfo.read_text().splitlines()))
-    fields = {name.strip(): value.strip() for name, _, value in pairs}
-    return GENERATIONS.get((fields.get("cpu family", ""), fields.get("model", "")), "")
 
 
 @functools.cache  # called for every row, and the machine does not change
@@ -153,9 +145,8 @@ def machine() -> dict[str, str]:
         check=False,
     )
     info = iss_kernels.build_info()
-    name = generation(Path("/proc/cpuinfo"))
     return {
-        "device": f"{info['cpu']} ({name})" if name else info["cpu"],
+        "device": info["cpu"],
         "isa": info.get("isa", "none"),
         "torch": torch.__version__,
         "git": git.stdout.strip(),

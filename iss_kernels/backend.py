@@ -130,12 +130,21 @@ class use_backend:  # noqa: N801  (reads as a function; usable as a context mana
         _backend = self._former
 
 
+# By cpu family and model: a virtual machine's processor is often named "AMD EPYC" alone.
+_GENERATIONS = {("25", "17"): "Zen 4", ("26", "2"): "Zen 5", ("6", "143"): "Sapphire Rapids"}
+
+
 def _cpu_name() -> str:
+    """As the system names it, and the generation where it is known."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in pairs}
+        name = fields["model name"]
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
+    generation = _GENERATIONS.get((fields.get("cpu family", ""), fields.get("model", "")))
+    return f"{name} ({generation})" if generation else name
 
 
 def build_info() -> dict[str, Any]:

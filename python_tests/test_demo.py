@@ -289,16 +289,24 @@ def test_detach_keeps_the_form_of_unequal_states() -> None:
 # -- interruption
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, even in a shell's background job, which ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     "batches", [1, 5, 13, 20, 23], ids=["start", "epoch-end", "iss-middle", "iss-end", "tune"]
 )
 def test_resumed_run_equals_uninterrupted_run(
     tmp_path: Path, uninterrupted: Demo, batches: int
 ) -> None:
-    former = signal.getsignal(signal.SIGINT)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path, interrupt_after=batches).run()
-    assert signal.getsignal(signal.SIGINT) is former
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = demo(tmp_path)
     resumed.resume()
     resumed.run()
