@@ -7,8 +7,8 @@ python bench/bench_precision.py --docs README.md    # the table of all machines
 Inference is measured as bench_inference.py does its series `layer`: one layer, I = H, 30 steps, by
 every engine. Training is a forward and a backward pass of 35 steps with gradients of the weights
 and of the input, by nn.LSTM and ISSLSTM in float32 and in bfloat16. The CSV is
-bench/results/precision-ISA.csv, the ISA that of the kernels. A row gives the fraction of the roof
-that roofline.py derives, by the peak of the unit for its precision.
+bench/results/precision-PROCESSOR.csv. A row gives the fraction of the roof that roofline.py
+derives, by the peak of the unit for its precision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from statistics import geometric_mean
 import torch
 from bench_inference import Point, measure
 from bench_training import Problem, training_step
-from harness import RESULTS, Row, command_line, each, p50, record_of_isa, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, p50, record_here, recording, timed_rows
 from report import replace_block, wrapped
 from roofline import roofline
 
@@ -156,7 +156,7 @@ def main() -> None:
     )
     if options.quick:
         grid = [(64, 10)], [(64, 20)]
-    with recording(options.output or record_of_isa("precision")) as rows:
+    with recording(options.output or record_here("precision")) as rows:
         for threads in each(options.threads):
             for task, points in zip((inference, training), grid, strict=True):
                 for hidden, batch in points:

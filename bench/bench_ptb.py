@@ -11,7 +11,7 @@ sizes are those that ISS found in examples/ptb's `large`, and its `medium` befor
 here in turn: nn.LSTM and nn.Linear, in float32 and in bfloat16 where torch multiplies it, our
 prepared model in each format of the weights, and a model in bfloat16 prepared, whose input and
 output are bfloat16 too. float32 is checked against torch's in float64; what is rounded must come
-near. The CSV is bench/results/ptb-ISA.csv, the ISA that of the kernels.
+near. The CSV is bench/results/ptb-PROCESSOR.csv.
 
 Multiply-adds of one step, in million: 4 H1 (E + H1) + 4 H2 (H1 + H2) + 10000 H2, 51.0 at 1500 and
 1500 units, 6.8 at 373 and 315.
@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, Row, command_line, each, p50, record_of_isa, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, p50, record_here, recording, timed_rows
 from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
@@ -158,7 +158,7 @@ def main() -> None:
         replace_block(options.docs, "ptb", table(sorted(RESULTS.glob("ptb-*.csv"))))
         return
     sizes, batches = (QUICK, (2,)) if options.quick else (options.sizes, options.batch)
-    with recording(options.output or record_of_isa("ptb")) as rows:
+    with recording(options.output or record_here("ptb")) as rows:
         for threads in each(options.threads):
             for batch in batches:
                 for size in sizes:

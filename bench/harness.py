@@ -8,6 +8,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import re
 import statistics
 import subprocess
 import time
@@ -63,9 +64,14 @@ def record(benchmark: str, cell: str) -> Path:
     return RESULTS / f"{benchmark}{'' if cell == 'lstm' else f'_{cell}'}.csv"
 
 
-def record_of_isa(benchmark: str) -> Path:
-    """The CSV of record of a benchmark that has one for each ISA."""
-    return RESULTS / f"{benchmark}-{machine()['isa']}.csv"
+def record_here(benchmark: str) -> Path:
+    """The CSV of record of a benchmark that has one for each processor.
+
+    Named by the processor's generation where that is known, "AMD EPYC (Zen 4)", else by its ISA.
+    """
+    generation = re.search(r"\((\w+(?: \w+)*)\)$", machine()["device"])
+    processor = generation[1].lower().replace(" ", "-") if generation else machine()["isa"]
+    return RESULTS / f"{benchmark}-{processor}.csv"
 
 
 def rest() -> None:
