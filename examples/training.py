@@ -41,20 +41,21 @@ class Sparsity:
     """What makes units fade, and when they leave.
 
     strength: of the group lasso, 0 for none. proximal: the lasso shrinks the norms after each step,
-    by learning rate * strength, as AdamW decays weights; otherwise its gradient is added, as in
-    the paper. l1: of an L1 penalty on every parameter. threshold: elements smaller than this become
-    zero after each step (Wen et al. 2018, section 3.2; their code takes max(1e-4, 2 * l1)),
-    everywhere or in the groups alone. every: batches between two looks for dead units. after:
-    batches before which dead units may still come back. until: epochs after which the penalties
-    are `relax` times what they were, so that what is left trains with less of their bias (the
-    relaxed lasso, Meinshausen 2007, whose phi `relax` is); 0: never. target: share of the units
-    that is to be left; the lasso adapts its strength so that some `horizon` batches reach it, and
-    ends there. 0: the strength stays as it is. remove: dead units leave the model and the
+    in the optimiser's metric; otherwise its gradient is added, as in the paper. warmup: batches in
+    which the strength rises from 0. l1: of an L1 penalty on every parameter. threshold: elements
+    smaller than this become zero after each step (Wen et al. 2018, section 3.2; their code takes
+    max(1e-4, 2 * l1)), everywhere or in the groups alone. every: batches between two looks for dead
+    units. after: batches before which dead units may still come back. until: epochs after which the
+    penalties are `relax` times what they were, so that what is left trains with less of their bias
+    (the relaxed lasso, Meinshausen 2007, whose phi `relax` is); 0: never. target: share of the
+    units that is to be left; the lasso adapts its strength so that some `horizon` batches reach it,
+    and ends there. 0: the strength stays as it is. remove: dead units leave the model and the
     optimiser's state; otherwise they are held at zero, which gives the same model and takes longer.
     """
 
     strength: float = 0.0
     proximal: bool = False
+    warmup: int = 0
     l1: float = 0.0
     threshold: float = 1e-4
     everywhere: bool = True
@@ -123,6 +124,7 @@ class Trainer(ABC):
                 groups,
                 sparsity.strength,
                 paper_overlap=overlap,
+                warmup=sparsity.warmup,
                 target=sparsity.target or None,
                 horizon=sparsity.horizon if sparsity.target else None,
             )
@@ -174,7 +176,7 @@ class Trainer(ABC):
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         if active:
-            self._threshold(learning_rate)
+            self._threshold()
         if self.held:
             self.groups.zero_units_(self.held)
         if self.decay:
@@ -209,9 +211,9 @@ class Trainer(ABC):
                     parameter.grad.add_(parameter.sign(), alpha=self.sparsity.l1 * self.share)
 
     @torch.no_grad()
-    def _threshold(self, learning_rate: float) -> None:
+    def _threshold(self) -> None:
         if self.lasso is not None and self.sparsity.proximal:
-            self.lasso.proximal_(learning_rate)
+            self.lasso.proximal_(self.optimizer)
         elif self.sparsity.everywhere:
             for parameter in self.model.parameters():
                 torch.hardshrink(parameter, self.sparsity.threshold, out=parameter)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from iss_kernels import ops
 from iss_kernels.groups import Groups
+from iss_kernels.optimizers import metric
 from iss_kernels.target import Target, check_int
 
 
@@ -40,11 +41,13 @@ class GroupLasso:
         "parameters"     elements of the labelled weights, and of the biases that leave with units
         "multiply-adds"  elements of the labelled weights: each is used once per time step
 
-    The smallest units are the ones to go. The target is reached when they have faded, when the
-    largest norm among them is `gone` times the highest it has been: less fades them further, and
-    presses harder on those that stay. From then on `threshold_` and `proximal_` hold them at zero,
-    exactly, for `shrink` to take out, and the strength is 0, so that the others heal. A family with
-    strength 0 keeps its units; weights that do not train cannot fade.
+    The units with the smallest norms are the ones to go; where families differ in strength, those
+    with the smallest norm / strength, which the penalty brings to zero first. The target is reached
+    when they have faded, when the largest norm among them is `gone` times the highest it has been:
+    less fades them further, and presses harder on those that stay. From then on `threshold_` and
+    `proximal_` hold them at zero, exactly, for `shrink` to take out, and the strength is 0, so that
+    the others heal. A family with strength 0 keeps its units; weights that do not train cannot
+    fade.
 
     Raises ValueError for a strength that is negative, not finite, or does not name the families,
     and for a target that cannot be reached.
@@ -97,8 +100,7 @@ class GroupLasso:
         self._factor = 0.0 if warmup else 1.0  # on the strengths, of the last step
         self._target = None
         if target is not None:
-            may_go = self._strengths > 0
-            self._target = Target(groups, may_go, target, of, horizon, gone, eps)
+            self._target = Target(groups, self._strengths, target, of, horizon, gone, eps)
 
     def __call__(self) -> Tensor:
         """The penalty, a scalar with autograd: add it to the loss.
@@ -156,13 +158,20 @@ class GroupLasso:
             ops.scale_by_units_(weights, self._rows, self._columns, factors)
 
     @torch.no_grad()
-    def proximal_(self, step: float) -> None:
+    def proximal_(self, step: float | torch.optim.Optimizer) -> None:
         """Scale every unit's weights by max(0, 1 - step * strength / norm): exact zeros at once.
 
-        step is the learning rate. The proximal step of the penalty, decoupled from the optimiser as
-        weight decay is in AdamW; it takes the place of `add_gradients_` and `threshold_`. Norms are
-        those before the step. In bfloat16 a factor within 2^-9 of 1 changes no weight: the product
-        is rounded to what it was.
+        The proximal step of the penalty, after the optimiser's; it takes the place of
+        `add_gradients_` and `threshold_`. step is the learning rate, or the optimiser itself: SGD,
+        Adam or AdamW. Adam divides the gradient of each weight by the root of its mean square; then
+        the penalty of a unit is divided by the root mean square of these divisors over its weights,
+        so that it balances the same gradient of the loss as with SGD, at the same strength
+        (proximal steps in the optimiser's metric: Yun et al. 2021, Deleu & Bengio 2021; here one
+        number for a unit). With the learning rate alone, Adam's divisors are in the gradient of the
+        loss and not in the penalty, which then fades units that matter and units that do not alike.
+
+        Norms are those before the step. In bfloat16 a factor within 2^-9 of 1 changes no weight:
+        the product is rounded to what it was.
 
         For groups that share no weight this is the penalty's proximal operator, block
         soft-thresholding (Yuan & Lin 2006). Groups overlap, though: a weight whose row and column
@@ -170,12 +179,18 @@ class GroupLasso:
         the exact operator to first order in step; they differ by O(step^2). As with the exact
         operator a unit leaves as a whole, its weights set to zero together, here where its norm is
         at most step * strength: what is left is a unit that can be removed, not a thinned one.
-        Raises ValueError for a step that is negative or not finite.
+        Raises ValueError for a step that is negative or not finite, and for an optimiser that lacks
+        a weight of the groups or has made no step; TypeError for other optimisers.
         """
-        _check_step("step", step)
+        steps: float | Tensor
+        if isinstance(step, torch.optim.Optimizer):
+            steps = self._steps_of(step)
+        else:
+            _check_step("step", step)
+            steps = step
         weights = self._weights()
         norms = self._norms(weights)
-        factors = self._held((1 - step * self._step(norms) / norms).clamp_min(0))
+        factors = self._held((1 - steps * self._step(norms) / norms).clamp_min(0))
         ops.scale_by_units_(weights, self._rows, self._columns, factors)
 
     @property
@@ -260,10 +275,29 @@ class GroupLasso:
             factors[self._target.out] = 0  # type: ignore[union-attr]
         return factors
 
-    def _norms(self, weights: list[Tensor]) -> Tensor:
+    def _norms(self, weights: list[Tensor], eps: float | None = None) -> Tensor:
+        eps = self.eps if eps is None else eps
         return ops.group_norms(
-            weights, self._rows, self._columns, self.groups.units, self.eps, self.paper_overlap
+            weights, self._rows, self._columns, self.groups.units, eps, self.paper_overlap
         )
+
+    def _steps_of(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
+        """The step size of each unit, [units], 0 for those that do not move; or one for all."""
+        parameters, weights = self.groups.parameters(), self._weights()
+        names = [weight.name for weight in self.groups.weights]
+        divisors = metric(optimizer, dict(zip(names, parameters, strict=True)))
+        first = divisors[0]
+        if isinstance(first, float) and all(each == first for each in divisors):
+            return 1 / first
+        ones, full = [], []
+        for weight, divisor in zip(weights, divisors, strict=True):
+            ones.append(torch.full_like(weight, divisor is not None))
+            if isinstance(divisor, Tensor):
+                full.append(_matrix(divisor))
+            else:
+                full.append(torch.full_like(weight, divisor or 0.0))
+        sizes, squares = self._norms(ones, eps=0.0), self._norms(full, eps=0.0)  # their roots
+        return torch.where(sizes > 0, sizes / squares, 0.0)
 
     def _weights(self) -> list[Tensor]:
         """The weights now, as matrices; labels and strengths follow them to device and dtype."""

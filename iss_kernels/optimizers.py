@@ -103,6 +103,52 @@ def _is_alike(parameter: nn.Parameter, value: Any) -> bool:
     return dense and value.shape == parameter.shape
 
 
+def metric(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Tensor | float | None]:
+    """What the last step divided the gradient of each parameter by, elementwise or as a number.
+
+    1 / learning rate for SGD, (sqrt(second moment) + eps) / learning rate for Adam and AdamW; None
+    for parameters that did not move. Raises TypeError for other optimisers, and ValueError for one
+    that lacks a parameter, or has made no step.
+    """
+    kind = type(optimizer)
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        raise TypeError(
+            f"proximal_: expected a step size, or an optimizer of type SGD, Adam or AdamW, "
+            f"got {kind.__name__}"
+        )
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    found: list[Tensor | float | None] = []
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            found.append(None)
+        elif parameter in groups:
+            found.append(_metric(groups[parameter], optimizer.state.get(parameter)))
+        else:
+            raise ValueError(
+                f"proximal_: expected an optimizer that has {name}, got one without it"
+            )
+    if kind is not torch.optim.SGD and not any(p in optimizer.state for p in parameters.values()):
+        raise ValueError(
+            "proximal_: expected an optimizer that has made a step, got one that did not"
+        )
+    return found
+
+
+def _metric(group: Mapping[str, Any], state: Mapping[str, Any] | None) -> Tensor | float | None:
+    rate = float(group["lr"])
+    if rate == 0:
+        return None
+    if "momentum" in group:  # SGD, whose steps for one gradient add up to this
+        if group["momentum"]:
+            rate *= (1 - group["dampening"]) / (1 - group["momentum"])
+        return 1 / rate
+    if not state:
+        return None
+    squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    mean: Tensor = squares / (1 - group["betas"][1] ** float(state["step"]))
+    return mean.sqrt_().add_(group["eps"]).div_(rate)
+
+
 def hand_over(new: Mapping[nn.Parameter, nn.Parameter], cut: Cut) -> None:
     """Give every new parameter what hangs on the one whose place it takes.
 

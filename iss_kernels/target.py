@@ -3,7 +3,9 @@
 
 One number is watched: the critical norm, the largest among the units that have to go if the
 smallest go first. It is known from the first step, long before a unit is gone, and it falls as the
-penalty rises; so the strength can follow it, and no search over strengths is needed.
+penalty rises; so the strength can follow it, and no search over strengths is needed. Where families
+differ in strength, a norm counts as a multiple of its family's strength: the penalty takes that
+many steps to bring it to zero.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ def check_int(argument: str, value: Any) -> None:
 class Target:
     """The share of a model that is to be left, and the factor on the strengths that leads there.
 
-    may_go: bool [units], the units of families with a strength. target, of, horizon, gone and the
+    strengths: of the units, float64 [units]; those with 0 stay. target, of, horizon, gone and the
     errors: see GroupLasso. eps: what the norms have under their root.
     """
 
     def __init__(
         self,
         groups: Groups,
-        may_go: Tensor,
+        strengths: Tensor,
         target: float,
         of: str,
         horizon: int | None,
@@ -63,7 +65,8 @@ class Target:
         self._target, self._horizon, self._gone = target, horizon, gone
         self._floor = 2 * math.sqrt(eps)  # norms of units that are zero are sqrt(eps)
         self._of = of
-        self._may_go = may_go
+        # As multiples of the least one, so that with one strength for all a norm stays what it is.
+        self._strengths = strengths / strengths.where(strengths > 0, math.inf).min()
         self._measure = _Measure(groups, of)
         self._whole = 1.0
         self._whole = float(self._shares(self._ids[:0])[0])
@@ -87,14 +90,15 @@ class Target:
         """
         if self.out is not None:
             return 0.0
-        values, order = norms.cpu().double()[self._ids].sort(stable=True)
-        left = self._shares(self._ids[order])
+        ids = self._ids
+        values, order = (norms.cpu().double() / self._strengths)[ids].sort(stable=True)
+        left = self._shares(ids[order])
         count = int((left > self._target).sum())
         critical = float(values[count - 1]) if count else 0.0
         self._highest = max(self._highest, critical)
         limit = max(self._gone * self._highest, self._floor)
         if critical <= limit:
-            self.out, self.left = self._ids[order[:count]], float(left[count])
+            self.out, self.left = ids[order[:count]], float(left[count])
             return 0.0
         self.left = float(left[(values <= limit).sum()])
         time = steps / self._horizon
@@ -105,7 +109,7 @@ class Target:
     def go_on(self, groups: Groups, kept: Tensor) -> None:
         """Go on with what is left of the groups; kept: bool [former units]."""
         kept = kept.cpu()
-        self._may_go = self._may_go[kept]
+        self._strengths = self._strengths[kept]
         self._measure = _Measure(groups, self._of)
         if self.out is not None:
             out = torch.zeros_like(kept).index_fill_(0, self.out, True)
@@ -114,7 +118,7 @@ class Target:
     @property
     def _ids(self) -> Tensor:
         """Ids of the units that may go."""
-        return self._may_go.nonzero().flatten()
+        return self._strengths.nonzero().flatten()
 
     def _shares(self, order: Tensor) -> Tensor:
         """What is left after the first 0, 1, ... all of the units of these ids went: [n + 1]."""

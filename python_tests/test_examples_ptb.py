@@ -127,6 +127,8 @@ def test_the_penalties_end_or_become_less(data, proximal, relax):
             "0.5",
             "--horizon",
             "50",
+            "--warmup",
+            "10",
             "--average",
             "0.9",
         ],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proximal step against the exact proximal operator of the penalty, solved in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,3 +127,153 @@ def test_a_model_of_fewer_digits_takes_the_same_step(dtype: torch.dtype) -> None
     for a, b in zip(*results, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=4 * eps, atol=1e-30)
+
+
+# -- in the optimiser's metric --------------------------------------------------------------------
+
+OPTIMISERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.02, "momentum": 0.8, "dampening": 0.1}),
+    "Adam": (torch.optim.Adam, {"lr": 1e-2}),
+    "Adam, a tensor": (torch.optim.Adam, {"lr": torch.tensor(1e-2, dtype=torch.float64)}),
+    "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "eps": 1e-3, "betas": (0.8, 0.9)}),
+    "amsgrad": (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
+}
+
+
+def trained(name: str, steps: int = 3, frozen: str = "") -> tuple[Groups, torch.optim.Optimizer]:
+    """After some steps of an optimiser."""
+    groups = built()
+    for its, parameter in groups.model.named_parameters():
+        parameter.requires_grad_(its != frozen)
+    make, options = OPTIMISERS[name]
+    optimizer = make(groups.model.parameters(), **options)
+    x = torch.randn(4, 2, 5, dtype=torch.float64)
+    for step in range(steps):
+        optimizer.zero_grad()
+        groups.model(x + step).square().sum().backward()
+        optimizer.step()
+    return groups, optimizer
+
+
+def roots_of(groups: Groups, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """By what the optimiser divided the gradients, from its documentation."""
+    (group,) = optimizer.param_groups
+    roots = []
+    for parameter in groups.parameters():
+        state = optimizer.state[parameter]
+        if not parameter.requires_grad:
+            roots.append(torch.zeros_like(parameter))
+        elif isinstance(optimizer, torch.optim.SGD):
+            share = (1 - group["dampening"]) / (1 - group["momentum"]) if group["momentum"] else 1
+            roots.append(torch.full_like(parameter, 1 / (group["lr"] * share)))
+        else:
+            squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+            mean = squares / (1 - group["betas"][1] ** float(state["step"]))
+            roots.append((mean.sqrt() + group["eps"]) / float(group["lr"]))
+    return roots
+
+
+@pytest.mark.parametrize("frozen", ["", "rnn.weight_hh_l0"])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_unit_s_step_is_that_of_the_root_mean_square_of_its_divisors(
+    name: str, frozen: str
+) -> None:
+    groups, optimizer = trained(name, frozen=frozen)
+    norms = torch.cat([*GroupLasso(groups).norms().values()])
+    roots, steps = roots_of(groups, optimizer), []
+    for unit in range(groups.units):
+        divisors = []
+        for weight, root in zip(groups.weights, roots, strict=True):
+            if weight.name != frozen:
+                rows, columns = weight.row_units == unit, weight.column_units == unit
+                divisors.append(root[rows[:, None] | columns])
+        steps.append(1 / float(torch.cat(divisors).square().mean().sqrt()))
+    strength = float((norms / torch.tensor(steps)).median()) * 0.9  # some go, some stay
+    factors = [max(0.0, 1 - s * strength / float(n)) for s, n in zip(steps, norms, strict=True)]
+    assert min(factors) < 0.2 and max(factors) > 0.05
+    expected = values(groups)
+    for weight, value in zip(groups.weights, expected, strict=True):
+        for unit, factor in enumerate(factors):
+            value[(weight.row_units == unit)[:, None] | (weight.column_units == unit)] *= factor
+    GroupLasso(groups, strength).proximal_(optimizer)
+    torch.testing.assert_close(values(groups), expected)
+
+
+def test_sgd_is_its_learning_rate() -> None:
+    ours, theirs = trained("SGD"), trained("SGD")
+    GroupLasso(ours[0], STRENGTH).proximal_(ours[1])
+    GroupLasso(theirs[0], STRENGTH).proximal_(0.1)
+    assert all(torch.equal(a, b) for a, b in zip(values(ours[0]), values(theirs[0]), strict=True))
+
+
+@pytest.mark.parametrize("name", ["SGD", "momentum", "Adam", "AdamW"])
+def test_the_same_units_leave_whatever_the_optimiser(name: str) -> None:
+    """A column of the head matters in the measure of its distance from zero to its best value.
+
+    Loss: sum of curvature * (column - best)^2 / 2. Such a unit is zero where the norm of its
+    gradient there, curvature * |best|, is at most the strength.
+    """
+    groups = built()
+    with torch.no_grad():
+        for its, parameter in groups.model.named_parameters():
+            parameter.requires_grad_(its == "head.weight")
+            parameter.mul_(its == "head.weight")  # or the weights that stay count in the norms
+    head = groups.model.get_parameter("head.weight")
+    curvature = torch.tensor([0.1, 0.3, 1.0, 3.0, 10.0, 0.2], dtype=torch.float64)
+    best = torch.tensor([10.0, 2.0, 0.5, 0.2, 0.01, 1.0], dtype=torch.float64) / 3**0.5
+    strength = 0.35
+    lives = curvature * best * 3**0.5 > strength
+    make, options = OPTIMISERS[name]
+    optimizer = make([head], **options)
+    lasso = GroupLasso(groups, {"rnn.l0": 0.0, "rnn.l1": strength})
+    torch.manual_seed(0)
+    for _ in range(6000):
+        optimizer.zero_grad()
+        noise = 0.05 * torch.randn_like(head)
+        head.grad = curvature * (head.detach() - best) + noise
+        optimizer.step()
+        lasso.proximal_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9995
+    assert (~groups.dead()["rnn.l1"]).tolist() == lives.tolist()
+    expected = best - (strength / curvature) * 3**-0.5
+    torch.testing.assert_close(
+        head.detach()[:, lives], expected[lives].expand(3, -1), rtol=0.15, atol=0.05
+    )
+
+
+def test_optimisers_of_other_kinds_are_refused() -> None:
+    groups, optimizer = trained("Adam")
+    lasso, before = GroupLasso(groups, STRENGTH, warmup=3), values(groups)
+    parameters = [*groups.model.parameters()]
+
+    class Mine(torch.optim.Adam):
+        pass
+
+    for other in (torch.optim.RMSprop(parameters), Mine(parameters)):
+        with pytest.raises(TypeError) as error:
+            lasso.proximal_(other)
+        assert str(error.value) == (
+            "proximal_: expected a step size, or an optimizer of type SGD, Adam or AdamW, "
+            f"got {type(other).__name__}"
+        )
+    for other, message in (
+        (torch.optim.Adam(parameters), "has made a step, got one that did not"),
+        (torch.optim.SGD(parameters[1:], 0.1), "has rnn.weight_ih_l0, got one without it"),
+    ):
+        with pytest.raises(ValueError) as error:
+            lasso.proximal_(other)
+        assert str(error.value) == f"proximal_: expected an optimizer that {message}"
+    assert lasso.state_dict()["steps"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))
+    lasso.proximal_(optimizer)
+
+
+def test_a_learning_rate_of_zero_changes_nothing() -> None:
+    for name in ("SGD", "Adam"):
+        groups, optimizer = trained(name)
+        optimizer.param_groups[0]["lr"] = 0.0
+        before = values(groups)
+        GroupLasso(groups, STRENGTH).proximal_(optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from iss_kernels import GroupLasso, Groups, find_groups, shrink
 from iss_kernels.lstm import ISSLSTM
+from iss_kernels.target import Target
 
 # nn.LSTM says this itself, once.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -129,6 +130,20 @@ def test_families_keep_their_proportions() -> None:
         assert strength["rnn.l1"] == pytest.approx(3 * strength["rnn.l0"])
         factors.add(strength["rnn.l0"] / 1e-2)
     assert len(factors) == 20
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0, 3.0])
+def test_units_go_by_their_norms_as_multiples_of_their_strengths(strength: float) -> None:
+    groups = Run("SGD", "proximal", 1.0).groups
+    torch.manual_seed(0)
+    norms, strengths = 1 + torch.rand(32).double(), torch.ones(32).double()
+    strengths[16:] = strength
+    target = Target(groups, strengths, 0.75, "units", horizon=10, gone=0.3, eps=1e-8)
+    target.factor(norms, 0)
+    assert target.out is None
+    target.factor(norms * 0.2, 1)
+    assert target.out is not None and target.left == 0.75
+    assert target.out.tolist() == (norms / strengths).argsort()[:8].tolist()
 
 
 def test_families_without_a_strength_keep_their_units() -> None:

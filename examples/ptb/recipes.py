@@ -36,6 +36,7 @@ class Schedule:
     stride: int = option("epochs between two decays", 1)
     strength: float = option("lambda of the group lasso", 0.0)
     proximal: bool = option("the lasso shrinks norms after the step (else: its gradient)", False)
+    warmup: int = option("batches in which lambda rises from 0", 0)
     threshold: float = option("smaller elements become zero after each step", 1e-4)
     every: int = option("batches between two looks for dead units", 100)
     after: int = option("batches before which dead units may come back", 0)
