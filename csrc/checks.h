@@ -315,10 +315,6 @@ inline void check_by_unit(const char* op, const char* name, const Tensor& t, con
   TORCH_CHECK(t.dim() == 1, op, ": expected ", name, " of shape [units], got ", t.sizes());
 }
 
-inline void check_factors(const char* op, const Tensor& factors, const Tensor& weight) {
-  check_by_unit(op, "factors", factors, weight);
-}
-
 inline void check_group_norms(const char* op, int64_t units, double eps) {
   TORCH_CHECK(units >= 0, op, ": expected units >= 0, got ", units);
   check_sizes(op, {{"units", units}});
@@ -382,6 +378,23 @@ inline void check_apart(const char* op, const char* name, const std::vector<Tens
     check("column_units", column_units[i], i, false);
   }
   if (factors) check("factors", *factors, 0, false);
+}
+
+// The arguments of an op that walks over labelled weights, and writes to outputs like them or to
+// the weights themselves, which are outputs too then.
+inline void check_by_units(const char* op, const char* name, const std::vector<Tensor>& outputs,
+                           const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
+                           const std::vector<Tensor>& column_units, const OptionalTensor& factors) {
+  check_labelled(op, weights, row_units, column_units);
+  check_contiguous(op, name, outputs);
+  TORCH_CHECK(outputs.size() == weights.size(), op, ": expected ", weights.size(), " ", name,
+              ", one for each weight, got ", outputs.size());
+  for (size_t m = 0; m < weights.size(); ++m) {
+    check_like(op, name, outputs[m], weights[0]);
+    check_shape(op, name, outputs[m], weights[m].sizes(), "[R, C]");
+  }
+  if (factors) check_by_unit(op, "factors", *factors, weights[0]);
+  check_apart(op, name, outputs, weights, row_units, column_units, factors);
 }
 
 }  // namespace iss

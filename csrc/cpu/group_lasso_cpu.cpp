@@ -197,16 +197,7 @@ void add_scaled_by_units_cpu_(const std::vector<Tensor>& outputs,
                               const std::vector<Tensor>& column_units, const Tensor& factors,
                               bool paper_overlap) {
   constexpr const char* op = "add_scaled_by_units_";
-  check_labelled(op, weights, row_units, column_units);
-  check_contiguous(op, "outputs", outputs);
-  TORCH_CHECK(outputs.size() == weights.size(), op, ": expected ", weights.size(),
-              " outputs, one for each weight, got ", outputs.size());
-  for (size_t m = 0; m < weights.size(); ++m) {
-    check_like(op, "outputs", outputs[m], weights[0]);
-    check_shape(op, "outputs", outputs[m], weights[m].sizes(), "[R, C]");
-  }
-  check_factors(op, factors, weights[0]);
-  check_apart(op, "outputs", outputs, weights, row_units, column_units, factors);
+  check_by_units(op, "outputs", outputs, weights, row_units, column_units, factors);
   run_by_units(op, ByUnits::kAddScaled, outputs, weights, row_units, column_units, factors.size(0),
                factors, paper_overlap, 0);
 }
@@ -230,10 +221,7 @@ std::vector<Tensor> group_norms_backward_cpu(const Tensor& dnorms, const Tensor&
 void scale_by_units_cpu_(const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
                          const std::vector<Tensor>& column_units, const Tensor& factors) {
   constexpr const char* op = "scale_by_units_";
-  check_labelled(op, weights, row_units, column_units);
-  check_contiguous(op, "weights", weights);
-  check_factors(op, factors, weights[0]);
-  check_apart(op, "weights", weights, weights, row_units, column_units, factors);
+  check_by_units(op, "weights", weights, weights, row_units, column_units, factors);
   run_by_units(op, ByUnits::kScale, weights, weights, row_units, column_units, factors.size(0),
                factors, false, 0);
 }
@@ -242,10 +230,8 @@ void threshold_cpu_(const std::vector<Tensor>& weights, const std::vector<Tensor
                     const std::vector<Tensor>& column_units, double threshold) {
   constexpr const char* op = "threshold_";
   constexpr int64_t kAnyUnit = std::numeric_limits<int32_t>::max();
-  check_labelled(op, weights, row_units, column_units);
-  check_contiguous(op, "weights", weights);
+  check_by_units(op, "weights", weights, weights, row_units, column_units, {});
   check_threshold(op, threshold);
-  check_apart(op, "weights", weights, weights, row_units, column_units, {});
   run_by_units(op, ByUnits::kThreshold, weights, weights, row_units, column_units, kAnyUnit,
                Tensor(), false, threshold);
 }

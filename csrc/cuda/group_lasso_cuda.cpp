@@ -180,16 +180,7 @@ void add_scaled(const char* op, const std::vector<Tensor>& outputs,
                 const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
                 const std::vector<Tensor>& column_units, const Tensor& factors, bool paper_overlap,
                 bool overwrite) {
-  check_labelled(op, weights, row_units, column_units);
-  check_contiguous(op, "outputs", outputs);
-  TORCH_CHECK(outputs.size() == weights.size(), op, ": expected ", weights.size(),
-              " outputs, one for each weight, got ", outputs.size());
-  for (size_t m = 0; m < weights.size(); ++m) {
-    check_like(op, "outputs", outputs[m], weights[0]);
-    check_shape(op, "outputs", outputs[m], weights[m].sizes(), "[R, C]");
-  }
-  check_factors(op, factors, weights[0]);
-  check_apart(op, "outputs", outputs, weights, row_units, column_units, factors);
+  check_by_units(op, "outputs", outputs, weights, row_units, column_units, factors);
   const DeviceGuard guard(weights[0].device());
   check_labels(op, row_units, column_units, factors.size(0));
   run_by_units(op, ByUnits::kAddScaled, outputs, contiguous(weights), contiguous(row_units),
@@ -224,10 +215,7 @@ std::vector<Tensor> group_norms_backward_cuda(const Tensor& dnorms, const Tensor
 void scale_by_units_cuda_(const std::vector<Tensor>& weights, const std::vector<Tensor>& row_units,
                           const std::vector<Tensor>& column_units, const Tensor& factors) {
   constexpr const char* op = "scale_by_units_";
-  check_labelled(op, weights, row_units, column_units);
-  check_contiguous(op, "weights", weights);
-  check_factors(op, factors, weights[0]);
-  check_apart(op, "weights", weights, weights, row_units, column_units, factors);
+  check_by_units(op, "weights", weights, weights, row_units, column_units, factors);
   const DeviceGuard guard(weights[0].device());
   check_labels(op, row_units, column_units, factors.size(0));
   run_by_units(op, ByUnits::kScale, weights, weights, contiguous(row_units),
@@ -238,10 +226,8 @@ void threshold_cuda_(const std::vector<Tensor>& weights, const std::vector<Tenso
                      const std::vector<Tensor>& column_units, double threshold) {
   constexpr const char* op = "threshold_";
   constexpr int64_t kAnyUnit = std::numeric_limits<int32_t>::max();
-  check_labelled(op, weights, row_units, column_units);
-  check_contiguous(op, "weights", weights);
+  check_by_units(op, "weights", weights, weights, row_units, column_units, {});
   check_threshold(op, threshold);
-  check_apart(op, "weights", weights, weights, row_units, column_units, {});
   const DeviceGuard guard(weights[0].device());
   check_labels(op, row_units, column_units, kAnyUnit);
   run_by_units(op, ByUnits::kThreshold, weights, weights, contiguous(row_units),

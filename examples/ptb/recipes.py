@@ -89,6 +89,7 @@ CONFIGS = {"small": SMALL, "medium": MEDIUM, "large": LARGE, "modern": MODERN}
 # What a method changes of a config. The paper's learning rate falls to a tenth after each third of
 # an ISS run: `lr_decay ** (epoch // (55 // 3))`.
 _THIRDS = {"decay": 0.1, "hold": 1}
+_IN_STEPS: dict[str, Any] = {"proximal": True, "until": 6, "relax": 0.1}
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "large": {
         "iss": {"keep": 0.6, "strength": 0.00245, "stride": 18, **_THIRDS},
@@ -102,9 +103,9 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         "l1": {"keep": 0.6, "l1": 1e-4, "threshold": 2e-4, "stride": 13, **_THIRDS},
         "direct": {"keep": 0.6},
     },
-    "modern": {  # a share of the units is the target: no fixed strength fits AdamW (README)
-        "iss": {"strength": 1.0, "proximal": True, "target": 0.4},
-        "iss-finetune": {"strength": 1.0, "proximal": True, "target": 0.4},
+    "modern": {
+        "iss": {"strength": 0.004, **_IN_STEPS, "warmup": 600},
+        "iss-finetune": {"strength": 0.004, **_IN_STEPS},
         "l1": {"l1": 1e-4, "threshold": 2e-4},
         "direct": {},
     },
