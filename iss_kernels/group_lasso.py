@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -183,11 +184,11 @@ class GroupLasso:
         a weight of the groups or has made no step; TypeError for other optimisers.
         """
         steps: float | Tensor
-        if isinstance(step, torch.optim.Optimizer):
-            steps = self._steps_of(step)
+        if isinstance(step, (float, Real, Tensor)):
+            _check_step("step", float(step))
+            steps = float(step)
         else:
-            _check_step("step", step)
-            steps = step
+            steps = self._steps_of(step)
         weights = self._weights()
         norms = self._norms(weights)
         factors = self._held((1 - steps * self._step(norms) / norms).clamp_min(0))

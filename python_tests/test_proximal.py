@@ -251,7 +251,7 @@ def test_optimisers_of_other_kinds_are_refused() -> None:
     class Mine(torch.optim.Adam):
         pass
 
-    for other in (torch.optim.RMSprop(parameters), Mine(parameters)):
+    for other in (torch.optim.RMSprop(parameters), Mine(parameters), "0.1"):
         with pytest.raises(TypeError) as error:
             lasso.proximal_(other)
         assert str(error.value) == (
