@@ -20,7 +20,7 @@ from examples.training import processes
 from iss_kernels.demo.checkpoint import ResumeError
 
 Recipe = TypeVar("Recipe")
-MAY_BE_ZERO = ("hold", "after", "until")  # of a recipe's whole numbers
+MAY_BE_ZERO = ("hold", "after", "until", "warmup")  # of a recipe's whole numbers
 MAY_BE_NEGATIVE = ("bias", "phrase_strength")  # of its other numbers
 INTERRUPTED, USAGE, FAILED = 130, 2, 1
 # Parameters of glibc's mallopt.

@@ -206,6 +206,12 @@ def test_a_recipe_of_today(data, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["sizes"][0] == result["sizes"][2] < 10
     assert result["epochs"][1]["rate"] == pytest.approx(0.01)
+    target = ["--strength", "1", "--target", "0.4", "--horizon", "50"]
+    whole = ["--warmup", "0", "--until", "0", "--relax", "0"]
+    run(data, tmp_path / "target", *options, *target, *whole)
+    result = json.loads((tmp_path / "target" / "result.json").read_text())
+    assert result["sizes"][0] == result["sizes"][2] < 10
+    assert sum(result["sizes"][1:]) == 8  # 40 % of 22
 
 
 def test_the_table_and_the_pictures_of_a_run(data, tmp_path, capsys):
