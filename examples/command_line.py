@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import errno
@@ -16,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from examples.training import processes
+from examples.training import DataError, processes
 from iss_kernels.demo.checkpoint import ResumeError
 
 Recipe = TypeVar("Recipe")
@@ -25,10 +26,6 @@ MAY_BE_NEGATIVE = ("bias", "phrase_strength")  # of its other numbers
 INTERRUPTED, USAGE, FAILED = 130, 2, 1
 # Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message is one sentence for the person who gave it."""
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -74,8 +71,18 @@ def add_recipe(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
             group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         elif hint in (int, float, str):
             group.add_argument(option, type=hint, help=text, metavar=hint.__name__.upper())
-        else:  # tuple[int, ...]
+        elif hint == tuple[int, ...]:
             group.add_argument(option, type=int, nargs="+", help=text, metavar="INT")
+        else:  # tuple[tuple[str, float], ...]
+            group.add_argument(option, type=_factor, nargs="+", help=text, metavar="NAME=FACTOR")
+
+
+def _factor(text: str) -> tuple[str, float]:
+    name, _, factor = text.rpartition("=")
+    with contextlib.suppress(ValueError):
+        if name and 0 <= float(factor) < math.inf:
+            return name, float(factor)
+    raise argparse.ArgumentTypeError(f"expected NAME=FACTOR with a factor in [0, inf), got {text}")
 
 
 def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:

@@ -36,16 +36,21 @@ import iss_kernels as iss
 from iss_kernels.demo.checkpoint import ResumeError, interrupts, load, save, write
 
 
+class DataError(ValueError):
+    """What was given cannot be used; the message is one sentence for the person who gave it."""
+
+
 @dataclass(frozen=True)
 class Sparsity:
     """What makes units fade, and when they leave.
 
-    strength: of the group lasso, 0 for none. proximal: the lasso shrinks the norms after each step,
-    in the optimiser's metric; otherwise its gradient is added, as in the paper. warmup: batches in
-    which the strength rises from 0. l1: of an L1 penalty on every parameter. threshold: elements
-    smaller than this become zero after each step (Wen et al. 2018, section 3.2; their code takes
-    max(1e-4, 2 * l1)), everywhere or in the groups alone. every: batches between two looks for dead
-    units. after: batches before which dead units may still come back. until: epochs after which the
+    strength: of the group lasso, 0 for none. factors: (family name, factor on the strength), for
+    families that have another one. proximal: the lasso shrinks the norms after each step, in the
+    optimiser's metric; otherwise its gradient is added, as in the paper. warmup: batches in which
+    the strength rises from 0. l1: of an L1 penalty on every parameter. threshold: elements smaller
+    than this become zero after each step (Wen et al. 2018, section 3.2; their code takes max(1e-4,
+    2 * l1)), everywhere or in the groups alone. every: batches between two looks for dead units.
+    after: batches before which dead units may still come back. until: epochs after which the
     penalties are `relax` times what they were, so that what is left trains with less of their bias
     (the relaxed lasso, Meinshausen 2007, whose phi `relax` is); 0: never. target: share of the
     units that is to be left; the lasso adapts its strength so that some `horizon` batches reach it,
@@ -54,6 +59,7 @@ class Sparsity:
     """
 
     strength: float = 0.0
+    factors: tuple[tuple[str, float], ...] = ()
     proximal: bool = False
     warmup: int = 0
     l1: float = 0.0
@@ -78,6 +84,15 @@ class Sparsity:
         if self.strength == self.l1 == 0:
             return 0.0
         return self.relax if 0 < self.until <= epoch else 1.0
+
+    def strengths(self, groups: iss.Groups) -> dict[str, float]:
+        """{family name: strength}. Raises DataError for a factor of a family that is not there."""
+        names, factors = [family.name for family in groups.families], dict(self.factors)
+        if unknown := factors.keys() - names:
+            raise DataError(
+                f"expected --factors of the families {', '.join(names)}, got {', '.join(unknown)}"
+            )
+        return {name: self.strength * factors.get(name, 1.0) for name in names}
 
 
 class Trainer(ABC):
@@ -122,7 +137,7 @@ class Trainer(ABC):
             overlap = not sparsity.proximal
             self.lasso = iss.GroupLasso(
                 groups,
-                sparsity.strength,
+                sparsity.strengths(groups),
                 paper_overlap=overlap,
                 warmup=sparsity.warmup,
                 target=sparsity.target or None,

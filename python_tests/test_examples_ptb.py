@@ -199,6 +199,25 @@ def test_dimensions_of_the_embedding_leave_too(data, tmp_path):
     assert sizes[0] == sizes[2] < 10
 
 
+def test_families_have_a_lambda_of_their_own(data, tmp_path, capsys):
+    options = ["--method", "iss", "--strength", "0.03", "--proximal"]
+    sizes = {}
+    for spared in ("lstm.l0", "lstm.l1"):
+        run(data, tmp_path / spared, *options, "--factors", f"{spared}=0")
+        result = json.loads((tmp_path / spared / "result.json").read_text())
+        sizes[spared] = result["sizes"][1:]
+    assert sizes == {"lstm.l0": [12, 1], "lstm.l1": [1, 10]}
+    run(data, tmp_path / "run", *options, "--factors", "lstm.l2=2", status=2)
+    expected = "expected --factors of the families lstm.l0, lstm.l1, got lstm.l2"
+    assert expected in capsys.readouterr().err
+    for bad in ("lstm.l0", "lstm.l0=-1", "=1", "lstm.l0=nan", "lstm.l0=inf"):
+        with pytest.raises(SystemExit):
+            run(data, tmp_path / "run", "--factors", bad)
+        sentence = f"expected NAME=FACTOR with a factor in [0, inf), got {bad}"
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_recipe_of_today(data, tmp_path):
     """AdamW, dropped weights, a tied softmax, a lasso in the optimiser's metric."""
     options = ["--config", "modern", "--method", "iss", "--embedding", "10", "--rate", "0.02"]

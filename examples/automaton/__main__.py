@@ -25,7 +25,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import iss_kernels as iss
 from examples import command_line
-from examples.training import circumstances
+from examples.training import DataError, circumstances
 from iss_kernels.demo.checkpoint import write
 
 RESULTS = Path(__file__).parent / "results"
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     """The sweep, from the first run to the picture."""
     recipe = command_line.changed(Recipe(), args)
     if min(args.bits) < 1:
-        raise command_line.DataError(f"expected --bits in [1, inf), got {min(args.bits)}")
+        raise DataError(f"expected --bits in [1, inf), got {min(args.bits)}")
     args.output.mkdir(parents=True, exist_ok=True)
     runs = []
     for cell in args.cells:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from examples import command_line, training
-from examples.command_line import DataError
 from examples.ptb import train
 from examples.ptb.data import read
 from examples.ptb.recipes import CONFIGS, FROM_BASELINE, METHODS, Recipe, recipe
 from examples.ptb.train import LanguageTrainer, build
+from examples.training import DataError
 from iss_kernels.demo.checkpoint import load
 from iss_kernels.demo.model import LanguageModel
 from iss_kernels.demo.text import Text

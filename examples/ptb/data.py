@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from examples.command_line import DataError
+from examples.training import DataError
 from iss_kernels.demo.text import PARTS, Text, TextError, load
 
 # Words with one <eos> a line (Mikolov et al. 2010; the files ptb.{train,valid,test}.txt).

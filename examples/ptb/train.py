@@ -74,10 +74,10 @@ def find(recipe: Recipe, model: Model) -> iss.Groups:
 
 
 def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD, or AdamW without decay of its own."""
+    """SGD or AdamW."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(trained, recipe.rate, weight_decay=0.0, fused=True)
+        return torch.optim.AdamW(trained, recipe.rate, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(trained, recipe.rate)
 
 

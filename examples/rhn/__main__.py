@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from examples import command_line
-from examples.command_line import DataError
 from examples.ptb import train
 from examples.ptb.data import read
 from examples.rhn.recipes import CONFIGS, DROPS, METHODS, Recipe, recipe
 from examples.rhn.train import HighwayTrainer, build
+from examples.training import DataError
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -24,7 +24,6 @@ import torch
 
 import iss_kernels as iss
 from examples import command_line
-from examples.command_line import DataError
 from examples.squad import training
 from examples.squad.data import (
     Encoder,
@@ -37,7 +36,7 @@ from examples.squad.data import (
     words_of,
 )
 from examples.squad.model import BiDAF
-from examples.training import fit, write_result
+from examples.training import DataError, fit, write_result
 from iss_kernels.demo.checkpoint import write
 
 MODEL, VOCABULARY = "model.safetensors", "vocabulary.json"

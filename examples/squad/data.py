@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.command_line import DataError
+from examples.training import DataError
 
 # Words with what is written together but said apart ("n't", "'s"), as vectors of words have them;
 # numbers with their points and commas; every other sign alone.
