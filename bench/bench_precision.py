@@ -2,7 +2,8 @@
 """An LSTM in each precision on this machine, inference and training; check, then time.
 
 python bench/bench_precision.py [--quick] [--threads N ...] [--output CSV]
-python bench/bench_precision.py --docs README.md    # the table of all machines
+python bench/bench_precision.py --docs README.md             # how many times faster, by machine
+python bench/bench_precision.py --docs docs/benchmarks.md    # the times
 
 Inference is measured as bench_inference.py does its series `layer`: one layer, I = H, 30 steps, by
 every engine. Training is a forward and a backward pass of 35 steps with gradients of the weights
@@ -24,7 +25,7 @@ import torch
 from bench_inference import Point, measure
 from bench_training import Problem, training_step
 from harness import RESULTS, Row, command_line, each, p50, record_here, recording, timed_rows
-from report import replace_block, wrapped
+from report import digits, replace_block, wrapped
 from roofline import roofline
 
 import iss_kernels
@@ -75,7 +76,34 @@ def training(hidden: int, batch: int, threads: int, seconds: float) -> list[Row]
     return rows
 
 
-# -- the table
+# -- the tables
+
+# Columns of the times, by the engine and its precision.
+CALLS = {
+    "ours": ("prepared float32", "float32"),
+    "nn.LSTM bfloat16": ("nn.LSTM bfloat16", "bfloat16"),
+    "OpenVINO bfloat16": ("OpenVINO bfloat16", "bfloat16"),
+    "ours, bfloat16": ("prepared bfloat16", "bfloat16"),
+    "ONNX Runtime int8": ("ONNX Runtime int8", "int8"),
+    "ours, int8": ("prepared int8", "int8"),
+}
+TRAINING_STEPS = {
+    "nn.LSTM": ("nn.LSTM", "float32"),
+    "ISSLSTM": ("ISSLSTM", "float32"),
+    "nn.LSTM bfloat16": ("nn.LSTM", "bfloat16"),
+    "ISSLSTM bfloat16": ("ISSLSTM", "bfloat16"),
+}
+
+
+def of_all(paths: Iterable[Path]) -> list[dict[str, str]]:
+    """The rows of all machines, with a name for the machine."""
+    rows: list[dict[str, str]] = []
+    for path in paths:
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    for row in rows:
+        row["machine"] = f"{row['device']}, {row['isa']}"
+    return rows
 
 
 def ours(row: Mapping[str, str]) -> bool:
@@ -111,23 +139,22 @@ def lines_of(rows: list[dict[str, str]]) -> Iterable[list[str]]:
 
     for precision in dict.fromkeys(at[0] for at in own):
         yield [
-            f"{rows[0]['device']}, {rows[0]['isa']}", precision,
+            rows[0]["machine"], precision,
             *(gain(precision, "inference", str(batch), best) for batch in BATCH),
             gain(precision, "inference", str(BATCH[-1]), singles),
             gain(precision, "training", "", best), gain(precision, "training", "", singles),
         ]  # fmt: skip
 
 
-def table(paths: Iterable[Path]) -> str:
+def speed_ups(rows: list[dict[str, str]]) -> str:
     """One table of all machines, and what its columns are."""
     names = [
         "machine", "precision", *(f"{b} row{'s' * (b > 1)}" for b in BATCH),
         f"{BATCH[-1]} rows, over float32", "training", "training, over float32",
     ]  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---|---|" + "--:|" * (len(names) - 2)]
-    for path in paths:
-        with path.open(newline="") as file:
-            lines += [f"| {' | '.join(line)} |" for line in lines_of(list(csv.DictReader(file)))]
+    for _, its in itertools.groupby(rows, lambda row: row["machine"]):
+        lines += [f"| {' | '.join(line)} |" for line in lines_of(list(its))]
     sizes, trained = (", ".join(map(str, hidden)) for hidden in (HIDDEN, TRAINED_HIDDEN))
     about = (
         "How many times faster than the fastest other engine of the same precision (nn.LSTM, "
@@ -139,16 +166,60 @@ def table(paths: Iterable[Path]) -> str:
     return "\n".join([*lines, "", wrapped(about)])
 
 
+def times(rows: list[dict[str, str]]) -> str:
+    """A table of calls and one of training steps, on one thread, and what their columns are."""
+    one = [row for row in rows if row["threads"] == "1"]
+    return "\n".join(
+        [
+            *times_of([row for row in one if row["task"] == "inference"], CALLS),
+            "",
+            wrapped(
+                f"Milliseconds for a call of one LSTM layer, I = H, {STEPS} steps, one thread. "
+                "Other engines run a model of theirs in bfloat16 or int8; ours has weights "
+                "prepared in that format, with float32 in and out."
+            ),
+            "",
+            *times_of([row for row in one if row["task"] == "training"], TRAINING_STEPS),
+            "",
+            wrapped(
+                f"Milliseconds for a forward and a backward pass of {TRAINED_STEPS} steps, one "
+                "thread. `python bench/bench_precision.py`, `bench/results/precision-*.csv`."
+            ),
+        ]
+    )
+
+
+def times_of(rows: list[dict[str, str]], columns: Mapping[str, tuple[str, str]]) -> Iterable[str]:
+    """Lines of a table by machine, units and rows."""
+    yield f"| machine | units; rows | {' | '.join(columns)} |"
+    yield "|:--|:--|" + "--:|" * len(columns)
+    points: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for row in rows:
+        point = points.setdefault((row["machine"], row["H"], row["B"]), {})
+        point[row["engine"], row["precision"]] = float(row["ms_p50"])
+    for (machine, hidden, batch), ms in points.items():
+        cells = (digits(ms[name]) if name in ms else "-" for name in columns.values())
+        yield f"| {machine} | {hidden}; {batch} | {' | '.join(cells)} |"
+
+
+BLOCKS = {"precision": speed_ups, "precision-times": times}
+
+
 def main() -> None:
     """Command line."""
     parser = command_line(__doc__, "two points, a few seconds")
     parser.add_argument("--seconds", type=float, default=0.15, help="per engine and point")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the table there instead")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write its table there instead")
     parser.add_argument("--csv", type=Path, nargs="+", help="of --docs: all in bench/results")
     options = parser.parse_args()
     if options.docs:
-        paths = options.csv or sorted(RESULTS.glob("precision-*.csv"))
-        replace_block(options.docs, "precision", table(paths))
+        rows = of_all(options.csv or sorted(RESULTS.glob("precision-*.csv")))
+        page = options.docs.read_text()
+        here = [name for name in BLOCKS if f"<!-- {name}:begin -->" in page]
+        if not here:
+            parser.error(f"expected <!-- {' or '.join(BLOCKS)}:begin --> in {options.docs}")
+        for name in here:
+            replace_block(options.docs, name, BLOCKS[name](rows))
         return
     grid = (
         list(itertools.product(HIDDEN, BATCH)),
@@ -156,12 +227,12 @@ def main() -> None:
     )
     if options.quick:
         grid = [(64, 10)], [(64, 20)]
-    with recording(options.output or record_here("precision")) as rows:
+    with recording(options.output or record_here("precision")) as recorded:
         for threads in each(options.threads):
             for task, points in zip((inference, training), grid, strict=True):
                 for hidden, batch in points:
                     new = task(hidden, batch, threads, options.seconds)
-                    rows += [{name: row.get(name, "") for name in FIELDS} for row in new]
+                    recorded += [{name: row.get(name, "") for name in FIELDS} for row in new]
                     text = ", ".join(f"{r['engine']} {p50(r):.3f}" for r in new)
                     print(f"{task.__name__} H{hidden} B{batch} x{threads}: {text}", flush=True)
 

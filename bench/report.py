@@ -289,10 +289,15 @@ def markdown(results: Results, machine: Mapping[str, str]) -> str:
             f"other engine{also}."
         ),
         "",
-        *table(["H", "B", "T", *formats.values()], time_rows(results, formats, False)),
-        "",
-        wrapped("Milliseconds per call of ours by format of the weights, same machine."),
-        "",
+    ]
+    if cell != "lstm":  # whose formats are bench_precision.py's
+        lines += [
+            *table(["H", "B", "T", *formats.values()], time_rows(results, formats, False)),
+            "",
+            wrapped("Milliseconds per call of ours by format of the weights, same machine."),
+            "",
+        ]
+    lines += [
         *table(
             ["threads", "B", "speed-up", "least", "at the roof"],
             batch_rows(select(results, "layer")),

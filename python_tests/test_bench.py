@@ -108,11 +108,17 @@ def test_the_benchmark_of_precisions_compares_engines_of_the_same(tmp_path):
     assert {row["precision"] for row in rows if row["task"] == "inference"} == set(FORMATS)
     trained = {(row["engine"], row["precision"]) for row in rows if row["task"] == "training"}
     assert {("nn.LSTM", "float32"), ("ISSLSTM", "float32")} <= trained
-    page.write_text("<!-- precision:begin -->\n<!-- precision:end -->\n")
+    blocks = {"precision": list(FORMATS), "precision-times": ["64; 10", "64; 20"]}
+    for block, second in blocks.items():
+        page.write_text(f"<!-- {block}:begin -->\n<!-- {block}:end -->\n")
+        done = run(BENCH / "bench_precision.py", "--docs", page, "--csv", path)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split(" | ") for line in page.read_text().splitlines() if line[:2] == "| "]
+        assert [line[1] for line in lines if "machine" not in line[0]] == second
+    page.write_text("")
     done = run(BENCH / "bench_precision.py", "--docs", page, "--csv", path)
-    assert done.returncode == 0, done.stderr
-    table = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
-    assert [line[1] for line in table[1:]] == list(FORMATS)
+    assert done.returncode == 2
+    assert "expected <!-- precision or precision-times:begin -->" in done.stderr
 
 
 def test_the_benchmark_of_resets_compares_with_split_segments(tmp_path):
@@ -262,6 +268,7 @@ def test_report_fills_the_block_of_a_page(quick, tmp_path):
         ("bench_contention.py", "docs/servers.md", "contention"),
         ("report_demo.py", "README.md", "demo"),
         ("bench_precision.py", "README.md", "precision"),
+        ("bench_precision.py", "docs/benchmarks.md", "precision-times"),
         ("bench_ptb.py", "docs/benchmarks.md", "ptb"),
         ("bench_linear.py", "docs/benchmarks.md", "linear"),
         ("bench_squad.py", "examples/squad/README.md", "squad"),
