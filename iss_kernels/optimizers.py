@@ -7,6 +7,7 @@ of a parameter without some of its rows and columns is the state without these r
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -145,8 +146,9 @@ def _metric(group: Mapping[str, Any], state: Mapping[str, Any] | None) -> Tensor
     if not state:
         return None
     squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    mean: Tensor = squares / (1 - group["betas"][1] ** float(state["step"]))
-    return mean.sqrt_().add_(group["eps"]).div_(rate)
+    scale = 1 / (rate * math.sqrt(1 - group["betas"][1] ** float(state["step"])))
+    root: Tensor = squares.sqrt()
+    return torch.add(root.new_tensor(group["eps"] / rate), root, alpha=scale, out=root)
 
 
 def hand_over(new: Mapping[nn.Parameter, nn.Parameter], cut: Cut) -> None:
