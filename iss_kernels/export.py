@@ -71,10 +71,10 @@ def export_onnx(
     node for, an ISSRHN and `resets`, is written step by step, which fixes the number of steps.
     Weights are named as the module that holds them, "lstm.W_l0".
 
-    Where ONNX Runtime is installed the file is run before it is kept, on the example and on longer
-    ones, and compared with the model, unless its own answers differ from call to call. A trace that
-    nothing checks may hold as a constant what code computed from the example: without ONNX Runtime
-    dynamo=False is never a default.
+    Where ONNX Runtime is installed the file is run before it is kept, on the example, on longer
+    ones and on other values, and compared with the model, unless its own answers differ from call
+    to call. A trace that nothing checks may hold as a constant what code computed from the example:
+    without ONNX Runtime dynamo=False is never a default.
 
     Equivalent to torch.onnx.export(model, example, path), which serves modules of this package too,
     but for packed sequences. It needs the packages onnx and, but with dynamo=False, onnxscript.
@@ -130,12 +130,13 @@ def export_onnx(
             break
         except RuntimeError as error:
             errors.append(error)
-    else:
-        raise errors[0]
+    else:  # what the first one refuses, or how the file of the second one is wrong
+        worst = next((error for error in errors if isinstance(error, _WrongFile)), errors[0])
+        raise RuntimeError(str(worst)) from worst
     if dropped:
         warnings.warn(
             f"export_onnx: the file takes inputs of the example's size alone in {dropped}, "
-            "which the exported model fixes (a loop over steps in Python does)",
+            "which the exported model fixes (a loop over steps in Python does, or its arithmetic)",
             stacklevel=2,
         )
     part = f"{os.fspath(path)}.{os.getpid()}.part"
@@ -178,6 +179,10 @@ def _content(
             raise RuntimeError(f"{_differ(label)}, got {why}")
         dropped += fixed
         sizes = _without(sizes, fixed)
+
+
+class _WrongFile(RuntimeError):
+    """An exporter took the model, and its file gives other answers."""
 
 
 _LARGEST = 2**31 - 1  # a message of protobuf
@@ -247,19 +252,33 @@ class _Arguments:
                 )
             self.tensors = dict(zip(names, self.tensors.values(), strict=True))
 
-    def longer(self, sizes: Mapping[str, Mapping[int, str]]) -> tuple[Any, ...]:
-        """The arguments, where each size of a name in `sizes` has grown by as much of its own."""
+    def longer(self, sizes: Mapping[str, Mapping[int, str]], twice: str = "") -> tuple[Any, ...]:
+        """The arguments, where each size of a name in `sizes` has grown by as much of its own.
+
+        twice: the name of one that grows by as much as it is besides.
+        """
         leaves = list(self.leaves)
         for name, dims in sizes.items():
             for dim, label in dims.items():
                 tensor = leaves[self.tensors[name]]
                 size, more = tensor.shape[dim], self.growth.setdefault(label, 3 + len(self.growth))
+                more += size if label == twice else 0
                 index = torch.arange(size + more, device=tensor.device).clamp(max=size - 1)
                 leaves[self.tensors[name]] = tensor.index_select(dim, index)  # sorted ones stay so
                 for other in self.counting.get(label, ()):
                     counts = leaves[self.tensors[other]]
                     leaves[self.tensors[other]] = counts.where(counts != size, size + more)
         return pytree.tree_unflatten(leaves, self.form)  # type: ignore[no-any-return]
+
+    def other(self) -> Iterator[tuple[Any, ...]]:
+        """The arguments with other values: all floating ones, then all others."""
+        draw = torch.Generator().manual_seed(0)
+        for floating in (True, False):
+            leaves = list(self.leaves)
+            for place in self.tensors.values():
+                if leaves[place].is_floating_point() == floating:
+                    leaves[place] = _other(leaves[place], draw)
+            yield pytree.tree_unflatten(leaves, self.form)
 
     def counts_of(self, size: int) -> list[str]:
         """Inputs that may be lengths of rows, of which the longest has `size` steps."""
@@ -269,10 +288,14 @@ class _Arguments:
 
     def error(self, sizes: Mapping[str, Mapping[int, str]]) -> Exception | None:
         """What the model raises over longer arguments."""
+        return self.error_of(self.longer(sizes))
+
+    def error_of(self, arguments: tuple[Any, ...]) -> Exception | None:
+        """What the model raises over these."""
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                outputs = _fresh(self.model)(*self.longer(sizes))
+                outputs = _fresh(self.model)(*copy.deepcopy(arguments))
             leaves = pytree.tree_leaves(outputs, lambda part: isinstance(part, PackedSequence))
             other = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_CONSTANTS))]
             if other or not any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -359,6 +382,21 @@ class _Arguments:
             if self.error(_without(found, [*dropped, *later])) is not None:
                 dropped.append(label)
         return _without(found, dropped)
+
+
+def _other(tensor: Tensor, draw: torch.Generator) -> Tensor:
+    """Of this shape and kind with other values."""
+    if tensor.is_floating_point():
+        noise = torch.randn(tensor.shape, generator=draw).to(tensor.dtype)
+        spread = tensor.std() if tensor.numel() > 1 else 0
+        return tensor + noise * (spread if spread > 0 else 1)
+    if tensor.dtype == torch.bool:
+        return ~tensor
+    if tensor.dtype in _WHOLE and tensor.numel():
+        if tensor.min() == tensor.max():
+            return tensor + torch.arange(tensor.numel()).view(tensor.shape).to(tensor) % 2
+        return tensor.flip(tuple(range(tensor.dim())))  # indices stay in range
+    return tensor
 
 
 def _bake(module: Any) -> None:
@@ -471,9 +509,17 @@ def _exported(
                 shapes = tuple(dict(sizes.get(name, {})) for name in args.tensors)
                 if may_fix:
                     shapes = tuple(dict.fromkeys(dims, Dim.AUTO) for dims in shapes)
-                program: Any = torch.onnx.export(
-                    model, given, dynamo=True, dynamic_shapes=(shapes,), verbose=False, **options
-                )
+                # torch prints the graph of a model that it refuses.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    program: Any = torch.onnx.export(
+                        model,
+                        given,
+                        dynamo=True,
+                        dynamic_shapes=(shapes,),
+                        verbose=False,
+                        **options,
+                    )
+                _rename(program.model.graph)
                 proto = _named(program.model_proto, sizes)
             else:
                 file: Any = io.BytesIO()
@@ -499,6 +545,15 @@ def _exported(
             f"got opset {got}"
         )
     return proto
+
+
+def _rename(graph: Any) -> None:
+    """Give values of nodes that have the name of an input another one."""
+    taken = {value.name for value in graph.inputs}
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken:
+                value.name = f"{value.name}_of_node"
 
 
 def _named(proto: Any, sizes: Mapping[str, Mapping[int, str]]) -> Any:
@@ -545,8 +600,23 @@ def _fixed(
         if why is not None and len(fewer) == 1:
             fixed[fewer[0]] = why
         elif why is not None and not fixed:
-            raise RuntimeError(
+            raise _WrongFile(
                 f"export_onnx: expected a file with the answers of the model, got {why}"
+            )
+    # Where code rounds a size up, a little more of it may change nothing.
+    for label in labels:
+        example = args.longer(sizes, twice=label)
+        if label not in fixed and args.error_of(example) is None:
+            why = _difference(session, model, example, args, compare)
+            fixed |= {} if why is None else {label: why}
+    for example in () if fixed else args.other():
+        if args.error_of(example) is not None:
+            continue
+        why = _difference(session, model, example, args, compare)
+        if why is not None:
+            raise _WrongFile(
+                "export_onnx: expected a model whose code does not depend on the values that it is "
+                f"given, got a file that has other answers to values beside the example's, {why}"
             )
     return fixed
 

@@ -3,7 +3,9 @@
 
 import importlib.util
 import io
+import math
 import os
+import warnings
 
 import pytest
 import torch
@@ -400,6 +402,9 @@ def test_torchs_own_export_of_packed_sequences_is_refused():
         torch.onnx.export(model, tuple(ragged(7, 7, 3).values()), io.BytesIO(), dynamo=False)
 
 
+X = torch.randn(5, 2, 4)
+
+
 class OfValues(nn.Module):
     """What torch.export cannot follow and a trace can."""
 
@@ -418,6 +423,77 @@ def test_by_default_the_second_exporter_takes_what_the_first_refuses(tmp_path):
         iss.export_onnx(model, X, path, dynamo=True)
     iss.export_onnx(model, X, path)
     check(path, model, {"x": torch.randn(9, 3, 4)})
+
+
+class AsksForStarts(nn.Module):
+    """Code that takes another way where the example's values are others."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = iss.ISSGRU(4, 5)
+
+    def forward(self, x, starts):
+        if torch.all(starts == 0):
+            return self.rnn(x)[0]
+        return torch.stack([self.rnn(step[None])[0][0] for step in x])
+
+
+@pytest.mark.parametrize(
+    "starts", [torch.zeros(5, 2), torch.zeros(5, 2).long(), torch.zeros(5, 2) > 9]
+)
+def test_a_trace_of_one_branch_is_refused(tmp_path, starts, capfd):
+    """The file would give the answers of the example's branch to all inputs."""
+    for options in ({}, {"dynamo": False}):
+        with pytest.raises(RuntimeError, match="whose code does not depend on the values"):
+            iss.export_onnx(AsksForStarts(), (X, starts), tmp_path / "model.onnx", **options)
+        assert os.listdir(tmp_path) == []
+    assert "def forward" not in "".join(capfd.readouterr())
+
+
+class Pads(nn.Module):
+    """Steps in blocks of 16: padded, and cut off again."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.rnn = nn.Linear(16, 4), iss.ISSGRU(4, 16)
+
+    def forward(self, x):  # [B, N]
+        steps = x.shape[-1]
+        x = nn.functional.pad(x, (0, math.ceil(steps / 16) * 16 - steps))
+        return self.rnn(self.blocks(x.unflatten(1, (-1, 16))))[0].flatten(1)[:, :steps]
+
+
+@both_exporters
+def test_a_size_that_is_rounded_up_is_found(tmp_path, dynamo):
+    """From 40 to 43 steps the padding ends where it did."""
+    path, model = tmp_path / "model.onnx", Pads()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        iss.export_onnx(model, torch.randn(2, 40), path, dynamo=dynamo)
+    if shape_of(path, "x") == ["x_0", 40]:
+        assert any("in ['x_1'], which" in str(warning.message) for warning in caught)
+    else:
+        check(path, model, *({"x": torch.randn(3, n)} for n in (40, 43, 49, 200)),
+              engines=[onnx_runtime])  # fmt: skip
+
+
+class Concatenates(nn.Module):
+    """An argument with the name that an exporter gives a node."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = iss.ISSGRU(4, 5)
+
+    def forward(self, cat, relu):
+        return self.rnn(torch.cat([cat, relu], -1).relu())[0]
+
+
+@both_exporters
+def test_inputs_may_have_the_names_of_nodes(tmp_path, dynamo):
+    path, model = tmp_path / "model.onnx", Concatenates()
+    iss.export_onnx(model, (X[..., :1], X[..., :3]), path, dynamo=dynamo)
+    assert onnx_inputs(path) == ["cat", "relu"]
+    check(path, model, {"cat": torch.randn(7, 3, 1), "relu": torch.randn(7, 3, 3)})
 
 
 # -- errors: one sentence, and no file
@@ -446,7 +522,6 @@ class Resets(nn.Module):
         return self.rnn(x, None, lengths, x[..., 0] > 0)
 
 
-X = torch.randn(5, 2, 4)
 STEPS = {"x": {0: "T"}}
 ERRORS = {
     "no module": (lambda path, **how: iss.export_onnx(len, X, path, **how), TypeError,
