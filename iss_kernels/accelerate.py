@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from iss_kernels.recurrent import CELL_MODULES, MODULES
+from iss_kernels.type_checks import warn_of_type_checks
 
 HOOK_TABLES = [name for name in vars(nn.Module()) if "hook" in name]
 
@@ -220,7 +221,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Returns the model (the new module, where the model is itself one). Parameters are shared with
     the old modules, so an optimizer goes on working; hooks, buffers, submodules and attributes come
     along. Found are also those that modules hold in plain attributes, lists, dicts, sets and
-    tuples. Subclasses of torch's classes, and scripted modules, are left alone.
+    tuples. Subclasses of torch's classes, and scripted modules, are left alone. Ours are an
+    nn.RNNBase but no nn.LSTM: a warning names code of the model that asks for that.
 
     Raises ValueError, and changes nothing, where something cannot come along: a forward or another
     method that was set on a module (torch.compile does), a weight that is computed (weight_norm,
@@ -253,6 +255,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             if name in HOOK_TABLES and isinstance(table, dict):
                 table.update(vars(new[old])[name])
                 vars(new[old])[name] = table
+    warn_of_type_checks("accelerate", model, new)
     for holder in [*(held for _, _, held in holdings), *new.values()]:
         if _ours(holder) is None:
             _replace_in(holder, new)

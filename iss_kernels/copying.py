@@ -24,12 +24,44 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     is filled. Parameters, buffers, hooks and the sharing of tensors and modules are copied as
     deepcopy does. The copy's hooks compute its weights anew, from its own parameters, when it is
     called; until then it holds their present values.
+
+    Raises ValueError for a model with a part that does not copy what it holds, but makes it anew.
     """
     memo = {} if memo is None else memo
+    instead = {id(part): memo[id(part)] for part in _parts(model) if id(part) in memo}
     for tensor in _tensors_within(model, memo):
         if not tensor.is_leaf:
             memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
-    return copy.deepcopy(model, memo)
+    result = copy.deepcopy(model, memo)
+    arrived = {id(part) for part in _parts(result)}
+    if any(id(part) not in arrived for part in instead.values()):
+        kinds = dict.fromkeys(type(module) for module in model.modules())
+        own = [
+            f" ({kind.__name__}.{name})"
+            for kind in kinds
+            for name in _COPIERS
+            if _has_own(kind, name) and not kind.__module__.startswith("torch.")
+        ]
+        raise ValueError(
+            "expected a model that copy.deepcopy copies part by part, got a "
+            f"{type(model).__name__} that makes parts of itself anew{''.join(own[:1])}"
+        )
+    return result
+
+
+_COPIERS = ("__deepcopy__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__")
+
+
+def _has_own(kind: type, name: str) -> bool:
+    """Whether a class of modules defines a method otherwise than nn.Module."""
+    return getattr(kind, name, None) is not getattr(nn.Module, name, None)
+
+
+def _parts(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        yield module
+        yield from module._parameters.values()
+        yield from module._buffers.values()
 
 
 def _tensors_within(model: nn.Module, memo: Mapping[int, Any]) -> Iterator[Tensor]:

@@ -28,6 +28,7 @@ def is_plain_linear(module: Any) -> bool:
         and type(weight) is nn.Parameter
         and type(bias) in (nn.Parameter, type(None))
         and weight.shape == (rows, columns)
+        and weight.numel() > 0
         and (bias is None or bias.shape == (rows,))
         and all(t is None or t.layout == torch.strided for t in (weight, bias))
         and all(t is None or t.is_floating_point() for t in (weight, bias))

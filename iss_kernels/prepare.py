@@ -24,6 +24,7 @@ from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent, class_of
 from iss_kernels.recurrent_cell import RecurrentCell, options_of_cell
 from iss_kernels.states import States
 from iss_kernels.stored import FORMATS, NO_GRADIENT, Snapshot, dtype_name
+from iss_kernels.type_checks import warn_of_type_checks
 
 
 class Prepared(Snapshot, Recurrent):
@@ -386,6 +387,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         new[module] = memo[id(module)] = kind(module, weights)
     for linear in plain_linears(model):
         new[linear] = memo[id(linear)] = PreparedLinear(linear, weights)
+    warn_of_type_checks("prepare", model, new)
     result = copied(model, memo)
     for module, prepared in new.items():
         _carry(module, prepared, memo)

@@ -2,6 +2,7 @@
 """A copy of a model is independent of it, whatever its modules hold."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from kinds import Kind, every_kind
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import iss_kernels as iss
 from iss_kernels.copying import copied
 
 X = torch.randn(3, 4)
@@ -119,3 +121,46 @@ def test_what_cannot_be_copied_is_deepcopys_error() -> None:
     with pytest.raises(TypeError) as error:
         copied(model)
     assert str(error.value) == str(expected.value)
+
+
+class MakesItself(nn.Module):
+    """Is copied as its arguments and its state_dict."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.rnn, self.out = size, nn.LSTM(4, size), nn.Linear(size, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.out(self.rnn(x)[0])
+
+    def __getstate__(self) -> Any:
+        return {"size": self.size, "state": self.state_dict()}
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(state["size"])  # type: ignore[misc]
+        self.load_state_dict(state["state"])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model: iss.prepare(model, "int8"),
+        lambda model: iss.find_groups(model, X[:, None]),
+        lambda model: iss.shrink(model, groups_of(model)),
+    ],
+)
+def test_a_model_that_makes_its_parts_anew_is_refused(function: Callable[..., Any]) -> None:
+    """What stands for its parts would not arrive in the copy."""
+    model = nn.Sequential(nn.Identity(), MakesItself(5))
+    with pytest.raises(ValueError, match="that copy.deepcopy copies part by part, got a") as caught:
+        function(model)
+    assert str(caught.value).endswith("makes parts of itself anew (MakesItself.__setstate__)")
+    assert isinstance(copied(model)[1].rnn, nn.LSTM)
+
+
+def groups_of(model: nn.Module) -> iss.Groups:
+    """Found in a model of the same parts."""
+    plain = nn.Sequential(nn.Identity(), nn.Module())
+    plain[1].__dict__.update(vars(model[1]))
+    plain[1].__class__ = type("Plain", (nn.Module,), {"forward": MakesItself.forward})
+    return dataclasses.replace(iss.find_groups(plain, X[:, None]), model=model)

@@ -291,9 +291,12 @@ LEFT = {
     "complex": lambda: nn.Linear(4, 3, dtype=torch.complex64),
     "of another shape": lambda: transposed(nn.Linear(4, 3)),
     "lazy": lambda: nn.LazyLinear(3),
+    "without inputs": lambda: nn.Linear(0, 3),
+    "without outputs": lambda: nn.Linear(4, 0),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 @pytest.mark.parametrize("name", LEFT)
 def test_what_computes_something_else_is_copied_as_it_is(name):
     linear = LEFT[name]()
