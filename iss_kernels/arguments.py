@@ -8,6 +8,7 @@ the arguments for a step, for fewer steps, and for another sequence that begins 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -32,6 +33,8 @@ def mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> 
         old = dict(enumerate(tree))
     elif hasattr(tree, "__dict__") and not callable(tree):
         old = dict(vars(tree))
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):  # one with slots
+        old = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
     else:
         return tree
     parts = {key: mapped(part, function, (*path, key)) for key, part in old.items()}

@@ -38,6 +38,7 @@ from iss_kernels.groups import (
 from iss_kernels.rules import (
     ANY,
     COPIES,
+    JOINS,
     METADATA,
     NONE,
     SIZES,
@@ -169,6 +170,9 @@ def find_groups(
                 f"{stay.why}"
             )
     whole = {name: str(first[name]) for name in tracer.whole}
+    for name, stay in tracer.whole.items():
+        if tracer.module_of(name) in full and str(stay) != whole[name]:
+            whole[name] += f"; nor can they leave inside a layer that keeps its width: {stay}"
     if not groups.families and not keep:
         _refuse(whole)
     return replace(groups, kept_whole=whole | others)
@@ -206,6 +210,7 @@ def _refuse(kept_whole: dict[str, str]) -> None:
 # Why units stay whole, whatever is done outside of their module.
 _OWN_OUTPUT = "its outputs are the model's own"
 _NOT_RUN = "the example does not run it"
+_AS_ONE = "all its units would have to leave together"
 
 
 @dataclass(frozen=True)
@@ -280,6 +285,7 @@ class _Tracer(TorchFunctionMode):
         self.returned: list[Path] = []  # where the model returns final states
         self.by_position: list[tuple[str, Tensor]] = []  # functions that rearranged these units
         self.by_size: list[tuple[str, Tensor]] = []  # functions that told the size of these
+        self.beside: list[Tensor] = []  # labels of tensors that a function put side by side
         self.called: set[nn.Module] = set()
         self.looked_up: set[str] = set()  # parameters that were used as embeddings
         self.eps = 0.0  # of the least precise floating dtype that was seen
@@ -585,9 +591,11 @@ class _Tracer(TorchFunctionMode):
                 block = tuple(owners[unit])
                 if block not in why or (stay.unknown and not why[block].unknown):
                     why[block] = stay
-        for block in blocks:
+        for block, its in blocks.items():
             if any(self.families[i].module not in self.stacked for i in block):
                 why.setdefault(block, _Stay(_none(0), "", _NOT_RUN, False))
+            if len(its) == 1 and all(self.families[i].size > 1 for i in block):
+                why.setdefault(block, _Stay(_none(0), "", _AS_ONE, False))
         for names in self._read_as_one():
             those = [b for b in blocks if any(self.families[i].name in names for i in b)]
             # States that are apart since sizes differ would become one tensor if these got equal.
@@ -625,7 +633,8 @@ class _Tracer(TorchFunctionMode):
         together. Then numbers change with the units
         that may be their widths. culprits: filled with the families that fail alone.
         """
-        sets = [set(self._names_of(labels, groups)) for _, labels in self.by_position]
+        places = [*(labels for _, labels in self.by_position), *self.beside]
+        sets = [set(self._names_of(labels, groups)) for labels in places]
         by_module: dict[str, set[str]] = {}
         for family in groups.families:
             by_module.setdefault(family.module, set()).add(family.name)
@@ -772,9 +781,11 @@ class _Tracer(TorchFunctionMode):
         """Join the dimensions of a parameter with these units."""
         name = self.names.get(id(parameter[1]), parameter[0])
         if name not in self.units:
-            # Columns of the input alone get ids of their own.
+            # Columns of the input alone get ids of their own, as do those of zeros.
             self.units[name] = [
-                self._new_units(len(one)) if bool((one == NONE).all()) else one.clone()
+                self._new_units(len(one))
+                if bool((one == NONE).all())
+                else torch.where(one == ANY, self._new_units(len(one)), one)
                 for one in units
             ]
         if len(units) > 1:
@@ -904,6 +915,8 @@ class _Tracer(TorchFunctionMode):
             self.weights |= {id(tensor): tensor for tensor in tensors(result)}
         if before and before[0] and name in _BY_POSITION:
             self._note_position(name, before[0], result)
+        if name in JOINS and sum(map(bool, before)) > 1:
+            self.beside.append(torch.cat([one.flatten() for labels in before for one in labels]))
         if given and isinstance(result, Tensor) and id(result) not in self.states:
             of = self.states.get(id(given[0]), self.moved.get(id(given[0])))
             # h and c of a cell in one tensor, like the one that they came in.

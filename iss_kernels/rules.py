@@ -282,7 +282,7 @@ _MOVES = """T __getitem__ adjoint chunk diagonal diff_ dsplit expand expand_as f
     swapaxes swapdims t take take_along_dim tensor_split tile transpose triu tril unbind unflatten
     unfold unsafe_chunk unsafe_split unsqueeze unsqueeze_ squeeze_ view view_as vsplit
     broadcast_to permute_copy transpose_ t_ split_with_sizes view_as_real"""
-_JOINS = "cat concat concatenate dstack hstack stack vstack column_stack row_stack block_diag"
+JOINS = words("cat concat concatenate dstack hstack stack vstack column_stack row_stack block_diag")
 
 
 def _slots(labels: Labels) -> dict[int, Tensor]:
@@ -330,7 +330,7 @@ def _move(trace: Trace, call: Call) -> None:
         trace.label(tensor, labels)
 
 
-@_rule(_JOINS)
+@_rule(" ".join(JOINS))
 def _join(trace: Trace, call: Call) -> None:
     operands = tensors((call.args, call.kwargs))
     slots = [_slots(trace.labels(tensor)) for tensor in operands]
@@ -341,9 +341,20 @@ def _join(trace: Trace, call: Call) -> None:
             other = fill((1,) * tensor.dim(), ANY if is_any([*of.values()]) else NONE)
             labels[id(tensor)] = of.get(slot, other).expand(tensor.shape)
         joined.append(compact(*_moved(call, labels)))
-    if not joined and all(is_any([*of.values()]) for of in slots):
+    constant = [is_any([*of.values()]) for of in slots]
+    if not joined and all(constant):
         joined = [fill((1,) * call.result.dim(), ANY)]
+    elif not joined and any(constant) and _along_last(call, operands[0].dim()):
+        # Zeros beside data, in whose place there are units later: input feeding begins so.
+        kinds = [ANY if one else NONE for one in constant]
+        parts = zip(operands, kinds, strict=True)
+        joined = [torch.cat([fill((1,) * (t.dim() - 1) + t.shape[-1:], k) for t, k in parts], -1)]
     trace.label(call.result, joined)
+
+
+def _along_last(call: Call, count: int) -> bool:
+    """Whether a call joins tensors of so many dimensions along their last one."""
+    return "cat" in call.name and from_right(call.get(1, "dim", 0), count) == {-1}
 
 
 @_rule("__setitem__ index_put index_put_")

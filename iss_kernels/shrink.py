@@ -262,14 +262,20 @@ def _report(
     )
 
 
-def removed(model: nn.Module, groups: Groups, kept: Mapping[str, Tensor]) -> nn.Module:
+class NoInputsError(ValueError):
+    """All units left that a layer reads."""
+
+
+def removed(
+    model: nn.Module, groups: Groups, kept: Mapping[str, Tensor], whole_too: bool = True
+) -> nn.Module:
     """A copy of the model without the units that are not kept: {family name: bool [size]}.
 
-    Every nn.LSTM with a labelled weight is an ISSLSTM there, and so on for each kind. What the
-    model shares, the copy shares.
+    Every nn.LSTM with a labelled weight is an ISSLSTM there, and so on for each kind; but with
+    whole_too=False those that lose nothing. What the model shares, the copy shares.
     """
     cut = _cut_tensors(model, groups, kept)
-    new = set(cut.values())
+    new = {its for old, its in cut.items() if whole_too or its.shape != old.shape}
     masks = _masks(model, groups, kept, cut)
     small = copied(model, {id(tensor): smaller for tensor, smaller in cut.items()})
     full_width = [small.get_submodule(name) for name in groups.full_width]
@@ -549,10 +555,15 @@ def _rebuilt(module: Any, new: Mapping[Tensor, Tensor], masks: Masks, full_width
     """This package's module like `module`, of the sizes that its parameters have.
 
     new: {parameter: the one in its place}, where it differs; masks: see `_masks`; full_width: see
-    `Groups`.
+    `Groups`. Raises NoInputsError for a module that would read nothing.
     """
     own = module.named_parameters(recurse=False, remove_duplicate=False)
     parameters: dict[str, Any] = {name: new.get(one, one) for name, one in own}
+    if any(p.dim() == 2 and not p.shape[1] for p in parameters.values()):
+        raise NoInputsError(
+            "shrink: expected units to leave an input to every layer that reads them, got an "
+            f"{cell_of(module).name.upper()} without one"
+        )
     # On meta: no storage and no random numbers, since the parameters follow.
     small: Any
     if isinstance(module, nn.RNNCellBase):

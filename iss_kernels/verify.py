@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from iss_kernels.arguments import Path, leaves, tensors
 from iss_kernels.copying import copied
 from iss_kernels.groups import GroupError, Groups
-from iss_kernels.shrink import all_of, removed
+from iss_kernels.shrink import NoInputsError, all_of, removed
 
 
 def replaced(tree: Any, function: Callable[[Any], Any], numbers: bool = False) -> Any:
@@ -125,23 +125,33 @@ class Experiment:
                 {f: mask if f in block else all_of(len(mask)) for f, mask in kept.items()}
                 for kept in _trials(groups)
             ]
-            if self._failures(groups, trials):
+            if self._failures(groups, trials, whole_too=False):
                 names += block
         return names or [family.name for family in groups.families]
 
-    def _failures(self, groups: Groups, trials: list[dict[str, Tensor]]) -> str | None:
+    def _failures(
+        self, groups: Groups, trials: list[dict[str, Tensor]], whole_too: bool = True
+    ) -> str | None:
         """The first failure: the first trial takes all inputs, each other one of them."""
         for i, kept in enumerate(trials):
             inputs = self.inputs if i == 0 else [self.inputs[i % len(self.inputs)]]
-            if failure := self._failure(groups, kept, inputs, trains=i == 0):
+            if failure := self._failure(groups, kept, inputs, i == 0, whole_too):
                 return failure
         return None
 
     @torch.no_grad()
     def _failure(
-        self, groups: Groups, kept: Mapping[str, Tensor], examples: list[Any], trains: bool
+        self,
+        groups: Groups,
+        kept: Mapping[str, Tensor],
+        examples: list[Any],
+        trains: bool,
+        whole_too: bool,
     ) -> str | None:
-        """Compare a copy that keeps these units with one where the others are dead."""
+        """Compare a copy that keeps these units with one where the others are dead.
+
+        trains: in training mode as well. whole_too: as `removed` takes it.
+        """
         names = [one.name for one in groups.labelled]
         if self.drawn is None or self.drawn[0] != names:
             model = copied(self.model).eval()
@@ -149,7 +159,10 @@ class Experiment:
             self.drawn = names, model
         whole = copied(self.drawn[1])
         groups = replace(groups, model=whole)
-        small = removed(whole, groups, kept)
+        try:
+            small = removed(whole, groups, kept, whole_too)
+        except NoInputsError as error:
+            return f"fails with {_brief(error)}"
         groups.zero_(torch.cat([~kept[f.name] for f in groups.families]), rows=False)
         for inputs in examples:
             expected, got = self._outcome(whole, inputs), self._outcome(small, inputs)

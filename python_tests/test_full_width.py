@@ -203,6 +203,8 @@ def test_a_unit_that_does_not_begin_at_zero_stays(name: str) -> None:
     if leaves:
         small, whole = halved(model, X)
         same(small(X), whole(X))
+    else:  # not for what another width would do away with
+        assert "nor can they leave inside a layer that keeps its" in groups.kept_whole["rnn.l0"]
 
 
 def test_h_0_of_an_lstm_may_be_anything() -> None:

@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -813,6 +814,111 @@ def test_defaults_for_dtype_and_device_change_nothing(dtype: torch.dtype) -> Non
             assert labels(model) == expected
     finally:
         torch.set_default_dtype(before)
+
+
+def test_code_that_asks_for_a_class_keeps_its_own_layer_alone() -> None:
+    """isinstance(m, nn.LSTM) is false for what an nn.LSTM without some of its units becomes."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.rnn(x)
+        y = y[0] if isinstance(m.rnn, nn.LSTM) else y
+        made: Tensor = m.head(m.norm(y)) + m.other_head(m.other(x)[0])
+        return made
+
+    model = Net(
+        run, rnn=nn.LSTM(5, 6), norm=nn.Identity(), head=nn.Linear(6, 2),
+        other=nn.GRU(5, 6), other_head=nn.Linear(6, 2),
+    )  # fmt: skip
+    groups = find_groups(model, X, on_unknown="keep")
+    assert [family.name for family in groups.families] == ["other.l0"]
+    assert list(groups.kept_whole) == ["rnn.l0"]
+    small, _ = shrink(model, groups, keep={"other.l0": torch.arange(6) < 3})
+    assert type(small.rnn) is nn.LSTM and type(small.other) is ISSGRU
+
+
+def test_a_layer_that_reads_a_part_of_the_units_may_lose_them_all() -> None:
+    """What a copy cannot be made without is a failure of that copy, not of find_groups."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = torch.cat([rnn(x)[0] for rnn in m.first], -1)
+        y = y.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(2)
+        parts = [rnn(part)[0] for rnn, part in zip(m.second, y.chunk(4, -1), strict=True)]
+        made: Tensor = m.head(torch.cat(parts, -1))
+        return made
+
+    first = nn.ModuleList(nn.GRU(5, 8) for _ in range(4))
+    second = nn.ModuleList(nn.GRU(8, 8) for _ in range(4))
+    groups = find_groups(Net(run, first=first, second=second, head=nn.Linear(32, 3)), X)
+    assert {f"second.{i}.l0" for i in range(4)} <= {family.name for family in groups.families}
+    assert list(groups.full_width) == [f"first.{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("begin", ["zeros_like", "new_zeros"])
+@pytest.mark.parametrize("through", [nn.Identity, lambda: nn.Linear(5 + 6, 7)])
+def test_a_context_that_begins_with_zeros_is_of_the_units_that_follow(
+    begin: str, through: Callable[[], Any]
+) -> None:
+    """Input feeding: the attention's context goes in beside the next input."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        memory, made = m.rnn(x)[0], []
+        like = begin == "zeros_like"
+        context = torch.zeros_like(memory[0]) if like else memory.new_zeros(memory.shape[1:])
+        h = None
+        for step in x:
+            h = m.cell(m.through(torch.cat([step, context], 1)), h)
+            scores = (memory * m.query(h)).sum(-1).softmax(0)
+            context = (scores[..., None] * memory).sum(0)
+            made.append(m.head(torch.cat([h, context], 1)))
+        return torch.stack(made)
+
+    inner = through()
+    model = Net(
+        run, rnn=nn.LSTM(5, 6), through=inner, query=nn.Linear(8, 6), head=nn.Linear(8 + 6, 2),
+        cell=nn.GRUCell(7 if isinstance(inner, nn.Linear) else 5 + 6, 8),
+    )  # fmt: skip
+    groups = find_groups(model, X)
+    assert [family.name for family in groups.families] == ["rnn.l0", "cell"]
+    assert not groups.full_width
+
+
+def test_layers_whose_states_are_stacked_and_not_read_are_tied() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, (h, _) = m.rnn(x)
+        y, (other, _) = m.other(y)
+        torch.stack([h, other])
+        made: Tensor = m.head(y)
+        return made
+
+    model = Net(run, rnn=nn.LSTM(5, 6), other=nn.LSTM(6, 6), head=nn.Linear(6, 2))
+    groups = find_groups(model, X)
+    assert groups.tied == [["rnn.l0", "other.l0"]] and not groups.full_width
+
+
+def test_units_that_would_all_leave_together_leave_inside() -> None:
+    """A linear layer in groups unites the units of each row and of each column."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.rnn(x)[0].unflatten(-1, (3, -1))
+        return torch.einsum("tbgi,gih->tbgh", y, m.grouped[0]).flatten(2)
+
+    grouped = nn.ParameterList([torch.randn(3, 4, 5)])
+    groups = find_groups(Net(run, rnn=nn.GRU(5, 12), grouped=grouped), X)
+    assert [family.size for family in groups.families] == [12]
+    assert "all its units would have to leave together" in groups.full_width["rnn"]
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    """An output without a __dict__."""
+
+    prediction: Tensor
+    state: Any = None
+
+
+def test_answers_may_be_in_a_dataclass_with_slots() -> None:
+    model = Net(lambda m, x: Slotted(m.head(m.rnn(x)[0])), rnn=nn.GRU(5, 6), head=nn.Linear(6, 2))
+    assert [family.name for family in find_groups(model, X).families] == ["rnn.l0"]
 
 
 def test_a_path_that_no_torch_function_shows_is_noticed() -> None:
