@@ -59,21 +59,30 @@ def _asked_by(
         codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
         if any(name in code.co_names for name in _ASKING):
             starts = [*dis.findlinestarts(code)]
-            for step in dis.get_instructions(code):
-                if _means(step, known, classes):
-                    at = bisect.bisect_right([offset for offset, _ in starts], step.offset)
+            for offset, value in _loaded(code, known, kind):
+                values = value if isinstance(value, tuple) else (value,)
+                if any(isinstance(one, type) and one in classes for one in values):
+                    at = bisect.bisect_right([start for start, _ in starts], offset)
                     yield f"{code.co_filename.rpartition('/')[2]}:{starts[at - 1][1]}"
         for name in code.co_names:
             yield from _asked_by(getattr(kind, name, None), kind, classes, seen)
             yield from _asked_by(known.get(name), kind, classes, seen)
 
 
-def _means(step: dis.Instruction, known: Mapping[str, Any], classes: set[type]) -> bool:
-    """Whether an instruction loads one of the classes: an attribute's name, or a global's value."""
-    if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-        return step.argval in {kind.__name__ for kind in classes}
-    if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-        value = known.get(str(step.argval))
-        values = value if isinstance(value, tuple) else (value,)
-        return any(isinstance(one, type) and one in classes for one in values)
-    return False
+def _loaded(
+    code: types.CodeType, known: Mapping[str, Any], kind: type
+) -> Iterator[tuple[int, Any]]:
+    """Offset and value of what code loads by a global name, or from the class of self."""
+    value: Any = None
+    for step in dis.get_instructions(code):
+        name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+        if step.opname == "LOAD_GLOBAL":
+            value = known.get(str(name))
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            holds = isinstance(value, (types.ModuleType, type))
+            value = getattr(value, str(name), None) if holds else None
+        elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and name == "self":
+            value = kind
+        else:
+            value = None
+        yield step.offset, value

@@ -54,6 +54,18 @@ class InALambda(Model):
         return (lambda rnn: states[0] if type(rnn) is Aliased else states[1])(self.rnn)
 
 
+class OfAnAttribute(Model):
+    kinds = (nn.LSTM, nn.GRU)
+
+    def hidden(self, states: Any) -> torch.Tensor:
+        return states[0] if isinstance(self.rnn, self.kinds) else states[1]
+
+
+class ByItsWholeName(Model):
+    def hidden(self, states: Any) -> torch.Tensor:
+        return states[0] if isinstance(self.rnn, torch.nn.LSTM) else states[1]
+
+
 class InAFunction(Model):
     def hidden(self, states: Any) -> torch.Tensor:
         return of(self.rnn, states)
@@ -87,7 +99,16 @@ def of(rnn: nn.Module, states: Any) -> torch.Tensor:
     return h
 
 
-ASKS = [InAMethod, OfATuple, InALambda, InAFunction, InAProperty, Wrapped]
+ASKS = [
+    InAMethod,
+    OfATuple,
+    OfAnAttribute,
+    ByItsWholeName,
+    InALambda,
+    InAFunction,
+    InAProperty,
+    Wrapped,
+]
 
 
 @pytest.mark.parametrize("kind", ASKS)
@@ -108,6 +129,18 @@ class AsksOthers(Model):
         return states[0] if isinstance(states, tuple) and isinstance(self.rnn, nn.RNNBase) else None
 
 
+class HasItAsAName(Model):
+    """An attribute that is called LSTM is no class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.LSTM = self.rnn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, states = self.LSTM(x)
+        return self.out(y) if isinstance(states, tuple) else y
+
+
 class AsksForLinear(Model):
     def hidden(self, states: Any) -> torch.Tensor:
         return states[0] if isinstance(self.out, nn.Linear) else states[1]
@@ -119,6 +152,7 @@ def test_other_questions_are_none() -> None:
         warnings.simplefilter("error")
         iss.accelerate(AsksOthers())
         iss.accelerate(AsksForLinear())
+        iss.accelerate(HasItAsAName())
         iss.accelerate(iss.accelerate(nn.LSTM(3, 4)))
     with pytest.warns(UserWarning, match="that are no .*Linear"):
         iss.prepare(AsksForLinear())
