@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import re
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from torch.export import Dim
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from iss_kernels import onnx_nodes
@@ -73,8 +75,8 @@ def export_onnx(
 
     Where ONNX Runtime is installed the file is run before it is kept, on the example, on longer
     ones and on other values, and compared with the model, unless its own answers differ from call
-    to call. A trace that nothing checks may hold as a constant what code computed from the example:
-    without ONNX Runtime dynamo=False is never a default.
+    to call. A trace holds as a constant what code computed from the example's values: a warning
+    names the lines that did, and without ONNX Runtime dynamo=False is never a default.
 
     Equivalent to torch.onnx.export(model, example, path), which serves modules of this package too,
     but for packed sequences. It needs the packages onnx and, but with dynamo=False, onnxscript.
@@ -133,6 +135,13 @@ def export_onnx(
     else:  # what the first one refuses, or how the file of the second one is wrong
         worst = next((error for error in errors if isinstance(error, _WrongFile)), errors[0])
         raise RuntimeError(str(worst)) from worst
+    decided = [] if way else _decisions(small, args)
+    if decided:
+        warnings.warn(
+            "export_onnx: the file answers all inputs with what the model's code decided on the "
+            f"values of the example ({', '.join(decided)})",
+            stacklevel=2,
+        )
     if dropped:
         warnings.warn(
             f"export_onnx: the file takes inputs of the example's size alone in {dropped}, "
@@ -382,6 +391,34 @@ class _Arguments:
             if self.error(_without(found, [*dropped, *later])) is not None:
                 dropped.append(label)
         return _without(found, dropped)
+
+
+class _Decisions(TorchFunctionMode):
+    """Notes where code takes a number out of a tensor, which a trace holds as a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frame = sys._getframe(1)
+        file, name = frame.f_code.co_filename, getattr(func, "__name__", "")
+        if name in _NUMBERS and not file.startswith(_LIBRARIES):
+            self.places.append(f"{os.path.basename(file)}:{frame.f_lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+_NUMBERS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "__contains__")
+_LIBRARIES = tuple(os.path.dirname(str(module.__file__)) for module in (torch, onnx_nodes))
+
+
+def _decisions(model: nn.Module, args: _Arguments) -> list[str]:
+    """Where the model's code goes by the values of the example: file:line."""
+    noted = _Decisions()
+    with torch.no_grad(), warnings.catch_warnings(), noted:
+        warnings.simplefilter("ignore")
+        _fresh(model)(*copy.deepcopy(args.longer({})))
+    return list(dict.fromkeys(noted.places))
 
 
 def _other(tensor: Tensor, draw: torch.Generator) -> Tensor:

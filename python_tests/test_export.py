@@ -421,7 +421,8 @@ def test_by_default_the_second_exporter_takes_what_the_first_refuses(tmp_path):
     model, path = OfValues(), tmp_path / "model.onnx"
     with pytest.raises(RuntimeError, match="expected a model that torch.onnx.export takes, got"):
         iss.export_onnx(model, X, path, dynamo=True)
-    iss.export_onnx(model, X, path)
+    with pytest.warns(UserWarning, match=r"decided on the values .* \(test_export.py:\d+\)"):
+        iss.export_onnx(model, X, path)
     check(path, model, {"x": torch.randn(9, 3, 4)})
 
 
