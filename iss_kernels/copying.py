@@ -28,13 +28,13 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises ValueError for a model with a part that does not copy what it holds, but makes it anew.
     """
     memo = {} if memo is None else memo
-    instead = {id(part): memo[id(part)] for part in _parts(model) if id(part) in memo}
+    instead = [memo[id(part)] for part in _parts(model, memo) if id(part) in memo]
     for tensor in _tensors_within(model, memo):
         if not tensor.is_leaf:
             memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
     result = copy.deepcopy(model, memo)
-    arrived = {id(part) for part in _parts(result)}
-    if any(id(part) not in arrived for part in instead.values()):
+    arrived = {id(part) for part in _parts(result, {})}
+    if any(id(part) not in arrived for part in instead):
         kinds = dict.fromkeys(type(module) for module in model.modules())
         own = [
             f" ({kind.__name__}.{name})"
@@ -57,11 +57,18 @@ def _has_own(kind: type, name: str) -> bool:
     return getattr(kind, name, None) is not getattr(nn.Module, name, None)
 
 
-def _parts(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
+def _parts(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[Any]:
+    """Modules, parameters and buffers, but not what is in a module that another stands for."""
+    seen, stack = {id(module)}, [module]
+    while stack:
+        module = stack.pop()
         yield module
-        yield from module._parameters.values()
-        yield from module._buffers.values()
+        if id(module) not in memo:
+            yield from module._parameters.values()
+            yield from module._buffers.values()
+            inner = [m for m in module._modules.values() if m is not None and id(m) not in seen]
+            seen |= {id(m) for m in inner}
+            stack += inner
 
 
 def _tensors_within(model: nn.Module, memo: Mapping[int, Any]) -> Iterator[Tensor]:
