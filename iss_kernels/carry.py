@@ -8,6 +8,7 @@ more with a state than to hand it to the module.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from iss_kernels.arguments import Path, leaves, mapped, tensors
+from iss_kernels.linear import PreparedLinear
 from iss_kernels.prepare import recurrent_types
 from iss_kernels.recurrent import CELL_MODULES, Recurrent
 from iss_kernels.recurrent_cell import RecurrentCell
@@ -181,6 +183,21 @@ class Loop(TorchFunctionMode):
     ) -> Any:
         """Run one torch function."""
         return self.call(getattr(func, "__name__", str(func)), func, args, kwargs or {})
+
+    def watch(self, model: nn.Module, memories: Iterable[Memory]) -> None:
+        """See the calls of a model's recurrent and Linear layers, by kernels too, as one call each.
+
+        memories: those of the model.
+        """
+        for memory in memories:
+            memory.loop = self
+        for name, module in model.named_modules():
+            if type(module) in (nn.Linear, PreparedLinear):
+                module.forward = partial(self._whole, name, module.forward)
+
+    def _whole(self, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        with _pop_mode_temporarily():
+            return self.call(name, forward, args, kwargs)
 
     def call(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call, with the present variables among its arguments."""

@@ -218,8 +218,7 @@ class _Verifier:
         for count in (1, 2):
             model = copied(self.model, {id(p): p for p in self.model.parameters()})
             record, values = Loop(), self.arguments.part(0, count)
-            for memory in memories_of(model):
-                memory.loop = record
+            record.watch(model, memories_of(model))
             try:
                 with self.random(), record:
                     self.arguments.call(model, values)

@@ -60,7 +60,8 @@ class Steps:
         for memory in self.memories:
             memory.keeps = memory.name in keeping
             memory.trusts = bool(feeds) or variables is not None
-            memory.loop = self.loop
+        if self.loop is not None:
+            self.loop.watch(self.model, self.memories)
         self.dropped: dict[Path, int] = {}  # the dimension of time in an output
         self.no_rows = ""  # why rows cannot be reset alone
         self._example = arguments.part(0, 1)

@@ -624,6 +624,28 @@ def test_an_example_of_a_plain_chain_changes_nothing():
     assert type(step._engine) is type(plain._engine)
 
 
+@pytest.mark.parametrize("name", ["attention before", "a context that is fed back"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_prepared_model_with_a_loop_streams(weights, name):
+    """Its Linear layers run by kernels, which no torch function shows."""
+    case = CASES[name]
+    arguments = case.arguments(6)
+    torch.manual_seed(0)
+    model = prepare(case.make(), weights)
+    step, output = case.stream(model, arguments), whole(model, arguments)
+    bound = 1e-5 if weights == "float32" else 0.05
+    for t in range(6):
+        given = tree_leaves(step(*case.step(arguments, t)))
+        for one, other in zip(tree_leaves(case.at(output, t)), given, strict=False):
+            torch.testing.assert_close(other, one, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["attention before", "a context that is fed back"])
+def test_linear_layers_in_a_loop_run_by_kernels(name):
+    case = CASES[name]
+    assert case.stream(case.make(), case.arguments(6))._engine.fast
+
+
 @pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16", "int8"])
 def test_a_prepared_model_streams_in_its_format(weights):
     model, example = prepare(Residual(), weights), floats(B, 6, F_IN)
