@@ -134,6 +134,14 @@ def places(
                 )
         for key, held in inside:
             if isinstance(held, Tensor) and held in tensors:
+                try:
+                    item[key] = held  # as it is
+                except Exception as error:
+                    raise ValueError(
+                        "shrink_: expected a model with its parameters in modules, lists and "
+                        f"dicts, got one of shape {list(held.shape)} in a {type(item).__name__} "
+                        "that takes no other"
+                    ) from error
                 found.append((item, key))
             else:
                 stack.append(held)

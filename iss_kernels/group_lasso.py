@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import compress
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from iss_kernels import ops
 from iss_kernels.groups import Groups
 from iss_kernels.optimizers import metric
-from iss_kernels.target import Target, check_int
+from iss_kernels.target import Target, check_int, number
 
 
 class GroupLasso:
@@ -68,6 +69,9 @@ class GroupLasso:
         horizon: int | None = None,
         gone: float = 0.3,
     ) -> None:
+        if not isinstance(groups, Groups):
+            got = type(groups).__name__
+            raise TypeError(f"GroupLasso: expected the groups of find_groups, got {got}")
         names = [family.name for family in groups.families]
         if not names:
             raise ValueError("GroupLasso: expected groups with units that can leave, got none")
@@ -77,9 +81,11 @@ class GroupLasso:
                 f"GroupLasso: expected strength for the families {', '.join(names)}, "
                 f"got {', '.join(by_name) or 'none'}"
             )
-        for name, value in by_name.items():
+        for name, given in by_name.items():
+            value = number(f"strength for {name}", given)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"GroupLasso: expected strength >= 0 for {name}, got {value}")
+        eps = number("eps", eps)
         if not (eps > 0 and math.isfinite(eps)):
             raise ValueError(f"GroupLasso: expected eps > 0 and finite, got {eps}")
         check_int("warmup", warmup)
@@ -90,12 +96,12 @@ class GroupLasso:
         self.eps = eps
         self.paper_overlap = paper_overlap
         self._strengths = torch.tensor(  # of each unit, [units]
-            [by_name[f.name] for f in groups.families for _ in f.units],
+            [float(by_name[f.name]) for f in groups.families for _ in f.units],
             dtype=torch.float64,
             device="cpu",
         )
         self._label(groups)
-        self._given = dict(by_name)
+        self._given = {name: float(value) for name, value in by_name.items()}
         self._warmup = warmup
         self._steps = 0
         self._factor = 0.0 if warmup else 1.0  # on the strengths, of the last step
@@ -124,23 +130,22 @@ class GroupLasso:
         Creates .grad where it is None, and passes over weights that do not require a gradient.
         Equivalent to `lasso().backward()`. With a GradScaler, call it after scaler.unscale_.
         """
-        weights = self._weights()
+        weights, parameters = self._weights(), self.groups.parameters()
+        trained = [weight.requires_grad for weight in parameters]
+        for weight in compress(parameters, trained):
+            if weight.grad is not None and weight.grad.layout != torch.strided:
+                raise ValueError(
+                    "GroupLasso: expected dense gradients, got one of layout "
+                    f"{str(weight.grad.layout).removeprefix('torch.')}"
+                )
         norms = self._norms(weights)
         strengths = self._step(norms)
-        trained, grads = [], []
-        for i, weight in enumerate(self.groups.parameters()):
-            if weight.requires_grad:
+        if any(trained):
+            for weight in compress(parameters, trained):
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                trained.append(i)
-                grads.append(_matrix(weight.grad))
-        if trained:
+            grads = [_matrix(cast(Tensor, w.grad)) for w in compress(parameters, trained)]
             ops.add_scaled_by_units_(
-                grads,
-                [weights[i] for i in trained],
-                [self._rows[i] for i in trained],
-                [self._columns[i] for i in trained],
-                strengths / norms,
-                self.paper_overlap,
+                grads, *self._labelled(weights, trained), strengths / norms, self.paper_overlap
             )
         return torch.dot(strengths, norms)
 
@@ -149,14 +154,18 @@ class GroupLasso:
         """Set the elements of the groups that are smaller than `threshold` to zero.
 
         What makes the zeros exact when the gradient is used: the paper runs it after each step.
-        Raises ValueError for a threshold that is negative or not finite.
+        Passes over weights that do not require a gradient. Raises ValueError for a threshold that
+        is negative or not finite.
         """
         _check_step("threshold", threshold)
         weights = self._weights()
-        ops.threshold_(weights, self._rows, self._columns, threshold)
+        trained = [weight.requires_grad for weight in self.groups.parameters()]
+        if not any(trained):
+            return
+        ops.threshold_(*self._labelled(weights, trained), threshold)
         if self.reached:
             factors = self._held(torch.ones_like(self._strengths))
-            ops.scale_by_units_(weights, self._rows, self._columns, factors)
+            ops.scale_by_units_(*self._labelled(weights, trained), factors)
 
     @torch.no_grad()
     def proximal_(self, step: float | torch.optim.Optimizer) -> None:
@@ -180,19 +189,21 @@ class GroupLasso:
         the exact operator to first order in step; they differ by O(step^2). As with the exact
         operator a unit leaves as a whole, its weights set to zero together, here where its norm is
         at most step * strength: what is left is a unit that can be removed, not a thinned one.
+        Passes over weights that do not require a gradient, or that the optimiser does not move.
         Raises ValueError for a step that is negative or not finite, and for an optimiser that lacks
         a weight of the groups or has made no step; TypeError for other optimisers.
         """
+        trained = [weight.requires_grad for weight in self.groups.parameters()]
         steps: float | Tensor
         if isinstance(step, (float, Real, Tensor)):
-            _check_step("step", float(step))
-            steps = float(step)
+            steps = _check_step("step", step)
         else:
-            steps = self._steps_of(step)
+            steps, trained = self._steps_of(step)
         weights = self._weights()
         norms = self._norms(weights)
         factors = self._held((1 - steps * self._step(norms) / norms).clamp_min(0))
-        ops.scale_by_units_(weights, self._rows, self._columns, factors)
+        if any(trained):
+            ops.scale_by_units_(*self._labelled(weights, trained), factors)
 
     @property
     def strength(self) -> dict[str, float]:
@@ -282,14 +293,26 @@ class GroupLasso:
             weights, self._rows, self._columns, self.groups.units, eps, self.paper_overlap
         )
 
-    def _steps_of(self, optimizer: torch.optim.Optimizer) -> float | Tensor:
-        """The step size of each unit, [units], 0 for those that do not move; or one for all."""
+    def _labelled(
+        self, weights: list[Tensor], chosen: list[bool]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The chosen weights with the labels of their rows and columns, as ops take them."""
+        kinds = weights, self._rows, self._columns
+        weights, rows, columns = (list(compress(each, chosen)) for each in kinds)
+        return weights, rows, columns
+
+    def _steps_of(self, optimizer: torch.optim.Optimizer) -> tuple[float | Tensor, list[bool]]:
+        """The step size of each unit, [units], 0 for those that do not move; or one for all.
+
+        And which weights the optimiser moves.
+        """
         parameters, weights = self.groups.parameters(), self._weights()
         names = [weight.name for weight in self.groups.weights]
         divisors = metric(optimizer, dict(zip(names, parameters, strict=True)))
+        moves = [divisor is not None for divisor in divisors]
         first = divisors[0]
         if isinstance(first, float) and all(each == first for each in divisors):
-            return 1 / first
+            return 1 / first, moves
         ones, full = [], []
         for weight, divisor in zip(weights, divisors, strict=True):
             ones.append(torch.full_like(weight, divisor is not None))
@@ -298,7 +321,7 @@ class GroupLasso:
             else:
                 full.append(torch.full_like(weight, divisor or 0.0))
         sizes, squares = self._norms(ones, eps=0.0), self._norms(full, eps=0.0)  # their roots
-        return torch.where(sizes > 0, sizes / squares, 0.0)
+        return torch.where(sizes > 0, sizes / squares, 0.0), moves
 
     def _weights(self) -> list[Tensor]:
         """The weights now, as matrices; labels and strengths follow them to device and dtype."""
@@ -324,6 +347,8 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.view(len(weight), -1)
 
 
-def _check_step(argument: str, value: float) -> None:
+def _check_step(argument: str, given: Any) -> float:
+    value = number(argument, given)
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"GroupLasso: expected {argument} >= 0 and finite, got {value}")
+    return value

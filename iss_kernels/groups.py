@@ -7,6 +7,8 @@ same labels.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,8 +116,27 @@ class Groups:
         return [*self.weights, *self.vectors]
 
     def parameters(self) -> list[nn.Parameter]:
-        """The labelled weights themselves, in the order of `weights`."""
-        return [self.model.get_parameter(weight.name) for weight in self.weights]
+        """The labelled weights themselves, in the order of `weights`.
+
+        Raises ValueError where the model has them no longer, or in other shapes.
+        """
+        return [self._own(weight) for weight in self.weights]
+
+    def _own(self, labelled: Labelled) -> Any:
+        """The parameter or buffer of a label; ValueError for a model that has another."""
+        path, _, name = labelled.name.rpartition(".")
+        expected, found = [*map(len, labelled.units)], None
+        with contextlib.suppress(AttributeError):
+            module = self.model.get_submodule(path)
+            found = module._parameters.get(name, module._buffers.get(name))
+        got = "none" if found is None else list(found.shape)
+        # Columns may be labelled as flatten(1) lays them out.
+        if found is None or (found.numel(), got[:1]) != (math.prod(expected), expected[:1]):
+            raise ValueError(
+                f"Groups: expected {labelled.name} of shape {expected} in the model, got {got}; a "
+                "model that has changed since has other groups (shrink_ returns them)"
+            )
+        return found
 
     def by_family(self, values: Tensor) -> dict[str, Tensor]:
         """Cut values: [units] into {family name: [size]}."""
@@ -156,13 +177,13 @@ class Groups:
         by_value = torch.zeros(self.units + 1, dtype=torch.bool, device="cpu")
         if self.by_value is not None:
             by_value[:-1] = self.by_value
-        parameters = dict(self.model.named_parameters())
-        for labelled in self.labelled:
+        every = [(labelled, self._own(labelled)) for labelled in self.labelled]
+        for labelled, tensor in every:
             is_weight = any(labelled is weight for weight in self.weights)
-            if labelled.name in parameters:
+            if isinstance(tensor, nn.Parameter):
                 for dim, units in enumerate(labelled.units):
                     read = by_value[units.long()] | (dim in labelled.reads)
-                    yield is_weight, parameters[labelled.name], units, dim, read
+                    yield is_weight, tensor, units, dim, read
 
     @torch.no_grad()
     def zero_units_(self, units: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,11 @@ Cut: TypeAlias = Callable[[nn.Parameter, Tensor], Tensor]
 
 
 def several(optimizer: Any) -> list[Any]:
-    """The optimisers in what the user gave: None, one, or several. Raises TypeError."""
+    """The optimisers in what the user gave: None, one, or several, each once.
+
+    Raises TypeError for others, and ValueError for a wrapper whose inner optimiser keeps a state or
+    groups of its own, which would go on with the old parameters.
+    """
     if optimizer is None:
         return []
     given = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
@@ -29,6 +33,17 @@ def several(optimizer: Any) -> list[Any]:
         if not all(hasattr(each, name) for name in ("param_groups", "state")):
             got = type(each).__name__
             raise TypeError(f"shrink: expected an optimizer or several of them, got {got}")
+    given = list({id(each): each for each in given}.values())
+    for each in given:
+        for inner in vars(each).values():
+            if isinstance(inner, torch.optim.Optimizer) and not any(inner is one for one in given):
+                shared = inner.state is each.state and inner.param_groups is each.param_groups
+                if not shared:
+                    kinds = type(each).__name__, type(inner).__name__
+                    raise ValueError(
+                        f"shrink: expected the optimizer inside of {kinds[0]} too, which has a "
+                        f"state of its own, got {kinds[0]} without its {kinds[1]}"
+                    )
     return given
 
 

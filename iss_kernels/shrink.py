@@ -213,8 +213,13 @@ def shrink_(
     moved = optimizers.several(optimizer)
     held = places(model, new.keys(), but=moved)
     left = _left(groups, model, kept)
-    if lasso is not None and lasso.groups.families != groups.families:
-        raise ValueError("shrink_: expected the lasso of these groups, got that of others")
+    if lasso is not None and not (
+        isinstance(lasso, GroupLasso)
+        and lasso.groups.model is model
+        and lasso.groups.families == groups.families
+    ):
+        got = "that of others" if isinstance(lasso, GroupLasso) else f"a {type(lasso).__name__}"
+        raise ValueError(f"shrink_: expected the lasso of these groups and this model, got {got}")
     optimizers.move(moved, model, parameters, cut)
     optimizers.hand_over(parameters, cut)
     for container, key in held:
@@ -354,6 +359,13 @@ def _chosen(
     round_to: int,
 ) -> dict[str, Tensor]:
     """{family name: bool [size]} of the units that stay."""
+    if not isinstance(groups, Groups):
+        raise TypeError(f"shrink: expected the groups of find_groups, got {type(groups).__name__}")
+    if keep is not None and not isinstance(keep, Mapping):
+        raise TypeError(
+            "shrink: expected keep to be {family name: units that stay}, got a "
+            f"{type(keep).__name__}"
+        )
     given = {"keep": keep, "ratio": ratio, "budget": budget}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:

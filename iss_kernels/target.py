@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ def check_int(argument: str, value: Any) -> None:
         raise ValueError(f"GroupLasso: expected {argument} to be an int, got {value!r}")
 
 
+def number(argument: str, value: Any) -> float:
+    """A number as a float, also one in a tensor; ValueError for what is none."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if not (one or isinstance(value, Real)) or isinstance(value, bool):
+        raise ValueError(f"GroupLasso: expected {argument} to be a number, got {value!r}")
+    return float(value)
+
+
 class Target:
     """The share of a model that is to be left, and the factor on the strengths that leads there.
 
@@ -51,6 +59,7 @@ class Target:
         gone: float,
         eps: float,
     ) -> None:
+        target, gone = number("target", target), number("gone", gone)
         if not 0 < target < 1:
             raise ValueError(f"GroupLasso: expected target between 0 and 1, got {target}")
         if of not in MEASURES:
@@ -166,8 +175,10 @@ class _Measure:
         if of == "units":
             rows, columns = [1 - one_column], [one_column]
         else:
-            rows = [self._per_unit(weight.row_units) for weight in groups.weights]
-            columns = [self._per_unit(weight.column_units) for weight in groups.weights]
+            # Among the weights are biases of units that are read by their value.
+            weights = [w for w in groups.weights if of == "parameters" or len(w.units) > 1]
+            rows = [self._per_unit(weight.row_units) for weight in weights]
+            columns = [self._per_unit(weight.column_units) for weight in weights]
         if of == "parameters":
             parameters = dict(groups.model.named_parameters(remove_duplicate=False))
             vectors = [vector for vector in groups.vectors if vector.name in parameters]

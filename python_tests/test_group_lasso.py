@@ -131,6 +131,51 @@ def test_biases_are_in_no_group_and_frozen_weights_get_no_gradient() -> None:
     GroupLasso(groups).add_gradients_()
 
 
+def test_frozen_weights_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.LSTM(3, 4, 2))
+    groups = find_groups(model, torch.randn(5, 2, 3))
+    lasso, frozen = GroupLasso(groups, 0.1), model[0].weight_hh_l0
+    frozen.requires_grad_(False)
+    before = [parameter.clone() for parameter in groups.parameters()]
+    lasso.proximal_(0.5)
+    lasso.threshold_(0.1)
+    for parameter, was in zip(groups.parameters(), before, strict=True):
+        assert torch.equal(parameter, was) == (parameter is frozen)
+    model.requires_grad_(False)
+    lasso.threshold_(9.0)
+    lasso.proximal_(9.0)
+    assert torch.equal(frozen, before[[*groups.parameters()].index(frozen)])
+
+
+def test_sparse_gradients_are_refused_before_the_step_counts() -> None:
+    groups = find_groups(nn.LSTM(3, 4, 2), torch.randn(5, 2, 3))
+    lasso, first = GroupLasso(groups, 0.1), groups.parameters()[0]
+    first.grad = torch.zeros_like(first).to_sparse()
+    with pytest.raises(ValueError, match="expected dense gradients, got one of layout sparse_coo"):
+        lasso.add_gradients_()
+    assert lasso.state_dict()["steps"] == 0
+
+
+def test_what_is_no_number_is_named() -> None:
+    groups = find_groups(nn.LSTM(3, 4, 2), torch.randn(5, 2, 3))
+    for options, name in (
+        ({"strength": "a"}, "strength for l0"),
+        ({"strength": None}, "strength for l0"),
+        ({"eps": None}, "eps"),
+        ({"target": "a", "horizon": 5}, "target"),
+        ({"target": 0.5, "horizon": 5, "gone": True}, "gone"),
+    ):
+        with pytest.raises(ValueError, match=f"expected {name} to be a number, got"):
+            GroupLasso(groups, **options)  # type: ignore[arg-type]
+    lasso: Any = GroupLasso(groups, torch.tensor(0.5))  # type: ignore[arg-type]
+    assert lasso.strength == {"l0": 0.5}
+    for method in (lasso.threshold_, lasso.proximal_):
+        with pytest.raises(ValueError, match="to be a number, got tensor"):
+            method(torch.ones(2))
+    with pytest.raises(TypeError, match="expected the groups of find_groups, got LSTM"):
+        GroupLasso(groups.model)  # type: ignore[arg-type]
+
+
 def test_threshold_zeroes_small_elements_of_the_groups_only(backend: None) -> None:
     groups = built("two layers")
     head, bias = (groups.model.get_parameter(f"head.{name}") for name in ("weight", "bias"))

@@ -26,7 +26,7 @@ from iss_kernels.gru import ISSGRU
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.recurrent import MODULES, Recurrent
 from iss_kernels.rnn import ISSRNN
-from iss_kernels.shrink import shrink
+from iss_kernels.shrink import shrink, shrink_
 
 # nn.LSTM says this itself, once.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -962,6 +962,39 @@ def test_a_hook_of_the_user_is_followed() -> None:
     model = Net(lambda m, x: m.head(m.rnn(x)[0]))
     model.rnn.register_forward_hook(lambda m, args, out: (out[0].flip(-1), out[1]))
     assert labels(model)["head.weight"][1] == [3, 2, 1, 0]
+
+
+def test_groups_of_a_model_that_was_another_are_refused() -> None:
+    """Labels of the units that were would name other rows now."""
+    model = Net(lambda m, x: m.head(m.rnn(x)[0]), rnn=nn.LSTM(5, 8), head=nn.Linear(8, 3))
+    groups = find_groups(model, X)
+    lasso = GroupLasso(groups)
+    shrink_(model, groups, keep={"rnn.l0": torch.arange(8) > 0})
+    before = copy.deepcopy(model.state_dict())
+    for call in (
+        groups.dead,
+        lambda: groups.zero_units_({"rnn.l0": torch.ones(8, dtype=torch.bool)}),
+        lasso.norms,
+        lasso.add_gradients_,
+    ):
+        with pytest.raises(ValueError, match=r"Groups: expected rnn.weight_ih_l0 of shape \[32, 5"):
+            call()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("change", ["tied", "parametrised"])
+def test_a_weight_under_another_name_is_no_weight_of_zeros(change: str) -> None:
+    model = Net(lambda m, x: m.head(m.rnn(x)[0]), rnn=nn.LSTM(5, 5), head=nn.Linear(5, 20))
+    groups = find_groups(model, X)
+    if change == "tied":
+        model.head.weight = nn.Parameter(model.rnn.weight_ih_l0.detach().clone())
+        model.rnn.weight_ih_l0 = model.head.weight
+        assert not groups.dead()["rnn.l0"].any()
+    else:
+        parametrizations.weight_norm(model.head)
+        with pytest.raises(ValueError, match="expected head.weight of shape .* got none"):
+            groups.dead()
 
 
 def test_dead_units_are_those_whose_outgoing_weights_are_zero() -> None:

@@ -2,6 +2,7 @@
 """Training goes on in a model that shrinks: what the optimiser and the lasso hold is cut along."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.immutable_collections import immutable_list
 from torch.optim.swa_utils import AveragedModel
 
 from iss_kernels import ISSLSTM, GroupLasso, Groups, find_groups, shrink, shrink_
@@ -473,9 +475,57 @@ def test_another_lasso_is_refused() -> None:
     model, groups = make()
     other = nn.LSTM(5, 9, 2)
     lasso = GroupLasso(find_groups(other, torch.randn(3, 2, 5)))
-    with pytest.raises(ValueError, match="expected the lasso of these groups, got that of others"):
-        shrink_(model, groups, ratio=0.5, lasso=lasso)
+    alike, its = make()  # with families of the same names and sizes
+    expected = "expected the lasso of these groups and this model, got"
+    for one, got in {
+        lasso: "that of others",
+        GroupLasso(its): "that of others",
+        3: "a int",
+    }.items():
+        with pytest.raises(ValueError, match=f"{expected} {got}"):
+            shrink_(model, groups, ratio=0.5, lasso=one)  # type: ignore[arg-type]
     assert type(model.rnn) is nn.LSTM
+    with pytest.raises(TypeError, match="expected keep to be {family name: units that stay}, got"):
+        shrink_(model, groups, keep=[1, 2])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected the groups of find_groups, got NoneType"):
+        shrink_(model, None)  # type: ignore[arg-type]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Steps by another optimiser, with whose groups and state it goes or not."""
+
+    def __init__(self, inner: torch.optim.Optimizer, shares: bool) -> None:
+        self.inner, self.defaults = inner, {}
+        self.param_groups = inner.param_groups
+        self.state = inner.state if shares else defaultdict(dict)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+def test_a_wrapper_whose_inner_optimiser_has_its_own_state_is_refused() -> None:
+    """The inner one would go on with the parameters that were."""
+    model, groups = make()
+    adam = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="inside of Wrapper too, which has a state of its own"):
+        shrink_(model, groups, ratio=0.5, optimizer=Wrapper(adam, False))
+    assert type(model.rnn) is nn.LSTM
+    for optimizer in (Wrapper(adam, True), [Wrapper(adam, False), adam], [adam, adam]):
+        model, groups = make()
+        adam.param_groups[0]["params"][:] = model.parameters()
+        shrink_(model, groups, ratio=0.5, optimizer=optimizer)
+        assert set(adam.param_groups[0]["params"]) == set(model.parameters())
+
+
+def test_a_list_that_takes_no_other_parameter_is_refused() -> None:
+    model, groups = make()
+    model.held = immutable_list([*model.rnn.parameters()])
+    optimizer = torch.optim.Adam(model.parameters())
+    before = list(model.parameters())
+    with pytest.raises(ValueError, match="in a immutable_list that takes no other"):
+        shrink_(model, groups, ratio=0.5, optimizer=optimizer)
+    assert [*map(id, model.parameters())] == [*map(id, before)]
+    assert [*map(id, optimizer.param_groups[0]["params"])] == [*map(id, before)]
 
 
 @pytest.mark.parametrize("function", [shrink, shrink_])
