@@ -451,6 +451,38 @@ def test_a_trace_of_one_branch_is_refused(tmp_path, starts, capfd):
     assert "def forward" not in "".join(capfd.readouterr())
 
 
+class Picks(nn.Module):
+    """A step by its number, which code takes out of the tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = iss.ISSGRU(4, 5)
+
+    def forward(self, x, step):
+        return self.rnn(x)[0][int(step)]
+
+
+@pytest.mark.parametrize("step", [torch.tensor(1), torch.tensor([4])], ids=str)
+def test_a_number_that_code_takes_out_of_an_input_is_refused(tmp_path, step):
+    with pytest.raises(RuntimeError, match="whose code does not depend on the values"):
+        iss.export_onnx(Picks(), (X, step), tmp_path / "model.onnx", dynamo=False)
+    assert os.listdir(tmp_path) == []
+
+
+@both_exporters
+def test_an_input_that_the_file_lacks_is_named(tmp_path, dynamo):
+    class Ignores(Picks):
+        def forward(self, x, step):
+            return self.rnn(x)[0]
+
+    path, model = tmp_path / "model.onnx", Ignores()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        iss.export_onnx(model, (X, torch.tensor(1)), path, dynamo=dynamo)
+    told = any("no input for ['step'], which change no" in str(one.message) for one in caught)
+    assert told == ("step" not in onnx_inputs(path))
+
+
 class Pads(nn.Module):
     """Steps in blocks of 16: padded, and cut off again."""
 
@@ -537,6 +569,9 @@ ERRORS = {
     "no dimension": (lambda path, **how: export(path, dynamic={"input": {3: "T"}}, **how),
                      ValueError,
                      "expected dynamic['input'] to hold dimensions of a 3-D tensor, got 3"),
+    "no names of sizes": (lambda path, **how: export(path, dynamic={"input": [0]}, **how),
+                          TypeError,
+                          "expected dynamic to be {input: {dimension: name}}, got {'input': [0]}"),
     "a fixed size": (lambda path, **how: export(path, dynamic={"input": {2: "I"}}, **how),
                      ValueError, "expected sizes in dynamic that the model lets differ, got"),
     "names": (lambda path, **how: export(path, input_names=["a", "b"], **how), ValueError,
