@@ -195,6 +195,34 @@ class Reader(nn.Module):
         return self.head(h_n.transpose(0, 1)[:, -1] if self.states else y)
 
 
+class Normed(nn.Module):
+    """Reads its units by value, so that their biases are among the weights of the groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.norm, self.head = nn.GRU(3, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.rnn(x)[0]))
+        return y
+
+
+def test_biases_are_no_multiply_adds() -> None:
+    groups = find_groups(Normed(), torch.randn(4, 2, 3))
+    assert any(len(weight.units) == 1 for weight in groups.weights)
+    matrices = [weight for weight in groups.weights if len(weight.units) > 1]
+    groups.zero_units_({"rnn.l0": torch.arange(6) < 2})
+    lasso = GroupLasso(groups, target=0.2, of="multiply-adds", horizon=1)
+    lasso.add_gradients_()
+    left = sum(
+        int(((weight.row_units < 0) | (weight.row_units >= 2)).sum())
+        * int(((weight.column_units < 0) | (weight.column_units >= 2)).sum())
+        for weight in matrices
+    )
+    whole = sum(len(weight.row_units) * len(weight.column_units) for weight in matrices)
+    assert lasso.left == pytest.approx(left / whole)
+
+
 @pytest.mark.parametrize("of", ["units", "parameters", "multiply-adds"])
 @pytest.mark.parametrize("options", [
     {}, {"bias": False}, {"bidirectional": True}, {"proj_size": 4}, {"states": True},
