@@ -25,7 +25,7 @@ import torch
 from bench_inference import Point, measure
 from bench_training import Problem, training_step
 from harness import RESULTS, Row, command_line, each, p50, record_here, recording, timed_rows
-from report import digits, replace_block, wrapped
+from report import by_engine, digits, replace_block, wrapped
 from roofline import roofline
 
 import iss_kernels
@@ -193,11 +193,8 @@ def times_of(rows: list[dict[str, str]], columns: Mapping[str, tuple[str, str]])
     """Lines of a table by machine, units and rows."""
     yield f"| machine | units; rows | {' | '.join(columns)} |"
     yield "|:--|:--|" + "--:|" * len(columns)
-    points: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
-    for row in rows:
-        point = points.setdefault((row["machine"], row["H"], row["B"]), {})
-        point[row["engine"], row["precision"]] = float(row["ms_p50"])
-    for (machine, hidden, batch), ms in points.items():
+    points = by_engine(rows, "machine", "H", "B", by=("engine", "precision"))
+    for (machine, hidden, batch), ms in points:
         cells = (digits(ms[name]) if name in ms else "-" for name in columns.values())
         yield f"| {machine} | {hidden}; {batch} | {' | '.join(cells)} |"
 

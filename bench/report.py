@@ -350,13 +350,13 @@ def roof_over_best(points: Results, at: Iterable[Point]) -> float:
 
 
 def by_engine(
-    rows: Iterable[Mapping[str, str]], *point: str
+    rows: Iterable[Mapping[str, str]], *point: str, by: tuple[str, str] = ("provider", "weights")
 ) -> Iterable[tuple[tuple[str, ...], dict[tuple[str, str], float]]]:
-    """(values of the columns `point`, {(provider, weights): milliseconds}) for each such point."""
+    """(values of the columns `point`, {values of `by`: milliseconds}) for each such point."""
     points: dict[tuple[str, ...], dict[tuple[str, str], float]] = {}
     for row in rows:
         times = points.setdefault(tuple(row[name] for name in point), {})
-        times[row["provider"], row["weights"]] = float(row["ms_p50"])
+        times[row[by[0]], row[by[1]]] = float(row["ms_p50"])
     return points.items()
 
 

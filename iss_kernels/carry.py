@@ -64,8 +64,7 @@ class Memory:
         """The module's, with the state that it has now."""
         if self.loop is None:
             return self._run(input, hx, *args, **kwargs)
-        with _pop_mode_temporarily():  # what happens inside is one call of the loop's
-            return self.loop.call(self.name, self._run, (input, hx, *args), kwargs)
+        return self.loop.whole(self.name, self._run, input, hx, *args, **kwargs)
 
     def _run(self, input: Any, hx: Any, *args: Any, **kwargs: Any) -> Any:
         if self.steps == 0:
@@ -193,9 +192,10 @@ class Loop(TorchFunctionMode):
             memory.loop = self
         for name, module in model.named_modules():
             if type(module) in (nn.Linear, PreparedLinear):
-                module.forward = partial(self._whole, name, module.forward)
+                module.forward = partial(self.whole, name, module.forward)
 
-    def _whole(self, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def whole(self, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """The result of a layer; what happens inside of it is one call."""
         with _pop_mode_temporarily():
             return self.call(name, forward, args, kwargs)
 

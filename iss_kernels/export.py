@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from iss_kernels import onnx_nodes
 from iss_kernels.copying import copied
+from iss_kernels.find import LIBRARIES
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
 from iss_kernels.recurrent_cell import RecurrentCell
 from iss_kernels.stored import Snapshot
@@ -417,13 +418,12 @@ class _Decisions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         frame = sys._getframe(1)
         file, name = frame.f_code.co_filename, getattr(func, "__name__", "")
-        if name in _NUMBERS and not file.startswith(_LIBRARIES):
+        if name in _NUMBERS and not file.startswith(LIBRARIES):
             self.places.append(f"{os.path.basename(file)}:{frame.f_lineno}")
         return func(*args, **(kwargs or {}))
 
 
 _NUMBERS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "__contains__")
-_LIBRARIES = tuple(os.path.dirname(str(module.__file__)) for module in (torch, onnx_nodes))
 
 
 def _decisions(model: nn.Module, args: _Arguments) -> list[str]:

@@ -55,7 +55,7 @@ from iss_kernels.verify import Experiment, call, replaced
 from iss_kernels.widths import Width, numbers
 
 # Frames of these are not the user's code.
-_LIBRARIES = (str(FilePath(torch.__file__).parent), str(FilePath(__file__).parent))
+LIBRARIES = (str(FilePath(torch.__file__).parent), str(FilePath(__file__).parent))
 
 
 def find_groups(
@@ -479,7 +479,7 @@ class _Tracer(TorchFunctionMode):
         frame: Any = sys._getframe(1)
         while frame is not None:
             file = frame.f_code.co_filename
-            if not file.startswith(_LIBRARIES) and not file.startswith("<"):
+            if not file.startswith(LIBRARIES) and not file.startswith("<"):
                 return f"{self.operation} ({FilePath(file).name}:{frame.f_lineno})"
             frame = frame.f_back
         return self.operation

@@ -193,10 +193,10 @@ class GroupLasso:
         Raises ValueError for a step that is negative or not finite, and for an optimiser that lacks
         a weight of the groups or has made no step; TypeError for other optimisers.
         """
-        trained = [weight.requires_grad for weight in self.groups.parameters()]
         steps: float | Tensor
         if isinstance(step, (float, Real, Tensor)):
             steps = _check_step("step", step)
+            trained = [weight.requires_grad for weight in self.groups.parameters()]
         else:
             steps, trained = self._steps_of(step)
         weights = self._weights()

@@ -35,15 +35,15 @@ def several(optimizer: Any) -> list[Any]:
             raise TypeError(f"shrink: expected an optimizer or several of them, got {got}")
     given = list({id(each): each for each in given}.values())
     for each in given:
-        for inner in vars(each).values():
-            if isinstance(inner, torch.optim.Optimizer) and not any(inner is one for one in given):
-                shared = inner.state is each.state and inner.param_groups is each.param_groups
-                if not shared:
-                    kinds = type(each).__name__, type(inner).__name__
-                    raise ValueError(
-                        f"shrink: expected the optimizer inside of {kinds[0]} too, which has a "
-                        f"state of its own, got {kinds[0]} without its {kinds[1]}"
-                    )
+        held = getattr(each, "__dict__", {}).values()
+        for inner in (one for one in held if isinstance(one, torch.optim.Optimizer)):
+            shared = inner.state is each.state and inner.param_groups is each.param_groups
+            if not shared and not any(inner is one for one in given):
+                kinds = type(each).__name__, type(inner).__name__
+                raise ValueError(
+                    f"shrink: expected the optimizer inside of {kinds[0]} too, which has a "
+                    f"state of its own, got {kinds[0]} without its {kinds[1]}"
+                )
     return given
 
 
