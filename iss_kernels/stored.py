@@ -83,8 +83,9 @@ def dtype_name(t: Tensor) -> str:
 class Snapshot(nn.Module):
     """A module for inference alone, whose weights were copied from another's.
 
-    Weights are buffers in the format chosen, under the names they had (int8 adds "<name>_scale",
-    float32, one per row); biases are float32. The only parameter, `like`, has no elements: it tells
+    Weights are buffers in the format chosen, under the names they had; biases are float32. int8 adds
+    "<name>_scale", float32, one per row, and the attribute of a weight is a float32 tensor of the
+    values that it stands for (named_buffers and the state_dict have what is held). The only parameter, `like`, has no elements: it tells
     code that asks for one the device and dtype. load_state_dict checks as `prepare` does, and takes
     all or nothing.
     """
@@ -128,6 +129,13 @@ class Snapshot(nn.Module):
     def _device(self) -> torch.device:
         """Of the weights."""
         return self._buffer(next(iter(self._expected))).device
+
+    def __getattr__(self, name: str) -> Any:
+        """As nn.Module's; of an int8 weight, the values that it stands for."""
+        value = super().__getattr__(name)
+        if isinstance(value, Tensor) and value.dtype == torch.int8 and name in self._expected:
+            return self._weight(name, torch.float32)
+        return value
 
     def _add(self, name: str, value: Tensor) -> None:
         self._buffers[name] = value  # register_buffer refuses the name of a property

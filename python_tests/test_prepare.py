@@ -140,9 +140,11 @@ def test_int8_keeps_each_row_within_half_a_step_of_its_weights():
         lstm.weight_ih_l0[3] *= 1000  # a scale of its own, so that no other row suffers
         lstm.weight_hh_l0[4] = 0
     prepared = prepare(lstm, "int8")
+    codes = prepared.state_dict()
     for name in ("weight_ih_l0", "weight_hh_l0", "weight_hr_l0"):
         weight, scale = getattr(lstm, name), getattr(prepared, name + "_scale")
-        back = getattr(prepared, name).float() * scale[:, None]
+        back = codes[name].float() * scale[:, None]
+        assert torch.equal(getattr(prepared, name), back)  # code that reads weights gets values
         assert scale.shape == weight.shape[:1] and scale.dtype == torch.float32
         assert bool(((back - weight).abs() <= scale[:, None] * 0.5001).all())
 
@@ -178,7 +180,7 @@ def test_int8_features_of_wide_range_keep_the_small_ones(isa, sigma):
     prepared, alone = prepare(lstm, "int8"), copy.deepcopy(lstm)
     for name, parameter in alone.named_parameters():
         if name.startswith("weight"):
-            parameter.copy_(getattr(prepared, name) * getattr(prepared, f"{name}_scale")[:, None])
+            parameter.copy_(getattr(prepared, name))
     truth = lstm(x)[0]
     # h in 7 bits, on AVX2, has a share in it of its own.
     allowed = 1.25 * relative_error(alone(x)[0], truth) + 3e-3
@@ -582,8 +584,8 @@ def test_replaced_and_changed_buffers_are_packed_again(implementation, weights, 
         for args in ((X,), (X, h if kind is nn.GRU else (h, h))):
             assert close(functional_call(prepared, buffers, args), second, weights)
             assert equal(prepared(*args), first)
-    for name, value in new.items():
-        getattr(prepared, name).copy_(value)
+    for name, buffer in prepared.named_buffers():
+        buffer.copy_(new[name])
     assert equal(prepared(X), second)
     prepared.bias_hh_l0.add_(1)
     expected.bias_hh_l0 = expected.bias_hh_l0 + 1
