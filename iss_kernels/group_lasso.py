@@ -173,7 +173,7 @@ class GroupLasso:
 
         The proximal step of the penalty, after the optimiser's; it takes the place of
         `add_gradients_` and `threshold_`. step is the learning rate, or the optimiser itself: SGD,
-        Adam or AdamW. Adam divides the gradient of each weight by the root of its mean square; then
+        Adam or AdamW, bare or wrapped by Accelerate or Lightning. Adam divides the gradient of each weight by the root of its mean square; then
         the penalty of a unit is divided by the root mean square of these divisors over its weights,
         so that it balances the same gradient of the loss as with SGD, at the same strength
         (proximal steps in the optimiser's metric: Yun et al. 2021, Deleu & Bengio 2021; here one
@@ -189,9 +189,9 @@ class GroupLasso:
         the exact operator to first order in step; they differ by O(step^2). As with the exact
         operator a unit leaves as a whole, its weights set to zero together, here where its norm is
         at most step * strength: what is left is a unit that can be removed, not a thinned one.
-        Passes over weights that do not require a gradient, or that the optimiser does not move.
+        Passes over weights that do not require a gradient, or that the optimiser has not moved yet.
         Raises ValueError for a step that is negative or not finite, and for an optimiser that lacks
-        a weight of the groups or has made no step; TypeError for other optimisers.
+        a weight of the groups; TypeError for other optimisers.
         """
         steps: float | Tensor
         if isinstance(step, (float, Real, Tensor)):

@@ -123,9 +123,10 @@ def metric(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Tenso
     """What the last step divided the gradient of each parameter by, elementwise or as a number.
 
     1 / learning rate for SGD, (sqrt(second moment) + eps) / learning rate for Adam and AdamW; None
-    for parameters that did not move. Raises TypeError for other optimisers, and ValueError for one
-    that lacks a parameter, or has made no step.
+    for parameters that have not moved yet. Raises TypeError for other optimisers, and ValueError
+    for one that lacks a parameter.
     """
+    optimizer = _innermost(optimizer)
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         raise TypeError(
@@ -143,11 +144,18 @@ def metric(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Tenso
             raise ValueError(
                 f"proximal_: expected an optimizer that has {name}, got one without it"
             )
-    if kind is not torch.optim.SGD and not any(p in optimizer.state for p in parameters.values()):
-        raise ValueError(
-            "proximal_: expected an optimizer that has made a step, got one that did not"
-        )
     return found
+
+
+def _innermost(optimizer: Any) -> Any:
+    """What wrappers without a state of their own, such as Accelerate's and Lightning's, hold."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
+            return optimizer
+        if inner.state is not optimizer.state or inner.param_groups is not optimizer.param_groups:
+            return optimizer
+        optimizer = inner
 
 
 def _metric(group: Mapping[str, Any], state: Mapping[str, Any] | None) -> Tensor | float | None:
@@ -158,7 +166,7 @@ def _metric(group: Mapping[str, Any], state: Mapping[str, Any] | None) -> Tensor
         if group["momentum"]:
             rate *= (1 - group["dampening"]) / (1 - group["momentum"])
         return 1 / rate
-    if not state:
+    if not state or not state["step"]:  # a GradScaler skips a step whose gradient overflowed
         return None
     squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
     scale = 1 / (rate * math.sqrt(1 - group["betas"][1] ** float(state["step"])))

@@ -258,16 +258,52 @@ def test_optimisers_of_other_kinds_are_refused() -> None:
             "proximal_: expected a step size, or an optimizer of type SGD, Adam or AdamW, "
             f"got {type(other).__name__}"
         )
-    for other, message in (
-        (torch.optim.Adam(parameters), "has made a step, got one that did not"),
-        (torch.optim.SGD(parameters[1:], 0.1), "has rnn.weight_ih_l0, got one without it"),
-    ):
-        with pytest.raises(ValueError) as error:
-            lasso.proximal_(other)
-        assert str(error.value) == f"proximal_: expected an optimizer that {message}"
+    with pytest.raises(ValueError) as error:
+        lasso.proximal_(torch.optim.SGD(parameters[1:], 0.1))
+    assert str(error.value) == (
+        "proximal_: expected an optimizer that has rnn.weight_ih_l0, got one without it"
+    )
     assert lasso.state_dict()["steps"] == 0
     assert all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))
     lasso.proximal_(optimizer)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate wraps an optimiser."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.state, self.param_groups = optimizer.state, optimizer.param_groups
+
+
+@pytest.mark.parametrize("name", ["momentum", "Adam"])
+def test_a_wrapper_without_a_state_of_its_own_is_its_optimiser(name: str) -> None:
+    ours, theirs = trained(name), trained(name)
+    GroupLasso(ours[0], STRENGTH).proximal_(Wrapper(Wrapper(ours[1])))
+    GroupLasso(theirs[0], STRENGTH).proximal_(theirs[1])
+    assert all(torch.equal(a, b) for a, b in zip(values(ours[0]), values(theirs[0]), strict=True))
+    other = Wrapper(ours[1])
+    other.state = {}
+    with pytest.raises(TypeError, match="got Wrapper"):
+        GroupLasso(ours[0], STRENGTH).proximal_(other)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimiser_that_made_no_step_moves_nothing(fused: bool) -> None:
+    """A GradScaler skips the first steps, until its scale has come down."""
+    groups = built()
+    optimizer = torch.optim.AdamW(groups.model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    lasso, before = GroupLasso(groups, STRENGTH), values(groups)
+    for factor in (torch.inf, 1.0):
+        optimizer.zero_grad()
+        y = groups.model(torch.randn(4, 2, 5, dtype=torch.float64))
+        scaler.scale(y.square().sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        lasso.proximal_(optimizer)
+        same = all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))
+        assert same == (factor == torch.inf)
 
 
 def test_a_learning_rate_of_zero_changes_nothing() -> None:
