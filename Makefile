@@ -35,9 +35,11 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 # Models that others published, with their weights; without what the packages read audio files with.
+# And the training loops of Lightning and Accelerate.
 test-models: .venv/test
 	$(PIP) --no-deps silero-vad==6.2.3 uzmorph-nn==0.1.0 g2p-fa==1.1.0 Resemblyzer==0.1.4
-	$(BIN)/python -m pytest python_tests/test_models.py -rs $(ARGS)
+	$(PIP) pytorch-lightning==2.6.6 accelerate==1.15.0
+	$(BIN)/python -m pytest python_tests/test_models.py python_tests/test_frameworks.py -rs $(ARGS)
 bench: .venv/bench
 	$(BIN)/python -m iss_kernels bench $(ARGS)
 # The sdist, and the wheel that a user's pip makes of it, tried where no source is near.

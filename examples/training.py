@@ -127,8 +127,6 @@ class Trainer(ABC):
         self.total = 0.0  # loss of this epoch
         self.seconds = [0.0, 0.0]  # of this epoch: on the clock, and of this process' processor
         self.history: list[dict[str, Any]] = []
-        # The units of each family that are left, counted in the model as it came.
-        self.kept = {family.name: torch.arange(family.size) for family in groups.families}
         self.held: dict[str, Tensor] = {}  # units that are dead and still there
         self.lasso: iss.GroupLasso | None = None
         self.share = 1.0  # of the penalties, that the strengths of the lasso have
@@ -270,7 +268,6 @@ class Trainer(ABC):
         report, self.groups = iss.shrink_(
             self.model, former, optimizer=self.optimizer, lasso=self.lasso, keep=keep
         )
-        self.kept = {name: units[report.kept[name]] for name, units in self.kept.items()}
         if self.decay:
             iss.shrink_(self.average, replace(former, model=self.average), keep=report.kept)
         self.shrunk(report)
@@ -304,11 +301,12 @@ class Trainer(ABC):
 
     # -- checkpoints
 
-    _KEPT = ("done", "total", "seconds", "history", "kept", "held")
+    _KEPT = ("done", "total", "seconds", "history", "held")
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on exactly here."""
         return {name: getattr(self, name) for name in self._KEPT} | {
+            "kept": self.groups.kept,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.decay else None,

@@ -91,7 +91,8 @@ class Groups:
     model's own modules that are widths and change with them. full_width: {recurrent module: why}:
     the model's code needs its outputs and states as wide as they are, so it gets smaller inside
     alone and puts out zeros in the places of the units that left. Those that something outside
-    reads are in `by_value`.
+    reads are in `by_value`. origin: int64 [units], which unit of its family each one was when
+    `find_groups` made the groups; None where no unit has left since.
     """
 
     model: nn.Module
@@ -104,11 +105,26 @@ class Groups:
     by_value: Tensor | None = None
     widths: list[Width] = field(default_factory=list)
     full_width: dict[str, str] = field(default_factory=dict)
+    origin: Tensor | None = None
 
     @property
     def units(self) -> int:
         """Number of units in all families."""
         return self.families[-1].units.stop if self.families else 0
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """{family name: int64 [size]}: its units, counted in the groups that `find_groups` made.
+
+        After any number of calls of `shrink_`, `shrink_(fresh, find_groups(fresh, example),
+        keep=groups.kept)` gives the model as it was built the sizes that it has now, so that a
+        checkpoint loads.
+        """
+        origin = self.origin
+        if origin is None:
+            spans = [torch.arange(family.size, device="cpu") for family in self.families]
+            return {family.name: span for family, span in zip(self.families, spans, strict=True)}
+        return self.by_family(origin)
 
     @property
     def labelled(self) -> list[Labelled]:

@@ -521,6 +521,7 @@ def _left(groups: Groups, model: nn.Module, kept: Mapping[str, Tensor]) -> Group
         return ids[units[alive[units.long()]].long()]
 
     families, start = [], 0
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
     for family in groups.families:
         families.append(replace(family, start=start, size=int(kept[family.name].sum())))
         start = families[-1].units.stop
@@ -531,6 +532,7 @@ def _left(groups: Groups, model: nn.Module, kept: Mapping[str, Tensor]) -> Group
         weights=[replace(one, units=tuple(map(left, one.units))) for one in groups.weights],
         vectors=[replace(one, units=tuple(map(left, one.units))) for one in groups.vectors],
         by_value=None if groups.by_value is None else groups.by_value[alive[:-1]],
+        origin=torch.cat([none, *(its[kept[name]] for name, its in groups.kept.items())]),
     )
 
 

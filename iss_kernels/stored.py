@@ -83,11 +83,11 @@ def dtype_name(t: Tensor) -> str:
 class Snapshot(nn.Module):
     """A module for inference alone, whose weights were copied from another's.
 
-    Weights are buffers in the format chosen, under the names they had; biases are float32. int8 adds
-    "<name>_scale", float32, one per row, and the attribute of a weight is a float32 tensor of the
-    values that it stands for (named_buffers and the state_dict have what is held). The only parameter, `like`, has no elements: it tells
-    code that asks for one the device and dtype. load_state_dict checks as `prepare` does, and takes
-    all or nothing.
+    Weights are buffers in the format chosen, under the names they had; biases are float32. int8
+    adds "<name>_scale", float32, one per row, and the attribute of a weight is a float32 tensor of
+    the values that it stands for (named_buffers and the state_dict have what is held). The only
+    parameter, `like`, has no elements: it tells code that asks for one the device and dtype.
+    load_state_dict checks as `prepare` does, and takes all or nothing.
     """
 
     weights: str  # the format

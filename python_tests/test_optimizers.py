@@ -202,6 +202,14 @@ def test_shrinking_twice_is_shrinking_once() -> None:
     second, left = shrink_(model, left, keep={"rnn.l0": [0, 2], "rnn.l1": [4]}, optimizer=optimizer)
     keep = {"rnn.l0": first.kept["rnn.l0"][second.kept["rnn.l0"]], "rnn.l1": [4]}
     assert keep["rnn.l0"].tolist() == [1, 5]
+    whole = {name: units.tolist() for name, units in once_groups.kept.items()}
+    kept = {name: units.tolist() for name, units in left.kept.items()}
+    assert kept == whole | {"rnn.l0": [1, 5], "rnn.l1": [4]}
+    # So a checkpoint loads into the model as it was built.
+    fresh, fresh_groups = make()
+    _, again = shrink_(fresh, fresh_groups, keep=left.kept)
+    fresh.load_state_dict(model.state_dict())
+    assert all(torch.equal(units, left.kept[name]) for name, units in again.kept.items())
     expected, _ = shrink(once, once_groups, keep=keep)
     for name, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
