@@ -155,6 +155,9 @@ class Chain:
         self._snapshots: dict[nn.Module, nn.Module] = {}
         self.layers: list[nn.Module] = []  # in the order of the chain
         if not any(isinstance(module, recurrent_types()) for module in model.modules()):
+            for name, module in model.named_modules():
+                if isinstance(module, nn.RNNCellBase):
+                    self._refuse(f"a cell, {name or 'itself'}")
             raise ValueError("Stream: expected a model with a recurrent layer, got one without")
         everywhere = nn.modules.module
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:

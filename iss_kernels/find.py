@@ -799,7 +799,8 @@ class _Tracer(TorchFunctionMode):
         Where the module keeps its width outside, and its cell carries the state on, it has to be
         zero in the places of the units that leave: another's that are, or made of zeros.
         """
-        cell = cell_of(self.model.get_submodule(name))
+        module: Any = self.model.get_submodule(name)
+        cell = cell_of(module)
         zero = name in self.full and cell.states[which] == cell.carries
         parts = [state] if isinstance(state, Tensor) else tensors(state)
         rows: list[Tensor] = []
@@ -830,6 +831,10 @@ class _Tracer(TorchFunctionMode):
                 for row in rows:
                     self.keep_whole(row, "it is the initial state of several layers")
                 return
+        if zero and getattr(module, "kept", None) is not None:  # units have left before
+            stayed = [states[which] for states in module.kept]
+            if [*map(len, rows)] == [its.before for its in stayed]:
+                rows = [row[its.units.cpu()] for row, its in zip(rows, stayed, strict=True)]
         for row, own in zip(rows, units, strict=False):
             if len(row) == len(own):
                 self.unite(row, own, "it is an initial state there")

@@ -92,6 +92,8 @@ def test_states_have_the_width_too_and_go_in_again(name: str) -> None:
     torch.manual_seed(0)
     small, whole = halved(Model(RECURRENT[name](), run), X)
     same(small(X), whole(X))
+    smaller, whole = halved(small, X)
+    same(smaller(X), whole(X))
 
 
 def test_inner_layers_are_dead_by_their_outgoing_weights_where_no_state_is_read() -> None:
@@ -138,6 +140,8 @@ def test_cells_in_a_loop(kind: Any) -> None:
     torch.manual_seed(0)
     small, whole = halved(Model(kind(5, 8), run), X)
     same(small(X), whole(X))
+    smaller, whole = halved(small, X)
+    same(smaller(X), whole(X))
     state = small.rnn(X[0, 0])
     assert (state[0] if isinstance(state, tuple) else state).shape == (8,)
 

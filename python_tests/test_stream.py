@@ -1065,6 +1065,12 @@ MODELS = {
         ValueError,
         "Stream: expected a model with a recurrent layer, got one without",
     ),
+    "a cell": (
+        lambda: nn.Sequential(nn.Linear(3, 4), nn.LSTMCell(4, 5)),
+        ValueError,
+        "Stream: expected a plain chain of recurrent layers, Linear, LayerNorm and activations, or "
+        "an example of another model's input, got Sequential with a cell, 1",
+    ),
     "bidirectional": (
         lambda: nn.LSTM(3, 4, bidirectional=True),
         ValueError,
