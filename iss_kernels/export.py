@@ -185,10 +185,10 @@ def _content(
 
     dropped: list[str] = []
     while True:
-        proto = _exported(model, args, sizes, output_names, opset, dynamo, may_fix)
+        proto, ends = _exported(model, args, sizes, output_names, opset, dynamo, may_fix)
         onnx.checker.check_model(proto)
         content: bytes = proto.SerializeToString()
-        fixed = _fixed(model, proto, content, args, sizes, weights != "int8")
+        fixed = _fixed(model, proto, content, args, sizes, ends, weights != "int8")
         if not fixed:
             return content, {given.name for given in proto.graph.input}, dropped
         if not may_fix:
@@ -225,10 +225,10 @@ class _Arguments:
             ) from error
         if named:
             bound.apply_defaults()
-        if bound.kwargs:
+        by_name = [name for name in bound.kwargs if name in named]  # others have their defaults
+        if by_name:
             raise ValueError(
-                "export_onnx: expected arguments that can be given by position, got "
-                f"{next(iter(bound.kwargs))!r}"
+                f"export_onnx: expected arguments that can be given by position, got {by_name[0]!r}"
             )
         if any(isinstance(value, PackedSequence) for value in bound.args):
             raise ValueError(
@@ -269,23 +269,31 @@ class _Arguments:
                 )
             self.tensors = dict(zip(names, self.tensors.values(), strict=True))
 
-    def longer(self, sizes: Mapping[str, Mapping[int, str]], twice: str = "") -> tuple[Any, ...]:
+    def longer(
+        self, sizes: Mapping[str, Mapping[int, str]], to: Mapping[str, int] | None = None
+    ) -> tuple[Any, ...]:
         """The arguments, where each size of a name in `sizes` has grown by as much of its own.
 
-        twice: the name of one that grows by as much as it is besides.
+        to: names of sizes that become this instead.
         """
         leaves = list(self.leaves)
         for name, dims in sizes.items():
             for dim, label in dims.items():
                 tensor = leaves[self.tensors[name]]
                 size, more = tensor.shape[dim], self.growth.setdefault(label, 3 + len(self.growth))
-                more += size if label == twice else 0
+                more = (to or {}).get(label, size + more) - size
                 index = torch.arange(size + more, device=tensor.device).clamp(max=size - 1)
                 leaves[self.tensors[name]] = tensor.index_select(dim, index)  # sorted ones stay so
                 for other in self.counting.get(label, ()):
                     counts = leaves[self.tensors[other]]
                     leaves[self.tensors[other]] = counts.where(counts != size, size + more)
         return pytree.tree_unflatten(leaves, self.form)  # type: ignore[no-any-return]
+
+    def size(self, sizes: Mapping[str, Mapping[int, str]], label: str) -> int:
+        """What has this name, in the example."""
+        named = ((name, d) for name, dims in sizes.items() for d in dims if dims[d] == label)
+        name, dim = next(named)
+        return int(self.leaves[self.tensors[name]].shape[dim])
 
     def other(self) -> Iterator[tuple[Any, ...]]:
         """The arguments with other values: all floating ones, then all others, twice."""
@@ -532,8 +540,11 @@ def _exported(
     opset: int | None,
     dynamo: bool,
     may_fix: bool,
-) -> Any:
-    """The ModelProto that torch's exporter makes; may_fix: some of `sizes` may stay fixed in it."""
+) -> tuple[Any, dict[str, list[int]]]:
+    """The ModelProto that torch's exporter makes; may_fix: some of `sizes` may stay fixed in it.
+
+    And sizes next to those for which the exporter saw the code do the same, {name: sizes}.
+    """
     import onnx
 
     # From the longer arguments: torch.export takes a size of 1 for a fixed one.
@@ -553,6 +564,7 @@ def _exported(
     options: dict[str, Any] = {"input_names": list(args.tensors), "output_names": output_names}
     options["opset_version"] = opset
     refused: list[str] = []
+    ends: dict[str, list[int]] = {}
     token = onnx_nodes.refused.set(refused)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -571,6 +583,7 @@ def _exported(
                         verbose=False,
                         **options,
                     )
+                ends = _ends(program, sizes)
                 _rename(program.model.graph)
                 proto = _named(program.model_proto, sizes)
             else:
@@ -596,7 +609,21 @@ def _exported(
             f"export_onnx: expected a model that torch.onnx.export can write with opset {opset}, "
             f"got opset {got}"
         )
-    return proto
+    return proto, ends
+
+
+def _ends(program: Any, sizes: Mapping[str, Mapping[int, str]]) -> dict[str, list[int]]:
+    """The sizes just outside of the ranges that torch.export found, as from a branch, by name."""
+    ranges = {str(s): r for s, r in program.exported_program.range_constraints.items()}
+    found: dict[str, list[int]] = {}
+    for given in program.model.graph.inputs:
+        for dim, label in sizes.get(given.name, {}).items():
+            of = ranges.get(str(getattr(given.shape[dim], "value", None)))
+            if of is not None:  # it is not fixed
+                ends = [of.lower - 1, of.upper + 1]
+                # Larger ones may take too much memory; most are those of integers, not of code.
+                found[label] = [int(end) for end in ends if 2 < end <= 2**12]
+    return found
 
 
 def _rename(graph: Any) -> None:
@@ -629,11 +656,12 @@ def _fixed(
     content: bytes,
     args: _Arguments,
     sizes: Mapping[str, Mapping[int, str]],
+    ends: Mapping[str, list[int]],
     compare: bool,
 ) -> dict[str, str]:
     """Which of `sizes`, by name, the file fixes, and how it shows; RuntimeError for wrong answers.
 
-    Answers are those of ONNX Runtime, where it is installed.
+    ends: sizes to be tried beside others. Answers are those of ONNX Runtime, where it is installed.
     """
     fixed = {}
     for given in proto.graph.input:
@@ -655,12 +683,14 @@ def _fixed(
             raise _WrongFile(
                 f"export_onnx: expected a file with the answers of the model, got {why}"
             )
-    # Where code rounds a size up, a little more of it may change nothing.
     for label in labels:
-        example = args.longer(sizes, twice=label)
-        if label not in fixed and args.error_of(example) is None:
-            why = _difference(session, model, example, args, compare)
-            fixed |= {} if why is None else {label: why}
+        # Where code rounds a size up, a little more of it may change nothing.
+        twice = 2 * args.size(sizes, label) + args.growth[label]
+        for size in (twice, *ends.get(label, ())):
+            example = args.longer(sizes, {label: size})
+            if label not in fixed and args.error_of(example) is None:
+                why = _difference(session, model, example, args, compare)
+                fixed |= {} if why is None else {label: why}
     for example in () if fixed else args.other():
         if args.error_of(example) is not None:
             continue

@@ -510,6 +510,34 @@ def test_a_size_that_is_rounded_up_is_found(tmp_path, dynamo):
               engines=[onnx_runtime])  # fmt: skip
 
 
+class Branches(nn.Module):
+    """Long sequences, of more than `least` steps, are another matter; of more than 50 none."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.rnn, self.least = iss.ISSGRU(4, 5), least
+        self.positions = nn.Parameter(torch.randn(50, 1, 5))
+
+    def forward(self, x, *, scale=1.0):  # [T, B, 4]
+        y = self.rnn(x)[0] * scale
+        return (y if x.size(0) <= self.least else -y) + self.positions[: x.size(0)]
+
+
+@pytest.mark.skipif(not SCRIPT, reason="onnxscript is missing")
+@pytest.mark.parametrize("least", [3, 20, 60])
+def test_another_branch_for_other_sizes_is_found(tmp_path, least):
+    """Of an example of 5 steps, twice as many are compared, and those where the branch begins."""
+    path, model = tmp_path / "model.onnx", Branches(least)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        iss.export_onnx(model, {"x": X}, path, dynamo=True)
+    told = any("in ['x_0'], which" in str(warning.message) for warning in caught)
+    assert told == (least < 60)
+    assert shape_of(path, "x") == ([5] if told else ["x_0"]) + ["x_1", 4]
+    if not told:
+        check(path, model, *({"x": torch.randn(n, 3, 4)} for n in (2, 21, 50)))
+
+
 class Concatenates(nn.Module):
     """An argument with the name that an exporter gives a node."""
 
