@@ -35,10 +35,10 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest $(ARGS)
 # Models that others published, with their weights; without what the packages read audio files with.
-# And the training loops of Lightning and Accelerate.
+# And the training loops of Lightning and Accelerate, and TorchRL's modules.
 test-models: .venv/test
 	$(PIP) --no-deps silero-vad==6.2.3 uzmorph-nn==0.1.0 g2p-fa==1.1.0 Resemblyzer==0.1.4
-	$(PIP) pytorch-lightning==2.6.6 accelerate==1.15.0
+	$(PIP) pytorch-lightning==2.6.6 accelerate==1.15.0 torchrl==0.14.1
 	$(BIN)/python -m pytest python_tests/test_models.py python_tests/test_frameworks.py -rs $(ARGS)
 bench: .venv/bench
 	$(BIN)/python -m iss_kernels bench $(ARGS)

@@ -419,6 +419,9 @@ class _Tracer(TorchFunctionMode):
         """Give a tensor its labels, with as many dimensions as it has."""
         own = [one.reshape((1,) * (tensor.dim() - one.dim()) + one.shape) for one in labels]
         own = [one for one in own if bool((one != NONE).any())]
+        if tensor.numel() > 0:
+            for one in own:
+                one.expand(tensor.shape)  # RuntimeError for a rule whose labels do not fit
         if own or id(tensor) in self.known:
             self.known[id(tensor)] = (tensor, own)
             self.elements[_elements(tensor)] = id(tensor)

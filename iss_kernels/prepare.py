@@ -82,16 +82,18 @@ class Prepared(Snapshot, Recurrent):
         hx: States | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | PackedSequence | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
         """As Recurrent.forward."""
         if backend.exporting_onnx():
-            return super().forward(input, hx, lengths, resets)
+            return super().forward(input, hx, lengths, resets, mask)
         native = self._native
         if (
             native is not None
             and hx is None
             and lengths is None
             and resets is None
+            and mask is None
             and not self.full_width
             and backend.backend() == "extension"
         ):
@@ -104,9 +106,9 @@ class Prepared(Snapshot, Recurrent):
         if torch.is_grad_enabled() and _asks_for_gradient((tensor, hx)):
             raise RuntimeError(NO_GRADIENT.format(type(self).__name__))
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            y, state = super().forward(_to(input, torch.float32), hx, lengths, resets)
+            y, state = super().forward(_to(input, torch.float32), hx, lengths, resets, mask)
             return _to(y, tensor.dtype), _to(state, tensor.dtype)
-        return super().forward(input, hx, lengths, resets)
+        return super().forward(input, hx, lengths, resets, mask)
 
     def _compiled(self, value: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
         directions = len(self.sizes[0])

@@ -329,6 +329,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
         hx: States | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | PackedSequence | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, States]:
         """Apply the layers; shapes as in torch's forward.
 
@@ -338,7 +339,8 @@ class Recurrent(Shrinkable, nn.RNNBase):
         last step. resets: bool in the layout of input without its last dimension, or a
         PackedSequence like it. Where True, the row's state is zero before that step, whatever came
         earlier or in hx; a reverse direction is cut at the same place, and no gradient flows
-        across.
+        across. mask: lengths in another form, as TorchRL gives them: bool in the layout of input
+        without its last dimension, True for the steps that a row has, which come first.
         Returns output and the final state in the form of hx; output has the form of input with the
         sum of the last layer's P as its last dimension.
 
@@ -346,6 +348,8 @@ class Recurrent(Shrinkable, nn.RNNBase):
         torch's forward, pad_packed_sequence; with resets to one call for each stretch of a row
         between them.
         """
+        if mask is not None:
+            lengths = self._lengths_of(mask, input, lengths)
         if backend.exporting_onnx():
             from iss_kernels import onnx_nodes
 
@@ -399,6 +403,26 @@ class Recurrent(Shrinkable, nn.RNNBase):
         y, states = self._run(data, batch_sizes, cuts, states)
         packed = PackedSequence(self._output(y), batch_sizes, sorted_indices, unsorted_indices)
         return packed, self._final(states, unsorted_indices, batched=True)
+
+    def _lengths_of(self, mask: Any, input: Tensor | PackedSequence, lengths: Any) -> Tensor:
+        """int64 [B], the steps that each row of a mask has."""
+        if lengths is not None:
+            raise ValueError(f"{self._kind}: expected lengths or mask, got both")
+        shape = None if isinstance(input, PackedSequence) else input.shape[:-1]
+        expected = "bool, in the layout of an input of rows [T, B, I] or [B, T, I]"
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{self._kind}: expected mask {expected}, got a {type(mask).__name__}")
+        if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != shape:
+            got = f"{list(mask.shape)} of {mask.dtype}"
+            raise ValueError(f"{self._kind}: expected mask {expected}, got {got}")
+        steps = mask if self.batch_first else mask.t()
+        followed = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not followed and bool((steps[:, 1:] & ~steps[:, :-1]).any()):
+            raise ValueError(
+                f"{self._kind}: expected mask to be True for the first steps of each row, got one "
+                "with gaps"
+            )
+        return steps.sum(1)
 
     def _forward_lengths(
         self,

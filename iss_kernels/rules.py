@@ -357,31 +357,38 @@ def _along_last(call: Call, count: int) -> bool:
     return "cat" in call.name and from_right(call.get(1, "dim", 0), count) == {-1}
 
 
-@_rule("__setitem__ index_put index_put_")
+@_rule("__setitem__ index_put index_put_ masked_scatter masked_scatter_")
 def _write(trace: Trace, call: Call) -> None:
-    target, index, value = call.args[:3]
+    masked = call.name.startswith("masked")
+    target, index = call.input, call.get(1, "mask" if masked else "indices")
+    value = call.get(2, "source" if masked else "values")
+    shape = call.result.shape if isinstance(call.result, Tensor) else target.shape
     before, after = _slots(trace.labels(target)), {}
     written = _slots(trace.labels(value)) if isinstance(value, Tensor) else {0: fill((), ANY)}
     for slot in {*before, *written} - {0} or {0}:
         base = ANY if is_any([*before.values()]) else NONE
-        labels = before.get(slot, fill((), base)).expand(target.shape).clone()
+        labels = before.get(slot, fill((), base)).expand(shape).clone()
         new = written.get(slot, fill((), ANY if is_any([*written.values()]) else NONE))
+        new = new.expand(value.shape) if isinstance(value, Tensor) else new
         cpu = replaced(index, Tensor.cpu)
-        labels[cpu] = new.expand(value.shape) if isinstance(value, Tensor) else new
+        if masked:
+            labels.masked_scatter_(cpu, new)
+        else:
+            labels[cpu] = new
         after[slot] = compact(labels)
-    trace.label(target, after.values())
+    if call.name.endswith("_"):
+        trace.label(target, after.values())
     if isinstance(call.result, Tensor):
         trace.label(call.result, after.values())
 
 
 @_rule(
-    """index_add index_add_ index_copy index_copy_ index_fill index_fill_ masked_scatter
-    masked_scatter_ scatter scatter_ scatter_add scatter_add_ scatter_reduce select_scatter
-    slice_scatter"""
+    """index_add index_add_ index_copy index_copy_ index_fill index_fill_ scatter scatter_
+    scatter_add scatter_add_ scatter_reduce select_scatter slice_scatter"""
 )
 def _write_along(trace: Trace, call: Call) -> None:
     """Write some places along one dimension, along which units do not differ."""
-    dims = call.dims() if not call.name.startswith("masked") else set()
+    dims = call.dims()
     sources = [value for value in (*call.args[1:], *call.kwargs.values())
                if isinstance(value, Tensor) and value.is_floating_point()]  # fmt: skip
     why = "it writes at places that are counted along its units"

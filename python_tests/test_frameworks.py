@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loops of others, pruned as docs/training.md says: make test-models.
+"""Training loops and modules of others, pruned and prepared: make test-models.
 
 A test whose package is missing is skipped.
 """
@@ -141,3 +141,41 @@ def test_accelerate(precision: str, tmp_path: Path) -> None:
     assert 0 < sum(sizes_of(whole)) < sum(sizes_of(half)) < 48
     assert same(whole, resumed)
     assert all(torch.equal(units, again.kept[name]) for name, units in groups.kept.items())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torchrl(kind: str) -> None:
+    """Sequences that begin anew inside a batch, which TorchRL cuts, pads and gives a mask."""
+    rl = pytest.importorskip("torchrl.modules")
+    td = pytest.importorskip("tensordict")
+
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            make, module = getattr(rl, f"{kind}Module"), td.nn.TensorDictModule
+            self.layers = td.nn.TensorDictSequential(
+                module(nn.Linear(4, 6), ["observation"], ["x"]),
+                make(input_size=6, hidden_size=12, in_key="x", out_key="y"),
+                make(input_size=12, hidden_size=8, in_key="y", out_key="z"),
+                module(nn.Linear(8, 2), ["z"], ["action"]),
+            )
+
+        def forward(self, observation: Tensor, is_init: Tensor) -> Tensor:
+            given = {"observation": observation, "is_init": is_init}
+            with rl.set_recurrent_mode(True):
+                after = self.layers(td.TensorDict(given, observation.shape[:2]))
+            return after["action"]  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    is_init = torch.zeros(3, 7, 1, dtype=torch.bool)
+    is_init[:, 0] = is_init[1, 4] = is_init[2, 2] = True
+    example = torch.randn(3, 7, 4), is_init
+    policy = Policy()
+    groups = iss.find_groups(policy, example)
+    assert [family.size for family in groups.families] == [12, 8]
+    groups.zero_units_({f.name: torch.arange(f.size) > 4 for f in groups.families})
+    expected = policy(*example)
+    small, _ = iss.shrink(policy, groups)
+    torch.testing.assert_close(small(*example), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(iss.prepare(small)(*example), expected)

@@ -147,8 +147,52 @@ def test_lengths_may_be_given_by_name():
     assert torch.equal(lstm(x, lengths=LENGTHS)[0], lstm(x, None, LENGTHS)[0])
 
 
-COUNT = "LSTM: expected lengths to be B = 4 ints, got "
+@torch.no_grad()
+@every_kind
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_mask_is_lengths(implementation, kind, batch_first):
+    module = kind(I, 5, 2, bidirectional=True, batch_first=batch_first)
+    x = inputs_for(module, torch.float32)
+    mask = torch.arange(T)[:, None] < torch.tensor(LENGTHS)
+    mask = mask.t() if batch_first else mask
+    _, state = module(x)
+    for run in (module, prepare(module)):
+        expected = tensors_in(run(x, state, LENGTHS))
+        assert all(map(torch.equal, tensors_in(run(x, state, mask=mask)), expected))
+
+
 RANGE = "LSTM: expected lengths from 1 to T = 6, got "
+MASK = "LSTM: expected mask bool, in the layout of an input of rows [T, B, I] or [B, T, I], got "
+ONES = torch.ones(T, B) > 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "error", "message"),
+    [
+        (ONES.t(), {}, ValueError, MASK + "[4, 6] of torch.bool"),
+        (ONES[0], {}, ValueError, MASK + "[4] of torch.bool"),
+        (ONES.float(), {}, ValueError, MASK + "[6, 4] of torch.float32"),
+        ([1], {}, TypeError, MASK + "a list"),
+        (ONES, {"lengths": LENGTHS}, ValueError, "LSTM: expected lengths or mask, got both"),
+        (
+            torch.arange(T)[:, None].expand(T, B) != 2,
+            {},
+            ValueError,
+            "LSTM: expected mask to be True for the first steps of each row, got one with gaps",
+        ),
+        (~ONES, {}, ValueError, RANGE + "0"),
+    ],
+    ids=["turned", "one dimension", "floats", "a list", "both", "gaps", "empty rows"],
+)
+@pytest.mark.parametrize("kind", [lambda lstm: lstm, prepare], ids=["ISSLSTM", "prepared"])
+def test_wrong_masks(kind, mask, options, error, message):
+    lstm = kind(ISSLSTM(I, 5))
+    with pytest.raises(error) as got:
+        lstm(inputs_for(lstm, torch.float32), mask=mask, **options)
+    assert str(got.value) == message
+
+
+COUNT = "LSTM: expected lengths to be B = 4 ints, got "
 FORM = "LSTM: expected input of shape [T, B, I] or [B, T, I] with lengths, got "
 
 

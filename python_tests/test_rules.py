@@ -139,6 +139,16 @@ def written(m: Any, x: Tensor) -> Tensor:
     return m.out(ys)
 
 
+def padded_by_mask(m: Any, x: Tensor) -> Tensor:
+    """Rows of 4 and 2 steps one after another, padded to 4 steps, and back."""
+    steps = torch.tensor([4, 2])
+    y = m.rnn(x)[0].transpose(0, 1)  # [B, 6, H]
+    mask = (torch.arange(4) < steps[:, None]).expand(len(y), -1, -1)[..., None]
+    padded = y.new_zeros(len(y), 2, 4, y.size(-1)).masked_scatter(mask, y.reshape(-1))
+    z = m.top(padded.flatten(0, 1).transpose(0, 1))[0].transpose(0, 1)
+    return m.out(z)
+
+
 def complex_product(m: Any, x: Tensor) -> Tensor:
     (rr, _), (ri, _), (ir, _), (ii, _) = m.real(x), m.imag(x), m.real(x * 2), m.imag(x * 2)
     return m.out(rr - ii) + m.out(ri + ir)
@@ -324,6 +334,10 @@ MODELS: dict[str, tuple[Model | nn.Module, Any, dict[str, int] | None]] = {
             act=nn.PReLU(), out=head(3),
         ),
         X, {"rnn.l0": 8},
+    ),
+    "padded by masked_scatter": (
+        Model(padded_by_mask, rnn=nn.GRU(5, 8), top=nn.LSTM(8, 4), out=head(4)), X,
+        {"rnn.l0": 8, "top.l0": 4},
     ),
     "writes into a buffer": (Model(written, rnn=rnn(), out=head()), X, {"rnn.l0": 8}),
     "index_copy": (
