@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dis
+import inspect
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,34 +40,39 @@ def warn_of_type_checks(function: str, model: nn.Module, new: Mapping[nn.Module,
 def _places(model: nn.Module, classes: set[type]) -> Iterator[str]:
     """file:line of each question in code that `forward` of the model's own classes reaches."""
     seen: set[types.CodeType] = set()
-    for kind in dict.fromkeys(type(module) for module in model.modules()):
-        yield from _asked_by(getattr(kind, "forward", None), kind, classes, seen)
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    todo = [(_held(kind, "forward"), kind) for kind in kinds]
+    while todo:  # not by recursion: chains of calls may be longer than its limit
+        function, kind = todo.pop()
+        if isinstance(function, (staticmethod, classmethod)):
+            function = function.__func__
+        if isinstance(function, property):
+            function = function.fget
+        while isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        if not isinstance(function, types.FunctionType) or function.__code__ in seen:
+            continue
+        if f"{function.__module__}.".startswith(("torch.", "iss_kernels.")):
+            continue
+        seen.add(function.__code__)
+        known, codes = function.__globals__, [function.__code__]
+        for code in codes:  # which gets longer
+            codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+            if any(name in code.co_names for name in _ASKING):
+                yield from _asking(code, known, kind, classes)
+            for name in code.co_names:
+                todo += [(_held(kind, name), kind), (known.get(name), kind)]
 
 
-def _asked_by(
-    function: Any, kind: type, classes: set[type], seen: set[types.CodeType]
+def _asking(
+    code: types.CodeType, known: Mapping[str, Any], kind: type, classes: set[type]
 ) -> Iterator[str]:
-    if isinstance(function, property):
-        function = function.fget
-    function = getattr(function, "__wrapped__", function)
-    if not isinstance(function, types.FunctionType) or function.__code__ in seen:
-        return
-    if f"{function.__module__}.".startswith(("torch.", "iss_kernels.")):
-        return
-    seen.add(function.__code__)
-    known, codes = function.__globals__, [function.__code__]
-    for code in codes:  # which gets longer
-        codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-        if any(name in code.co_names for name in _ASKING):
-            starts = [*dis.findlinestarts(code)]
-            for offset, value in _loaded(code, known, kind):
-                values = value if isinstance(value, tuple) else (value,)
-                if any(isinstance(one, type) and one in classes for one in values):
-                    at = bisect.bisect_right([start for start, _ in starts], offset)
-                    yield f"{code.co_filename.rpartition('/')[2]}:{starts[at - 1][1]}"
-        for name in code.co_names:
-            yield from _asked_by(getattr(kind, name, None), kind, classes, seen)
-            yield from _asked_by(known.get(name), kind, classes, seen)
+    starts = [*dis.findlinestarts(code)]
+    for offset, value in _loaded(code, known, kind):
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(one, type) and one in classes for one in values):
+            at = bisect.bisect_right([start for start, _ in starts], offset)
+            yield f"{code.co_filename.rpartition('/')[2]}:{starts[at - 1][1]}"
 
 
 def _loaded(
@@ -75,14 +81,20 @@ def _loaded(
     """Offset and value of what code loads by a global name, or from the class of self."""
     value: Any = None
     for step in dis.get_instructions(code):
-        name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+        given = step.argval
         if step.opname == "LOAD_GLOBAL":
-            value = known.get(str(name))
+            value = known.get(given)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            holds = isinstance(value, (types.ModuleType, type))
-            value = getattr(value, str(name), None) if holds else None
-        elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and name == "self":
-            value = kind
+            value = _held(value, given)
+        elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):  # one name, or two
+            value = kind if (given[-1] if isinstance(given, tuple) else given) == "self" else None
         else:
             value = None
         yield step.offset, value
+
+
+def _held(holder: Any, name: str) -> Any:
+    """What a module or a class has under a name, without running any code of theirs."""
+    if not isinstance(holder, (types.ModuleType, type)):
+        return None
+    return inspect.getattr_static(holder, name, None)

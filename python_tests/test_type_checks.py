@@ -4,6 +4,7 @@
 import copy
 import functools
 import re
+import types
 import warnings
 from typing import Any
 
@@ -94,6 +95,15 @@ class Wrapped(Model):
         return states[0] if isinstance(self.rnn, nn.LSTM) else states[1]
 
 
+class InAClassMethod(Model):
+    def hidden(self, states: Any) -> torch.Tensor:
+        return states[self.which(self.rnn)]
+
+    @classmethod
+    def which(cls, rnn: nn.Module) -> int:
+        return 0 if isinstance(rnn, nn.LSTM) else 1
+
+
 def of(rnn: nn.Module, states: Any) -> torch.Tensor:
     h: torch.Tensor = states[0] if rnn.__class__ == nn.LSTM else states[1]
     return h
@@ -107,8 +117,37 @@ ASKS = [
     InALambda,
     InAFunction,
     InAProperty,
+    InAClassMethod,
     Wrapped,
 ]
+
+
+lazy = types.ModuleType("lazy")
+lazy.__getattr__ = lambda name: 1 // 0  # type: ignore[assignment, method-assign]
+# A chain of calls that is longer than the limit of a recursion.
+exec("\n".join(f"def f{i}(x): return isinstance(x, int) or f{i + 1}(x)" for i in range(2000)))
+first: Any = globals()["f0"]
+
+
+class Odd(type):
+    @property
+    def other(cls) -> int:
+        raise RuntimeError
+
+
+class OfOddParts(Model, metaclass=Odd):
+    """Code that must not run only because it is looked at."""
+
+    other = 0
+
+    def hidden(self, states: Any) -> torch.Tensor:
+        if states is None:
+            return first(lazy.other)  # type: ignore[no-any-return]
+        others = isinstance(states, ()) or self.other
+        return states[0] if isinstance(self.rnn, nn.LSTM) and not others else states[1]
+
+
+ASKS.append(OfOddParts)
 
 
 @pytest.mark.parametrize("kind", ASKS)
