@@ -23,37 +23,67 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     memo: what stands for objects that are not to be copied, by their id, as for copy.deepcopy; it
     is filled. Parameters, buffers, hooks and the sharing of tensors and modules are copied as
     deepcopy does. The copy's hooks compute its weights anew, from its own parameters, when it is
-    called; until then it holds their present values.
+    called; until then it holds their present values. Where a module makes its copy anew, from its
+    own __getstate__, say, so that what stands for its parts would not arrive, all that it holds is
+    copied instead.
 
-    Raises ValueError for a model with a part that does not copy what it holds, but makes it anew.
+    Raises ValueError for such a module that holds what cannot be copied.
     """
     memo = {} if memo is None else memo
+    given = dict(memo)
     instead = [memo[id(part)] for part in _parts(model, memo) if id(part) in memo]
     for tensor in _tensors_within(model, memo):
         if not tensor.is_leaf:
             memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
+    known = dict(memo)
     result = copy.deepcopy(model, memo)
-    arrived = {id(part) for part in _parts(result, {})}
-    if any(id(part) not in arrived for part in instead):
-        kinds = dict.fromkeys(type(module) for module in model.modules())
+    if _arrived(instead, result):
+        return result
+    memo.clear()
+    memo.update(known)
+    makers = [
+        part
+        for part in _parts(model, given)
+        if isinstance(part, nn.Module)
+        and id(part) not in given
+        and any(_has_own(type(part), name) for name in _COPIERS)
+    ]
+    twins = [type(module).__new__(type(module)) for module in makers]
+    memo.update((id(module), twin) for module, twin in zip(makers, twins, strict=True))
+    error: Exception | None = None
+    try:
+        for module, twin in zip(makers, twins, strict=True):
+            vars(twin).update(copy.deepcopy(vars(module), memo))
+        result = copy.deepcopy(model, memo)
+    except Exception as caught:
+        error = caught
+    if error is not None or not _arrived(instead, result):
         own = [
-            f" ({kind.__name__}.{name})"
-            for kind in kinds
+            f" ({type(module).__name__}.{name})"
+            for module in makers
             for name in _COPIERS
-            if _has_own(kind, name) and not kind.__module__.startswith("torch.")
+            if _has_own(type(module), name)
         ]
         raise ValueError(
-            "expected a model that copy.deepcopy copies part by part, got a "
-            f"{type(model).__name__} that makes parts of itself anew{''.join(own[:1])}"
-        )
+            f"expected a model that can be copied part by part, got a {type(model).__name__} that "
+            f"makes parts of itself anew{''.join(own[:1])}"
+        ) from error
     return result
+
+
+def _arrived(parts: Sequence[Any], model: nn.Module) -> bool:
+    """Whether a model has all these parts."""
+    there = {id(part) for part in _parts(model, {})}
+    return all(id(part) in there for part in parts)
 
 
 _COPIERS = ("__deepcopy__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__")
 
 
 def _has_own(kind: type, name: str) -> bool:
-    """Whether a class of modules defines a method otherwise than nn.Module."""
+    """Whether a class of modules, of others, defines a method otherwise than nn.Module."""
+    if f"{kind.__module__}.".startswith(("torch.", "iss_kernels.")):
+        return False
     return getattr(kind, name, None) is not getattr(nn.Module, name, None)
 
 
