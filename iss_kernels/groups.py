@@ -152,6 +152,11 @@ class Groups:
                 f"Groups: expected {labelled.name} of shape {expected} in the model, got {got}; a "
                 "model that has changed since has other groups (shrink_ returns them)"
             )
+        if hasattr(found, "placements"):
+            raise ValueError(
+                f"Groups: expected {labelled.name} as a tensor that this process holds whole, got "
+                "a DTensor, a part of one, as FSDP makes it; DistributedDataParallel keeps it whole"
+            )
         return found
 
     def by_family(self, values: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -309,6 +311,13 @@ def train_a_share(rank, world_size, folder):
     model = accelerate(tagger())
     train_on(model, x, classes, lasso_of(model), DistributedDataParallel(model))
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    sharded = accelerate(tagger())
+    lasso = lasso_of(sharded)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (world_size,)))
+    with pytest.raises(
+        ValueError, match="as a tensor that this process holds whole, got a DTensor"
+    ):
+        lasso.norms()
     torch.distributed.destroy_process_group()
     # Without an interpreter's end, at which torch aborts one time in twenty: also after DDP of an
     # nn.Linear, where the machine is busy.
