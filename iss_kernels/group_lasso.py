@@ -173,13 +173,13 @@ class GroupLasso:
 
         The proximal step of the penalty, after the optimiser's; it takes the place of
         `add_gradients_` and `threshold_`. step is the learning rate, or the optimiser itself: SGD,
-        Adam or AdamW, bare or wrapped by Accelerate or Lightning. Adam divides the gradient of each
-        weight by the root of its mean square; then the penalty of a unit is divided by the root
-        mean square of these divisors over its weights, so that it balances the same gradient of the
-        loss as with SGD, at the same strength (proximal steps in the optimiser's metric: Yun et al.
-        2021, Deleu & Bengio 2021; here one number for a unit). With the learning rate alone, Adam's
-        divisors are in the gradient of the loss and not in the penalty, which then fades units that
-        matter and units that do not alike.
+        Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad, bare or wrapped by Accelerate or Lightning.
+        Adam divides the gradient of each weight by the root of its mean square; then the penalty of
+        a unit is divided by the root mean square of these divisors over its weights, so that it
+        balances the same gradient of the loss as with SGD, at the same strength (proximal steps in
+        the optimiser's metric: Yun et al. 2021, Deleu & Bengio 2021; here one number for a unit).
+        With the learning rate alone, Adam's divisors are in the gradient of the loss and not in the
+        penalty, which then fades units that matter and units that do not alike.
 
         Norms are those before the step. In bfloat16 a factor within 2^-9 of 1 changes no weight:
         the product is rounded to what it was.

@@ -122,16 +122,16 @@ def _is_alike(parameter: nn.Parameter, value: Any) -> bool:
 def metric(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Tensor | float | None]:
     """What the last step divided the gradient of each parameter by, elementwise or as a number.
 
-    1 / learning rate for SGD, (sqrt(second moment) + eps) / learning rate for Adam and AdamW; None
-    for parameters that have not moved yet. Raises TypeError for other optimisers, and ValueError
-    for one that lacks a parameter.
+    1 / learning rate for SGD, (sqrt(second moment) + eps) / learning rate for Adam and its kin;
+    None for parameters that have not moved yet. Raises TypeError for other optimisers, and
+    ValueError for one that lacks a parameter.
     """
     optimizer = _innermost(optimizer)
-    kind = type(optimizer)
-    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if type(optimizer) not in _WITH_METRIC:
+        *most, last = (kind.__name__ for kind in _WITH_METRIC)
         raise TypeError(
-            f"proximal_: expected a step size, or an optimizer of type SGD, Adam or AdamW, "
-            f"got {kind.__name__}"
+            "proximal_: expected a step size, or an optimizer of type "
+            f"{', '.join(most)} or {last}, got {type(optimizer).__name__}"
         )
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     found: list[Tensor | float | None] = []
@@ -139,7 +139,7 @@ def metric(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Tenso
         if not parameter.requires_grad:
             found.append(None)
         elif parameter in groups:
-            found.append(_metric(groups[parameter], optimizer.state.get(parameter)))
+            found.append(_metric(optimizer, groups[parameter], optimizer.state.get(parameter)))
         else:
             raise ValueError(
                 f"proximal_: expected an optimizer that has {name}, got one without it"
@@ -158,20 +158,40 @@ def _innermost(optimizer: Any) -> Any:
         optimizer = inner
 
 
-def _metric(group: Mapping[str, Any], state: Mapping[str, Any] | None) -> Tensor | float | None:
+_WITH_METRIC = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adamax,
+    torch.optim.RMSprop, torch.optim.Adagrad,
+)  # fmt: skip
+
+
+def _metric(
+    optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any] | None
+) -> Tensor | float | None:
     rate = float(group["lr"])
     if rate == 0:
         return None
-    if "momentum" in group:  # SGD, whose steps for one gradient add up to this
-        if group["momentum"]:
-            rate *= (1 - group["dampening"]) / (1 - group["momentum"])
+    if momentum := group.get("momentum", 0):  # the steps for one gradient add up to this
+        rate *= (1 - group.get("dampening", 0)) / (1 - momentum)
+    if isinstance(optimizer, torch.optim.SGD):
         return 1 / rate
     if not state or not state["step"]:  # a GradScaler skips a step whose gradient overflowed
         return None
-    squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-    scale = 1 / (rate * math.sqrt(1 - group["betas"][1] ** float(state["step"])))
+    step, seen = float(state["step"]), 1.0  # share of the weights of the average that are in it
+    if isinstance(optimizer, torch.optim.Adamax):
+        return torch.div(state["exp_inf"], rate)
+    if isinstance(optimizer, torch.optim.Adagrad):
+        squares = state["sum"]
+        rate /= 1 + (step - 1) * group["lr_decay"]
+    elif isinstance(optimizer, torch.optim.RMSprop):
+        squares = state["square_avg"]
+        if group["centered"]:
+            squares = (squares - state["grad_avg"].square()).clamp_min(0)
+    else:
+        squares = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+        seen = 1 - group["betas"][1] ** step
     root: Tensor = squares.sqrt()
-    return torch.add(root.new_tensor(group["eps"] / rate), root, alpha=scale, out=root)
+    eps = root.new_tensor(group["eps"] / rate)
+    return torch.add(eps, root, alpha=1 / (rate * math.sqrt(seen)), out=root)
 
 
 def hand_over(new: Mapping[nn.Parameter, nn.Parameter], cut: Cut) -> None:

@@ -138,6 +138,11 @@ OPTIMISERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adam, a tensor": (torch.optim.Adam, {"lr": torch.tensor(1e-2, dtype=torch.float64)}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "eps": 1e-3, "betas": (0.8, 0.9)}),
     "amsgrad": (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
+    "NAdam": (torch.optim.NAdam, {"lr": 1e-2, "betas": (0.8, 0.9)}),
+    "Adamax": (torch.optim.Adamax, {"lr": 1e-2}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 1e-2, "momentum": 0.5, "eps": 1e-3}),
+    "centered": (torch.optim.RMSprop, {"lr": 1e-2, "alpha": 0.5, "centered": True}),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 1e-1, "lr_decay": 0.1}),
 }
 
 
@@ -167,8 +172,17 @@ def roots_of(groups: Groups, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         elif isinstance(optimizer, torch.optim.SGD):
             share = (1 - group["dampening"]) / (1 - group["momentum"]) if group["momentum"] else 1
             roots.append(torch.full_like(parameter, 1 / (group["lr"] * share)))
+        elif isinstance(optimizer, torch.optim.Adamax):
+            roots.append(state["exp_inf"] / group["lr"])
+        elif isinstance(optimizer, torch.optim.RMSprop):
+            mean = state["square_avg"] - (state["grad_avg"] ** 2 if group["centered"] else 0)
+            rate = group["lr"] / (1 - group["momentum"])
+            roots.append((mean.sqrt() + group["eps"]) / rate)
+        elif isinstance(optimizer, torch.optim.Adagrad):
+            rate = group["lr"] / (1 + (float(state["step"]) - 1) * group["lr_decay"])
+            roots.append((state["sum"].sqrt() + group["eps"]) / rate)
         else:
-            squares = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+            squares = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
             mean = squares / (1 - group["betas"][1] ** float(state["step"]))
             roots.append((mean.sqrt() + group["eps"]) / float(group["lr"]))
     return roots
@@ -207,7 +221,7 @@ def test_sgd_is_its_learning_rate() -> None:
     assert all(torch.equal(a, b) for a, b in zip(values(ours[0]), values(theirs[0]), strict=True))
 
 
-@pytest.mark.parametrize("name", ["SGD", "momentum", "Adam", "AdamW"])
+@pytest.mark.parametrize("name", ["SGD", "momentum", "Adam", "AdamW", "NAdam", "Adamax", "RMSprop"])
 def test_the_same_units_leave_whatever_the_optimiser(name: str) -> None:
     """A column of the head matters in the measure of its distance from zero to its best value.
 
@@ -251,12 +265,12 @@ def test_optimisers_of_other_kinds_are_refused() -> None:
     class Mine(torch.optim.Adam):
         pass
 
-    for other in (torch.optim.RMSprop(parameters), Mine(parameters), "0.1"):
+    for other in (torch.optim.Rprop(parameters), Mine(parameters), "0.1"):
         with pytest.raises(TypeError) as error:
             lasso.proximal_(other)
         assert str(error.value) == (
-            "proximal_: expected a step size, or an optimizer of type SGD, Adam or AdamW, "
-            f"got {type(other).__name__}"
+            "proximal_: expected a step size, or an optimizer of type SGD, Adam, AdamW, NAdam, "
+            f"Adamax, RMSprop or Adagrad, got {type(other).__name__}"
         )
     with pytest.raises(ValueError) as error:
         lasso.proximal_(torch.optim.SGD(parameters[1:], 0.1))
