@@ -94,7 +94,9 @@ def nobody_watches() -> bool:
 
 def multiplies_bfloat16() -> bool:
     """Whether products of bfloat16 on the CPU take instructions of their own: the faster way."""
-    return _backend == "extension" and _isa in ("amx", "avx512_bf16", "scalar_bf16")
+    return _backend == "extension" and _isa in (
+        "amx", "avx512_bf16", "neon_bf16", "scalar_bf16",
+    )  # fmt: skip
 
 
 def on_cuda(device: torch.device) -> bool:

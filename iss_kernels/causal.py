@@ -578,7 +578,7 @@ def steps_of(model: nn.Module, batch: int, example: Any, time_dim: int | None, f
         others = [path or name for path, m in model.named_modules() if isinstance(m, kin)]
         raise ValueError(
             "Stream: expected a model with a recurrent layer, got one without"
-            + f" but {', '.join(others)}, of a subclass with its own forward" * bool(others)
+            + f" but {', '.join(others)}, of a subclass" * bool(others)
         )
     arguments = Arguments(model, example, fixed)
     verifier = _Verifier(plain, arguments, batch)

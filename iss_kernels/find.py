@@ -117,14 +117,15 @@ def find_groups(
     keep = on_unknown == "keep"
     recurrent = plain_recurrent("find_groups", model, keep) | plain_cells(model)
     others = {
-        name: "its weights are computed, or its forward is not that of torch's class or ours"
+        name: "its weights are computed, or it is of a subclass or has a forward of its own"
         for name, module in model.named_modules()
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name not in recurrent
     }
     if not recurrent and not (others and keep):
         raise GroupError(
             f"find_groups: expected a model with an {kinds()}, found none"
-            + f" but {', '.join(others)}, of a subclass with its own forward" * bool(others)
+            + f" but {', '.join(others)}, of a subclass, whose own methods would be lost"
+            * bool(others)
         )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):

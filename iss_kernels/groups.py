@@ -277,7 +277,7 @@ def plain_cells(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_recurrent(function: str, model: nn.Module, others: bool = False) -> dict[str, Any]:
-    """{name: module} of the recurrent modules, but of no subclass with a forward of its own.
+    """{name: module} of the recurrent modules, torch's and ours, but of no subclass.
 
     Raises GroupError, in the name of `function`, for one that `shrink` could not rebuild: its
     weights are computed from other parameters, or its forward is not that of its class. others:

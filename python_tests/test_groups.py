@@ -715,12 +715,12 @@ def test_modules_of_a_subclass_are_left_alone() -> None:
         find_groups(Net(lambda m, x: m.head(m.rnn(x)[0]), rnn=Doubled(5, 4)), X)
     assert str(error.value) == (
         f"find_groups: expected a model with an {kinds()}, found none but rnn, "
-        "of a subclass with its own forward"
+        "of a subclass, whose own methods would be lost"
     )
     alone = Net(lambda m, x: m.head(m.rnn(x)[0]), rnn=Doubled(5, 4))
     whole = find_groups(alone, X, on_unknown="keep").kept_whole
     assert whole == {
-        "rnn": "its weights are computed, or its forward is not that of torch's class or ours"
+        "rnn": "its weights are computed, or it is of a subclass or has a forward of its own"
     }
     below = Net(lambda m, x: m.head(m.rnn(m.below(x)[0])[0]), below=Doubled(5, 5))
     groups = find_groups(below, X)

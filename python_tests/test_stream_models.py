@@ -988,7 +988,7 @@ REFUSED = {
     "dropout": (Dropping, "Dropping, whose output at step "),
     "a subclass": (
         Backwards,
-        "got one without but lstm, of a subclass with its own forward",
+        "got one without but lstm, of a subclass",
     ),
     "a memory of its own": (Remembering, CAUSAL + "Remembering, whose "),
     "no finite answer": (Nothing, "Nothing, which returns no finite number"),
