@@ -30,45 +30,38 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises ValueError for such a module that holds what cannot be copied.
     """
     memo = {} if memo is None else memo
-    given = dict(memo)
-    instead = [memo[id(part)] for part in _parts(model, memo) if id(part) in memo]
+    parts = list(_parts(model, memo))
+    instead = [memo[id(part)] for part in parts if id(part) in memo]
+    makers = [
+        (module, name)
+        for module in parts
+        if isinstance(module, nn.Module) and id(module) not in memo
+        for name in [name for name in _COPIERS if _has_own(type(module), name)][:1]
+    ]
     for tensor in _tensors_within(model, memo):
         if not tensor.is_leaf:
             memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
-    known = dict(memo)
-    result = copy.deepcopy(model, memo)
-    if _arrived(instead, result):
-        return result
-    memo.clear()
-    memo.update(known)
-    makers = [
-        part
-        for part in _parts(model, given)
-        if isinstance(part, nn.Module)
-        and id(part) not in given
-        and any(_has_own(type(part), name) for name in _COPIERS)
-    ]
-    twins = [type(module).__new__(type(module)) for module in makers]
-    memo.update((id(module), twin) for module, twin in zip(makers, twins, strict=True))
-    error: Exception | None = None
-    try:
-        for module, twin in zip(makers, twins, strict=True):
-            vars(twin).update(copy.deepcopy(vars(module), memo))
-        result = copy.deepcopy(model, memo)
-    except Exception as caught:
-        error = caught
-    if error is not None or not _arrived(instead, result):
-        own = [
-            f" ({type(module).__name__}.{name})"
-            for module in makers
-            for name in _COPIERS
-            if _has_own(type(module), name)
-        ]
-        raise ValueError(
-            f"expected a model that can be copied part by part, got a {type(model).__name__} that "
-            f"makes parts of itself anew{''.join(own[:1])}"
-        ) from error
-    return result
+    known, failure = dict(memo), None
+    for twins in ([], [(module, type(module).__new__(type(module))) for module, _ in makers]):
+        memo.clear()
+        memo.update(known)
+        memo.update((id(module), twin) for module, twin in twins)
+        try:
+            for module, twin in twins:
+                vars(twin).update(copy.deepcopy(vars(module), memo))
+            result = copy.deepcopy(model, memo)
+        except Exception as error:
+            if not makers:
+                raise
+            failure = error
+        else:
+            if _arrived(instead, result):
+                return result
+    own = "".join(f" ({type(module).__name__}.{name})" for module, name in makers[:1])
+    raise ValueError(
+        f"expected a model that can be copied part by part, got a {type(model).__name__} that "
+        f"makes parts of itself anew{own}"
+    ) from failure
 
 
 def _arrived(parts: Sequence[Any], model: nn.Module) -> bool:
