@@ -262,6 +262,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa):
 
 
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
 def test_opcheck_of_bfloat16():
     lib = torch.ops.iss_kernels
     weights, rows, columns = labelled(BFLOAT16)
