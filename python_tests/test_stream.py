@@ -508,6 +508,7 @@ def test_x_of_any_layout_is_read_as_torch_reads_it(implementation):
         torch.testing.assert_close(result, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.filterwarnings("ignore:Setting the dtype:DeprecationWarning")  # from NumPy 2.5 on
 def test_the_result_may_be_made_into_something_else():
     def to_array_of_ints(y):
         y.dtype = np.int32
