@@ -193,10 +193,14 @@ def supported_isas() -> list[str]:
     return list(_C.supported_isas()) if _C is not None else []
 
 
+def exporting() -> bool:
+    """Whether torch.export or torch.jit.trace follows the call, so that values are not known."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def exporting_onnx() -> bool:
     """Whether torch.onnx.export follows the call, by either of its two ways."""
-    followed = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return followed and torch.onnx.is_in_onnx_export()
+    return exporting() and torch.onnx.is_in_onnx_export()
 
 
 def refuse_script(module: torch.nn.Module) -> NoReturn:

@@ -32,23 +32,19 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     memo = {} if memo is None else memo
     parts = list(_parts(model, memo))
     instead = [memo[id(part)] for part in parts if id(part) in memo]
-    makers = [
-        (module, name)
-        for module in parts
-        if isinstance(module, nn.Module) and id(module) not in memo
-        for name in [name for name in _COPIERS if _has_own(type(module), name)][:1]
-    ]
+    modules = (part for part in parts if isinstance(part, nn.Module) and id(part) not in memo)
+    makers = [module for module in modules if _own_copier(type(module))]
     for tensor in _tensors_within(model, memo):
         if not tensor.is_leaf:
             memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
     known, failure = dict(memo), None
-    for twins in ([], [(module, type(module).__new__(type(module))) for module, _ in makers]):
+    for by_parts in ([], makers):
         memo.clear()
         memo.update(known)
-        memo.update((id(module), twin) for module, twin in twins)
         try:
-            for module, twin in twins:
-                vars(twin).update(copy.deepcopy(vars(module), memo))
+            memo.update((id(module), type(module).__new__(type(module))) for module in by_parts)
+            for module in by_parts:
+                vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
             result = copy.deepcopy(model, memo)
         except Exception as error:
             if not makers:
@@ -57,7 +53,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         else:
             if _arrived(instead, result):
                 return result
-    own = "".join(f" ({type(module).__name__}.{name})" for module, name in makers[:1])
+    own = "".join(f" ({type(m).__name__}.{_own_copier(type(m))})" for m in makers[:1])
     raise ValueError(
         f"expected a model that can be copied part by part, got a {type(model).__name__} that "
         f"makes parts of itself anew{own}"
@@ -73,11 +69,12 @@ def _arrived(parts: Sequence[Any], model: nn.Module) -> bool:
 _COPIERS = ("__deepcopy__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__")
 
 
-def _has_own(kind: type, name: str) -> bool:
-    """Whether a class of modules, of others, defines a method otherwise than nn.Module."""
+def _own_copier(kind: type) -> str:
+    """The method by which a class of others' modules is copied otherwise than nn.Module, or ""."""
     if f"{kind.__module__}.".startswith(("torch.", "iss_kernels.")):
-        return False
-    return getattr(kind, name, None) is not getattr(nn.Module, name, None)
+        return ""
+    own = (n for n in _COPIERS if getattr(kind, n, None) is not getattr(nn.Module, n, None))
+    return next(own, "")
 
 
 def _parts(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[Any]:

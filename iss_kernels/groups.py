@@ -120,11 +120,11 @@ class Groups:
         keep=groups.kept)` gives the model as it was built the sizes that it has now, so that a
         checkpoint loads.
         """
-        origin = self.origin
-        if origin is None:
-            spans = [torch.arange(family.size, device="cpu") for family in self.families]
-            return {family.name: span for family, span in zip(self.families, spans, strict=True)}
-        return self.by_family(origin)
+        if self.origin is None:
+            return {
+                family.name: torch.arange(family.size, device="cpu") for family in self.families
+            }
+        return self.by_family(self.origin)
 
     @property
     def labelled(self) -> list[Labelled]:

@@ -416,8 +416,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
             got = f"{list(mask.shape)} of {mask.dtype}"
             raise ValueError(f"{self._kind}: expected mask {expected}, got {got}")
         steps = mask if self.batch_first else mask.t()
-        followed = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if not followed and bool((steps[:, 1:] & ~steps[:, :-1]).any()):
+        if not backend.exporting() and bool((steps[:, 1:] & ~steps[:, :-1]).any()):
             raise ValueError(
                 f"{self._kind}: expected mask to be True for the first steps of each row, got one "
                 "with gaps"

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import iss_kernels as iss
 from iss_kernels.copying import copied
 
-X = torch.randn(3, 4)
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Double(nn.Module):
@@ -167,3 +167,25 @@ def test_one_that_holds_what_cannot_be_copied_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="that can be copied part by part, got a Seq") as caught:
         MAKES_COPIES[name](model)
     assert str(caught.value).endswith("makes parts of itself anew (MakesItself.__setstate__)")
+
+
+class NeedsASize(nn.Linear):
+    """Cannot be made without an argument, and says how it is copied."""
+
+    def __new__(cls, size: int) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        other = NeedsASize(self.in_features)
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+def test_a_way_of_copying_that_works_is_all_that_is_tried() -> None:
+    model = nn.Sequential(nn.Identity(), NeedsASize(4))
+    assert torch.equal(copied(model)(X), model(X))
+    with pytest.raises(ValueError, match=r"anew \(NeedsASize.__deepcopy__\)"):
+        copied(model, {id(model[1].weight): nn.Parameter(torch.zeros(2, 4))})
