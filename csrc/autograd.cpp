@@ -72,6 +72,11 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
     const CellSpec& spec = kCells[options / 4];
     const std::string_view cell = spec.name;
     const bool reverse = options & 2, saves = options & 1;
+    for (const Tensor& gradient : gradients)  // its tangent would be lost
+      TORCH_CHECK(
+          !gradient.defined() || !gradient._fw_grad(/*level=*/0).defined(), cell,
+          ": expected gradients without a tangent, got one of a dual_level that the forward "
+          "ran outside of: run it inside");
     // recurrent_backward has a derivative of its own, for which nothing is recorded unless asked
     // for.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
@@ -107,7 +112,10 @@ struct Recurrent : torch::autograd::Function<Recurrent> {
             if_needed(need_dw, dw_ih),
             if_needed(need_dw, dw_hh),
             if_needed(need_dw && b_ih, db_ih),
-            if_needed(need_dw && b_hh, spec.bias_parts ? db_hh : db_ih),
+            // A tensor of its own: what changes one gradient in place leaves the other alone.
+            if_needed(need_dw && b_hh, spec.bias_parts ? db_hh
+                                       : b_ih          ? db_ih.clone()
+                                                       : db_ih),
             if_needed(need_dw && w_hr, dw_hr),
             {},
             {},

@@ -73,7 +73,7 @@ py::object step(py::handle name, py::handle parameters, py::handle input, py::ha
   OptionalTensor biases[2];
   for (const int i : {0, 1}) {
     PyObject* const given = parameter(2 + i);
-    if (given == nullptr || given == Py_None) continue;
+    if (given == Py_None) continue;
     const Tensor* const bias = plain(given, dtype, {gates});
     if (bias == nullptr) return py::none();
     biases[i] = *bias;

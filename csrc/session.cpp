@@ -357,8 +357,10 @@ class BoundStream : public Stream {
     const auto to = own ? result_ : py::reinterpret_borrow<py::object>(out);
     const auto returned = as_array ? result_numpy_ : to;
     float* const into = writeable(to);
-    const py::gil_scoped_release no_gil;
-    Stream::step(from, into);
+    {
+      const py::gil_scoped_release no_gil;
+      Stream::step(from, into);
+    }
     return returned;
   }
 
@@ -582,9 +584,11 @@ PYBIND11_MODULE(_C, module) {
   py::class_<BoundStream, std::shared_ptr<BoundStream>>(module, "Stream")
       .def(py::init<int64_t, int64_t>())
       .def("add_recurrent",
-           [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_recurrent(n); })
+           [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_recurrent(n); },
+           py::arg().none(false))
       .def("add_linear",
-           [](BoundStream& self, const std::shared_ptr<BoundLinear>& l) { self.add_linear(l); })
+           [](BoundStream& self, const std::shared_ptr<BoundLinear>& l) { self.add_linear(l); },
+           py::arg().none(false))
       .def("add_layer_norm", &BoundStream::add_layer_norm)
       .def("add_activation", &BoundStream::add_activation)
       .def_property_readonly("step", &step_of)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from iss_kernels.arguments import check_module
 from iss_kernels.recurrent import CELL_MODULES, MODULES
 from iss_kernels.type_checks import warn_of_type_checks
 
@@ -229,6 +230,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     pruning, a parametrization), and one of these modules inside a bound method, functools.partial,
     weak reference or key of a dict that a module holds.
     """
+    check_module("accelerate", model)
     holdings = [("", None, model), *_holdings(model)]
     names: dict[Any, str] = {}
     for path, _, held in holdings:

@@ -20,12 +20,34 @@ from torch.nn.utils.rnn import PackedSequence
 Path: TypeAlias = tuple[Any, ...]  # names, keys and indices down to a tensor or a number
 
 
-def mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """Nested containers with function(path, leaf) for each tensor and number in them.
+def check_module(function: str, model: Any) -> None:
+    """TypeError for what is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: a dict's keyword arguments, a tuple's, or the one argument."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if type(example) is tuple else (example,)), {}
+
+
+def _is_leaf(tree: Any) -> bool:
+    return isinstance(tree, (Tensor, bool, int, float, complex))
+
+
+def mapped(
+    tree: Any,
+    function: Callable[[Path, Any], Any],
+    path: Path = (),
+    is_leaf: Callable[[Any], bool] = _is_leaf,
+) -> Any:
+    """Nested containers with function(path, leaf) for each leaf, by default tensors and numbers.
 
     What holds no leaf that changes is not copied.
     """
-    if isinstance(tree, (Tensor, bool, int, float, complex)):
+    if is_leaf(tree):
         return function(path, tree)
     if isinstance(tree, Mapping):
         old = dict(tree)
@@ -37,7 +59,7 @@ def mapped(tree: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> 
         old = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
     else:
         return tree
-    parts = {key: mapped(part, function, (*path, key)) for key, part in old.items()}
+    parts = {key: mapped(part, function, (*path, key), is_leaf) for key, part in old.items()}
     if all(parts[key] is part for key, part in old.items()):
         return tree
     if isinstance(tree, (tuple, list)):
@@ -80,7 +102,33 @@ def named(path: Path) -> str:
 
 def cloned(_: Path, leaf: Any) -> Any:
     """A copy of a leaf, for `mapped`."""
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.copy(leaf)
+
+
+def has_size(part: Any) -> bool:
+    """Whether it is a tensor, or a list of numbers as lengths are."""
+    numbers = isinstance(part, list) and all(isinstance(one, (int, float)) for one in part)
+    return numbers or isinstance(part, Tensor)
+
+
+def fresh(tree: Any) -> Any:
+    """A copy of what a model is called with, which it may write into."""
+    return mapped(tree, cloned, is_leaf=has_size)
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Nested containers with function(tensor) for each tensor in them."""
+    return mapped(tree, lambda _, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what it says."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def brief(error: BaseException) -> str:
+    """Its type and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class Arguments:
@@ -93,10 +141,9 @@ class Arguments:
         self.signature = inspect.signature(model.forward)
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._in_order = [p.name for p in self.signature.parameters.values() if p.kind in kinds]
-        kwargs = example if isinstance(example, dict) else {}
-        args = example if type(example) is tuple else (example,)
+        args, kwargs = call_of(example)
         try:
-            bound = self.signature.bind(*(() if kwargs else args), **kwargs)
+            bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise ValueError(
                 f"Stream: expected example to fit {type(model).__name__}.forward, {error}"

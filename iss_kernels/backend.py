@@ -112,8 +112,9 @@ def backend() -> str:
 class use_backend:  # noqa: N801  (reads as a function; usable as a context manager like torch.set_grad_enabled)
     """Run everything through "extension" (compiled kernels) or "reference" (plain torch).
 
-    Takes effect at once; as a context manager it restores the former backend on exit. Raises
-    ValueError for another name and RuntimeError where the extension is not built.
+    Takes effect at once, for all threads of the process; as a context manager it restores the
+    former backend on exit. Raises ValueError for another name and RuntimeError where the extension
+    is not built.
     """
 
     def __init__(self, name: str) -> None:

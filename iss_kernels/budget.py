@@ -13,15 +13,15 @@ damage as the square of its norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.benchmark import Timer
 
+from iss_kernels.arguments import call_of
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups
 from iss_kernels.prepare import prepare
@@ -107,8 +107,7 @@ class _Ranking:
         elements = groups.by_family(_elements(groups, of))
         norms, dead = GroupLasso(groups).norms(), groups.dead()
         squares = {name: its.cpu().double().square() for name, its in norms.items()}
-        tied = sum(groups.tied, [])
-        self._blocks = groups.tied + [[f.name] for f in groups.families if f.name not in tied]
+        self._blocks = groups.blocks
         self._orders: dict[str, Tensor] = {}  # of a family's units, the first to leave first
         scores, blocks = [], []
         for i, names in enumerate(self._blocks):
@@ -142,12 +141,9 @@ class _Ranking:
         return kept
 
 
-def _labels(groups: Groups, of: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _labels(groups: Groups, of: str) -> list[tuple[Tensor, Tensor]]:
     """Units of rows and of columns of all whose elements count; a vector has one column."""
-    parameters = dict(groups.model.named_parameters(remove_duplicate=False))
-    for one in groups.labelled:
-        if one.name in parameters and (of == "parameters" or len(one.units) > 1):
-            yield one.row_units.long(), one.column_units.long()
+    return [(one.row_units.long(), one.column_units.long()) for one in groups.counted(of)]
 
 
 def _elements(groups: Groups, of: str) -> Tensor:
@@ -165,7 +161,7 @@ def _left(groups: Groups, of: str, kept: Kept) -> int:
     """Parameters of the model, or multiply-adds of its labelled weights, with these units."""
     of_no_unit = torch.ones(1, dtype=torch.bool, device="cpu")
     alive = torch.cat([*(kept[family.name] for family in groups.families), of_no_unit])  # at -1
-    pairs = list(_labels(groups, of))
+    pairs = _labels(groups, of)
     left = sum(int(alive[rows].sum() * alive[columns].sum()) for rows, columns in pairs)
     if of == "parameters":
         left += sum(p.numel() for p in groups.model.parameters())
@@ -181,9 +177,7 @@ def _alike(groups: Groups, one: Kept, other: Kept) -> bool:
 
 def _milliseconds(model: nn.Module, example: Any) -> float:
     """Median time of a call of the prepared model."""
-    args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
-    if not isinstance(args, tuple) or isinstance(args, PackedSequence):
-        args = (args,)
+    args, kwargs = call_of(example)
     names = {"model": prepare(model, "float32").eval(), "args": args, "kwargs": kwargs}
     with torch.inference_mode():
         timer = Timer("model(*args, **kwargs)", globals=names, num_threads=torch.get_num_threads())

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iss_kernels.arguments import Arguments, Path, cloned, leaves, mapped, named, tensors
+from iss_kernels.arguments import Arguments, Path, brief, cloned, leaves, mapped, named, tensors
 from iss_kernels.carry import Loop, Memory, Variables, loops_in, memories_of, recurrent_in
 from iss_kernels.chain import BOTH_WAYS, device_of
 from iss_kernels.copying import copied
@@ -181,7 +181,7 @@ class _Verifier:
         except Exception as error:
             raise ValueError(
                 "Stream: expected a model that takes any number of steps, got one that fails on "
-                f"fewer than {count} with {_brief(error)}"
+                f"fewer than {count} with {brief(error)}"
             ) from error
         keeping = [memory for memory in self.called if taken.get(memory.name) != memory.steps]
         both_ways = [m.name for m in keeping if getattr(m.module, "bidirectional", False)]
@@ -357,7 +357,7 @@ class _Verifier:
         try:
             yield torch.arange(self.batch, device="cpu") % 2 == 0
         except (_Refused, RuntimeError, ValueError, KeyError) as error:
-            engine.no_rows = _brief(error)
+            engine.no_rows = brief(error)
 
     def equal_rows(
         self, rows: Tensor, early: Any, late: Any, given: Any, path: Path, step: int
@@ -522,10 +522,6 @@ def _output_name(path: Path) -> str:
     return "output" + "".join(f"[{key!r}]" for key in path)
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
 @contextmanager
 def _listening(model: nn.Module, listens: bool = True) -> Iterator[dict[Path, Any]]:
     """The tensors that each module puts out, by name; of those that are called once."""
@@ -571,7 +567,7 @@ def steps_of(model: nn.Module, batch: int, example: Any, time_dim: int | None, f
         plain = widened(model)
     except Exception as error:
         raise ValueError(
-            f"Stream: expected a model that can be copied, got {name} with {_brief(error)}"
+            f"Stream: expected a model that can be copied, got {name} with {brief(error)}"
         ) from error
     if not recurrent_in(model) and time_dim is None:
         kin = (nn.RNNBase, nn.RNNCellBase)
@@ -587,7 +583,7 @@ def steps_of(model: nn.Module, batch: int, example: Any, time_dim: int | None, f
     except Exception as error:
         raise ValueError(
             "Stream: expected a model that takes the example in eval mode, got "
-            f"{name} with {_brief(error)}"
+            f"{name} with {brief(error)}"
         ) from error
     refusal = None
     for streamed in verifier.streams(time_dim):
@@ -616,7 +612,7 @@ def _first_right(model: nn.Module, verifier: _Verifier, ways: Iterator[_Way]) ->
                 refusal = refusal or (refused, engine, way.streamed)
                 break
             except Exception as error:  # the code may look for something in its own modules
-                failed = _Refused(f"which fails on a sequence or a step of one: {_brief(error)}")
+                failed = _Refused(f"which fails on a sequence or a step of one: {brief(error)}")
                 refusal = refusal or (failed, engine, way.streamed)
                 continue
             prepared = [module for module in model.modules() if isinstance(module, Snapshot)]

@@ -7,7 +7,6 @@ equations are in reference.py (plain torch) and csrc/cells/ (kernels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -41,10 +40,6 @@ class Cell:
         """
         return self.saved_gates * depth, self.saved_states * (depth - 1 if self.deep else 1)
 
-    def letters(self, rows: str = "H") -> str:
-        """The rows of a weight, as error messages write them: "4H"."""
-        return rows if self.gates == 1 else f"{self.gates}{rows}"
-
 
 CELLS: dict[str, Cell] = {
     cell.name: cell
@@ -66,6 +61,3 @@ def cell_of(name: str) -> Cell:
     if name not in CELLS:
         raise ValueError(f"expected cell to be one of {', '.join(CELLS)}, got {name!r}")
     return CELLS[name]
-
-
-__all__: Sequence[str] = ("CELLS", "Cell", "cell_of")

@@ -97,22 +97,36 @@ def _tensors_within(model: nn.Module, memo: Mapping[int, Any]) -> Iterator[Tenso
     stack: list[Any] = [model]
     while stack:
         item = stack.pop()
-        # Functions, classes and Python modules are not copied: none is searched.
-        if id(item) in seen or isinstance(item, (str, type, FunctionType, ModuleType)):
+        if id(item) in seen:
             continue
         seen[id(item)] = item
         if isinstance(item, Tensor):
             yield item
             stack.append(item.grad if item.is_leaf else None)
-        elif isinstance(item, Mapping):
-            stack += item.values()
-        elif isinstance(item, (tuple, list, set, frozenset)):
-            stack += item
-        elif isinstance(item, partial):
-            stack += [item.func, item.args, item.keywords]
-        elif isinstance(item, MethodType):
-            stack.append(item.__self__)
-        stack += getattr(item, "__dict__", {}).values()
+        inside, fixed = _held(item)
+        stack += [*(held for _, held in inside), *fixed]
+
+
+def _held(item: Any) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    """What deepcopy meets in an object: (key or index, what can be replaced there), and the rest.
+
+    It copies no functions, classes and Python modules.
+    """
+    if isinstance(item, (str, type, FunctionType, ModuleType)):
+        return [], []
+    inside: list[tuple[Any, Any]] = []
+    fixed: list[Any] = []
+    if isinstance(item, dict):
+        inside, fixed = list(item.items()), list(item)
+    elif isinstance(item, (list, deque)):
+        inside = list(enumerate(item))
+    elif isinstance(item, (tuple, set, frozenset)):
+        fixed = list(item)
+    elif isinstance(item, partial):
+        fixed = [item.func, *item.args, *item.keywords.values()]
+    elif isinstance(item, MethodType):
+        fixed = [item.__self__]
+    return inside, [*fixed, getattr(item, "__dict__", None)]
 
 
 def places(
@@ -131,19 +145,10 @@ def places(
     stack: list[Any] = [model]
     while stack:
         item = stack.pop()
-        if id(item) in seen or isinstance(item, (str, type, Tensor, FunctionType, ModuleType)):
+        if id(item) in seen or isinstance(item, Tensor):
             continue
         seen[id(item)] = item
-        if isinstance(item, dict):
-            inside, fixed = list(item.items()), list(item)
-        elif isinstance(item, (list, deque)):
-            inside, fixed = list(enumerate(item)), []
-        elif isinstance(item, (tuple, set, frozenset)):
-            inside, fixed = [], list(item)
-        elif isinstance(item, partial):
-            inside, fixed = [], [item.func, *item.args, *item.keywords.values()]
-        else:
-            inside, fixed = [], [item.__self__] if isinstance(item, MethodType) else []
+        inside, fixed = _held(item)
         for held in fixed:
             if isinstance(held, Tensor) and held in tensors:
                 raise ValueError(
@@ -165,5 +170,5 @@ def places(
                 found.append((item, key))
             else:
                 stack.append(held)
-        stack += [*fixed, getattr(item, "__dict__", None)]
+        stack += fixed
     return found

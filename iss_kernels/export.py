@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from iss_kernels import onnx_nodes
+from iss_kernels.arguments import brief, call_of, first_line
 from iss_kernels.copying import copied
 from iss_kernels.find import LIBRARIES
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
@@ -214,11 +215,9 @@ class _Arguments:
     def __init__(self, model: nn.Module, example: Any, names: Sequence[str] | None) -> None:
         self.model = model
         signature = inspect.signature(model.forward)
-        named = example if isinstance(example, dict) else {}
-        several = isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence)
-        given = tuple(example) if several else (example,)
+        given, named = call_of(example)
         try:
-            bound = signature.bind(*(() if named else given), **named)
+            bound = signature.bind(*given, **named)
         except TypeError as error:
             raise TypeError(
                 f"export_onnx: expected an example that forward takes, got TypeError: {error}"
@@ -250,24 +249,32 @@ class _Arguments:
         self.tensors: dict[str, int] = {}  # the place in leaves of each
         self.growth: dict[str, int] = {}  # of each name of a size
         self.counting: dict[str, list[str]] = {}  # lengths of rows that grow with a size
+        found: list[tuple[str, int]] = []
         place = 0
         for number, value in enumerate(values):
             parameter = parameters[min(number, len(parameters) - 1)]
             leaves = pytree.tree_leaves(value)
-            many = len(leaves) > 1 or parameter.kind is inspect.Parameter.VAR_POSITIONAL
+            several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+            many = len(leaves) > 1 or several
+            count = number - len(parameters) + 1 if several else 0
             for leaf in leaves:
                 if isinstance(leaf, Tensor):
-                    prefix = parameter.name
-                    count = sum(name.startswith(f"{prefix}_") for name in self.tensors)
-                    self.tensors[f"{prefix}_{count}" if many else prefix] = place
+                    found.append((f"{parameter.name}_{count}" if many else parameter.name, place))
+                    count += 1
                 place += 1
-        if names is not None:
-            if len(names) != len(self.tensors) or len(set(names)) != len(names):
+        if names is None:
+            names = [name for name, _ in found]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
                 raise ValueError(
-                    f"export_onnx: expected input_names for {len(self.tensors)} tensors, "
-                    f"got {list(names)}"
+                    "export_onnx: expected input_names where two tensors of the example would have "
+                    f"one name, got {twice!r} twice"
                 )
-            self.tensors = dict(zip(names, self.tensors.values(), strict=True))
+        elif len(names) != len(found) or len(set(names)) != len(names):
+            raise ValueError(
+                f"export_onnx: expected input_names for {len(found)} tensors, got {list(names)}"
+            )
+        self.tensors = {name: place for name, (_, place) in zip(names, found, strict=True)}
 
     def longer(
         self, sizes: Mapping[str, Mapping[int, str]], to: Mapping[str, int] | None = None
@@ -297,7 +304,7 @@ class _Arguments:
 
     def other(self) -> Iterator[tuple[Any, ...]]:
         """The arguments with other values: all floating ones, then all others, twice."""
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator("cpu").manual_seed(0)
         for floating, sign in ((True, 0), (False, -1), (False, 1)):
             leaves = list(self.leaves)
             for place in self.tensors.values():
@@ -364,7 +371,7 @@ class _Arguments:
         if error is not None:
             raise ValueError(
                 "export_onnx: expected sizes in dynamic that the model lets differ, got "
-                f"{type(error).__name__} where they do: {_first_line(error)}"
+                f"{type(error).__name__} where they do: {first_line(error)}"
             ) from error
         return sizes
 
@@ -373,7 +380,7 @@ class _Arguments:
         if (error := self.error({})) is not None:
             raise ValueError(
                 "export_onnx: expected a model that takes the example and returns tensors, got "
-                f"{type(error).__name__}: {_first_line(error)}"
+                f"{brief(error)}"
             ) from error
         shapes = {name: self.leaves[place].shape for name, place in self.tensors.items()}
         found: dict[str, dict[int, str]] = {}
@@ -446,7 +453,7 @@ def _decisions(model: nn.Module, args: _Arguments) -> list[str]:
 def _other(tensor: Tensor, draw: torch.Generator, sign: int) -> Tensor:
     """Of this shape and kind with other values; whole numbers that are alike go up or down."""
     if tensor.is_floating_point():
-        noise = torch.randn(tensor.shape, generator=draw).to(tensor.dtype)
+        noise = torch.randn(tensor.shape, generator=draw, device="cpu").to(tensor.dtype)
         spread = tensor.std() if tensor.numel() > 1 else 0
         return tensor + noise * (spread if spread > 0 else 1)
     if tensor.dtype == torch.bool:
@@ -528,10 +535,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield (error := cause)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
 def _exported(
     model: nn.Module,
     args: _Arguments,
@@ -598,8 +601,7 @@ def _exported(
             every = " and ".join(_labels(sizes))
             raise RuntimeError(f"{_differ(every)}, got one that fixes some of them") from error
         raise RuntimeError(
-            f"export_onnx: expected a model that torch.onnx.export takes, got "
-            f"{type(causes[-1]).__name__}: {_first_line(causes[-1])}"
+            f"export_onnx: expected a model that torch.onnx.export takes, got {brief(causes[-1])}"
         ) from error
     finally:
         onnx_nodes.refused.reset(token)
@@ -717,7 +719,7 @@ def _session(content: bytes) -> Any:
         if type(error).__name__ == "NotImplemented":
             return None
         raise RuntimeError(
-            f"export_onnx: expected a file that ONNX Runtime loads, got {_first_line(error)}"
+            f"export_onnx: expected a file that ONNX Runtime loads, got {first_line(error)}"
         ) from error
 
 
@@ -733,7 +735,7 @@ def _difference(
     try:
         got = [torch.from_numpy(array) for array in session.run(None, feeds)]
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     shapes = [[list(t.shape) for t in tensors] for tensors in (wanted, got)]
     if shapes[0] != shapes[1]:
         return f"outputs of shapes {shapes[1]} where it gives {shapes[0]}"

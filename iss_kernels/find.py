@@ -10,6 +10,7 @@ removing units from copies (verify.py).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from iss_kernels.arguments import Path, tensors
+from iss_kernels.arguments import Path, check_module, fresh, tensors
 from iss_kernels.cells import Cell
 from iss_kernels.copying import copied
 from iss_kernels.groups import (
@@ -35,6 +36,7 @@ from iss_kernels.groups import (
     plain_cells,
     plain_recurrent,
 )
+from iss_kernels.recurrent_cell import PARAMETERS
 from iss_kernels.rules import (
     ANY,
     COPIES,
@@ -51,11 +53,11 @@ from iss_kernels.rules import (
     words,
 )
 from iss_kernels.shrink import names_of_parameters
-from iss_kernels.verify import Experiment, call, replaced
+from iss_kernels.verify import Experiment, call
 from iss_kernels.widths import Width, numbers
 
 # Frames of these are not the user's code.
-LIBRARIES = (str(FilePath(torch.__file__).parent), str(FilePath(__file__).parent))
+LIBRARIES = tuple(os.path.join(FilePath(of).parent, "") for of in (torch.__file__, __file__))
 
 
 def find_groups(
@@ -112,6 +114,7 @@ def find_groups(
     kept whole: l1: its outputs are the model's own
     verified: on the example, and on one with a row more along dim 0 and 1
     """
+    check_module("find_groups", model)
     if on_unknown not in ("raise", "keep"):
         raise ValueError(f'find_groups: expected on_unknown "raise" or "keep", got {on_unknown!r}')
     keep = on_unknown == "keep"
@@ -253,7 +256,7 @@ class _Tracer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.model, self.full = model, full  # modules that keep their width outside, and why
-        self.inputs = replaced(inputs, torch.clone)  # the model may write into them
+        self.inputs = fresh(inputs)  # the model may write into them
         self.shapes = {tensor.shape for tensor in tensors(self.inputs)}
         self.root = torch.empty(0, dtype=torch.int32, device="cpu")  # unit -> the one it joined
         self.whole: dict[str, _Stay] = {}  # families that stay whole
@@ -263,9 +266,10 @@ class _Tracer(TorchFunctionMode):
         self.unit_at: dict[int, int] = {}
         self.families: list[Family] = []  # of layers and directions, with their own ids
         self.layouts = {name: self._number_units(name) for name in recurrent}
-        named = [*model.named_buffers(remove_duplicate=False),
-                 *model.named_parameters(remove_duplicate=False)]  # fmt: skip
-        self.names = {id(tensor): name for name, tensor in reversed(named)}
+        # Holding the tensors, which the model may replace, keeps their ids from others.
+        self.named = [*model.named_buffers(remove_duplicate=False),
+                      *model.named_parameters(remove_duplicate=False)]  # fmt: skip
+        self.names = {id(tensor): name for name, tensor in reversed(self.named)}
         self.units: dict[str, list[Tensor]] = {}  # parameter -> the ids of each dimension
         self.embeddings = self._number_embeddings() if embedding else {}  # parameter -> its module
         self.read_dims: set[tuple[str, int]] = set()  # dimensions that units are multiplied with
@@ -304,7 +308,7 @@ class _Tracer(TorchFunctionMode):
         module: Any = self.model.get_submodule(name)
         if isinstance(module, nn.RNNCellBase):
             units = self._add_family(name, name, module.hidden_size)
-            names = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * bool(module.bias)]
+            names = [*PARAMETERS[: 4 if module.bias else 2]]
             return [[_Layout(names, units, units)]]
         cell, directions = cell_of(module), 1 + module.bidirectional
         layouts: list[list[_Layout]] = [[] for _ in range(module.num_layers)]
@@ -375,7 +379,11 @@ class _Tracer(TorchFunctionMode):
         start = int(units[0])
         if start not in self.places:
             kept = getattr(self.model.get_submodule(name), "kept", None)
-            at = torch.arange(len(units)) if kept is None else kept[index][which].units.cpu()
+            at = (
+                torch.arange(len(units), device="cpu")
+                if kept is None
+                else kept[index][which].units.cpu()
+            )
             width = len(units) if kept is None else kept[index][which].before
             self.places[start] = self._new_units(width)
             self.unit_at |= zip(self.places[start][at].tolist(), units.tolist(), strict=True)
@@ -501,6 +509,8 @@ class _Tracer(TorchFunctionMode):
             module.register_forward_pre_hook(lambda module, _: self.called.add(module))
         with self:
             output = call(self.model, self.inputs)
+        for name in self.layouts:
+            del self.model.get_submodule(name).forward  # which holds this tracer
         self.operation = ""
         for path, tensor in output.items():
             # One that came in as data goes out to come in again, in whatever shape.
@@ -513,6 +523,8 @@ class _Tracer(TorchFunctionMode):
             for labels in self.labels(tensor):
                 units = labels[labels >= 0]
                 self.stays.append(_Stay(units, "", _OWN_OUTPUT, False))
+        for held in (self.known, self.elements, self.weights):  # all that the run computed
+            held.clear()
 
     def groups(self, model: nn.Module) -> Groups:
         """What was found, with new ids for the units that can leave."""
@@ -550,7 +562,7 @@ class _Tracer(TorchFunctionMode):
             units = tuple(of_unit[units.long()] for units in self.units[name])
             if not units or bool((torch.cat(units) < 0).all()):
                 continue
-            self._check_sharing(name, shared.get(name, [name]), units)
+            self._check_sharing(shared.get(name, [name]))
             reads = tuple(
                 dim for dim, own in enumerate(self.units[name])
                 if (name, dim) in self.read_dims or bool(torch.isin(own, summed).any())
@@ -615,7 +627,7 @@ class _Tracer(TorchFunctionMode):
             for block, units in blocks.items() if block not in why
         }  # fmt: skip
 
-    def _check_sharing(self, name: str, names: list[str], units: tuple[Tensor, ...]) -> None:
+    def _check_sharing(self, names: list[str]) -> None:
         """All modules that share a weight which leaves in part must have run, to be followed."""
         for other in names if len(names) > 1 else ():
             owner = self.model.get_submodule(other.rpartition(".")[0])
@@ -632,10 +644,10 @@ class _Tracer(TorchFunctionMode):
     ) -> Iterator[Groups]:
         """Groups that may hold where these do not, with ever more sizes that are tied.
 
-        At first those of the parts of a tensor, as chunk makes them; then of all layers and
-        directions, as code does that reads rnn.hidden_size. Then units of these parts leave
-        together. Then numbers change with the units
-        that may be their widths. culprits: filled with the families that fail alone.
+        At first those of the parts of a tensor, as chunk makes them; then those of all layers and
+        directions, as code does that reads rnn.hidden_size; then units of these parts that leave
+        together; then numbers that change with the units whose widths they may be. culprits: filled
+        with the families that fail alone.
         """
         places = [*(labels for _, labels in self.by_position), *self.beside]
         sets = [set(self._names_of(labels, groups)) for labels in places]

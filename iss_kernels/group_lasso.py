@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from itertools import compress
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,17 +39,17 @@ class GroupLasso:
     so that about `horizon` steps after the warm-up the model has this share left, wherever the
     strength starts. of: what is counted, before and after `shrink`:
 
-        "units"          of all families
+        "units"          of all families; the default
         "parameters"     elements of the labelled weights, and of the biases that leave with units
         "multiply-adds"  elements of the labelled weights: each is used once per time step
 
     The units with the smallest norms are the ones to go; where families differ in strength, those
     with the smallest norm / strength, which the penalty brings to zero first. The target is reached
-    when they have faded, when the largest norm among them is `gone` times the highest it has been:
-    less fades them further, and presses harder on those that stay. From then on `threshold_` and
-    `proximal_` hold them at zero, exactly, for `shrink` to take out, and the strength is 0, so that
-    the others heal. A family with strength 0 keeps its units; weights that do not train cannot
-    fade.
+    when they have faded, when the largest norm among them is `gone` times the highest it has been,
+    by default 0.3: less fades them further, and presses harder on those that stay. From then on
+    `threshold_` and `proximal_` hold them at zero, exactly, for `shrink` to take out, and the
+    strength is 0, so that the others heal. A family with strength 0 keeps its units; weights that
+    do not train cannot fade.
 
     Raises ValueError for a strength that is negative, not finite, or does not name the families,
     and for a target that cannot be reached.
@@ -65,9 +65,9 @@ class GroupLasso:
         *,
         warmup: int = 0,
         target: float | None = None,
-        of: str = "units",
+        of: str | None = None,
         horizon: int | None = None,
-        gone: float = 0.3,
+        gone: float | None = None,
     ) -> None:
         if not isinstance(groups, Groups):
             got = type(groups).__name__
@@ -91,8 +91,10 @@ class GroupLasso:
         check_int("warmup", warmup)
         if warmup < 0:
             raise ValueError(f"GroupLasso: expected warmup >= 0, got {warmup}")
-        if target is None and horizon is not None:
-            raise ValueError("GroupLasso: expected target with horizon, got None")
+        needing = {"horizon": horizon, "of": of, "gone": gone}
+        for argument in (name for name, value in needing.items() if value is not None):
+            if target is None:
+                raise ValueError(f"GroupLasso: expected target with {argument}, got None")
         self.eps = eps
         self.paper_overlap = paper_overlap
         self._strengths = torch.tensor(  # of each unit, [units]
@@ -107,6 +109,7 @@ class GroupLasso:
         self._factor = 0.0 if warmup else 1.0  # on the strengths, of the last step
         self._target = None
         if target is not None:
+            of, gone = "units" if of is None else of, 0.3 if gone is None else gone
             self._target = Target(groups, self._strengths, target, of, horizon, gone, eps)
 
     def __call__(self) -> Tensor:
@@ -138,14 +141,18 @@ class GroupLasso:
                     "GroupLasso: expected dense gradients, got one of layout "
                     f"{str(weight.grad.layout).removeprefix('torch.')}"
                 )
+        grads = [
+            torch.zeros_like(weight) if weight.grad is None else weight.grad
+            for weight in compress(parameters, trained)
+        ]
+        matrices = [_matrix(grad, "gradients") for grad in grads]
         norms = self._norms(weights)
         strengths = self._step(norms)
         if any(trained):
-            for weight in compress(parameters, trained):
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            grads = [_matrix(cast(Tensor, w.grad)) for w in compress(parameters, trained)]
+            for weight, grad in zip(compress(parameters, trained), grads, strict=True):
+                weight.grad = grad
             ops.add_scaled_by_units_(
-                grads, *self._labelled(weights, trained), strengths / norms, self.paper_overlap
+                matrices, *self._labelled(weights, trained), strengths / norms, self.paper_overlap
             )
         return torch.dot(strengths, norms)
 
@@ -338,13 +345,13 @@ class GroupLasso:
         return weights
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def _matrix(weight: Tensor, what: str = "weights") -> Tensor:
     """A weight of any number of dimensions as a matrix over the same memory."""
     if weight.dim() == 2:
         return weight
     if not weight.is_contiguous():
         got = f"one of shape {list(weight.shape)} that is not"
-        raise ValueError(f"GroupLasso: expected contiguous weights, got {got}")
+        raise ValueError(f"GroupLasso: expected contiguous {what}, got {got}")
     return weight.view(len(weight), -1)
 
 

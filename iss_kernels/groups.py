@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from iss_kernels.accelerate import _name
 from iss_kernels.cells import CELLS, Cell
 from iss_kernels.recurrent import CELL_MODULES, MODULES
+from iss_kernels.recurrent_cell import PARAMETERS
 from iss_kernels.widths import Width
 
 
@@ -127,9 +128,23 @@ class Groups:
         return self.by_family(self.origin)
 
     @property
+    def blocks(self) -> list[list[str]]:
+        """Names of families, those together that keep one common size."""
+        tied = sum(self.tied, [])
+        return self.tied + [[f.name] for f in self.families if f.name not in tied]
+
+    @property
     def labelled(self) -> list[Labelled]:
         """All that is cut when a unit leaves."""
         return [*self.weights, *self.vectors]
+
+    def counted(self, of: str) -> list[Labelled]:
+        """Labelled "parameters", or those whose elements are one of the "multiply-adds" each."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return [
+            one for one in self.labelled
+            if one.name in parameters and (of == "parameters" or len(one.units) > 1)
+        ]  # fmt: skip
 
     def parameters(self) -> list[nn.Parameter]:
         """The labelled weights themselves, in the order of `weights`.
@@ -272,7 +287,7 @@ def plain_cells(model: nn.Module) -> dict[str, Any]:
     return {
         name: module for name, module in model.named_modules()
         if type(module) in kinds_of_cells and "forward" not in vars(module)
-        and {"weight_ih", "weight_hh"} <= module._parameters.keys()
+        and {*PARAMETERS[: 4 if module.bias else 2]} <= module._parameters.keys()
     }  # fmt: skip
 
 

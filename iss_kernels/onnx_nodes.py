@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from iss_kernels.recurrent import Recurrent
-from iss_kernels.recurrent_cell import RecurrentCell
+from iss_kernels.recurrent_cell import PARAMETERS, RecurrentCell
 from iss_kernels.reference import STEPS
 
 # Blocks of rows of a weight in the order of ONNX: LSTM i, o, f, c; GRU z, r, h.
@@ -190,7 +190,12 @@ def _weights(module: Any, suffix: str, indices: Sequence[int]) -> list[Tensor | 
 @torch.no_grad()
 def store_operands(module: Any, int8: bool) -> None:
     """Put the operands of the nodes on the module as buffers, whose names the file takes."""
-    names = sum(module._all_weights, []) if isinstance(module, Recurrent) else ["weight_ih"]
+    own = (
+        module._all_weights
+        if isinstance(module, Recurrent)
+        else [PARAMETERS[: 4 if module.bias else 2]]
+    )
+    names = [name for those in own for name in those]
     computed = any(name not in module._parameters | module._buffers for name in names)
     if int8 and _cell_name(module) != "lstm":
         raise ValueError(
@@ -258,7 +263,7 @@ def forward(
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
         x = x.transpose(0, 1) if batched and module.batch_first else x
-        counts = None if lengths is None else torch.as_tensor(lengths)
+        counts = None if lengths is None else torch.as_tensor(lengths, device="cpu")
         order = back = None
     module._check_input(x, 3)
     if hx is None and not stepwise:
@@ -385,7 +390,7 @@ class Packing(TorchFunctionMode):
         if name == "_pack_padded_sequence":
             x, lengths, batch_first = args
             x = x.transpose(0, 1) if batch_first else x
-            running = torch.arange(x.shape[0])[:, None] < lengths
+            running = torch.arange(x.shape[0], device=lengths.device)[:, None] < lengths
             batch_sizes: Any = running.sum(1)
             batch_sizes.lengths, batch_sizes.running = lengths, running
             batch_sizes.longest = _longest(lengths, x.shape[0])

@@ -53,9 +53,18 @@ def _second_derivatives(
     inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Derivatives of vjp (a first derivative written in plain torch) with respect to `inputs`."""
+    """Derivatives of vjp (a first derivative written in plain torch) with respect to `inputs`.
+
+    With create_graph=True, which torch's grad mode says here, they have derivatives in turn.
+    """
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        leaves = [
+            t if t is None
+            else t.view_as(t) if again and t.requires_grad
+            else t.detach().requires_grad_()
+            for t in inputs
+        ]  # fmt: skip
         outputs = vjp(*leaves)
         pairs = [
             (y, g)
@@ -65,9 +74,10 @@ def _second_derivatives(
         given = [t for t in leaves if t is not None]
         grads = iter(
             torch.autograd.grad(
-                [y for y, _ in pairs], given, [g for _, g in pairs], allow_unused=True
+                [y for y, _ in pairs], given, [g for _, g in pairs], allow_unused=True,
+                create_graph=again,
             )
-        )
+        )  # fmt: skip
     return [None if t is None else next(grads) for t in leaves]
 
 
@@ -147,7 +157,7 @@ def cell_step(
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """A step of a torch cell on the CPU: `recurrent` of x [B, I], without the cost of Python's ops.
 
-    parameters: weight_ih [G H, I], weight_hh [G H, H], bias_ih and bias_hh [G H], None, or absent.
+    parameters: weight_ih [G H, I], weight_hh [G H, H], bias_ih and bias_hh [G H] or None.
     hx: h [B, H], of an LSTM (h, c), or None for zeros. Returns the state after the step in the form
     of hx; None, having done nothing, unless all of it is as expected and nobody else (a transform,
     a mode of torch, a tracer) takes part.

@@ -69,8 +69,9 @@ def move(
         for group in each.param_groups:
             group["params"][:] = [new.get(parameter, parameter) for parameter in group["params"]]
         for parameter, state in moved.items():
-            del each.state[parameter]
-            each.state[new[parameter]] = state
+            if parameter in each.state:  # a wrapper and the optimiser inside of it may share it
+                del each.state[parameter]
+                each.state[new[parameter]] = state
 
 
 def _states(

@@ -90,17 +90,17 @@ def explain_plan(
     device: str | torch.device | Sequence[int] | None = None,
     cell: str = "lstm",
     input_size: int | None = None,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    depth: int = 10,
+    num_layers: int | None = None,
+    bidirectional: bool | None = None,
+    depth: int | None = None,
     threads: int | None = None,
 ) -> Plan | CpuPlan:
     """The `Plan` of a layer, or on the CPU the `CpuPlan` of a stack; print it.
 
     cell: "lstm", "gru", "rnn_tanh", "rnn_relu", or on the CPU "rhn" or "rhn_carry" of `depth`
-    micro-steps. On device="cpu" also: input_size (hidden_size by default), num_layers,
-    bidirectional, and threads (torch.get_num_threads() by default, all of them free); steps: None
-    stands for 35.
+    micro-steps (10 by default). With device="cpu" alone: input_size (hidden_size by default),
+    num_layers (1), bidirectional (False), and threads (torch.get_num_threads(), all of them free);
+    steps: None stands for 35 there.
     device: a CUDA device of this machine, the name of a GPU ("A100", "L40S", "RTX 4090", "H100",
     "H200", "B200", "RTX 5090"), or (major, minor, multiprocessors, shared memory bytes per block);
     by default the current CUDA device, or an H100 where there is none. How many clusters it holds
@@ -118,8 +118,8 @@ def explain_plan(
         ("proj_size", proj_size, 0),
         ("steps", 1 if steps is None else steps, 1),
         ("input_size", 1 if input_size is None else input_size, 1),
-        ("num_layers", num_layers, 1),
-        ("depth", depth, 1),
+        ("num_layers", 1 if num_layers is None else num_layers, 1),
+        ("depth", 1 if depth is None else depth, 1),
         ("threads", 1 if threads is None else threads, 1),
     ):
         if type(value) is not int or value < least:
@@ -138,7 +138,12 @@ def explain_plan(
     of = CELLS[cell]
     if proj_size > 0 and not of.projects:
         raise ValueError(f"explain_plan: expected proj_size 0 for {cell}, got {proj_size}")
+    if depth is not None and not of.deep:
+        raise ValueError(f"explain_plan: expected depth with an rhn, got {depth} for {cell}")
     if str(device) == "cpu":
+        if tf32 is not None:
+            raise ValueError(f"explain_plan: expected tf32 for a GPU, got {tf32} for the cpu")
+        num_layers, depth = num_layers or 1, depth or 10
         outputs = proj_size or hidden_size
         directions = 2 if bidirectional else 1
         inputs = [input_size or hidden_size] + [outputs * directions] * (num_layers - 1)
@@ -157,6 +162,13 @@ def explain_plan(
             f"explain_plan: expected device to be cpu for {cell}, which takes a GEMM and a kernel "
             f"for each micro-step on every GPU, got {device!r}"
         )
+    of_cpu = {"input_size": input_size, "num_layers": num_layers,
+              "bidirectional": bidirectional, "threads": threads}  # fmt: skip
+    for name, given in of_cpu.items():
+        if given is not None:
+            raise ValueError(
+                f"explain_plan: expected {name} with device='cpu', got {given} for {device!r}"
+            )
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     limits = _limits(native, device)
@@ -173,7 +185,7 @@ def _limits(native: Any, device: str | torch.device | Sequence[int] | None) -> A
     if isinstance(device, str) and device in _GPUS:
         return native.DeviceLimits(*_GPUS[device])
     if not isinstance(device, (str, torch.device)):
-        values = tuple(device)
+        values = tuple(device) if isinstance(device, Sequence) else ()
         if len(values) == 4 and all(type(v) is int and v >= 0 for v in values):
             return native.DeviceLimits(*values)
     elif str(device).startswith("cuda") and torch.cuda.is_available():

@@ -18,10 +18,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from iss_kernels import backend
 from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
+from iss_kernels.arguments import check_module
 from iss_kernels.copying import copied
 from iss_kernels.linear import PreparedLinear, is_plain_linear
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent, class_of
-from iss_kernels.recurrent_cell import RecurrentCell, options_of_cell
+from iss_kernels.recurrent_cell import PARAMETERS, RecurrentCell, options_of_cell
 from iss_kernels.states import States
 from iss_kernels.stored import FORMATS, NO_GRADIENT, Snapshot, dtype_name
 from iss_kernels.type_checks import warn_of_type_checks
@@ -186,9 +187,6 @@ class Prepared(Snapshot, Recurrent):
                 )
 
 
-_OF_CELLS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
 class PreparedCell(Snapshot, RecurrentCell):
     """A recurrent cell for inference alone, from a snapshot of another's weights; see `prepare`.
 
@@ -237,7 +235,9 @@ class PreparedCell(Snapshot, RecurrentCell):
         return _to(after, torch.float32)  # type: ignore[no-any-return]
 
     def _weights(self, dtype: torch.dtype) -> list[Any]:
-        return [self._weight(name, dtype) if name in self._expected else None for name in _OF_CELLS]
+        return [
+            self._weight(name, dtype) if name in self._expected else None for name in PARAMETERS
+        ]
 
     def _compiled(self, value: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
         names = ("weight_ih_scale", "weight_hh_scale", "none", "bias_ih", "bias_hh")
@@ -306,7 +306,7 @@ def _check(module: Any, name: str) -> None:
     """Raise ValueError for what of a recurrent module cannot come along."""
     check_plain(module, "prepare", name)
     cell = isinstance(module, nn.RNNCellBase)
-    names: Sequence[str] = _OF_CELLS if cell else sum(module._all_weights, [])
+    names: Sequence[str] = PARAMETERS if cell else sum(module._all_weights, [])
     extra = [
         *(f"parameter {key}" for key in module._parameters if key not in names),
         *(f"buffer {key}" for key in module._buffers),
@@ -361,8 +361,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         raise ValueError(
             f"prepare: expected weights to be one of {tuple(FORMATS)}, got {weights!r}"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("prepare", model)
     cells = (*CELL_MODULES, *CELL_MODULES.values())
     known = (*MODULES, *MODULES.values(), *cells, Snapshot)
     kin = [m for m in model.modules() if isinstance(m, known)]

@@ -2,7 +2,7 @@
 """What all recurrent modules share: torch.nn's constructor, parameters, inputs, outputs and errors.
 
 One call of ops.recurrent for each layer and direction. What is a cell's own stands in lstm.py,
-gru.py and rnn.py.
+gru.py, rnn.py and rhn.py.
 """
 
 from __future__ import annotations
@@ -476,7 +476,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
         x = input.transpose(0, 1) if self.batch_first else input
         steps, batch = x.shape[:2]
         order = counts.argsort(descending=True)
-        running = torch.arange(steps)[:, None] < counts[order]
+        running = torch.arange(steps, device="cpu")[:, None] < counts[order]
         longest = counts.max().item()
         torch._check(longest >= 1)  # type: ignore[no-untyped-call]
         torch._check(longest <= steps)  # type: ignore[no-untyped-call]

@@ -22,6 +22,7 @@ State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 _Module = TypeVar("_Module", bound="RecurrentCell")
 
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the first two without a bias
 _RNN_STEPS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}  # by nonlinearity
 
 
@@ -109,7 +110,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
 
     def _states(self, hx: Any) -> tuple[Tensor, ...]:
         """hx taken apart: (h,) or (h, c), each 1-D or 2-D."""
-        if self._step == "lstm":
+        if "c" in self.cell.states:
             if isinstance(hx, Tensor):
                 raise TypeError("LSTMCell: expected hx to be a tuple (h_0, c_0), got a Tensor")
             states, names = tuple(hx), ["hx[0]", "hx[1]"]
@@ -135,7 +136,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
             )
         if states is None:
             zeros = x.new_zeros(x.size(0), self.hidden_size)
-            states = (zeros, zeros) if self._step == "lstm" else (zeros,)
+            states = (zeros,) * len(self.cell.states)
         for which, state in enumerate(states):
             if state.size(0) != x.size(0):
                 raise RuntimeError(
@@ -156,7 +157,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
             cast_to = torch.get_autocast_dtype(kind)
             if backend.on_cuda(x.device):
                 dtype = cast_to if dtype == torch.float32 else dtype
-            elif not self._step.startswith("rnn"):  # as torch's cells do
+            elif self.cell.carries:  # as torch's cells do
                 cast_to = torch.promote_types(cast_to, states[-1].dtype)
             with torch.autocast(kind, enabled=False):
                 after = self._run(x.to(dtype), tuple(s.to(dtype) for s in states), dtype)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from iss_kernels.arguments import tensors
-from iss_kernels.verify import replaced
+from iss_kernels.arguments import map_tensors, tensors
 
 NONE = -1  # of no unit
 ANY = -2  # an element of a constant tensor, which is made as wide as it has to be
@@ -296,7 +295,7 @@ def _moved(call: Call, labels: dict[int, Tensor]) -> list[Tensor]:
     Zeros that the function puts in (triu, block_diag) are of no unit, so labels are above 0 there.
     """
     above = {key: one + 3 for key, one in labels.items()}
-    args, kwargs = replaced((call.args, call.kwargs), lambda t: above.get(id(t), t.cpu()))
+    args, kwargs = map_tensors((call.args, call.kwargs), lambda t: above.get(id(t), t.cpu()))
     moved = tensors(call.function(*args, **kwargs))
     return [torch.where(one == 0, NONE, one - 3) for one in moved]
 
@@ -370,7 +369,7 @@ def _write(trace: Trace, call: Call) -> None:
         labels = before.get(slot, fill((), base)).expand(shape).clone()
         new = written.get(slot, fill((), ANY if is_any([*written.values()]) else NONE))
         new = new.expand(value.shape) if isinstance(value, Tensor) else new
-        cpu = replaced(index, Tensor.cpu)
+        cpu = map_tensors(index, Tensor.cpu)
         if masked:
             labels.masked_scatter_(cpu, new)
         else:

@@ -35,6 +35,7 @@ from iss_kernels.accelerate import (
     check_plain,
     take_over,
 )
+from iss_kernels.arguments import check_module
 from iss_kernels.linear import PreparedLinear, is_plain_linear
 from iss_kernels.prepare import Prepared, PreparedCell, prepared_type
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
@@ -119,8 +120,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
       (1): ISSLSTM(4, [3, 5], num_layers=2)
     )
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"save: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("save", model)
     tensors, transient = _tensors_of(model)
     for name, tensor in tensors.items():
         _check_tensor("save", name, tensor)
@@ -210,8 +210,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     of a newer format, and for a model of another structure; OSError where the file cannot be read.
     See `save` for an example.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module("load", model)
     metadata, stored = _read(path)
     new = _replacements(model, metadata, stored)
     tensors, transient = _tensors_of(model, new)

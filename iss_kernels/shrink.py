@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from iss_kernels import budget as budgets
 from iss_kernels import optimizers
 from iss_kernels.accelerate import HOOK_TABLES, check_plain, take_over
+from iss_kernels.arguments import check_module
 from iss_kernels.copying import copied, places
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups, Labelled, cell_of, plain_cells, plain_recurrent
@@ -359,6 +360,7 @@ def _chosen(
     round_to: int,
 ) -> dict[str, Tensor]:
     """{family name: bool [size]} of the units that stay."""
+    check_module("shrink", model)
     if not isinstance(groups, Groups):
         raise TypeError(f"shrink: expected the groups of find_groups, got {type(groups).__name__}")
     if keep is not None and not isinstance(keep, Mapping):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from iss_kernels import backend, ops
-from iss_kernels.arguments import named
+from iss_kernels.arguments import check_module, named
 from iss_kernels.causal import steps_of
 from iss_kernels.chain import ACTIVATIONS, Chain, device_of, sizes_of
 from iss_kernels.linear import PreparedLinear
@@ -100,8 +100,7 @@ class Stream:
         time_dim: int | None = None,
         fixed: Any = (),
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Stream: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module("Stream", model)
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"Stream: expected batch_size to be an int from 1, got {batch_size!r}")
         used = {p.device for p in model.parameters() if p.is_cuda}
@@ -299,11 +298,20 @@ def _compiled(layers: Sequence[nn.Module], batch: int, sizes: tuple[int, int]) -
     def own(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().contiguous()
 
+    def packed(layer: Prepared | PreparedLinear) -> Any:
+        native = layer.native()
+        if native is None:
+            raise RuntimeError(
+                "Stream: expected to be made outside of torch's modes, transforms and tracers, got "
+                "one inside"
+            )
+        return native
+
     for layer in layers:
         if isinstance(layer, Prepared):
-            engine.add_recurrent(layer.native())
+            engine.add_recurrent(packed(layer))
         elif isinstance(layer, PreparedLinear):
-            engine.add_linear(layer.native())
+            engine.add_linear(packed(layer))
         elif isinstance(layer, nn.LayerNorm):
             engine.add_layer_norm(own(layer.weight), own(layer.bias), layer.eps)
         else:
@@ -469,7 +477,6 @@ class _Reference:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(self._device.type, enabled=False),
-            backend.use_backend("reference"),
         ):
             for layer in self._layers:
                 if isinstance(layer, Prepared):

@@ -171,19 +171,13 @@ class _Measure:
         self._of_family = torch.zeros(groups.units, len(index) + 1, **like)
         for i, family in enumerate(groups.families):
             self._of_family[family.units, i] = 1
-        one_column = torch.eye(len(index) + 1, **like)[-1]
         if of == "units":
+            one_column = torch.eye(len(index) + 1, **like)[-1]
             rows, columns = [1 - one_column], [one_column]
         else:
-            # Among the weights are biases of units that are read by their value.
-            weights = [w for w in groups.weights if of == "parameters" or len(w.units) > 1]
-            rows = [self._per_unit(weight.row_units) for weight in weights]
-            columns = [self._per_unit(weight.column_units) for weight in weights]
-        if of == "parameters":
-            parameters = dict(groups.model.named_parameters(remove_duplicate=False))
-            vectors = [vector for vector in groups.vectors if vector.name in parameters]
-            rows += [self._per_unit(vector.row_units) for vector in vectors]
-            columns += [one_column] * len(vectors)
+            counted = groups.counted(of)
+            rows = [self._per_unit(one.row_units) for one in counted]
+            columns = [self._per_unit(one.column_units) for one in counted]
         self._rows, self._columns = torch.stack(rows), torch.stack(columns)  # [weights, families+1]
 
     def _per_unit(self, labels: Tensor) -> Tensor:

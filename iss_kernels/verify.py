@@ -9,7 +9,7 @@ computes with their number (y / y.size(-1)).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,22 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
-from iss_kernels.arguments import Path, leaves, tensors
+from iss_kernels.arguments import Path, brief, call_of, fresh, has_size, leaves, mapped, tensors
 from iss_kernels.copying import copied
 from iss_kernels.groups import GroupError, Groups
 from iss_kernels.shrink import NoInputsError, all_of, removed
-
-
-def replaced(tree: Any, function: Callable[[Any], Any], numbers: bool = False) -> Any:
-    """A copy of nested arguments with `function` applied to every tensor (and list of numbers)."""
-    is_numbers = isinstance(tree, list) and all(isinstance(part, (int, float)) for part in tree)
-    if isinstance(tree, Tensor) or (numbers and is_numbers):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: replaced(value, function, numbers) for key, value in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(replaced(part, function, numbers) for part in tree)
-    return tree
 
 
 @torch.no_grad()
@@ -54,11 +42,8 @@ def call(model: nn.Module, inputs: Any) -> dict[Path, Any]:
 def _called(model: nn.Module, inputs: Any) -> dict[Path, Any]:
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(cuda):
-        if isinstance(inputs, Mapping):
-            return leaves(model(**inputs))
-        if isinstance(inputs, tuple) and not isinstance(inputs, PackedSequence):
-            return leaves(model(*inputs))
-        return leaves(model(inputs))
+        args, kwargs = call_of(inputs)
+        return leaves(model(*args, **kwargs))
 
 
 class _NoDropout(TorchFunctionMode):
@@ -120,7 +105,7 @@ class Experiment:
     def culprits(self, groups: Groups) -> list[str]:
         """Names of the families that fail while the others stay whole; of all, if none does."""
         names = []
-        for block in _blocks(groups):
+        for block in groups.blocks:
             trials = [
                 {f: mask if f in block else all_of(len(mask)) for f, mask in kept.items()}
                 for kept in _trials(groups)
@@ -162,13 +147,13 @@ class Experiment:
         try:
             small = removed(whole, groups, kept, whole_too)
         except NoInputsError as error:
-            return f"fails with {_brief(error)}"
+            return f"fails with {brief(error)}"
         groups.zero_(torch.cat([~kept[f.name] for f in groups.families]), rows=False)
         for inputs in examples:
             expected, got = self._outcome(whole, inputs), self._outcome(small, inputs)
             expected = self._check(expected)
             if isinstance(got, Exception):
-                return f"fails with {_brief(got)}"
+                return f"fails with {brief(got)}"
             if expected.keys() != got.keys() or not all(
                 _close(value, got[path], self.tolerance) for path, value in expected.items()
             ):
@@ -180,12 +165,12 @@ class Experiment:
         if isinstance(trained, Exception) and not isinstance(
             self._outcome(whole.train(), self.inputs[0]), Exception
         ):
-            return f"fails in training mode with {_brief(trained)}"
+            return f"fails in training mode with {brief(trained)}"
         return None
 
     def _outcome(self, model: nn.Module, inputs: Any) -> dict[Path, Any] | Exception:
         """The model's answers, or what it raises."""
-        inputs = replaced(inputs, torch.clone)  # it may write into them
+        inputs = fresh(inputs)  # it may write into them
         try:
             with _NoDropout():
                 output = call(model, inputs)
@@ -198,7 +183,7 @@ class Experiment:
         if isinstance(expected, Exception):
             raise GroupError(
                 "find_groups: expected a model that takes the example in eval mode, got "
-                + _brief(expected)
+                + brief(expected)
             ) from expected
         if not self.states and not any(
             bool(torch.as_tensor(leaf, device="cpu").isfinite().any()) for leaf in expected.values()
@@ -212,12 +197,6 @@ class Experiment:
     def _is_state(self, path: Path) -> bool:
         # A state is one tensor where sizes are equal, else a tuple of them: its path gets longer.
         return any(path[: len(s)] == s or s[: len(path)] == path for s in self.states)
-
-
-def _blocks(groups: Groups) -> list[list[str]]:
-    """Names of families, those together that keep one common size."""
-    tied = sum(groups.tied, [])
-    return groups.tied + [[f.name] for f in groups.families if f.name not in tied]
 
 
 def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
@@ -234,7 +213,7 @@ def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
     }
     for turn in range(3):
         kept = {name: all_of(size) for name, size in sizes.items()}
-        for i, block in enumerate(_blocks(groups)):
+        for i, block in enumerate(groups.blocks):
             for name in block:
                 size, which = sizes[name], (i + turn) % 3
                 few = 1 + (size // 3 + i // 3) % max(size - 1, 1)
@@ -249,15 +228,16 @@ def _draw(groups: Groups) -> None:
     """Draw weights anew where their present values may hide a unit: labelled ones, and zeros."""
     own = dict(groups.model.named_parameters())
     labelled = {own[one.name] for one in groups.labelled if one.name in own}
-    cuda = sorted({p.device.index for p in labelled if p.device.type == "cuda"})
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(0)
-        for parameter in groups.model.parameters():
-            if parameter.is_floating_point() and (parameter in labelled or not parameter.any()):
-                columns = (
-                    parameter.shape[-1] if parameter.numel() > 0 and parameter.dim() > 0 else 1
-                )
-                parameter.uniform_(-(columns**-0.5), columns**-0.5)
+    # torch.manual_seed would seed the generators of all devices, those of the caller.
+    generators: dict[torch.device, torch.Generator] = {}
+    for parameter in groups.model.parameters():
+        if not parameter.is_floating_point() or (parameter not in labelled and parameter.any()):
+            continue
+        device = parameter.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(0)
+        columns = parameter.shape[-1] if parameter.numel() > 0 and parameter.dim() > 0 else 1
+        parameter.uniform_(-(columns**-0.5), columns**-0.5, generator=generators[device])
 
 
 def _longer(inputs: Any, dim: int) -> Any:
@@ -273,13 +253,13 @@ def _longer(inputs: Any, dim: int) -> Any:
         return None
     size = first.size(dim)
 
-    def repeat(part: Any) -> Any:
+    def repeat(_: Path, part: Any) -> Any:
         if isinstance(part, list):
             return [*part, part[-1]] if len(part) == size else part
         dims = [d for d in (dim, *range(part.dim())) if d < part.dim() and part.size(d) == size]
         return torch.cat([part, part.narrow(dims[0], size - 1, 1)], dims[0]) if dims else part
 
-    return replaced(inputs, repeat, numbers=True)
+    return mapped(inputs, repeat, is_leaf=has_size)
 
 
 def _close(one: Any, two: Any, tolerance: float) -> bool:
@@ -298,7 +278,3 @@ def _close(one: Any, two: Any, tolerance: float) -> bool:
 
 def _finite(leaf: Tensor) -> Tensor:
     return torch.where(leaf.isfinite(), leaf, 0)
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

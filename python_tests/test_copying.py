@@ -3,6 +3,7 @@
 
 import copy
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -189,3 +190,26 @@ def test_a_way_of_copying_that_works_is_all_that_is_tried() -> None:
     assert torch.equal(copied(model)(X), model(X))
     with pytest.raises(ValueError, match=r"anew \(NeedsASize.__deepcopy__\)"):
         copied(model, {id(model[1].weight): nn.Parameter(torch.zeros(2, 4))})
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed, with its gradient history."""
+
+    def __init__(self, kind: Callable[[], Any]) -> None:
+        super().__init__()
+        self.layer, self.past = nn.Linear(4, 4), kind()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.past.append(self.layer(x))
+        return torch.stack(tuple(self.past)).sum(0)
+
+
+@pytest.mark.parametrize("kind", [list, lambda: deque(maxlen=2)], ids=["list", "deque"])
+def test_containers_of_computed_tensors_are_copied(kind: Callable[[], Any]) -> None:
+    model = Remembering(kind)
+    model(X)
+    made = copied(model)
+    assert isinstance(made, Remembering)
+    assert type(made.past) is type(model.past)
+    assert torch.equal(made.past[0], model.past[0])
+    assert made.past[0] is not model.past[0]

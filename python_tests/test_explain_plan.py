@@ -143,3 +143,22 @@ def test_the_cpu_plan_refuses_other_arguments():
             iss.explain_plan(8, 1, device="cpu", **bad)
     with pytest.raises(ValueError, match="expected cell to be one of lstm, .* got 'mgu'"):
         iss.explain_plan(8, 1, device="cpu", cell="mgu")
+    with pytest.raises(ValueError, match="expected tf32 for a GPU, got True for the cpu"):
+        iss.explain_plan(8, 1, device="cpu", tf32=True)
+    with pytest.raises(ValueError, match="expected depth with an rhn, got 3 for gru"):
+        iss.explain_plan(8, 1, device="cpu", cell="gru", depth=3)
+
+
+@pytest.mark.parametrize(
+    "given", [dict(input_size=8), dict(num_layers=1), dict(bidirectional=False), dict(threads=1)]
+)
+def test_a_gpus_plan_refuses_what_it_does_not_look_at(given):
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match=f"expected {name} with device='cpu', got {value} for 'H"):
+        iss.explain_plan(8, 1, device="H100", **given)
+
+
+def test_a_device_that_is_none_is_refused():
+    for device in (0, 1.5, "tpu", (9, 0)):
+        with pytest.raises(ValueError, match="expected device to be a CUDA device of this machine"):
+            iss.explain_plan(8, 1, device=device)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kinds import GRU, LSTM, every_kind, tensors_in
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import iss_kernels as iss
@@ -719,3 +720,54 @@ def test_a_shrunken_model_takes_states_of_the_width_before(tmp_path, dynamo):
     path = tmp_path / "model.onnx"
     iss.export_onnx(small, example, path, dynamo=dynamo)
     check(path, small, call(9, 3))
+
+
+class Pair(nn.Module):
+    """One argument of two tensors, and another of the name that the first of them would have."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4)
+
+    def forward(self, h, h_0):
+        return self.gru(h[0] + h[1], h_0)[0]
+
+
+def test_tensors_have_names_of_their_own(tmp_path):
+    path, pair = tmp_path / "model.onnx", torch.randn(2, 5, 2, 3).unbind()
+    example = (pair, torch.randn(1, 2, 4))
+    with pytest.raises(ValueError, match="input_names where two tensors of the example would have"):
+        iss.export_onnx(Pair(), example, path, dynamo=False)
+    assert not path.exists()
+    iss.export_onnx(Pair(), example, path, input_names=["a", "b", "state"], dynamo=False)
+    assert onnx_inputs(path) == ["a", "b", "state"]
+
+
+def test_an_argument_whose_name_begins_like_another_counts_alone(tmp_path):
+    class Model(nn.Module):
+        def forward(self, h_len, h):
+            return h[0] + h[1] + h_len
+
+    path = tmp_path / "model.onnx"
+    iss.export_onnx(Model(), (X[0], (X[1], X[2])), path, dynamo=False)
+    assert onnx_inputs(path) == ["h_len", "h_0", "h_1"]
+
+
+@both_exporters
+def test_a_cell_whose_weights_are_computed_is_written_as_they_are_now(tmp_path, dynamo):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = iss.ISSGRUCell(4, 5)
+
+        def forward(self, x, h):
+            return self.cell(x, h)
+
+    model, call = Model(), {"x": torch.randn(2, 4), "h": torch.randn(2, 5)}
+    prune.l1_unstructured(model.cell, "weight_hh", amount=2)
+    model(**call)
+    with torch.no_grad():
+        model.cell.weight_hh_orig.mul_(3)
+    path = tmp_path / "model.onnx"
+    iss.export_onnx(model, call, path, dynamic={}, dynamo=dynamo)
+    check(path, model, call, engines=[onnx_runtime])

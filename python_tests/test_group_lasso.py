@@ -304,6 +304,19 @@ def test_a_gradient_whose_elements_share_memory_is_refused() -> None:
     assert not weight.grad.any()
 
 
+def test_a_gradient_that_is_no_matrix_in_memory_is_refused_before_the_step_counts() -> None:
+    conv = nn.Conv1d(6, 4, 3)
+    units = torch.arange(6, dtype=torch.int32).repeat_interleave(3)
+    labels = (torch.full((4,), -1, dtype=torch.int32), units)
+    groups = Groups(conv, [Family("units", "", 0, 6)], [Labelled("weight", labels, (1,))])
+    lasso = GroupLasso(groups, STRENGTH, warmup=2)
+    conv.weight.grad = torch.zeros(6, 4, 3).transpose(0, 1)
+    before = lasso.state_dict()
+    with pytest.raises(ValueError, match=r"contiguous gradients, got one of shape \[4, 6, 3\]"):
+        lasso.add_gradients_()
+    assert lasso.state_dict() == before
+
+
 def test_a_weight_may_have_more_dimensions() -> None:
     """A convolution [4, 6, 3] over units counts as the matrix [4, 18]."""
     torch.manual_seed(0)

@@ -4,10 +4,14 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import re
+import weakref
+from collections import UserDict
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from iss_kernels import reference
 from iss_kernels.backend import use_backend
 from iss_kernels.cells import CELLS, Cell
-from iss_kernels.find import find_groups
+from iss_kernels.find import LIBRARIES, find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, kinds
 from iss_kernels.gru import ISSGRU
@@ -1167,3 +1171,95 @@ def test_a_tied_embedding_has_the_units_that_the_softmax_reads() -> None:
 def test_an_embedding_that_counts_all_its_dimensions_stays_whole() -> None:
     groups = find_groups(Words(max_norm=1.0), WORDS, embedding=True)
     assert [family.name for family in groups.families] == ["rnn.l0"]
+
+
+class Batch(NamedTuple):
+    x: Tensor
+    counts: list[int]
+
+
+class Halving(nn.Module):
+    """Writes into what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(5, 8), nn.Linear(8, 2)
+
+    def forward(self, batch: Any) -> Tensor:
+        x, counts = batch if isinstance(batch, tuple) else (batch["x"], batch["counts"])
+        x.mul_(0.5)
+        counts.pop()
+        out: Tensor = self.head(self.rnn(x)[0])
+        return out
+
+
+@pytest.mark.parametrize("kind", [Batch, lambda x, counts: UserDict(x=x, counts=counts)])
+def test_the_example_stays_as_it_is_in_any_container(kind: Any) -> None:
+    x, counts = X.clone(), [6, 6, 6]
+    groups = find_groups(Halving(), (kind(x, counts),))
+    assert torch.equal(x, X)
+    assert counts == [6, 6, 6]
+    assert [family.name for family in groups.families] == ["rnn.l0"]
+
+
+class Replacing(nn.Module):
+    """Puts other tensors in the place of its buffers, whose ids go to yet others."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(5, 8), nn.Linear(8, 2)
+        self.count = count
+        for i in range(count):
+            self.register_buffer(f"memory{i}", torch.zeros(2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(self.count):
+            setattr(self, f"memory{i}", torch.zeros(2, 8))
+        held = [x[0].clone() for _ in range(40)]
+        out: Tensor = self.head(self.rnn(x)[0]) + torch.stack([h.sum() for h in held]).sum()
+        return out
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 16, 30])
+def test_buffers_that_the_model_replaces_are_not_mixed_up(count: int) -> None:
+    groups = find_groups(Replacing(count), X)
+    assert [family.name for family in groups.families] == ["rnn.l0"]
+
+
+def test_random_numbers_of_other_devices_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    model, before = nn.GRU(5, 8, 2), torch.get_rng_state()
+    find_groups(model, X)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeds == []
+
+
+def test_what_a_run_computed_is_let_go_of() -> None:
+    """At once: no cycle holds the activations until the collector runs."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            between = self.rnn(x)[0].tanh()
+            alive.append(weakref.ref(between))
+            out: Tensor = self.head(between)
+            return out
+
+    gc.collect()
+    gc.disable()
+    try:
+        find_groups(Model(), X)
+        assert [ref() for ref in alive if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_a_frame_of_another_package_is_the_users() -> None:
+    torchs = Path(torch.__file__).parent
+    assert str(torchs / "nn" / "modules" / "rnn.py").startswith(LIBRARIES)
+    assert not str(torchs.with_name("torchrl") / "modules.py").startswith(LIBRARIES)

@@ -518,9 +518,13 @@ def test_a_wrapper_whose_inner_optimiser_has_its_own_state_is_refused() -> None:
     with pytest.raises(ValueError, match="inside of Wrapper too, which has a state of its own"):
         shrink_(model, groups, ratio=0.5, optimizer=Wrapper(adam, False))
     assert type(model.rnn) is nn.LSTM
-    for optimizer in (Wrapper(adam, True), [Wrapper(adam, False), adam], [adam, adam]):
+    for optimizer in (Wrapper(adam, True), [Wrapper(adam, False), adam], [adam, adam],
+        [Wrapper(adam, True), adam],
+    ):  # fmt: skip
         model, groups = make()
         adam.param_groups[0]["params"][:] = model.parameters()
+        adam.state.clear()
+        train(model, adam, range(1))
         shrink_(model, groups, ratio=0.5, optimizer=optimizer)
         assert set(adam.param_groups[0]["params"]) == set(model.parameters())
 

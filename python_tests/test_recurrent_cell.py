@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing._internal.common_modules import module_db
 from torch.utils.checkpoint import checkpoint
 
@@ -582,3 +583,18 @@ def test_another_cells_state_and_other_dtypes_are_one_sentence_each(kind, backen
 def test_an_unknown_nonlinearity_is_refused_when_called():
     with pytest.raises(RuntimeError, match="Unknown nonlinearity: foo"):
         ISSRNNCell(3, 5, nonlinearity="foo")(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["weight_hh", "bias_ih"])
+def test_a_parameter_that_is_computed_counts(kind, name):
+    """Pruning takes its name from the cell's parameters, as bias=False does not."""
+    theirs, ours, _, options = KINDS[kind]
+    torch.manual_seed(0)
+    whole, x = theirs(3, 4, **options), torch.randn(2, 3)
+    cell = ours(3, 4, **options)
+    cell.load_state_dict(whole.state_dict())
+    for each in (whole, cell):
+        prune.l1_unstructured(each, name, amount=2)
+    for one, two in zip(tensors_in(whole(x)), tensors_in(cell(x)), strict=True):
+        torch.testing.assert_close(one, two)

@@ -21,8 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.masked import MaskedTensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iss_kernels import ISSGRU, ISSLSTM, ISSRHN, ISSRNN, Stream, prepare, use_backend
+from iss_kernels.backend import backend as backend_now
 from iss_kernels.backend import supported_isas, use_isa
 from iss_kernels.chain import ACTIVATIONS, FUNCTIONS
 
@@ -1526,6 +1528,29 @@ def test_tracers_and_transforms_are_refused():
     ):
         with pytest.raises((ValueError, RuntimeError)):
             transformed()
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stream_is_made_where_nobody_watches():
+    with Mode(), pytest.raises(RuntimeError, match="made outside of torch's modes, transforms and"):
+        Stream(nn.LSTM(3, 4))
+
+
+def test_steps_in_plain_torch_leave_the_backend_of_others_alone():
+    """It is the process's: steps of two threads that set it would restore each other's."""
+    with use_backend("reference"):
+        steps = [Stream(nn.GRU(3, 4)) for _ in range(2)]
+    seen = []
+    with use_backend("extension"):
+        for step in steps:
+            step._engine._layers[0].register_forward_pre_hook(lambda *_: seen.append(backend_now()))
+            step(torch.zeros(1, 3))
+        assert backend_now() == "extension"
+    assert "reference" not in seen
 
 
 def read_only():

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -19,8 +18,9 @@ namespace iss {
 namespace {
 
 // 64 bits of all values and the shape, in eight independent chains so that it runs at the speed of
-// the cache. Each word is mixed in by a multiplication and a rotation: an odd factor alone would
-// never carry the topmost bit, the sign of every other float, to another place.
+// the cache. Each word is mixed in by both halves of a product: the lower half alone would leave a
+// change of the topmost bit, the sign of every other float, in one place, where the change of
+// another word might undo it.
 uint64_t fingerprint(const at::Tensor& weight) {
   constexpr int kChains = 8;
   constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio, odd
@@ -28,7 +28,8 @@ uint64_t fingerprint(const at::Tensor& weight) {
   const char* at = static_cast<const char*>(weight.const_data_ptr());
   int64_t bytes = weight.nbytes();
   const auto mix = [](uint64_t hash, uint64_t word) {
-    return std::rotl((hash ^ word) * kFactor, 31);
+    const auto product = static_cast<unsigned __int128>(hash ^ word) * kFactor;
+    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
   };
   for (; bytes >= kChains * 8; bytes -= kChains * 8, at += kChains * 8)
     for (int i = 0; i < kChains; ++i) {
@@ -174,8 +175,11 @@ Matrix pack_once(const at::Tensor& weight, Layout layout, bool look) {
         entry->dtype == weight.scalar_type() && entry->fingerprint == now)
       return entry->packed;
   }
-  const Matrix result = pack(weight, layout, {}, look);
-  KeptPanels::Entry entry{&cpu_kernels(), weight.scalar_type(), now, result};
+  // Of a copy, so that the panels are of what the fingerprint says, whoever writes meanwhile.
+  const at::Tensor values = recycled(weight.sizes(), weight.scalar_type());
+  std::memcpy(values.mutable_data_ptr(), weight.const_data_ptr(), weight.nbytes());
+  const Matrix result = pack(values, layout, {}, look);
+  KeptPanels::Entry entry{&cpu_kernels(), weight.scalar_type(), fingerprint(values), result};
   {
     const std::lock_guard lock(process_mutex());
     if (tensor->get_backend_meta() == nullptr)
