@@ -11,6 +11,7 @@ import importlib
 import os
 import platform
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +45,8 @@ def _load() -> tuple[Any, str]:
     try:
         return importlib.import_module("iss_kernels._C"), ""
     except ImportError as error:
+        if "ISS_KERNELS_ISA" in str(error):
+            raise  # it did load; what the environment asks for is not there
         return None, f"{error}; {versions}" if versions else str(error)
 
 
@@ -99,6 +102,11 @@ def multiplies_bfloat16() -> bool:
     )  # fmt: skip
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """As torch.autocast(enabled=False), which "meta" has not."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def on_cuda(device: torch.device) -> bool:
     """Whether the CUDA kernels run for tensors of this device, when the extension does."""
     return device.type == "cuda"
@@ -123,14 +131,19 @@ class use_backend:  # noqa: N801  (reads as a function; usable as a context mana
             raise ValueError(f"use_backend: expected name to be one of {BACKENDS}, got {name!r}")
         if name == "extension" and _C is None:
             raise RuntimeError(f"use_backend: the extension did not load: {_why_not}")
-        self._former, _backend = _backend, name
+        self._name, self._formers = name, list[str]()
+        self._before: str | None = _backend  # of the constructor, for the first entry
+        _backend = name
 
     def __enter__(self) -> None:
-        """Nothing more to do: the constructor has switched."""
+        """The constructor has switched; who enters it again switches again."""
+        global _backend
+        self._formers.append(self._before or _backend)
+        self._before, _backend = None, self._name
 
     def __exit__(self, *_: object) -> None:
         global _backend
-        _backend = self._former
+        _backend = self._formers.pop()
 
 
 # By cpu family and model: a virtual machine's processor is often named "AMD EPYC" alone.

@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from iss_kernels.arguments import call_of
 from iss_kernels.group_lasso import GroupLasso
@@ -177,6 +176,8 @@ def _alike(groups: Groups, one: Kept, other: Kept) -> bool:
 
 def _milliseconds(model: nn.Module, example: Any) -> float:
     """Median time of a call of the prepared model."""
+    from torch.utils.benchmark import Timer  # 0.4 s, which `import iss_kernels` need not take
+
     args, kwargs = call_of(example)
     names = {"model": prepare(model, "float32").eval(), "args": args, "kwargs": kwargs}
     with torch.inference_mode():

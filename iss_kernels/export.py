@@ -87,7 +87,8 @@ def export_onnx(
     does not fit, and RuntimeError for what torch's exporter or ONNX cannot express, a size that the
     model fixes though `dynamic` has it, and a file with other answers. No file is left then.
 
-    >>> import tempfile
+    >>> import tempfile, torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     export_onnx(model, torch.zeros(7, 1, 3), f"{folder}/model.onnx")
@@ -142,6 +143,12 @@ def export_onnx(
         warnings.warn(
             f"export_onnx: the file has no input for {absent}, which change no answer to the "
             "example",
+            stacklevel=2,
+        )
+    if args.numbers and sizes:
+        warnings.warn(
+            f"export_onnx: the file holds the numbers that {args.numbers} have in the example; a "
+            "tensor in their place is an input",
             stacklevel=2,
         )
     decided = [] if way else _decisions(small, args)
@@ -247,6 +254,7 @@ class _Arguments:
         leaves, self.form = pytree.tree_flatten(values)
         self.leaves = [leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors: dict[str, int] = {}  # the place in leaves of each
+        self.numbers: list[str] = []  # arguments that are lists of numbers, such as lengths
         self.growth: dict[str, int] = {}  # of each name of a size
         self.counting: dict[str, list[str]] = {}  # lengths of rows that grow with a size
         found: list[tuple[str, int]] = []
@@ -257,6 +265,8 @@ class _Arguments:
             several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
             many = len(leaves) > 1 or several
             count = number - len(parameters) + 1 if several else 0
+            if isinstance(value, (tuple, list)) and any(type(leaf) is int for leaf in leaves):
+                self.numbers.append(parameter.name)
             for leaf in leaves:
                 if isinstance(leaf, Tensor):
                     found.append((f"{parameter.name}_{count}" if many else parameter.name, place))

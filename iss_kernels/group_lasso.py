@@ -48,8 +48,8 @@ class GroupLasso:
     when they have faded, when the largest norm among them is `gone` times the highest it has been,
     by default 0.3: less fades them further, and presses harder on those that stay. From then on
     `threshold_` and `proximal_` hold them at zero, exactly, for `shrink` to take out, and the
-    strength is 0, so that the others heal. A family with strength 0 keeps its units; weights that
-    do not train cannot fade.
+    strength is 0, so that the others heal. A family with strength 0 keeps its units. Weights that
+    do not train cannot fade, but those of units that went are zero too.
 
     Raises ValueError for a strength that is negative, not finite, or does not name the families,
     and for a target that cannot be reached.
@@ -172,7 +172,7 @@ class GroupLasso:
         ops.threshold_(*self._labelled(weights, trained), threshold)
         if self.reached:
             factors = self._held(torch.ones_like(self._strengths))
-            ops.scale_by_units_(*self._labelled(weights, trained), factors)
+            ops.scale_by_units_(weights, self._rows, self._columns, factors)
 
     @torch.no_grad()
     def proximal_(self, step: float | torch.optim.Optimizer) -> None:
@@ -210,7 +210,9 @@ class GroupLasso:
         weights = self._weights()
         norms = self._norms(weights)
         factors = self._held((1 - steps * self._step(norms) / norms).clamp_min(0))
-        if any(trained):
+        if self.reached:  # units that went are zero everywhere, and no other changes
+            ops.scale_by_units_(weights, self._rows, self._columns, factors)
+        elif any(trained):
             ops.scale_by_units_(*self._labelled(weights, trained), factors)
 
     @property
@@ -245,6 +247,8 @@ class GroupLasso:
 
         Raises ValueError where the families differ, or only one of the two has a target.
         """
+        if missing := self.state_dict().keys() - state.keys():
+            raise ValueError(f"GroupLasso: expected a state with {min(missing)!r}, got one without")
         families = {family.name: family.size for family in self.groups.families}
         if state["families"] != families:
             expected, got = (

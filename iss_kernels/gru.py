@@ -51,7 +51,9 @@ class ISSGRU(Recurrent):
             0, device, dtype, recompute,
         )  # fmt: skip
 
-    def _autocast_result(self, autocast: torch.dtype, state: torch.dtype) -> torch.dtype:
+    def _autocast_result(
+        self, autocast: torch.dtype, state: torch.dtype, packed: bool
+    ) -> torch.dtype:
         """torch's GRU adds to the state, which no autocast converts."""
         return torch.promote_types(autocast, state)
 

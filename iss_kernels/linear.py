@@ -83,7 +83,7 @@ class PreparedLinear(Snapshot):
                 return y.to(input.dtype)
         dtype = self._dtype_on(x.device)
         bias = self._buffer("bias") if "bias" in self._expected else None
-        with torch.autocast(x.device.type, enabled=False):
+        with backend.no_autocast(x.device):
             bias = None if bias is None else bias.to(dtype)
             y = F.linear(x.to(dtype), self._weight("weight", dtype), bias)
         return y.to(input.dtype)

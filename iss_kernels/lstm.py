@@ -55,5 +55,11 @@ class ISSLSTM(Recurrent):
         """As `Recurrent.options_of`."""
         return super().options_of(module) | {"proj_size": module.proj_size}
 
+    def _autocast_result(
+        self, autocast: torch.dtype, state: torch.dtype, packed: bool
+    ) -> torch.dtype:
+        """torch's LSTM takes packed input past autocast."""
+        return torch.promote_types(autocast, state) if packed else autocast
+
 
 MODULES[nn.LSTM] = ISSLSTM

@@ -28,16 +28,14 @@ _cell_step: Any = getattr(backend.native(), "cell_step", None)
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
-def _by_reference() -> bool:
-    """Whether plain torch runs: on request, or under torch.func or forward-mode differentiation.
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation follows, which do not see into an op."""
+    return _functorch_active() or forward_ad._current_level >= 0  # -1 outside of a dual_level
 
-    Neither of those two sees into an op, and both see into the reference.
-    """
-    return (
-        backend.backend() == "reference"
-        or _functorch_active()
-        or forward_ad._current_level >= 0  # -1 outside of a dual_level
-    )
+
+def _by_reference() -> bool:
+    """Whether plain torch runs: on request, or where a transform has to see into it."""
+    return backend.backend() == "reference" or is_transformed()
 
 
 def _check_devices(op: str, x: Tensor, **arguments: Tensor | None | _Tensors) -> None:

@@ -158,7 +158,7 @@ class Prepared(Snapshot, Recurrent):
         """The CUDA kernels, in the dtype of the weights, or the reference, in float32."""
         _check_devices(x, "parameter", list(map(self._buffer, self._expected)))
         dtype = self._dtype_on(x.device)
-        with torch.autocast(x.device.type, enabled=False):
+        with backend.no_autocast(x.device):
             y, final = super()._run(x.to(dtype), batch_sizes, resets, _to(states, dtype))
         return y.float(), _to(final, torch.float32)
 
@@ -215,7 +215,7 @@ class PreparedCell(Snapshot, RecurrentCell):
         dtype = input.dtype
         if not input.is_floating_point() or backend.exporting_onnx():
             return super()._forward(input, hx)
-        with torch.autocast(input.device.type, enabled=False):
+        with backend.no_autocast(input.device):
             after = super()._forward(input.float(), hx if hx is None else _to(hx, torch.float32))
         return tuple(state.to(dtype) for state in after)
 
@@ -299,7 +299,9 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     """Tensors in nested tuples and lists, converted."""
     if isinstance(value, (Tensor, PackedSequence)):
         return value.to(dtype)
-    return value if value is None else type(value)(_to(part, dtype) for part in value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(part, dtype) for part in value)
+    return value
 
 
 def _check(module: Any, name: str) -> None:
@@ -346,8 +348,9 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     Recurrent are nn.LSTM, nn.GRU and nn.RNN, ISSLSTM, ISSGRU, ISSRNN and their kin, which become a
     `Prepared`, and the cells of these, which become a `PreparedCell`; an nn.Linear becomes a
     `PreparedLinear`. weights: how their weights are stored, "float32",
-    "float16", "bfloat16" or "int8" (each row with its own scale). The copy is in eval mode;
-    changing the model's weights later does not change it. Hooks come along, but for those of a
+    "float16", "bfloat16" or "int8" (each row with its own scale). The copy is in eval mode, and
+    its parameters, those of embeddings for example, ask for no gradient; changing the model's
+    weights later does not change it. Hooks come along, but for those of a
     backward pass, as do attributes of a module. Copied as they are: subclasses, a Linear whose
     weight is computed or that has a forward of its own, and what torch's own modules hold.
 
@@ -392,4 +395,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     result = copied(model, memo)
     for module, prepared in new.items():
         _carry(module, prepared, memo)
+    for parameter in result.parameters():
+        if not nn.parameter.is_lazy(parameter):
+            parameter.requires_grad_(False)
     return result.eval()

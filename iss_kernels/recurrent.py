@@ -340,7 +340,8 @@ class Recurrent(Shrinkable, nn.RNNBase):
         PackedSequence like it. Where True, the row's state is zero before that step, whatever came
         earlier or in hx; a reverse direction is cut at the same place, and no gradient flows
         across. mask: lengths in another form, as TorchRL gives them: bool in the layout of input
-        without its last dimension, True for the steps that a row has, which come first.
+        without its last dimension, True for the steps that a row has, which come first (an
+        exported program does not look whether they do).
         Returns output and the final state in the form of hx; output has the form of input with the
         sum of the last layer's P as its last dimension.
 
@@ -412,15 +413,21 @@ class Recurrent(Shrinkable, nn.RNNBase):
         expected = "bool, in the layout of an input of rows [T, B, I] or [B, T, I]"
         if not isinstance(mask, Tensor):
             raise TypeError(f"{self._kind}: expected mask {expected}, got a {type(mask).__name__}")
-        if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != shape:
-            got = f"{list(mask.shape)} of {mask.dtype}"
+        if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape != shape or mask.is_meta:
+            got = f"{list(mask.shape)} of {mask.dtype}" + " on meta" * mask.is_meta
             raise ValueError(f"{self._kind}: expected mask {expected}, got {got}")
         steps = mask if self.batch_first else mask.t()
-        if not backend.exporting() and bool((steps[:, 1:] & ~steps[:, :-1]).any()):
-            raise ValueError(
-                f"{self._kind}: expected mask to be True for the first steps of each row, got one "
-                "with gaps"
-            )
+        if not backend.exporting():
+            wrong = ""
+            if bool((steps[:, 1:] & ~steps[:, :-1]).any()):
+                wrong = "one with gaps"
+            elif steps.numel() > 0 and not bool(steps[:, 0].all()):
+                wrong = "one with a row of no steps"
+            if wrong:
+                raise ValueError(
+                    f"{self._kind}: expected mask to be True for the first steps of each row, got "
+                    + wrong
+                )
         return steps.sum(1)
 
     def _forward_lengths(
@@ -438,15 +445,26 @@ class Recurrent(Shrinkable, nn.RNNBase):
                 f"got {form}"
             )
         steps, batch = input.shape[:2][:: -1 if self.batch_first else 1]
-        counts = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+        counts = lengths
+        if not isinstance(counts, Tensor):
+            try:
+                counts = torch.as_tensor(lengths, device="cpu")
+            except (TypeError, ValueError, RuntimeError):
+                got = f"a {type(lengths).__name__} of other things"
+                raise ValueError(
+                    f"{self._kind}: expected lengths to be B = {batch} ints, got {got}"
+                ) from None
         whole = not (
             counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool
         )
-        if not whole or counts.shape != (batch,):
+        none = batch == counts.numel() == 0  # [] is of floats
+        if counts.is_meta or not (whole or none) or counts.shape != (batch,):
             raise ValueError(
                 f"{self._kind}: expected lengths to be B = {batch} ints, "
-                f"got {tuple(counts.shape)} of {counts.dtype}"
+                f"got {tuple(counts.shape)} of {counts.dtype}" + " on meta" * counts.is_meta
             )
+        if none:
+            return cast(tuple[Tensor, States], self.forward(input, hx, resets=resets))
         counts = counts.to("cpu", torch.int64)
         padded = None if resets is None else self._padded_resets(resets, input)
         if torch.compiler.is_exporting():
@@ -456,6 +474,8 @@ class Recurrent(Shrinkable, nn.RNNBase):
             raise ValueError(
                 f"{self._kind}: expected lengths from 1 to T = {steps}, got {int(wrong[0])}"
             )
+        if ops.is_transformed():  # torch.func does not see into _pack_padded_sequence
+            return self._exported_lengths(input, counts, hx, padded)
         packed = pack_padded_sequence(input, counts, self.batch_first, enforce_sorted=False)
         cuts: PackedSequence | None = None
         if padded is not None:
@@ -469,7 +489,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
     def _exported_lengths(
         self, input: Tensor, counts: Tensor, hx: States | None, resets: Tensor | None
     ) -> tuple[Tensor, States]:
-        """`_forward_lengths` by operations whose sizes torch.export follows; resets: [T, B].
+        """`_forward_lengths` by operations that torch.export and torch.func follow; resets: [T, B].
 
         The program checks that no row is longer than T, and the op that none is empty.
         """
@@ -553,8 +573,11 @@ class Recurrent(Shrinkable, nn.RNNBase):
         if _autocast_enabled(kind):
             dtype, autocast = self._dtype(), torch.get_autocast_dtype(kind)
             on_cuda, cast_to = backend.on_cuda(x.device), autocast
-            if not on_cuda:
-                cast_to = self._autocast_result(autocast, states[0][0].dtype)
+            if dtype == torch.float64:  # which no autocast converts
+                cast_to = dtype
+            elif not on_cuda:
+                packed = batch_sizes is not None
+                cast_to = self._autocast_result(autocast, states[0][0].dtype, packed)
             fast = on_cuda or (autocast == torch.bfloat16 and backend.multiplies_bfloat16())
             if dtype == torch.float32 and fast:
                 dtype = autocast
@@ -582,7 +605,9 @@ class Recurrent(Shrinkable, nn.RNNBase):
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         return x, final
 
-    def _autocast_result(self, autocast: torch.dtype, state: torch.dtype) -> torch.dtype:
+    def _autocast_result(
+        self, autocast: torch.dtype, state: torch.dtype, packed: bool
+    ) -> torch.dtype:
         """The dtype of torch's results under CPU autocast, where hx is of dtype `state`."""
         return autocast
 
@@ -647,7 +672,7 @@ class Recurrent(Shrinkable, nn.RNNBase):
             return [(zeros[p], zeros[h])[:count] for h, p in sizes]
         given: Any = [hx]
         if count > 1:
-            if len(hx) != count:
+            if not hasattr(hx, "__len__") or len(hx) != count:
                 raise RuntimeError(f"{self.cell.name} expects two hidden states")
             given = hx
         parts = [self._rows(given, which, batch, batched, packed) for which in range(count)]

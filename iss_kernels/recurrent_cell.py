@@ -113,9 +113,9 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
         if "c" in self.cell.states:
             if isinstance(hx, Tensor):
                 raise TypeError("LSTMCell: expected hx to be a tuple (h_0, c_0), got a Tensor")
-            states, names = tuple(hx), ["hx[0]", "hx[1]"]
-            if len(states) != 2:
+            if not hasattr(hx, "__len__") or len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")
+            states, names = tuple(hx), ["hx[0]", "hx[1]"]
         else:
             states, names = (hx,), ["hidden"]
         for state, name in zip(states, names, strict=True):
@@ -157,7 +157,7 @@ class RecurrentCell(Shrinkable, nn.RNNCellBase):
             cast_to = torch.get_autocast_dtype(kind)
             if backend.on_cuda(x.device):
                 dtype = cast_to if dtype == torch.float32 else dtype
-            elif self.cell.carries:  # as torch's cells do
+            elif self.cell.carries or dtype == torch.float64:  # as torch's cells do
                 cast_to = torch.promote_types(cast_to, states[-1].dtype)
             with torch.autocast(kind, enabled=False):
                 after = self._run(x.to(dtype), tuple(s.to(dtype) for s in states), dtype)

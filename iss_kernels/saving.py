@@ -110,6 +110,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     be written.
 
     >>> import tempfile, iss_kernels as iss
+    >>> from torch import nn
     >>> small = nn.Sequential(nn.Embedding(9, 4), iss.ISSLSTM(4, [3, 5], num_layers=2))
     >>> path = tempfile.mkdtemp() + "/small.safetensors"
     >>> iss.save(small, path)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,13 @@ def joined(rows: Sequence[Tensor]) -> State:
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:
     """torch.stack, which would copy a single one."""
-    return torch.stack(list(rows)) if len(rows) > 1 else rows[0].unsqueeze(0)
+    if len(rows) > 1:
+        return torch.stack(list(rows))
+    (row,) = rows
+    if not row.requires_grad or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return row.unsqueeze(0)
+    # No view for autograd: states are detached in place (truncated backpropagation through time).
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(row, (1, *row.shape)))
 
 
 def cut(state: Tensor, kept: Kept) -> Tensor:

@@ -78,7 +78,6 @@ class Steps:
         self._lock = threading.Lock()
         self.device = next(iter((*model.parameters(), *model.buffers()))).device
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of the model."""
         given = self.arguments.by_name(args, kwargs)

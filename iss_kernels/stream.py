@@ -118,7 +118,10 @@ class Stream:
                 with torch.autocast("cuda" if used else "cpu", enabled=False):
                     self._engine = steps_of(model, batch_size, example, time_dim, fixed)
                 self._device, self.batch_size = self._engine.device, self._engine.batch
-            self.__call__ = self._engine.step
+                # Here, not as a decorator: it would bring torch._dynamo to every import.
+                self.__call__ = torch.compiler.disable(self._engine.step)  # type: ignore[no-untyped-call]
+            else:
+                self.__call__ = self._engine.step
 
     def _run_chain(self, model: nn.Module, example: Any, time_dim: int | None) -> None:
         """Make the engine of a plain chain; ValueError for another model, or another example."""

@@ -99,6 +99,8 @@ class Target:
         """
         if self.out is not None:
             return 0.0
+        if not bool(norms.isfinite().all()):  # a step that went wrong says nothing
+            return 0.0
         ids = self._ids
         values, order = (norms.cpu().double() / self._strengths)[ids].sort(stable=True)
         left = self._shares(ids[order])

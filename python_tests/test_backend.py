@@ -41,7 +41,15 @@ def test_an_unknown_isa_in_the_environment_is_an_error():
     result = python(PROGRAM, ISS_KERNELS_ISA="avx9000")
     built = ", ".join(build_info()["isas_built"])
     assert result.returncode != 0
-    assert f"ISS_KERNELS_ISA: expected one of {built}, got avx9000" in result.stderr
+    assert f"ImportError: ISS_KERNELS_ISA: expected one of {built}, got avx9000" in result.stderr
+    assert "plain torch" not in result.stderr  # which would hide it
+
+
+def test_an_import_brings_no_compiler():
+    """torch._dynamo takes longer than torch itself."""
+    code = "import torch, sys; before = set(sys.modules); import iss_kernels; "
+    code += "print({name.split('.')[1] for name in set(sys.modules) - before if 'torch.' in name})"
+    assert "_dynamo" not in python(code).stdout
 
 
 def test_use_isa_returns_to_the_former():
@@ -55,6 +63,14 @@ def test_use_backend_forces_the_reference_and_returns():
     with use_backend("reference"):
         assert backend() == build_info()["backend"] == "reference"
     assert backend() == "extension"
+
+
+def test_the_same_object_may_be_entered_again():
+    reference = use_backend("reference")
+    for _ in range(2):
+        with reference, reference:
+            assert backend() == "reference"
+        assert backend() == "extension"
 
 
 def test_without_the_extension_one_warning_says_why_and_what_to_type():

@@ -771,3 +771,18 @@ def test_a_cell_whose_weights_are_computed_is_written_as_they_are_now(tmp_path, 
     path = tmp_path / "model.onnx"
     iss.export_onnx(model, call, path, dynamic={}, dynamo=dynamo)
     check(path, model, call, engines=[onnx_runtime])
+
+
+def test_numbers_in_the_place_of_a_tensor_are_named(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(4, 5, batch_first=True)
+
+        def forward(self, x, lengths):
+            packed = pack_padded_sequence(x, lengths, batch_first=True)
+            return pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+    path = tmp_path / "model.onnx"
+    with pytest.warns(UserWarning, match=r"holds the numbers that \['lengths'\] have in the exam"):
+        iss.export_onnx(Model(), (torch.randn(3, 6, 4), [6, 5, 3]), path, dynamo=False)

@@ -167,3 +167,23 @@ def test_transforms_of_the_norms_are_those_of_the_definition(transform):
         NORMS[transform](norms(f), w) for f in (reference.group_norms, ops.group_norms)
     )
     torch.testing.assert_close(got, expected)
+
+
+COUNTS = torch.tensor([4, 1, 3])
+FORMS = {"lengths": {"lengths": COUNTS}, "mask": {"mask": torch.arange(T)[:, None] < COUNTS}}
+
+
+@every_kind
+@pytest.mark.parametrize("form", list(FORMS))
+def test_transforms_follow_rows_of_their_own_length(kind, form):
+    _, ours = both(kind)
+    options = FORMS[form]
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(ours(x, **options)[0].square().sum(), x)
+    got = grad(lambda x: ours(x, **options)[0].square().sum())(X)
+    torch.testing.assert_close(got, expected)
+    y, tangent = jvp(lambda x: ours(x, **options)[0], (X,), (X.cos(),))
+    torch.testing.assert_close(y, ours(X, **options)[0])
+    torch.testing.assert_close((tangent * y * 2).sum(), (expected * X.cos()).sum())
+    both_at_once = vmap(lambda x: ours(x, **options)[0])(torch.stack([X, X.sin()]))
+    torch.testing.assert_close(both_at_once[1], ours(X.sin(), **options)[0])

@@ -3,13 +3,15 @@
 
 import copy
 import io
+import threading
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from iss_kernels import ISSLSTM, use_backend
+from iss_kernels import ISSGRU, ISSLSTM, ISSRNN, use_backend
 
 X = torch.randn(5, 2, 3, dtype=torch.float64)
 
@@ -167,3 +169,43 @@ def test_a_called_model_is_copied_and_saved_as_before():
         file.seek(0)
         for other in (copy.deepcopy(lstm), torch.load(file, weights_only=False)):
             assert torch.equal(other(X)[0], y)
+
+
+def test_a_sign_and_an_exponent_do_not_undo_each_other():
+    """-1 for 1 at an odd place, 0 for 2 at an even one eight words on: of one fingerprint once."""
+    module, torchs = ISSRNN(24, 24, bias=False), nn.RNN(24, 24, bias=False)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randint(-1, 3, parameter.shape))
+        module.weight_hh_l0[0, 1], module.weight_hh_l0[0, 18] = 1, 0
+        x = torch.randn(3, 2, 24) * 0.01
+        module(x)
+        module.weight_hh_l0[0, 1], module.weight_hh_l0[0, 18] = -1, 2
+        torchs.load_state_dict(module.state_dict())
+        torch.testing.assert_close(module(x), torchs(x))
+
+
+def test_panels_are_of_the_values_that_their_fingerprint_says():
+    """A weight that another thread writes while it is packed, and then writes back."""
+    module, a = ISSGRU(64, 256), torch.randn(768, 256) * 0.1
+    b, x = -a, torch.randn(2, 6, 64)
+    weight = module.weight_hh_l0.detach()
+    done = threading.Event()
+
+    def write():
+        while not done.is_set():
+            weight.copy_(b)
+            weight.copy_(a)
+
+    with torch.no_grad():
+        for _ in range(20):
+            done.clear()
+            writer = threading.Thread(target=write)
+            writer.start()
+            for _ in range(20):
+                module(x)
+            done.set()
+            writer.join()
+            expected = ISSGRU(64, 256)
+            expected.load_state_dict(module.state_dict())
+            torch.testing.assert_close(module(x), expected(x))

@@ -360,6 +360,15 @@ def test_autocast_returns_the_dtype_of_torchs_cell(implementation, kind, state_d
             torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)
 
 
+def test_autocast_leaves_float64_alone(implementation, kind):
+    torchs, ours = pair(kind, 4, 5, dtype=torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with torch.autocast("cpu"):
+        a, b = tensors_in(ours(x)), tensors_in(torchs(x))
+    assert [t.dtype for t in a] == [t.dtype for t in b]
+    torch.testing.assert_close(a, b)
+
+
 def test_inference_mode_and_no_grad(implementation, kind):
     torchs, ours = pair(kind, 4, 5)
     x, hx = torch.randn(3, 4), state_of(kind, 3, 5)

@@ -11,8 +11,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from kinds import KINDS, LSTM, assert_same, every_kind, tensors_in, with_gradients
+from kinds import GRU, KINDS, LSTM, assert_same, every_kind, tensors_in, with_gradients
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import module_db
 
@@ -349,6 +350,79 @@ def test_second_derivatives_are_torchs(implementation, kind):
         second = torch.autograd.grad(first.square().sum(), [x, *module.parameters()])
         results.append([first, *second])
     assert_same(*results, rtol=1e-10, atol=1e-10)
+
+
+@every_kind
+def test_third_derivatives_are_torchs(implementation, kind):
+    torchs, ours = kind.pair(3, 4, dtype=torch.float64)
+    x = torch.randn(3, 2, 3).double()
+    results = []
+    for module in (ours, torchs):
+        at = x.detach().requires_grad_()
+        value = module(at)[0].pow(3).sum()
+        for _ in range(2):
+            (value,) = torch.autograd.grad(value.sum(), at, create_graph=True)
+        third = torch.autograd.grad(value.square().sum(), [at, *module.parameters()])
+        vector = torch.ones_like(x)
+        loss = lambda q, module=module: module(q)[0].square().sum()  # noqa: E731
+        results.append([*third, torch.autograd.functional.hvp(loss, x, vector)[1]])
+    assert_same(*results, rtol=1e-10, atol=1e-10)
+
+
+@every_kind
+def test_gradients_are_tensors_of_their_own(kind):
+    """What changes one of them in place, as a hook may, leaves the others alone."""
+    _, ours = kind.pair(3, 4)
+    y, _ = ours(torch.randn(5, 2, 3))
+    parameters = list(ours.parameters())
+    grads = torch.autograd.grad(y.square().sum(), parameters, retain_graph=True)
+    assert len({g.data_ptr() for g in grads}) == len(grads)
+    for parameter in parameters:
+        parameter.register_hook(lambda g: g.mul_(0.5))
+    y.square().sum().backward()
+    for parameter, whole in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, whole * 0.5)
+
+
+@every_kind
+@pytest.mark.parametrize("layers", [1, 2])
+def test_states_are_detached_in_place(kind, layers):
+    """As truncated backpropagation through time does it."""
+    _, ours = kind.pair(3, 4, layers)
+    _, states = ours(torch.randn(5, 2, 3))
+    for state in tensors_in(states):
+        assert state.requires_grad
+        state.detach_()
+        assert not state.requires_grad
+
+
+def test_a_tangent_that_the_forward_did_not_see_is_refused():
+    _, ours = GRU.pair(3, 4)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    y, _ = ours(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(RuntimeError, match="gru: expected gradients without a tangent"):
+            torch.autograd.grad(y, x, dual)
+
+
+@every_kind
+@pytest.mark.parametrize("form", ["padded", "packed", "packed with a state"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_returns_the_dtypes_of_torchs_for_every_form(implementation, kind, dtype, form):
+    torchs, ours = kind.pair(3, 4, dtype=dtype)
+    x, hx = torch.randn(5, 2, 3, dtype=dtype), kind.hx(*torch.zeros(2, 1, 2, 4, dtype=dtype))
+    results = []
+    for module in (ours, torchs):
+        given = x if form == "padded" else pack_padded_sequence(x, [5, 3])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            try:
+                y, states = module(given, hx if "state" in form else None)
+            except RuntimeError:  # nn.LSTM, where oneDNN has no bfloat16 LSTM
+                pytest.skip("torch cannot")
+        y = y if isinstance(y, torch.Tensor) else y.data
+        results.append([t.dtype for t in (y, *tensors_in(states))])
+    assert results[0] == results[1]
 
 
 @every_kind

@@ -336,3 +336,30 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
     with pytest.raises(ValueError) as error:
         GroupLasso(groups, **options)
     assert str(error.value) == f"GroupLasso: {message}"
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_units_that_went_are_zero_in_weights_that_do_not_train(method: str) -> None:
+    """Else the target would be reached and no unit be dead."""
+    run = Run("SGD", method, 1e-2, target=0.5, horizon=50)
+    run.model.head.requires_grad_(False)
+    with torch.no_grad():
+        run.model.head.weight.mul_(0.1)
+    while not run.lasso.reached and run.done < 400:
+        run.go_on(10)
+    assert run.lasso.reached
+    run.go_on(1)
+    assert run.left("units") == run.lasso.left
+
+
+def test_a_step_whose_norms_are_not_finite_leaves_the_strength_alone() -> None:
+    run = Run("SGD", "gradient", 1e-3, target=0.5, horizon=50)
+    run.go_on(2)
+    weight = run.groups.parameters()[0].data
+    before = weight.clone()
+    weight.fill_(math.inf)
+    run.lasso.add_gradients_()
+    weight.copy_(before)
+    run.go_on(2)
+    assert all(0 < strength < math.inf for strength in run.lasso.strength.values())
+    assert all(bool(parameter.isfinite().all()) for parameter in run.groups.parameters())
