@@ -15,7 +15,8 @@ ISS_TARGET_END
 
 extern const CpuKernels kAvx2Kernels;
 constinit const CpuKernels kAvx2Kernels = all_kernels("avx2", [] {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has(kF16c);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 });
 }  // namespace iss
 #endif

@@ -16,8 +16,8 @@ ISS_TARGET_END
 
 extern const CpuKernels kAvx2VnniKernels;
 constinit const CpuKernels kAvx2VnniKernels = all_kernels("avx2_vnni", [] {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has(kF16c) &&
-         has(kAvxVnni);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
 });
 }  // namespace iss
 #endif

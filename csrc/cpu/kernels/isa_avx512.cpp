@@ -29,7 +29,8 @@ bool supported() {
   // A CPU without VNNI (2017's Skylake-SP) is served by AVX2.
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") && has(kF16c);
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 bool with_bf16() { return supported() && __builtin_cpu_supports("avx512bf16"); }
 
@@ -48,7 +49,9 @@ extern const CpuKernels kAmxKernels, kAvx512Bf16Kernels, kAvx512Kernels;
 constinit const CpuKernels kAmxKernels = all_kernels(
     "amx",
     [] {
-      return with_bf16() && has(kAmxTile) && has(kAmxBf16) && has(kAmxInt8) && tiles_permitted();
+      return with_bf16() && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+             tiles_permitted();
     },
     Format::kTiles, Format::kInt8Tiles);
 constinit const CpuKernels kAvx512Bf16Kernels =
