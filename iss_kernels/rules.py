@@ -270,7 +270,8 @@ def _glu(trace: Trace, call: Call) -> None:
 @_rule("prelu")
 def _prelu(trace: Trace, call: Call) -> None:
     weight = call.get(1, "weight")
-    _by_channel(trace, call, [weight] if weight.numel() > 1 else [])
+    vectors = [weight] if weight.numel() > 1 else []
+    _by_channel(trace, call, trace.labels(call.input), vectors)
 
 
 # -- Moves
@@ -538,11 +539,11 @@ def _pool(trace: Trace, call: Call) -> None:
 # -- Norms
 
 
-def _by_channel(trace: Trace, call: Call, vectors: Iterable[Any]) -> None:
+def _by_channel(trace: Trace, call: Call, labels: Labels, vectors: Iterable[Any]) -> None:
     """Treat each channel, dimension 1, on its own, with these parameters of each."""
     count = call.input.dim()
     channel = 1 - count if count > 1 else -1
-    operands = [Operand(call.input, trace.labels(call.input))]
+    operands = [Operand(call.input, labels)]
     operands += [_vector(trace, one, channel) for one in vectors if isinstance(one, Tensor)]
     trace.label(call.result, united(trace, operands))
 
@@ -554,27 +555,24 @@ def _vector(trace: Trace, vector: Tensor, dim: int) -> Operand:
     return Operand(vector.detach().reshape(shape), labels)
 
 
-@_rule("batch_norm")
+def _in_channels(trace: Trace, call: Call) -> Labels:
+    """The labels of units that are channels; statistics of a channel would count the others."""
+    return along(trace, trace.labels(call.input), set(range(2 - call.input.dim(), 0)), WIDE)
+
+
+@_rule("batch_norm instance_norm")
 def _batch_norm(trace: Trace, call: Call) -> None:
     names = ("running_mean", "running_var", "weight", "bias")
-    _by_channel(trace, call, [call.get(1 + i, name) for i, name in enumerate(names)])
-
-
-@_rule("instance_norm")
-def _instance_norm(trace: Trace, call: Call) -> None:
-    count = call.input.dim()
-    kept = along(trace, trace.labels(call.input), set(range(2 - count, 0)), WIDE)
-    trace.label(call.input, kept)
-    _batch_norm(trace, call)
+    vectors = [call.get(1 + i, name) for i, name in enumerate(names)]
+    _by_channel(trace, call, _in_channels(trace, call), vectors)
 
 
 @_rule("group_norm")
 def _group_norm(trace: Trace, call: Call) -> None:
     if call.get(1, "num_groups") != call.input.size(1):
         return keep_all(trace, call, WIDE)
-    count = call.input.dim()
-    along(trace, trace.labels(call.input), set(range(2 - count, 0)), WIDE)
-    _by_channel(trace, call, [call.get(2, "weight"), call.get(3, "bias")])
+    vectors = [call.get(2, "weight"), call.get(3, "bias")]
+    _by_channel(trace, call, _in_channels(trace, call), vectors)
 
 
 @_rule("layer_norm rms_norm native_layer_norm")

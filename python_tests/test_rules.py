@@ -442,6 +442,8 @@ def test_a_width_may_be_in_an_object_that_the_model_holds() -> None:
 
 OUTSIDE: dict[str, tuple[Callable[..., Any], str]] = {
     "layer_norm": (lambda m, y: F.layer_norm(y, y.shape[-1:]), "layer_norm"),
+    "BatchNorm of steps": (lambda m, y: m.steps(y.transpose(0, 1)).transpose(0, 1), "batch_norm"),
+    "BatchNorm of an image": (lambda m, y: m.image(y[None])[0], "batch_norm"),
     "softmax": (lambda m, y: y.softmax(-1), "softmax"),
     "mean of the units": (lambda m, y: y * y.mean(-1, keepdim=True), "mean"),
     "attention with the root of the width": (
@@ -459,7 +461,8 @@ def test_units_that_are_read_at_once_leave_zeros_for_a_reason(name: str) -> None
     run, operation = OUTSIDE[name]
     model = Model(
         lambda m, x: m.out(run(m, m.top(m.rnn(x)[0])[0])), rnn=rnn(), top=nn.GRU(8, 8),
-        attention=nn.MultiheadAttention(8, 2), out=head(),
+        attention=nn.MultiheadAttention(8, 2), steps=nn.BatchNorm1d(6), image=nn.BatchNorm2d(6),
+        out=head(),
     )  # fmt: skip
     groups = shrinks(model)
     assert sizes(groups) == {"rnn.l0": 8, "top.l0": 8}
