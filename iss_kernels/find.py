@@ -53,7 +53,7 @@ from iss_kernels.rules import (
     words,
 )
 from iss_kernels.shrink import names_of_parameters
-from iss_kernels.verify import Experiment, call
+from iss_kernels.verify import IN_TRAINING, Experiment, call
 from iss_kernels.widths import Width, numbers
 
 # Frames of these are not the user's code.
@@ -100,7 +100,7 @@ def find_groups(
     on_unknown: "raise" makes it an error if units stay whole since they reach a function that no
     rule covers, or if no unit can leave; "keep" keeps these units whole, all of them where need be.
 
-    That takes some 15 forward passes, more where code rearranges units: a short example will do.
+    That takes some 20 forward passes, more where code rearranges units: a short example will do.
 
     Raises GroupError for such a function, which it names with the line of the model's code, or
     where no unit can leave; and for recurrent modules whose weights are computed (pruning,
@@ -708,6 +708,8 @@ class _Tracer(TorchFunctionMode):
             for calls in (self.by_position, self.by_size)
         )
         failure = f"a copy without some of its units {failure}"
+        if IN_TRAINING in failure:
+            return failure
         if rearranged:
             return f"it reaches {rearranged}, and {failure}, as where code picks units by position"
         hint = f"a number computed from its {measured}, " * bool(measured)

@@ -40,10 +40,22 @@ def call(model: nn.Module, inputs: Any) -> dict[Path, Any]:
 
 
 def _called(model: nn.Module, inputs: Any) -> dict[Path, Any]:
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(cuda):
+    with torch.random.fork_rng(_cuda(model)):
         args, kwargs = call_of(inputs)
         return leaves(model(*args, **kwargs))
+
+
+def _random_states(model: nn.Module) -> list[Any]:
+    """The states of the random generators that its code may draw from."""
+    numpy: Any = np.random.get_state()
+    cuda = [torch.cuda.get_rng_state(device) for device in _cuda(model)]
+    own = [state.tolist() for state in (numpy[1], torch.get_rng_state(), *cuda)]
+    return [random.getstate(), numpy[2:], *own]
+
+
+def _cuda(model: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that a model is on."""
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 class _NoDropout(TorchFunctionMode):
@@ -57,14 +69,29 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """A copy without the dropout that is inside a torch function, of layers and of attention."""
+    model = copied(model)
+    for module in model.modules():
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            module.dropout = 0.0
+    return model
+
+
+# What a failure says that only training mode shows.
+IN_TRAINING = "in training mode"
+
+
 class Experiment:
     """Compares copies of a model that have lost units with the whole model.
 
     states: paths of the final states in what the model returns, which get as small as the units.
     eps: machine epsilon of the least precise dtype that the model computes in.
 
-    All copies are in eval mode and without dropout. Their labelled weights, and the parameters
-    that are zero, are drawn anew, so that no unit is hidden.
+    All copies are without dropout. Their labelled weights, and the parameters that are zero, are
+    drawn anew, so that no unit is hidden. They are compared in eval mode; in training mode too, if
+    the model gives the same answers twice there and draws no random numbers, whose count may be
+    that of the units.
     """
 
     def __init__(
@@ -83,6 +110,7 @@ class Experiment:
         # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
         self.tolerance = eps**0.6
         self.drawn: tuple[list[str], nn.Module] | None = None  # with weights drawn for these names
+        self.same_in_training = self._same_in_training(inputs)
         whole = copied(model).eval()
         self._check(self._outcome(whole, inputs))
         self.inputs = [inputs]
@@ -120,7 +148,7 @@ class Experiment:
         """The first failure: the first trial takes all inputs, each other one of them."""
         for i, kept in enumerate(trials):
             inputs = self.inputs if i == 0 else [self.inputs[i % len(self.inputs)]]
-            if failure := self._failure(groups, kept, inputs, i == 0, whole_too):
+            if failure := self._failure(groups, kept, inputs, whole_too):
                 return failure
         return None
 
@@ -130,16 +158,15 @@ class Experiment:
         groups: Groups,
         kept: Mapping[str, Tensor],
         examples: list[Any],
-        trains: bool,
         whole_too: bool,
     ) -> str | None:
         """Compare a copy that keeps these units with one where the others are dead.
 
-        trains: in training mode as well. whole_too: as `removed` takes it.
+        whole_too: as `removed` takes it.
         """
         names = [one.name for one in groups.labelled]
         if self.drawn is None or self.drawn[0] != names:
-            model = copied(self.model).eval()
+            model = _without_dropout(self.model).eval()
             _draw(replace(groups, model=model))
             self.drawn = names, model
         whole = copied(self.drawn[1])
@@ -154,19 +181,39 @@ class Experiment:
             expected = self._check(expected)
             if isinstance(got, Exception):
                 return f"fails with {brief(got)}"
-            if expected.keys() != got.keys() or not all(
-                _close(value, got[path], self.tolerance) for path, value in expected.items()
-            ):
+            if not self._same(expected, got):
                 return "gives other answers"
-        if not trains:
+        # Both have been called alike till here, so what they keep from call to call is the same.
+        expected, got = (self._outcome(m.train(), self.inputs[0]) for m in (whole, small))
+        if isinstance(expected, Exception):
             return None
-        # Training goes on in the small model: there too, its code must take it.
-        trained = self._outcome(small.train(), self.inputs[0])
-        if isinstance(trained, Exception) and not isinstance(
-            self._outcome(whole.train(), self.inputs[0]), Exception
-        ):
-            return f"fails in training mode with {brief(trained)}"
+        if isinstance(got, Exception):
+            return f"fails {IN_TRAINING} with {brief(got)}"
+        if self.same_in_training and not self._same(expected, got):
+            return f"gives other answers {IN_TRAINING}"
         return None
+
+    def _same_in_training(self, inputs: Any) -> bool:
+        """Whether two copies in training mode give the same answers and draw no random numbers."""
+        states: list[Any] = []
+        outcomes = []
+        for _ in range(2):
+            model = _without_dropout(self.model).train()
+            model.register_forward_pre_hook(
+                lambda model, _: states.append(_random_states(model)), prepend=True
+            )
+            model.register_forward_hook(lambda model, *_: states.append(_random_states(model)))
+            outcomes.append(self._outcome(model, inputs))
+        one, two = outcomes
+        if isinstance(one, Exception) or isinstance(two, Exception):
+            return False
+        return all(state == states[0] for state in states) and self._same(one, two)
+
+    def _same(self, one: dict[Path, Any], two: dict[Path, Any]) -> bool:
+        """Whether these answers are equal, to rounding."""
+        return one.keys() == two.keys() and all(
+            _close(value, two[path], self.tolerance) for path, value in one.items()
+        )
 
     def _outcome(self, model: nn.Module, inputs: Any) -> dict[Path, Any] | Exception:
         """The model's answers, or what it raises."""

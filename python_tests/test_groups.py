@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import math
+import random
 import re
 import weakref
 from collections import UserDict
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -607,6 +609,52 @@ def test_a_model_that_takes_the_example_in_training_alone_is_refused() -> None:
         "find_groups: expected a model that takes the example in eval mode, "
         "got RuntimeError: no targets"
     )
+
+
+IN_TRAINING: dict[str, Callable[..., Any]] = {
+    "a penalty on all units": lambda m, y: (m.head(y), 2 * y.pow(2).mean()),
+    "a normalisation": lambda m, y: m.head(F.layer_norm(y, y.shape[-1:])),
+    "dropout, and a penalty": lambda m, y: (m.head(F.dropout(y)), y.mean()),
+    "a number of calls": lambda m, y: (m.calls.add_(1), m.head(y), y.mean()),
+}
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("kind", TORCH)
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_what_training_alone_reads_is_noticed(name: str, kind: Any, mode: bool) -> None:
+    """Also in the last of three layers, and with dropout between layers."""
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.third(m.second(m.rnn(x)[0])[0])[0]
+        return IN_TRAINING[name](m, y) if m.training else m.head(y)
+
+    model = Net(run, second=kind(4, 6, 2, dropout=0.5), third=kind(6, 4)).train(mode)
+    model.register_buffer("calls", torch.zeros(1))
+    groups = find_groups(model, X)
+    assert len(groups.families) == 4
+    assert list(groups.full_width) == ["third"]
+    reason = "a copy without some of its units gives other answers in training mode"
+    assert mode or groups.full_width["third"] == reason
+    assert model.training is mode and model.get_buffer("calls") == 0
+
+
+@pytest.mark.parametrize("draw", [
+    lambda y: y.new_empty(1, 1, y.size(-1)).bernoulli_(0.5),
+    lambda y: torch.tensor(np.random.rand(y.size(-1)), dtype=y.dtype),
+    lambda y: torch.tensor([random.random() for _ in range(y.size(-1))]),
+])  # fmt: skip
+def test_random_numbers_of_training_alone_are_no_difference(draw: Callable[..., Any]) -> None:
+    model = Net(lambda m, x: m.head((y := m.rnn(x)[0]) * draw(y) if m.training else m.rnn(x)[0]))
+    groups = find_groups(model.eval(), X)
+    assert groups.families and not groups.full_width
+
+
+def test_statistics_of_training_are_no_difference() -> None:
+    model = Net(lambda m, x: m.head(m.norm(m.rnn(x)[0].transpose(1, 2)).transpose(1, 2)),
+                norm=nn.BatchNorm1d(4))  # fmt: skip
+    groups = find_groups(model.eval(), X)
+    assert groups.families and not groups.full_width
 
 
 @pytest.mark.parametrize("answer", [lambda y: y * math.nan, lambda y: str(y.shape)])
