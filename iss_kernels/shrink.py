@@ -245,7 +245,7 @@ def _all_stayed(
     masks = _masks(model, groups, kept, {})
     names = {module: name for name, module in model.named_modules()}
     return {
-        names[module]: _stayed(module, dict(module.named_parameters(recurse=False)), masks)
+        names[module]: _stayed(module, _own_parameters(module), masks)
         for module in _recurrent(model)
         if masks.keys() & set(module.parameters())
     }
@@ -550,6 +550,11 @@ def _masks(
     return masks
 
 
+def _own_parameters(module: nn.Module) -> dict[str, Any]:
+    """The parameters of a module by name; one that two layers of it share, by both names."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
 def _stayed(
     module: Any, parameters: Mapping[str, Tensor], masks: Masks
 ) -> list[tuple[Tensor, ...]]:
@@ -573,7 +578,7 @@ def _rebuilt(module: Any, new: Mapping[Tensor, Tensor], masks: Masks, full_width
     new: {parameter: the one in its place}, where it differs; masks: see `_masks`; full_width: see
     `Groups`. Raises NoInputsError for a module that would read nothing.
     """
-    own = module.named_parameters(recurse=False, remove_duplicate=False)
+    own = _own_parameters(module).items()
     parameters: dict[str, Any] = {name: new.get(one, one) for name, one in own}
     if any(p.dim() == 2 and not p.shape[1] for p in parameters.values()):
         raise NoInputsError(

@@ -17,7 +17,7 @@ from iss_kernels.groups import Groups
 from iss_kernels.gru import ISSGRU
 from iss_kernels.lstm import ISSLSTM
 from iss_kernels.rnn import ISSRNN
-from iss_kernels.shrink import shrink
+from iss_kernels.shrink import shrink, shrink_
 
 # nn.LSTM says this itself, once.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -441,6 +441,29 @@ def test_a_module_or_weight_under_two_names_stays_one() -> None:
     assert small.get_submodule("rnn") is small.get_submodule("again")
     assert small.get_submodule("a").weight is small.get_submodule("b").weight
     assert small.get_submodule("b").in_features == 4
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("first, second", [("l0", "l0_reverse"), ("l1", "l2")])
+def test_weights_shared_within_a_module_stay_one(first: str, second: str, kind: Any) -> None:
+    rnn = kind(8, 8, num_layers=3) if second == "l2" else kind(8, 8, bidirectional=True)
+    for name in ("weight_ih_", "weight_hh_", "bias_ih_", "bias_hh_"):
+        setattr(rnn, name + second, getattr(rnn, name + first))
+    head = nn.Linear(8 if second == "l2" else 16, 2)
+    model = Net(lambda m, x: m.head(m.rnn(x)[0]), rnn=rnn, head=head).eval()
+    x = torch.randn(6, 3, 8)
+    groups = find_groups(model, x)
+    groups.zero_(some(groups))
+    expected = model(x)
+    small, report = shrink(model, groups)
+    assert report.parameters[1] < report.parameters[0]
+    torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-5)
+    shrink_(model, groups)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    for each in (small, model):
+        own: Any = each.get_submodule("rnn")
+        assert getattr(own, f"weight_hh_{first}") is getattr(own, f"weight_hh_{second}")
+    assert len(report.stayed["rnn"]) == rnn.num_layers * (1 + rnn.bidirectional)
 
 
 def test_what_was_shared_is_shared_and_nothing_is_on_meta() -> None:
