@@ -378,7 +378,7 @@ class _Tracer(TorchFunctionMode):
             return units
         start = int(units[0])
         if start not in self.places:
-            kept = getattr(self.model.get_submodule(name), "kept", None)
+            kept = self._kept_inside(name)
             at = (
                 torch.arange(len(units), device="cpu")
                 if kept is None
@@ -390,6 +390,11 @@ class _Tracer(TorchFunctionMode):
             why = f"it meets the output of {name or 'the model'}, which keeps its width"
             self.stays.append(_Stay(self.places[start], "", why, False))
         return self.places[start]
+
+    def _kept_inside(self, name: str) -> Any:
+        """Which units of a module stayed, if it kept its width when the others left."""
+        module: Any = self.model.get_submodule(name)
+        return module.kept if getattr(module, "full_width", False) else None
 
     def _inside(self, labels: Tensor) -> Tensor:
         """Labels with units for the places of full width."""
@@ -849,8 +854,9 @@ class _Tracer(TorchFunctionMode):
                 for row in rows:
                     self.keep_whole(row, "it is the initial state of several layers")
                 return
-        if zero and getattr(module, "kept", None) is not None:  # units have left before
-            stayed = [states[which] for states in module.kept]
+        kept = self._kept_inside(name) if zero else None
+        if kept is not None:
+            stayed = [states[which] for states in kept]
             if [*map(len, rows)] == [its.before for its in stayed]:
                 rows = [row[its.units.cpu()] for row, its in zip(rows, stayed, strict=True)]
         for row, own in zip(rows, units, strict=False):

@@ -595,8 +595,9 @@ def _rebuilt(module: Any, new: Mapping[Tensor, Tensor], masks: Masks, full_width
     else:
         small = _layers_like(module, parameters)
     small = take_over(small, module, parameters)
+    if full_width and not small.full_width:  # outside it stays as wide as it is now
+        small.kept, small.full_width = None, True
     small.remember(_stayed(module, parameters, masks))
-    small.full_width = full_width
     return small
 
 

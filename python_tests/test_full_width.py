@@ -83,6 +83,27 @@ def test_layer_norm_over_a_shrunken_module_is_exact(name: str) -> None:
     assert smaller.rnn(X)[0].shape == (6, 3, 8)
 
 
+@pytest.mark.parametrize("name", RECURRENT)
+def test_full_width_may_begin_after_units_have_left(name: str) -> None:
+    """The width outside is then that of the module as it is, not that of the first one."""
+    torch.manual_seed(0)
+    model = Model(RECURRENT[name](), lambda m, x: m.out(m.norm(m.rnn(x)[0])))
+    model.norm = nn.Identity()
+    groups = iss.find_groups(model, X)
+    small, _ = iss.shrink(
+        model, groups, keep={f.name: range(1, f.size, 2) for f in groups.families}
+    )
+    width = small.out.in_features
+    assert width == 4 and not small.rnn.full_width
+    small.norm = nn.LayerNorm(width)
+    same(iss.shrink(small.eval(), iss.find_groups(small, X))[0](X), small(X))
+    smaller, whole = halved(small, X)
+    assert smaller.rnn.full_width and smaller.rnn(X)[0].size(-1) == width
+    same(smaller(X), whole(X))
+    again, _ = iss.shrink(smaller, iss.find_groups(smaller, X))
+    same(again(X), smaller(X))
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru", "layers", "directions", "projection", "highway"])
 def test_states_have_the_width_too_and_go_in_again(name: str) -> None:
     def run(m: Any, x: Tensor) -> Any:
