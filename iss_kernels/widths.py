@@ -7,6 +7,7 @@ width (find.py), `shrink` changes it together with the units.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,21 @@ def _numbers_in(holder: Any, place: Place, seen: set[int]) -> Iterator[tuple[Pla
                 yield from _numbers_in(value, at, seen)
             elif type(value).__module__ != "builtins" and hasattr(value, "__dict__"):
                 yield from _numbers_in(vars(value), at, seen)
+
+
+def take_own(model: nn.Module, name: str, place: Place) -> None:
+    """Copy the objects on the way to a number, which other models may hold too.
+
+    A copy is put wherever a module of the model holds the object.
+    """
+    holder: Any = vars(model.get_submodule(name))
+    for key in place[:-1]:
+        shared = holder[key]
+        own = holder[key] = copy.copy(shared)
+        for module in model.modules():
+            its = vars(module)
+            its.update({at: own for at, value in its.items() if value is shared})
+        holder = own if isinstance(own, (dict, list)) else vars(own)
 
 
 def set_number(module: Any, place: Place, value: int) -> None:

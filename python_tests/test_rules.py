@@ -17,7 +17,7 @@ from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, Groups
 from iss_kernels.saving import load, save
-from iss_kernels.shrink import shrink
+from iss_kernels.shrink import shrink, shrink_
 from iss_kernels.verify import call
 
 X = torch.randn(6, 3, 5)  # [T, B, I]
@@ -438,6 +438,30 @@ def test_a_width_may_be_in_an_object_that_the_model_holds() -> None:
     groups = shrinks(model)
     assert [str(width) for width in groups.widths] == ["config.hidden"]
     assert config.hidden == 8
+
+
+def reads_a_config(config: Any) -> Model:
+    """Two modules of it hold one config, of which another holds a part."""
+    inner = Model(lambda m, y: m.out(y.view(-1, m.config.sizes["hidden"])), out=head())
+    inner.config, inner.sizes = config, config.sizes
+    return Model(
+        lambda m, x: m.inner(m.rnn(x, x.new_zeros(1, x.size(1), m.config.sizes["hidden"]))[0]),
+        config=config, rnn=rnn(config.sizes["hidden"]), inner=inner,
+    )  # fmt: skip
+
+
+def test_an_object_that_other_models_hold_too_keeps_its_width() -> None:
+    config = SimpleNamespace(sizes={"hidden": 8}, other=[3])
+    model, target = reads_a_config(config), reads_a_config(config)
+    groups = find_groups(model, X)
+    assert [str(width) for width in groups.widths] == ["config.sizes.hidden"]
+    for _ in range(2):
+        _, groups = shrink_(model, groups, ratio=0.5)
+    assert model.config.sizes == {"hidden": 2} and model(X).shape == (18, 2)
+    assert model.inner.config is model.config and model.inner.sizes is model.config.sizes
+    assert model.config.other is config.other
+    assert target.config is config and config.sizes == {"hidden": 8}
+    assert target(X).shape == (18, 2)
 
 
 OUTSIDE: dict[str, tuple[Callable[..., Any], str]] = {
