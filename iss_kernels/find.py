@@ -191,6 +191,7 @@ def _verified(tracer: _Tracer, model: nn.Module, inputs: Any) -> Groups:
         culprits: list[str] = []
         for candidate in tracer.candidates(groups, experiment, culprits):
             if experiment.failure(candidate) is None:
+                candidate = _without_other_numbers(candidate, experiment)
                 return replace(candidate, verified=str(experiment))
         why = tracer.reason(groups, culprits, failure)
         for family in groups.families:
@@ -198,6 +199,19 @@ def _verified(tracer: _Tracer, model: nn.Module, inputs: Any) -> Groups:
                 tracer.keep_family(family, why)
         groups = tracer.groups(model)
     return replace(groups, verified=str(experiment))
+
+
+def _without_other_numbers(groups: Groups, experiment: Experiment) -> Groups:
+    """Groups that hold, without the numbers that need not change: they are no widths."""
+    size = len(groups.widths)
+    while size > 0:  # parts first, since most of many numbers are none
+        for start in reversed(range(0, len(groups.widths), size)):
+            some = groups.widths[:start] + groups.widths[start + size :]
+            fewer = replace(groups, widths=some)
+            if experiment.failure(fewer) is None:
+                groups = fewer
+        size //= 2
+    return groups
 
 
 def _refuse(kept_whole: dict[str, str]) -> None:

@@ -420,6 +420,18 @@ def test_a_number_that_is_a_width_changes_with_the_units() -> None:
     assert set(report.sizes.values()) == {(8, 4)}
 
 
+@pytest.mark.parametrize("period", [1, 8, 16, 32])
+def test_a_number_that_is_no_width_stays(period: int) -> None:
+    """Though it is that of the units, or some times it, in however many places."""
+    model = Hidden()
+    model.period, model.horizon, model.lags = period, 8, [8, 8, 16, 24, 48]
+    groups = shrinks(model)
+    assert [str(width) for width in groups.widths] == ["hidden_size"]
+    small, _ = shrink(model, groups, ratio=0.5)
+    assert (small.hidden_size, small.period, small.horizon) == (4, period, 8)
+    assert small.lags == [8, 8, 16, 24, 48]
+
+
 def test_a_width_that_changed_is_saved_and_loaded(tmp_path: Path) -> None:
     model = Hidden(2, 2).eval()
     small, _ = shrink(model, find_groups(model, X), ratio=0.5)
