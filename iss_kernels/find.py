@@ -960,13 +960,17 @@ class _Tracer(TorchFunctionMode):
             self._note_position(name, before[0], result)
         if name in JOINS and sum(map(bool, before)) > 1:
             self.beside.append(torch.cat([one.flatten() for labels in before for one in labels]))
-        if given and isinstance(result, Tensor) and id(result) not in self.states:
+        parts = tensors(result) if given else []
+        if len(parts) == 1 and id(parts[0]) not in self.states:
+            (part,) = parts
             of = self.states.get(id(given[0]), self.moved.get(id(given[0])))
             # h and c of a cell in one tensor, like the one that they came in.
-            as_given = name in ("cat", "stack") and result.shape in self.shapes
+            as_given = name in ("cat", "stack") and part.shape in self.shapes
+            # The state of the only layer, taken out of all.
+            as_given |= name in _PARTS and part.numel() == given[0].numel()
             if of is not None and (name in _SHAPES or as_given):
-                self.moved[id(result)] = of
-                self.known.setdefault(id(result), (result, []))
+                self.moved[id(part)] = of
+                self.known.setdefault(id(part), (part, []))
         if name in COPIES and id(args[0]) in self.states:
             self.states[id(result)] = self.states[id(args[0])]
             self.known.setdefault(id(result), (result, []))
@@ -992,6 +996,7 @@ _BY_POSITION = words(
 
 # What may be done to a final state before the model returns it.
 _SHAPES = words("clone contiguous detach permute reshape squeeze transpose unsqueeze view")
+_PARTS = words("__getitem__ select unbind")
 _MOST_SUBSETS = 16  # of numbers that may be widths
 
 
