@@ -110,13 +110,18 @@ def _rule(names: str) -> Callable[[Rule], Rule]:
 
 
 def compact(labels: Tensor) -> Tensor:
-    """Labels with size 1 along each dimension where they are alike, but for ANY."""
+    """Labels with size 1 along each dimension where they are alike, but for ANY.
+
+    In the last dimension, ANY beside NONE is where units may follow, and stays apart.
+    """
+    last = labels.dim() - 1
     for dim in range(labels.dim()):
         if labels.size(dim) > 1 and labels.stride(dim) == 0:
             labels = labels.narrow(dim, 0, 1)
         elif labels.size(dim) > 1:
             highest = labels.amax(dim, keepdim=True)
-            if bool(((labels == highest) | (labels == ANY)).all()):
+            merged = (labels == ANY) & ((highest != NONE) | (dim < last))
+            if bool(((labels == highest) | merged).all()):
                 labels = highest
     return labels
 
@@ -178,9 +183,17 @@ def united(trace: Trace, operands: Sequence[Operand]) -> Labels:
                 break
         else:
             kept.append(labels)
-    if not kept and operands and all(is_any(operand.labels) for operand in operands):
+    wide = [operand for operand in operands if not _is_alike(operand.tensor)]
+    constant = [operand for operand in operands if is_any(operand.labels)]
+    # Data that is alike along the last dimension leaves a constant as wide as it has to be.
+    if not joined and constant and all(is_any(operand.labels) for operand in wide or operands):
         return [fill((), ANY)]
     return kept
+
+
+def _is_alike(tensor: Tensor) -> bool:
+    """Whether the elements along the last dimension are one."""
+    return tensor.dim() == 0 or tensor.size(-1) == 1 or tensor.stride(-1) == 0
 
 
 def _operands(trace: Trace, values: Iterable[Any]) -> list[Operand]:
@@ -208,25 +221,30 @@ def along(trace: Trace, labels: Labels, dims: set[int] | frozenset[int], why: st
 
 # -- Element by element
 
+# Of elements, channels or features.
+DROPOUTS = words(
+    """alpha_dropout alpha_dropout_ dropout dropout1d dropout2d dropout3d dropout_
+    feature_alpha_dropout feature_alpha_dropout_ feature_dropout feature_dropout_"""
+)
 _ELEMENTWISE = """__add__ __and__ __eq__ __floordiv__ __ge__ __gt__ __iadd__ __iand__ __idiv__
     __ifloordiv__ __imul__ __invert__ __ior__ __ipow__ __isub__ __itruediv__ __le__ __lt__ __mod__
     __mul__ __ne__ __neg__ __or__ __pow__ __radd__ __rand__ __rdiv__ __rmul__ __ror__ __rpow__
-    __rsub__ __rtruediv__ __sub__ __truediv__ __xor__ _copy_from abs absolute acos add add_ addcdiv
-    addcdiv_ addcmul addcmul_ alpha_dropout asin atan atan2 bernoulli bfloat16 bool ceil celu clamp
+    __rsub__ __rtruediv__ __sub__ __truediv__ __xor__ _copy_from abs absolute acos add
+    add_ addcdiv addcdiv_ addcmul addcmul_ asin atan atan2 bernoulli bfloat16 bool ceil celu clamp
     clamp_ clamp_max clamp_max_ clamp_min clamp_min_ clip clip_ clone complex contiguous copy_ cos
-    cosh cpu cuda data deg2rad detach detach_ div div_ divide double dropout dropout1d dropout_ elu
-    elu_ eq erf erfc exp exp_ expm1 feature_alpha_dropout feature_dropout fill fix float
-    float_power floor fmax fmin fmod frac ge gelu gt half hardshrink hardsigmoid hardswish
-    hardtanh hardtanh_ heaviside hypot imag int isfinite isinf isnan le leaky_relu leaky_relu_ lerp
-    lerp_ log log10 log1p log2 log_ logaddexp logical_and logical_not logical_or logical_xor
-    logit logsigmoid long lt masked_fill masked_fill_ maximum minimum mish mul mul_ multiply
-    multiply_ nan_to_num ne neg negative pin_memory polar pow pow_ real reciprocal relu relu6 relu_
-    remainder requires_grad_ round rrelu rsqrt rsub selu sgn sigmoid sigmoid_ sign silu sin sinh
-    softplus softshrink softsign sqrt square sub sub_ subtract tan tanh tanh_ tanhshrink threshold
-    to true_divide trunc type type_as view_as_complex_ where xlogy"""
+    cosh cpu cuda data deg2rad detach detach_ div div_ divide double elu elu_ eq erf erfc exp exp_
+    expm1 fill fix float float_power floor fmax fmin fmod frac ge gelu gt half hardshrink
+    hardsigmoid hardswish hardtanh hardtanh_ heaviside hypot imag int isfinite isinf isnan le
+    leaky_relu leaky_relu_ lerp lerp_ log log10 log1p log2 log_ logaddexp logical_and logical_not
+    logical_or logical_xor logit logsigmoid long lt masked_fill masked_fill_ maximum minimum mish
+    mul mul_ multiply multiply_ nan_to_num ne neg negative pin_memory polar pow pow_ real reciprocal
+    relu relu6 relu_ remainder requires_grad_ round rrelu rsqrt rsub selu sgn sigmoid sigmoid_ sign
+    silu sin sinh softplus softshrink softsign sqrt square sub sub_ subtract tan tanh tanh_
+    tanhshrink threshold to true_divide trunc type type_as view_as_complex_ where xlogy"""
 
 
 @_rule(_ELEMENTWISE)
+@_rule(" ".join(DROPOUTS))
 def _elementwise(trace: Trace, call: Call) -> None:
     likes = call.name in ("to", "type", "type_as")  # their later arguments tell a dtype alone
     values = call.args[:1] if likes else [*call.args, *call.kwargs.values()]
@@ -282,6 +300,7 @@ _MOVES = """T __getitem__ adjoint chunk diagonal diff_ dsplit expand expand_as f
     swapaxes swapdims t take take_along_dim tensor_split tile transpose triu tril unbind unflatten
     unfold unsafe_chunk unsafe_split unsqueeze unsqueeze_ squeeze_ view view_as vsplit
     broadcast_to permute_copy transpose_ t_ split_with_sizes view_as_real"""
+_WIDENS = words("broadcast_to expand expand_as repeat repeat_interleave tile")
 JOINS = words("cat concat concatenate dstack hstack stack vstack column_stack row_stack block_diag")
 
 
@@ -316,6 +335,11 @@ def _move(trace: Trace, call: Call) -> None:
     if any(isinstance(argument, torch.dtype) for argument in call.args):
         for one in trace.labels(data):  # view(dtype) reinterprets the bits
             trace.keep_whole(one, "it reinterprets their bits", unknown=True)
+        return
+    widened = call.name in _WIDENS and _is_alike(data) and call.result.shape[-1:] > (1,)
+    # repeat_interleave without a dimension flattens what it repeats.
+    if widened and call.result.dim() >= data.dim() and not trace.labels(data):
+        _made(trace, call)  # as wide as it has to be
         return
     results: list[Labels] = [[] for _ in tensors(call.result)]
     for one in trace.labels(data):
@@ -573,6 +597,16 @@ def _group_norm(trace: Trace, call: Call) -> None:
         return keep_all(trace, call, WIDE)
     vectors = [call.get(2, "weight"), call.get(3, "bias")]
     _by_channel(trace, call, _in_channels(trace, call), vectors)
+
+
+@_rule("_weight_norm")
+def _weight_norm(trace: Trace, call: Call) -> None:
+    """Divide by the norm at each place along one dimension, -1 for none: it must not be zero."""
+    dim = call.get(2, "dim", 0)
+    dims = from_right(dim, call.input.dim()) if dim >= 0 else set()
+    why = "it divides by the norm of each unit's weights"
+    along(trace, trace.labels(call.input), dims, why)
+    trace.label(call.result, trace.labels(call.input))
 
 
 @_rule("layer_norm rms_norm native_layer_norm")

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from iss_kernels.arguments import Path, brief, call_of, fresh, has_size, leaves, mapped, tensors
 from iss_kernels.copying import copied
 from iss_kernels.groups import GroupError, Groups
+from iss_kernels.rules import DROPOUTS
 from iss_kernels.shrink import NoInputsError, all_of, removed
 
 
@@ -64,7 +65,7 @@ class _NoDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if getattr(func, "__name__", "") in ("dropout", "dropout_", "alpha_dropout"):
+        if getattr(func, "__name__", "") in DROPOUTS:
             return args[0] if args else kwargs["input"]
         return func(*args, **(kwargs or {}))
 

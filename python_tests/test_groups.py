@@ -615,6 +615,14 @@ IN_TRAINING: dict[str, Callable[..., Any]] = {
     "a penalty on all units": lambda m, y: (m.head(y), 2 * y.pow(2).mean()),
     "a normalisation": lambda m, y: m.head(F.layer_norm(y, y.shape[-1:])),
     "dropout, and a penalty": lambda m, y: (m.head(F.dropout(y)), y.mean()),
+    "dropout of channels, and a penalty": lambda m, y: (
+        m.head(F.dropout1d(F.dropout2d(F.dropout3d(y[None, None])[0])[0])),
+        y.mean(),
+    ),
+    "dropout of features, and a penalty": lambda m, y: (
+        m.head(torch.feature_dropout(F.feature_alpha_dropout(y, training=True), 0.5, True)),
+        y.mean(),
+    ),
     "a number of calls": lambda m, y: (m.calls.add_(1), m.head(y), y.mean()),
 }
 
@@ -824,8 +832,13 @@ def test_other_layers_may_have_computed_weights(name: str) -> None:
     model(X)
     assert labels(model)["head.weight"][1] == UNITS
     COMPUTED[name](model.head, "weight")
-    if name == "pruned":
-        assert labels(model)["head.weight_orig"][1] == UNITS
+    followed = {
+        "pruned": "head.weight_orig",
+        "weight_norm": "head.weight_v",
+        "weight_norm as a parametrisation": "head.parametrizations.weight.original1",
+    }
+    if name in followed:
+        assert labels(model)[followed[name]][1] == UNITS
     else:
         assert why_full(model)
 

@@ -176,6 +176,27 @@ def conv(m: Any, x: Tensor) -> Tensor:
     return m.out(F.adaptive_avg_pool1d(y, 1).squeeze(-1))
 
 
+def mean_by(mask: Callable[[Tensor, Tensor], Tensor]) -> tuple[Model, Any, dict[str, int]]:
+    """The mean of outputs over the steps that a mask [T, B, 1], made wide, picks."""
+
+    def run(m: Any, x: Tensor, steps: Tensor) -> Any:
+        y, _ = m.rnn(x)
+        wide = mask(steps.unsqueeze(-1), y)
+        return m.out((y * wide).sum(0) / wide.sum(0).clamp(min=1e-9))
+
+    return Model(run, rnn=rnn(), out=head()), (X, torch.ones(6, 3, dtype=torch.long)), {"rnn.l0": 8}
+
+
+def asks_by_feature(m: Any, x: Tensor) -> Tensor:
+    """DA-RNN's encoder: attention over the features of the input, which the state asks."""
+    h = torch.zeros(x.size(1), m.cell.hidden_size)
+    for step in x:
+        features = torch.cat([h.unsqueeze(1).expand(-1, 5, -1), x.permute(1, 2, 0)], 2)
+        weights = m.ask(features.view(-1, features.size(2))).view(-1, 5).softmax(1)
+        h = m.cell(step * weights, h)
+    return m.out(h)
+
+
 def rnn(size: int = 8, **options: Any) -> nn.GRU:
     return nn.GRU(5, size, **options)
 
@@ -392,6 +413,65 @@ MODELS: dict[str, tuple[Model | nn.Module, Any, dict[str, int] | None]] = {
         Model(lambda m, x: m.out(m.rnn(x)[1][-1]), rnn=rnn(num_layers=3), out=head()), X,
         {"rnn.l0": 8, "rnn.l1": 8, "rnn.l2": 8},
     ),
+    "a mask expanded, then float": mean_by(lambda mask, y: mask.expand(y.size()).float()),
+    "a mask expanded": mean_by(lambda mask, y: mask.float().expand_as(y).clone()),
+    "a mask repeated": mean_by(lambda mask, y: mask.float().repeat(1, 1, y.size(2))),
+    "a mask tiled": mean_by(lambda mask, y: mask.float().tile(1, 1, y.size(2))),
+    "a mask, each repeated": mean_by(lambda mask, y: mask.repeat_interleave(y.size(2), -1)),
+    "a mask times ones": mean_by(lambda mask, y: mask.float() * torch.ones_like(y)),
+    "attention that is repeated": (
+        Model(
+            lambda m, x: m.out((
+                (y := m.rnn(x)[0]) * m.score(y).softmax(0).repeat(1, 1, y.size(2))
+            ).sum(0)),
+            rnn=rnn(), score=nn.Linear(8, 1), out=head(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "zeros beside data, viewed": (
+        Model(asks_by_feature, cell=nn.GRUCell(5, 8), ask=nn.Linear(8 + 6, 1), out=head()), X,
+        {"cell": 8},
+    ),
+    "zeros before the steps, which are last": (
+        Model(
+            lambda m, x: m.out(m.conv(torch.cat(
+                [(y := m.rnn(x)[0].permute(1, 2, 0)).new_zeros(3, y.size(1), 2), y], -1
+            )).mean(-1)),
+            rnn=rnn(), conv=nn.Conv1d(8, 4, 3), out=head(4),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "dropout of channels": (
+        Model(
+            lambda m, x: m.out(m.drop2(m.drop3(
+                m.drop1(m.rnn(x)[0].transpose(1, 2))[..., None, None]
+            )[..., 0])[..., 0].transpose(1, 2)),
+            rnn=rnn(), out=head(), drop1=nn.Dropout1d(), drop2=nn.Dropout2d(),
+            drop3=nn.Dropout3d(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "dropout of features": (
+        Model(
+            lambda m, x: m.out(torch.feature_dropout(m.drop(m.rnn(x)[0]), 0.5, m.training)),
+            rnn=rnn(), out=head(), drop=nn.FeatureAlphaDropout(),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "weight norm": (
+        Model(
+            lambda m, x: m.out(m.rnn(x)[0]), rnn=rnn(),
+            out=nn.utils.parametrizations.weight_norm(head()),
+        ),
+        X, {"rnn.l0": 8},
+    ),
+    "weight norm of all": (
+        Model(
+            lambda m, x: m.out(m.rnn(x)[0]), rnn=rnn(),
+            out=nn.utils.parametrizations.weight_norm(head(), dim=None),
+        ),
+        X, {"rnn.l0": 8},
+    ),
     "isfinite": (
         Model(
             lambda m, x: m.out(torch.where(torch.isfinite(y := m.rnn(x)[0]), y, 0)),
@@ -408,6 +488,7 @@ def test_models_lose_units_and_give_the_same_answers(name: str) -> None:
     model, inputs, expected = MODELS[name]
     groups = shrinks(model, inputs)
     assert expected is None or sizes(groups) == expected
+    assert not groups.full_width
 
 
 def test_a_number_that_is_a_width_changes_with_the_units() -> None:
@@ -418,6 +499,41 @@ def test_a_number_that_is_a_width_changes_with_the_units() -> None:
     assert small.hidden_size == 4
     assert model.hidden_size == 8
     assert set(report.sizes.values()) == {(8, 4)}
+
+
+LAST: dict[str, Callable[[Tensor], Tensor]] = {
+    "squeezed": lambda h: h.squeeze(0),
+    "the first": lambda h: h[0],
+    "the last": lambda h: h[-1],
+    "selected": lambda h: h.select(0, 0),
+    "unbound": lambda h: h.unbind()[0],
+    "iterated": lambda h: next(iter(h)),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_state_of_one_layer_goes_out_as_it_came_in(name: str) -> None:
+    """As h and c of [B, 2, H], which a replay memory stores; or as [B, H]."""
+
+    def both(m: Any, x: Tensor, state: Tensor) -> Any:
+        y, (h, c) = m.lstm(x, (state[:, 0].unsqueeze(0), state[:, 1].unsqueeze(0)))
+        return m.out(y), torch.stack([LAST[name](h), LAST[name](c)], 1)
+
+    def alone(m: Any, x: Tensor, state: Tensor) -> Any:
+        y, h = m.rnn(x, state.unsqueeze(0))
+        return m.out(y), LAST[name](h)
+
+    model = Model(both, lstm=nn.LSTM(5, 8), out=head())
+    assert not shrinks(model, (X, torch.zeros(3, 2, 8))).full_width
+    model = Model(alone, rnn=rnn(), out=head())
+    assert not shrinks(model, (X, torch.zeros(3, 8))).full_width
+
+
+def test_the_state_of_one_layer_of_two_is_an_answer() -> None:
+    model = Model(lambda m, x, h: (m.out((r := m.rnn(x, h))[0]), r[1][-1]),
+                  rnn=rnn(num_layers=2), out=head())  # fmt: skip
+    groups = find_groups(model, (X, torch.zeros(2, 3, 8)))
+    assert [*groups.kept_whole] == ["rnn.l1"]
 
 
 @pytest.mark.parametrize("period", [1, 8, 16, 32])
@@ -486,8 +602,16 @@ OUTSIDE: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, y: F.scaled_dot_product_attention(y, y, y), "scaled_dot_product_attention",
     ),
     "the inputs added": (lambda m, y: y + torch.cat([X, X], -1)[..., :8], "__add__|add"),
+    "the inputs flattened and added": (
+        lambda m, y: y + X[..., :1].repeat_interleave(8).view(6, 3, 8), "__add__|add",
+    ),
+    "the inputs repeated, and added": (
+        lambda m, y: y + torch.cat([X, X], -1)[:1, :, :8].repeat(6, 1, 1), "__add__|add",
+    ),
     "half of the units": (lambda m, y: torch.cat([y[..., :4], y[..., :4]], -1), "__getitem__"),
     "the root of the width": (lambda m, y: y / math.sqrt(y.size(-1)), "size"),
+    "weight norm of columns": (lambda m, y: m.normed(y), "_weight_norm"),
+    "weight norm of rows": (lambda m, y: y + m.rows(y), "_weight_norm"),
     "many heads": (lambda m, y: m.attention(y, y, y)[0], "multi_head_attention_forward"),
 }  # fmt: skip
 
@@ -498,7 +622,8 @@ def test_units_that_are_read_at_once_leave_zeros_for_a_reason(name: str) -> None
     model = Model(
         lambda m, x: m.out(run(m, m.top(m.rnn(x)[0])[0])), rnn=rnn(), top=nn.GRU(8, 8),
         attention=nn.MultiheadAttention(8, 2), steps=nn.BatchNorm1d(6), image=nn.BatchNorm2d(6),
-        out=head(),
+        normed=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8), dim=1),
+        rows=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), out=head(),
     )  # fmt: skip
     groups = shrinks(model)
     assert sizes(groups) == {"rnn.l0": 8, "top.l0": 8}
