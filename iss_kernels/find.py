@@ -176,7 +176,10 @@ def find_groups(
     whole = {name: str(first[name]) for name in tracer.whole}
     for name, stay in tracer.whole.items():
         if tracer.module_of(name) in full and str(stay) != whole[name]:
-            whole[name] += f"; nor can they leave inside a layer that keeps its width: {stay}"
+            whole[name] += (
+                "; nor can they leave inside a layer that keeps its width, and whose hidden_size "
+                f"gets smaller: {stay}"
+            )
     if not groups.families and not keep:
         _refuse(whole)
     return replace(groups, kept_whole=whole | others)
@@ -730,7 +733,11 @@ class _Tracer(TorchFunctionMode):
         if IN_TRAINING in failure:
             return failure
         if rearranged:
-            return f"it reaches {rearranged}, and {failure}, as where code picks units by position"
+            number = f"computes with its {measured} or " * bool(measured)
+            return (
+                f"it reaches {rearranged}, and {failure}, as where code {number}picks units by "
+                "position"
+            )
         hint = f"a number computed from its {measured}, " * bool(measured)
         return (
             f"it reaches the model's answers in a way that no torch function shows ({hint}a width "

@@ -470,7 +470,8 @@ def test_units_picked_by_position_keep_their_place(name: str) -> None:
     run, bidirectional, operation = BY_POSITION[name]
     why = why_full(heads(run, bidirectional))
     assert f"it reaches {operation}, and a copy without some of its units " in why
-    assert why.endswith(", as where code picks units by position")
+    hint = r", as where code (computes with its (size|shape) or )?picks units by position$"
+    assert re.search(hint, why)
 
 
 @pytest.mark.parametrize("run", [
@@ -507,6 +508,19 @@ def test_numbers_from_the_number_of_units_stay_the_same(
         f"computed from its {read}, " in why
     )
     assert why.endswith("a copy without some of its units gives other answers")
+
+
+def test_a_number_from_the_units_beside_units_that_move_is_named() -> None:
+    why = why_full(heads(lambda y: y @ (y.transpose(1, 2) @ y) / math.sqrt(y.size(-1))))
+    assert "it reaches transpose, and a copy without some of its units gives other answers" in why
+    assert why.endswith(", as where code computes with its size or picks units by position")
+
+
+def test_code_that_reads_the_hidden_size_of_a_layer_of_full_width_is_told_so() -> None:
+    model = Net(lambda m, x: m.head(m.norm(m.rnn(x)[0]).reshape(-1, m.rnn.hidden_size)),
+                norm=nn.LayerNorm(4))  # fmt: skip
+    with pytest.raises(GroupError, match=r"keeps its width, and whose hidden_size gets smaller: "):
+        find_groups(model, X)
 
 
 def test_a_module_that_alone_is_at_fault_keeps_its_width_alone() -> None:
