@@ -48,6 +48,7 @@ from iss_kernels.rules import (
     Labels,
     apply,
     compact,
+    in_columns,
     is_any,
     varies,
     words,
@@ -890,12 +891,10 @@ class _Tracer(TorchFunctionMode):
 
     def _columns(self, tensor: Tensor) -> Tensor:
         """Labels of the last dimension, [C] int32."""
-        for one in self.labels(tensor):
-            if varies(one) - {-1}:
-                self.keep_whole(one, "its units are not in the last dimension alone")
-            elif varies(one):
+        for one in in_columns(self, self.labels(tensor)):
+            if varies(one):
                 return one.flatten()
-            elif bool((one == ANY).all()):
+            if bool((one == ANY).all()):
                 return torch.full((tensor.shape[-1],), ANY, dtype=torch.int32, device="cpu")
         return _none(tensor.shape[-1])
 

@@ -219,6 +219,27 @@ def along(trace: Trace, labels: Labels, dims: set[int] | frozenset[int], why: st
     return kept
 
 
+def merged(trace: Trace, labels: Tensor, dims: set[int] | frozenset[int]) -> Tensor:
+    """Labels that do not vary along dims: units that are at one place there become one."""
+    for dim in dims & varies(labels):
+        highest = labels.amax(dim, keepdim=True)
+        trace.unite(labels, highest, MIXES)
+        labels = highest
+    return labels
+
+
+def in_columns(trace: Trace, labels: Labels) -> Labels:
+    """Labels along the last dimension alone, for what reads all rows by the same columns."""
+    kept = []
+    for one in labels:
+        others = varies(one) - {-1}
+        if others and -1 not in varies(one):
+            trace.keep_whole(one, "its units are not in the last dimension")
+        else:
+            kept.append(merged(trace, one, others))
+    return kept
+
+
 # -- Element by element
 
 # Of elements, channels or features.
@@ -455,7 +476,7 @@ def _pad_sequence(trace: Trace, call: Call) -> None:
 
 @_rule("_pack_padded_sequence")
 def _pack(trace: Trace, call: Call) -> None:
-    labels = along(trace, trace.labels(call.input), {-2, -3}, "its units are not in the last dim")
+    labels = in_columns(trace, trace.labels(call.input))
     trace.label(call.result[0], [one.reshape(1, -1) for one in labels if one.dim() == 3])
 
 
@@ -491,11 +512,7 @@ def _reduce(trace: Trace, call: Call) -> None:
             elif call.name not in ("all", "any"):
                 trace.keep_whole(one, REDUCES)
             continue
-        for dim in inside:  # over directions, say: their units become one
-            first = one.narrow(dim, 0, 1)
-            trace.unite(one, first, MIXES)
-            one = first
-        kept.append(one)
+        kept.append(merged(trace, one, inside))  # over directions, say
     for tensor in tensors(call.result):
         dropped = sorted(dims) if tensor.dim() < call.input.dim() else []
         trace.label(tensor, [_without(one, dropped) for one in kept])

@@ -197,6 +197,22 @@ def asks_by_feature(m: Any, x: Tensor) -> Tensor:
     return m.out(h)
 
 
+def one_after_the_other(how: str) -> tuple[Model, Any, dict[str, int]]:
+    """Outputs of two layers, joined along time, which a third one reads."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y, (h, _) = m.a(x)
+        y = torch.cat([*[torch.zeros_like(h)] * (how == "zeros too"), m.b(x)[1], y])
+        if how == "packed":
+            y = pack_padded_sequence(y, torch.tensor([7, 6, 4]))
+        y = m.top(y)[0]
+        return m.out(pad_packed_sequence(y)[0] if how == "packed" else y)
+
+    return Model(run, a=nn.LSTM(5, 8), b=rnn(), top=nn.LSTM(8, 6), out=head(6)), X, {
+        "a.l0 = b.l0": 8, "top.l0": 6,
+    }  # fmt: skip
+
+
 def rnn(size: int = 8, **options: Any) -> nn.GRU:
     return nn.GRU(5, size, **options)
 
@@ -472,6 +488,9 @@ MODELS: dict[str, tuple[Model | nn.Module, Any, dict[str, int] | None]] = {
         ),
         X, {"rnn.l0": 8},
     ),
+    "one layer after the other": one_after_the_other(""),
+    "zeros and one layer after the other": one_after_the_other("zeros too"),
+    "one layer after the other, packed": one_after_the_other("packed"),
     "isfinite": (
         Model(
             lambda m, x: m.out(torch.where(torch.isfinite(y := m.rnn(x)[0]), y, 0)),
@@ -608,6 +627,9 @@ OUTSIDE: dict[str, tuple[Callable[..., Any], str]] = {
     "the inputs repeated, and added": (
         lambda m, y: y + torch.cat([X, X], -1)[:1, :, :8].repeat(6, 1, 1), "__add__|add",
     ),
+    "steps of the inputs before its own": (
+        lambda m, y: m.again(torch.cat([torch.cat([X, X], -1)[:2, :, :8], y])), "linear",
+    ),
     "half of the units": (lambda m, y: torch.cat([y[..., :4], y[..., :4]], -1), "__getitem__"),
     "the root of the width": (lambda m, y: y / math.sqrt(y.size(-1)), "size"),
     "weight norm of columns": (lambda m, y: m.normed(y), "_weight_norm"),
@@ -623,13 +645,34 @@ def test_units_that_are_read_at_once_leave_zeros_for_a_reason(name: str) -> None
         lambda m, x: m.out(run(m, m.top(m.rnn(x)[0])[0])), rnn=rnn(), top=nn.GRU(8, 8),
         attention=nn.MultiheadAttention(8, 2), steps=nn.BatchNorm1d(6), image=nn.BatchNorm2d(6),
         normed=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8), dim=1),
-        rows=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), out=head(),
+        rows=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), again=nn.Linear(8, 8),
+        out=head(),
     )  # fmt: skip
     groups = shrinks(model)
     assert sizes(groups) == {"rnn.l0": 8, "top.l0": 8}
     assert list(groups.full_width) == ["top"]
     assert any(part in groups.full_width["top"] for part in operation.split("|"))
     assert "of full width outside: top: it reaches" in str(groups)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_of_data_before_those_of_units_keep_these_inside(packed: bool) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = torch.cat([torch.cat([x, x], -1)[..., :8], m.rnn(x)[0]])
+        y = pack_padded_sequence(y, torch.full((y.size(1),), len(y))) if packed else y
+        y = m.top(y)[0]
+        return m.out(pad_packed_sequence(y)[0] if packed else y)
+
+    groups = find_groups(Model(run, rnn=rnn(), top=nn.LSTM(8, 6), out=head(6)), X)
+    assert [*groups.full_width] == ["rnn"]
+    assert "mixes its units with elements" in groups.full_width["rnn"]
+
+
+def test_units_that_a_layer_reads_as_its_steps_leave_inside() -> None:
+    model = Model(lambda m, x: m.out(m.top(m.rnn(x)[0].permute(1, 2, 0))[0]), rnn=rnn(),
+                  top=nn.LSTM(6, 6), out=head(6))  # fmt: skip
+    groups = find_groups(model, X)
+    assert "its units are not in the last dimension" in groups.full_width["rnn"]
 
 
 def test_what_has_no_rule_is_an_error_that_names_the_line_or_stays_whole() -> None:
