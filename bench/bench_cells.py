@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Row, command_line, each, p50, record, recording, timed_rows
+from harness import Row, command_line, each, output_of, p50, record, recording, timed_rows
 from torch import Tensor, nn
 
 import iss_kernels
@@ -130,7 +130,8 @@ def main() -> None:
     parser.add_argument("--cell", choices=tuple(CELLS), default="lstm")
     options = parser.parse_args()
     heads = ("torch", "ours", "Stream", *WEIGHTS)
-    with recording(options.output or record("cells", options.cell)) as rows:
+    output = output_of(parser, options, record("cells", options.cell), free=["cell"])
+    with recording(output) as rows:
         print(f"{'us, p50':<26}", *(f"{head:>9}" for head in heads), "  torch / ours")
         for threads in each(options.threads):
             ratios: dict[str, list[float]] = {}

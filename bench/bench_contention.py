@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import RESULTS, Row, machine, rest, write_csv
+from harness import RESULTS, Row, add_output, machine, output_of, rest, write_csv
 from peers import Build, Call, as_iss, ort, prepared, torch_layers
 from report import digits, replace_block, wrapped
 from torch import nn
+
+from iss_kernels.demo.options import positive
 
 PROBLEMS = ((512, 1, 30), (64, 64, 30))  # H, B, T; I = H
 ENGINES = ("prepared", "nn.LSTM", "ONNX Runtime")
@@ -272,9 +274,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--seconds", type=float, default=5, help="of each engine and setting (default: 5)")
+    add("--seconds", type=positive, default=5, help="of each engine and setting (default: 5)")
     add("--setting", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
-    add("--output", type=Path, default=RESULTS / "contention.csv")
+    add_output(parser)
     add("--docs", type=Path, metavar="PATH", help="write the table between its markers there, from "
         "the CSV as it is")  # fmt: skip
     add("--worker", help=argparse.SUPPRESS)
@@ -283,8 +285,9 @@ def main() -> None:
         problem, name, blocks = json.loads(options.worker)
         print(json.dumps(work(tuple(problem), SETTINGS[name], blocks)))
         return
+    output = output_of(parser, options, RESULTS / "contention.csv")
     if options.docs:
-        with options.output.open(newline="") as file:
+        with output.open(newline="") as file:
             block = "\n".join(table(list(csv.DictReader(file))))
         print(block)
         replace_block(options.docs, "contention", block)
@@ -294,7 +297,7 @@ def main() -> None:
     for name in options.setting:
         for problem in PROBLEMS:
             rows += measure(name, problem, blocks)
-    write_csv(options.output, rows)
+    write_csv(output, rows)
 
 
 if __name__ == "__main__":

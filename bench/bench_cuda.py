@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 from bench_lasso import Model, Problem
-from harness import RESULTS, Row, machine, percentiles, write_csv
+from harness import RESULTS, Row, add_output, machine, output_of, percentiles, write_csv
 from roofline import flops
 from torch import Tensor, nn
 
 from iss_kernels import ISSLSTM, build_info, explain_plan
+from iss_kernels.demo.options import positive, whole
 from iss_kernels.testing import assert_no_worse_than_torch
 
 SERIES = ("layer", "lasso")
@@ -443,14 +444,16 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="two shapes, a few seconds")
     add("--only", nargs="+", metavar="SERIES", choices=SERIES, default=SERIES)
-    add("--hidden", type=int, nargs="+", metavar="H", default=HIDDEN)
-    add("--batch", type=int, nargs="+", metavar="B", default=BATCH)
-    add("--steps", type=int, nargs="+", metavar="T", default=STEPS)
+    add("--hidden", type=whole, nargs="+", metavar="H", default=HIDDEN)
+    add("--batch", type=whole, nargs="+", metavar="B", default=BATCH)
+    add("--steps", type=whole, nargs="+", metavar="T", default=STEPS)
     add("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    add("--seconds", type=float, default=0.05, metavar="S", help="per engine and point, at least")
+    add(
+        "--seconds", type=positive, default=0.05, metavar="S", help="per engine and point, at least"
+    )
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this script")
-    add("--output", type=Path, metavar="CSV", help="default: results/cuda-<device>.csv")
+    add_output(parser)
     add("--plot", type=Path, metavar="SVG", help="default: beside the CSV; needs matplotlib")
     add("--report", action="store_true", help="of a CSV that is there: measures nothing")
     options = parser.parse_args()
@@ -461,7 +464,7 @@ def main() -> None:
         if not build_info().get("cuda_built"):
             sys.exit("bench_cuda: needs iss_kernels built with CUDA kernels: make build-cuda")
     name = build_info()["gpu"] if device == "cuda" else "cpu"
-    path = options.output or RESULTS / f"cuda-{name.replace(' ', '_')}.csv"
+    path = output_of(parser, options, RESULTS / f"cuda-{name.replace(' ', '_')}.csv")
     drawable = importlib.util.find_spec("matplotlib") is not None
     plot = (options.plot or path.with_suffix(".svg")) if drawable else None
     if not options.report:

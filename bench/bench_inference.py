@@ -16,8 +16,8 @@ Series:
 Some engines are left out of some points, and so of the CSV: above 2e10 flops per call the slow
 engines (nn.LSTM without oneDNN, torch.compile, torch int8); and at hidden sizes other than 64, 256
 and 1024 torch.compile, which takes seconds to compile each shape and then calls the same kernel as
-nn.LSTM. A row is written as soon as it is measured, and --resume goes on from there.
-bench/report.py reads the CSV.
+nn.LSTM. A row is written as soon as it is measured, to a file beside the CSV which takes its name
+at the end; --resume goes on from there. bench/report.py reads the CSV.
 """
 
 from __future__ import annotations
@@ -28,16 +28,28 @@ import csv
 import functools
 import importlib.metadata
 import itertools
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import Row, machine, p50, record, timed_rows
+from harness import (
+    Row,
+    add_output,
+    machine,
+    output_of,
+    p50,
+    record,
+    timed_rows,
+    unfinished,
+)
 from peers import GATES, MODULES, Call, Engine, Layer, Unavailable, engines, streams
 from roofline import flops, roofline
 from torch import Tensor
 
+from iss_kernels.demo.options import positive, whole
 from iss_kernels.testing import max_error
 
 LARGE = 2e10  # flops of a call: no slow engines above
@@ -243,24 +255,27 @@ def main() -> None:
     add("--cell", choices=tuple(MODULES), default="lstm")
     add("--quick", action="store_true", help="three points, a few seconds")
     add("--only", nargs="+", metavar="SERIES", choices=SERIES, help=", ".join(SERIES))
-    add("--threads", type=int, nargs="+", metavar="N", default=[1, ALL])
-    add("--hidden", type=int, nargs="+", metavar="H", help="hidden sizes of layer and stream")
-    add("--batch", type=int, nargs="+", metavar="B", help="batches of layer")
-    add("--steps", type=int, nargs="+", metavar="T", help="steps of layer")
-    add("--seconds", type=float, default=0.1, metavar="S", help="per engine and point, at least")
-    add("--output", type=Path, metavar="CSV", help="bench/results/inference[_CELL].csv")
+    add("--threads", type=whole, nargs="+", metavar="N", default=[1, ALL])
+    add("--hidden", type=whole, nargs="+", metavar="H", help="hidden sizes of layer and stream")
+    add("--batch", type=whole, nargs="+", metavar="B", help="batches of layer")
+    add("--steps", type=whole, nargs="+", metavar="T", help="steps of layer")
+    add("--seconds", type=positive, default=0.1, metavar="S", help="per engine and point, at least")
+    add_output(parser)
     add("--resume", action="store_true", help="skip the points that the CSV has already")
     options = parser.parse_args()
-    options.output = options.output or record("inference", options.cell)
+    output = output_of(parser, options, record("inference", options.cell), free=["cell"])
 
     print(*(f"{key}: {value}" for key, value in {**machine(), **peers()}.items()), sep="\n")
     for name, engine in {**engines(options.cell), **streams(options.cell)}.items():
         if not engine.installed:
             print(f"{name} left out: needs {', '.join(engine.packages)}")
-    resumed = options.resume and options.output.exists()
-    skip = done(options.output) if resumed else set()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a" if resumed else "w", newline="") as file:
+    begun = unfinished(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if options.resume and not begun.exists() and output.exists():
+        shutil.copyfile(output, begun)
+    resumed = options.resume and begun.exists()
+    skip = done(begun) if resumed else set()
+    with begun.open("a" if resumed else "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not resumed:
             writer.writeheader()
@@ -273,8 +288,10 @@ def main() -> None:
                 file.flush()
                 print(summary(point, rows), flush=True)
         except KeyboardInterrupt:
-            print("interrupted; --resume goes on")
-    print(f"wrote {options.output}")
+            print(f"interrupted; --resume goes on with {begun}")
+            return
+    os.replace(begun, output)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

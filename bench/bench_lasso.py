@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import RESULTS, Row, command_line, each, p50, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, output_of, p50, recording, timed_rows
 from roofline import roofline
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -246,9 +246,9 @@ def training(model: Model, threads: int, seconds: float) -> list[Row]:
 
 def main() -> None:
     """Command line."""
-    quick = "one small model, a few seconds"
-    options = command_line(__doc__, quick, RESULTS / "lasso.csv").parse_args()
-    with recording(options.output) as rows:
+    parser = command_line(__doc__, "one small model, a few seconds")
+    options = parser.parse_args()
+    with recording(output_of(parser, options, RESULTS / "lasso.csv")) as rows:
         for threads in each(options.threads):
             for model in [QUICK] if options.quick else MODELS:
                 for dtype in (torch.float32, torch.bfloat16):

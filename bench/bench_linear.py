@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, Row, command_line, each, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, output_of, recording, timed_rows
 from report import by_engine, replace_block, wrapped
 from torch import nn
 
@@ -94,13 +94,13 @@ def table(path: Path) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = command_line(__doc__, "one small size, a second", RESULTS / "linear.csv")
+    parser = command_line(__doc__, "one small size, a second")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write the table there instead")
     options = parser.parse_args()
     if options.docs:
         replace_block(options.docs, "linear", table(RESULTS / "linear.csv"))
         return
-    with recording(options.output) as rows:
+    with recording(output_of(parser, options, RESULTS / "linear.csv")) as rows:
         for threads in each(options.threads):
             for size in QUICK if options.quick else SIZES:
                 new = measure(size, threads, 0.3 if options.quick else 3)

@@ -24,11 +24,22 @@ from statistics import geometric_mean
 import torch
 from bench_inference import Point, measure
 from bench_training import Problem, training_step
-from harness import RESULTS, Row, command_line, each, p50, record_here, recording, timed_rows
+from harness import (
+    RESULTS,
+    Row,
+    command_line,
+    each,
+    output_of,
+    p50,
+    record_here,
+    recording,
+    timed_rows,
+)
 from report import by_engine, digits, replace_block, wrapped
 from roofline import roofline
 
 import iss_kernels
+from iss_kernels.demo.options import positive
 from iss_kernels.testing import assert_no_worse_than_torch
 
 HIDDEN, BATCH, STEPS = (64, 256, 512, 1024), (1, 10, 64), 30
@@ -205,7 +216,7 @@ BLOCKS = {"precision": speed_ups, "precision-times": times}
 def main() -> None:
     """Command line."""
     parser = command_line(__doc__, "two points, a few seconds")
-    parser.add_argument("--seconds", type=float, default=0.15, help="per engine and point")
+    parser.add_argument("--seconds", type=positive, default=0.15, help="per engine and point")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="write its table there instead")
     parser.add_argument("--csv", type=Path, nargs="+", help="of --docs: all in bench/results")
     options = parser.parse_args()
@@ -224,7 +235,7 @@ def main() -> None:
     )
     if options.quick:
         grid = [(64, 10)], [(64, 20)]
-    with recording(options.output or record_here("precision")) as recorded:
+    with recording(output_of(parser, options, record_here("precision"))) as recorded:
         for threads in each(options.threads):
             for task, points in zip((inference, training), grid, strict=True):
                 for hidden, batch in points:

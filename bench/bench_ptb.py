@@ -19,6 +19,7 @@ Multiply-adds of one step, in million: 4 H1 (E + H1) + 4 H2 (H1 + H2) + 10000 H2
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import itertools
@@ -27,11 +28,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, Row, command_line, each, p50, record_here, recording, timed_rows
+from harness import (
+    RESULTS,
+    Row,
+    command_line,
+    each,
+    output_of,
+    p50,
+    record_here,
+    recording,
+    timed_rows,
+)
 from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
 import iss_kernels
+from iss_kernels.demo.options import whole
 from iss_kernels.testing import assert_no_worse_than_torch, max_error
 
 # Numbers of a word's vector, units of the layers.
@@ -41,7 +53,7 @@ SIZES = (
 )  # fmt: skip
 QUICK = ((50, 40, 30),)
 PAPER = {(1500, 1500, 1500): 157.0, (1500, 381, 535): 22.11, (1500, 373, 315): 14.82}  # ms
-STEPS, BATCHES, VOCABULARY = 30, (10, 1, 64), 10_000
+STEPS, BATCHES, VOCABULARY = 30, (10, 64), 10_000
 # Largest error of an answer, which is of the order of 0.3, with rounded weights.
 ROUNDED = {"float16": 1e-3, "bfloat16": 1e-2, "int8": 3e-2}
 WHOLE = "bfloat16 model"  # its input and its output too
@@ -146,19 +158,27 @@ def table(paths: Iterable[Path]) -> str:
     return "\n".join([*lines, "", wrapped(about)])
 
 
+def three(text: str) -> tuple[int, ...]:
+    """Sizes as in 1500,373,315."""
+    sizes = tuple(whole(size) for size in text.split(","))
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"expected three sizes E,H1,H2, got {text!r}")
+    return sizes
+
+
 def main() -> None:
     """Command line."""
     parser = command_line(__doc__, "one small size, a few seconds")
     add = parser.add_argument
-    add("--sizes", nargs="+", type=lambda s: tuple(map(int, s.split(","))), default=SIZES)
-    add("--batch", nargs="+", type=int, default=BATCHES)
+    add("--sizes", nargs="+", type=three, metavar="E,H1,H2", default=SIZES)
+    add("--batch", nargs="+", type=whole, default=BATCHES)
     add("--docs", type=Path, metavar="FILE", help="write the table there instead")
     options = parser.parse_args()
     if options.docs:
         replace_block(options.docs, "ptb", table(sorted(RESULTS.glob("ptb-*.csv"))))
         return
     sizes, batches = (QUICK, (2,)) if options.quick else (options.sizes, options.batch)
-    with recording(options.output or record_here("ptb")) as rows:
+    with recording(output_of(parser, options, record_here("ptb"))) as rows:
         for threads in each(options.threads):
             for batch in batches:
                 for size in sizes:

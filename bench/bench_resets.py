@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import RESULTS, Row, command_line, each, p50, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, output_of, p50, recording, timed_rows
 from peers import MODULES
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
@@ -123,11 +123,11 @@ def measure(problem: Problem, threads: int, seconds: float) -> list[Row]:
 
 def main() -> None:
     """Command line."""
-    parser = command_line(__doc__, "one shape, a few seconds", RESULTS / "resets.csv")
+    parser = command_line(__doc__, "one shape, a few seconds")
     parser.add_argument("--cell", nargs="+", choices=tuple(MODULES), default=list(MODULES))
     options = parser.parse_args()
     shapes = QUICK if options.quick else SHAPES
-    with recording(options.output) as rows:
+    with recording(output_of(parser, options, RESULTS / "resets.csv")) as rows:
         print(f"{'ms, p50':<34}{'ours':>9}{'resets':>9}{'cost':>8}{'torch':>9}{'split':>9}")
         for threads in each(options.threads):
             for cell, shape, training in itertools.product(options.cell, shapes, (False, True)):

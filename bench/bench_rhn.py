@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from harness import RESULTS, Row, command_line, each, p50, recording, timed_rows
+from harness import RESULTS, Row, command_line, each, output_of, p50, recording, timed_rows
 from torch import Tensor
 from torch.nn.functional import linear
 
 from iss_kernels import ISSRHN
+from iss_kernels.demo.options import whole
 from iss_kernels.testing import assert_no_worse_than_torch
 
 WIDTHS = (830, 726, 517, 403, 328)
@@ -124,16 +125,17 @@ def measure(problem: Problem, threads: int, seconds: float, compiled: bool) -> l
 
 def main() -> None:
     """Command line."""
-    parser = command_line(__doc__, "one width of 64, not compiled", RESULTS / "rhn.csv")
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--depth", type=int, default=10)
+    parser = command_line(__doc__, "one width of 64, not compiled")
+    parser.add_argument("--widths", type=whole, nargs="+", default=WIDTHS)
+    parser.add_argument("--depth", type=whole, default=10)
     parser.add_argument("--no-compile", action="store_true", help="eager torch alone")
     options = parser.parse_args()
+    output = output_of(parser, options, RESULTS / "rhn.csv")
     widths, compiled = options.widths, not (options.quick or options.no_compile)
     if options.quick:
         widths, options.depth = [64], 3
     names = ["torch", *["torch.compile"] * compiled, "ISSRHN"]
-    with recording(options.output) as rows:
+    with recording(output) as rows:
         print(f"{'ms, p50':<28}", *(f"{name:>13}" for name in names), "  best of torch / ISSRHN")
         for threads in each(options.threads):
             ratios: dict[tuple[bool, int], list[float]] = {}

@@ -22,7 +22,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import RESULTS, Row, command_line, each, p50, record_here, recording, timed_rows
+from harness import (
+    RESULTS,
+    Row,
+    command_line,
+    each,
+    output_of,
+    p50,
+    record_here,
+    recording,
+    timed_rows,
+)
 from report import by_engine, replace_block, wrapped
 from torch import Tensor, nn
 
@@ -159,7 +169,7 @@ def main() -> None:
     if options.docs:
         replace_block(options.docs, "squad", table(sorted(RESULTS.glob("squad-*.csv"))))
         return
-    with recording(options.output or record_here("squad")) as rows:
+    with recording(output_of(parser, options, record_here("squad"))) as rows:
         for threads in each(options.threads):
             for sizes in [(5, 4, 3, 6, 2, 1)] if options.quick else PAPER:
                 new = measure(sizes, threads, 0.3 if options.quick else 4)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import Row, command_line, each, p50, record, recording, timed_rows
+from harness import Row, command_line, each, output_of, p50, record, recording, timed_rows
 from peers import GATES, MODULES, without_onednn
 from roofline import roofline, training_flops
 from torch import Tensor, nn
@@ -156,7 +156,8 @@ def main() -> None:
     parser.add_argument("--cell", choices=tuple(MODULES), default="lstm")
     options = parser.parse_args()
     ours = f"ISS{MODULES[options.cell].__name__}"
-    with recording(options.output or record("training", options.cell)) as rows:
+    output = output_of(parser, options, record("training", options.cell), free=["cell"])
+    with recording(output) as rows:
         print(f"{'ms, p50':<26}{'torch, best':>12}{ours:>9}{'recompute':>11}  torch / {ours}")
         for threads in each(options.threads):
             ratios: dict[str, list[float]] = {}

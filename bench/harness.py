@@ -8,6 +8,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import io
 import re
 import statistics
 import subprocess
@@ -19,25 +20,62 @@ from typing import TypeVar
 import torch
 
 import iss_kernels
+from iss_kernels.demo.checkpoint import write
+from iss_kernels.demo.options import whole
 
 Name = TypeVar("Name")
 Row = dict[str, object]  # of a CSV
 
 RESULTS = Path(__file__).parent / "results"
+TRIED = Path(__file__).parents[1] / "build" / "bench"  # where a part of a benchmark goes
+# Options that leave the points as they are.
+FREE = ("output", "plot", "docs", "csv", "resume", "report", "worker")
 
 
-def command_line(about: str, quick: str, output: Path | None = None) -> argparse.ArgumentParser:
+def command_line(about: str, quick: str) -> argparse.ArgumentParser:
     """The parser of a benchmark: --quick, --threads, --output.
 
-    about: the module's docstring; quick: the help of --quick; output: --output's default.
+    about: the module's docstring; quick: the help of --quick.
     """
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--output", type=Path, metavar="CSV", default=output)
+    add = parser.add_argument
+    add("--threads", type=whole, nargs="+", metavar="N", default=[1, torch.get_num_threads()])
+    add_output(parser)
     return parser
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--output, whose default is what `output_of` says."""
+    help = "default: the CSV of record in bench/results; of a part of the benchmark, in build/bench"
+    parser.add_argument("--output", type=Path, metavar="CSV", help=help)
+
+
+def output_of(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    record: Path,
+    free: Sequence[str] = (),
+) -> Path:
+    """--output; without it the CSV of record, where the options ask for the whole benchmark.
+
+    free: options beside FREE that are not a part of it. A part goes to a file of the same name.
+    """
+    if options.output is not None:
+        return Path(options.output)
+    asked = {name: value for name, value in vars(options).items() if name not in (*FREE, *free)}
+    if all(_same(value, parser.get_default(name)) for name, value in asked.items()):
+        return record
+    return TRIED / record.name
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two values of an option are, a list and a tuple too."""
+    if isinstance(one, (list, tuple, range)) and isinstance(other, (list, tuple, range)):
+        return [*one] == [*other]
+    return one == other
 
 
 def each(threads: Iterable[int]) -> Iterator[int]:
@@ -49,14 +87,24 @@ def each(threads: Iterable[int]) -> Iterator[int]:
 
 @contextlib.contextmanager
 def recording(output: Path) -> Iterator[list[Row]]:
-    """Print what machine this is; write the rows that were added to the list, after Ctrl-C too."""
+    """Print what machine this is; write the rows that were added to the list.
+
+    After Ctrl-C they go to a file beside it: what was there stays.
+    """
     print(*(f"{key}: {value}" for key, value in machine().items()), sep="\n")
     rows: list[Row] = []
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         yield rows
+    except KeyboardInterrupt:
+        output = unfinished(output)
     if rows:
         write_csv(output, rows)
         print(f"wrote {output}")
+
+
+def unfinished(output: Path) -> Path:
+    """Where the rows lie until a CSV is whole."""
+    return output.with_name(output.name + ".part")
 
 
 def record(benchmark: str, cell: str) -> Path:
@@ -161,9 +209,10 @@ def machine() -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Write rows that all have the same keys."""
+    """Write rows that all have the same keys, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from iss_kernels import build_info
+from iss_kernels.demo.options import whole
 
 Command: TypeAlias = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Any], int]]
 
@@ -80,13 +81,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the report goes (default: demo_report)")  # fmt: skip
     add("--resume", action="store_true", help="go on from the checkpoint in the output directory")
     add("--seed", type=int, default=1, metavar="N", help="another start (default: 1)")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (default: as torch chooses)")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
+    add("--threads", type=whole, metavar="N", help="CPU threads (default: as torch chooses)")
 
 
 def _demo(args: argparse.Namespace) -> int:

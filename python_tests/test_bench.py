@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,82 @@ def test_bench_resumes_after_what_it_has(quick):
     done = run(*args, "--output", path)
     assert done.returncode == 0, done.stderr
     assert "layer " not in done.stdout and path.read_text() == text
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the benchmarks with their CSVs of record, and {name: bytes} of these."""
+    shutil.copytree(BENCH, tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__"))
+    results = tmp_path / "bench" / "results"
+    return tmp_path, {path.name: path.read_bytes() for path in results.iterdir()}
+
+
+def unharmed(checkout):
+    folder, before = checkout
+    results = folder / "bench" / "results"
+    return {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "script, args",
+    [
+        ("inference", ["--quick", "--seconds", "0.001"]),
+        ("inference", ["--only", "stream", "--hidden", "8", "--seconds", "0.001"]),
+        ("resets", ["--quick", "--cell", "gru"]),
+    ],
+)
+def test_a_part_of_a_benchmark_leaves_the_record_alone(checkout, script, args):
+    done = run(checkout[0] / "bench" / f"bench_{script}.py", *args, "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    path = checkout[0] / "build" / "bench" / f"{script}.csv"
+    assert f"wrote {path}" in done.stdout and len(path.read_text().splitlines()) > 4
+    assert unharmed(checkout) and [*path.parent.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    "script, args, sentence",
+    [
+        ("inference", "--threads 0", "--threads: expected a whole number from 1, got '0'"),
+        ("inference", "--hidden 0", "--hidden: expected a whole number from 1, got '0'"),
+        ("inference", "--seconds nan", "--seconds: expected a number in (0, inf), got 'nan'"),
+        ("lasso", "--threads -1", "--threads: expected a whole number from 1, got '-1'"),
+        ("rhn", "--depth 0", "--depth: expected a whole number from 1, got '0'"),
+        ("ptb", "--batch 0", "--batch: expected a whole number from 1, got '0'"),
+        ("ptb", "--sizes 3,4", "--sizes: expected three sizes E,H1,H2, got '3,4'"),
+    ],
+)
+def test_a_benchmark_refuses_a_wrong_number(checkout, script, args, sentence):
+    done = run(checkout[0] / "bench" / f"bench_{script}.py", "--quick", *args.split())
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: argument {sentence}\n")
+    assert unharmed(checkout)
+
+
+def test_only_the_whole_benchmark_goes_to_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    harness = importlib.import_module("harness")
+    parser, record = harness.command_line(None, "less"), harness.RESULTS / "x.csv"
+    parser.add_argument("--cell", default="lstm")
+    parser.add_argument("--batch", type=int, nargs="+", default=(10, 64))
+    tried = BENCH.parent / "build" / "bench" / "x.csv"
+    for args, path in (
+        ("", record), ("--cell gru", record), ("--batch 10 64", record), ("--output y", Path("y")),
+        ("--batch 10", tried), ("--quick", tried), ("--threads 77", tried),
+    ):  # fmt: skip
+        options = parser.parse_args(args.split())
+        assert harness.output_of(parser, options, record, free=["cell"]) == path
+
+
+def test_rows_of_a_benchmark_that_is_stopped_do_not_replace_the_record(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    harness = importlib.import_module("harness")
+    path = tmp_path / "x.csv"
+    path.write_text("whole")
+    with harness.recording(path) as rows:
+        rows.append({"ms": 1})
+        raise KeyboardInterrupt
+    assert path.read_text() == "whole"
+    assert (tmp_path / "x.csv.part").read_text() == "ms\n1\n"
 
 
 def test_report_fills_the_block_of_a_page(quick, tmp_path):
