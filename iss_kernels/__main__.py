@@ -79,7 +79,9 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         "directory, text file or zip (default: the Python language reference)")  # fmt: skip
     add("--output", type=Path, metavar="DIR", default=Path("demo_report"),
         help="where the report goes (default: demo_report)")  # fmt: skip
-    add("--resume", action="store_true", help="go on from the checkpoint in the output directory")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on with the run in the output directory")
+    either("--fresh", action="store_true", help="begin anew in its place")
     add("--seed", type=int, default=1, metavar="N", help="another start (default: 1)")
     add("--threads", type=whole, metavar="N", help="CPU threads (default: as torch chooses)")
 
@@ -112,6 +114,8 @@ def _demo(args: argparse.Namespace) -> int:
             demo = Demo(recipe, text.load(args.data), args.seed, args.output, watcher)
             if args.resume:
                 demo.resume()
+            elif not args.fresh:
+                demo.expect_no_run()
             result = demo.run()
         show.print_result(result, args.output)
     except (text.TextError, ResumeError) as error:
@@ -130,7 +134,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _how_to_resume(args: argparse.Namespace, saved: bool) -> str:
     if not saved:
         return "interrupted before there was anything to save"
-    options = [a for a in args.argv if a != "--resume"]
+    options = [a for a in args.argv if a not in ("--resume", "--fresh")]
     return f"interrupted; to go on: python -m iss_kernels {shlex.join([*options, '--resume'])}"
 
 

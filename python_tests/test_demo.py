@@ -328,17 +328,17 @@ RESUME_ERRORS: dict[str, tuple[Callable[[Path], Demo], str]] = {
     "seed": (
         lambda p: demo(p, seed=2),
         "{p}/checkpoint.pt was made with other options (seed: 1; now 2): resume with the same "
-        "ones, or start anew without --resume",
+        "ones, or start anew with --fresh",
     ),
     "recipe": (
         lambda p: demo(p, recipe=training.QUICK),
         "{p}/checkpoint.pt was made with other options (recipe: tiny; now quick): resume with the "
-        "same ones, or start anew without --resume",
+        "same ones, or start anew with --fresh",
     ),
     "version": (
         lambda p: demo(p, recipe=replace(TINY, clip=2.0)),
         "{p}/checkpoint.pt was made with other options (recipe: another version's; now this "
-        "one's): resume with the same ones, or start anew without --resume",
+        "one's): resume with the same ones, or start anew with --fresh",
     ),
     "damaged": (demo, "{p}/checkpoint.pt is not a whole checkpoint"),
     "directory": (demo, "{p}/checkpoint.pt is not a whole checkpoint"),
@@ -347,7 +347,7 @@ RESUME_ERRORS: dict[str, tuple[Callable[[Path], Demo], str]] = {
     "text": (
         lambda p: Demo(TINY, other_text(), 1, p, Silent()),
         "{p}/checkpoint.pt was made with other options (text: counting ({0}); now counting ({1})): "
-        "resume with the same ones, or start anew without --resume",
+        "resume with the same ones, or start anew with --fresh",
     ),
 }
 
@@ -468,6 +468,26 @@ def test_ctrl_c_says_how_to_resume(
     )
     assert cli.main([*arguments, "--resume"]) == 0
     assert "goes on at batch 7 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "result.json", "report.html"])
+def test_a_run_is_not_overwritten(
+    tiny: None, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["demo", "--quick", "--data", str(book), "--output", str(output)]
+    output.mkdir()
+    (output / name).write_text("another run")
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "iss_kernels demo: expected a folder without a run, or --resume or --fresh, "
+        f"got {output}, which has {name}\n"
+    )
+    assert [file.read_text() for file in output.iterdir()] == ["another run"]
+    assert cli.main([*arguments, "--fresh"]) == 0
+    assert cli.main([*arguments, "--resume"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--resume", "--fresh"])
 
 
 def test_resume_finds_the_same_text_under_another_path(

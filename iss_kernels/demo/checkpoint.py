@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,19 @@ _DIGEST_BYTES = 32
 
 
 class ResumeError(ValueError):
-    """There is no checkpoint to go on from, or not one of this run."""
+    """There is no checkpoint to go on from, or not one of this run; or a run is in the way."""
+
+
+def expect_no_run(folder: Path, names: Iterable[str], otherwise: str = "") -> None:
+    """Raises ResumeError where a folder has one of the files that a run writes.
+
+    otherwise: the options that take such a folder, ", or --resume".
+    """
+    for name in names:
+        if os.path.lexists(folder / name):
+            raise ResumeError(
+                f"expected a folder without a run{otherwise}, got {folder}, which has {name}"
+            )
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from iss_kernels.demo.model import LanguageModel, enlarge_, perplexity, strips
 from iss_kernels.demo.text import PARTS, Text
 from iss_kernels.demo.training import Recipe, Trainer, Watcher, train
 
+CHECKPOINT, RESULT, REPORT = "checkpoint.pt", "result.json", "report.html"
 STAGES = ("baseline", "iss", "tune")
 
 
@@ -47,7 +48,7 @@ class Demo:
         self.recipe, self.text, self.seed, self.output, self.watcher = (
             recipe, text, seed, output, watcher,
         )  # fmt: skip
-        self.checkpoint = output / "checkpoint.pt"
+        self.checkpoint = output / CHECKPOINT
         self.options = {
             "text": text.fingerprint,  # wherever it lies
             "seed": seed,
@@ -101,8 +102,8 @@ class Demo:
             start, _norms(baseline), _norms(big), figures.weight_pictures(groups)
         )
         page = report.html(result, pictures, str(shrink_report))
-        write(self.output / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-        write(self.output / "report.html", page.encode())
+        write(self.output / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        write(self.output / REPORT, page.encode())
         return result
 
     def _circumstances(self) -> dict[str, Any]:
@@ -193,6 +194,11 @@ class Demo:
         checkpoint.save(self.checkpoint, content)
         self.saved = True
 
+    def expect_no_run(self) -> None:
+        """Raises ResumeError where the output directory already holds a run."""
+        names = CHECKPOINT, RESULT, REPORT
+        checkpoint.expect_no_run(self.output, names, ", or --resume or --fresh")
+
     def resume(self) -> None:
         """Take over the checkpoint; `run` goes on from there. Raises ResumeError."""
         content = checkpoint.load(self.checkpoint)
@@ -208,7 +214,7 @@ class Demo:
                         there, here = "another version's", "this one's"
                 raise ResumeError(
                     f"{self.checkpoint} was made with other options ({option}: {there}; "
-                    f"now {here}): resume with the same ones, or start anew without --resume"
+                    f"now {here}): resume with the same ones, or start anew with --fresh"
                 )
         self.finished, self.interrupted = content["finished"], content["trainer"]
         self.saved = True
