@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import errno
 import math
 import os
 import sys
@@ -136,10 +135,10 @@ def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
     except (DataError, ResumeError) as error:
         return _complain(name, str(error), USAGE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        where = error.filename or args.output
-        return _complain(name, f"cannot write {where}: {os.strerror(error.errno).lower()}", FAILED)
+        named = isinstance(error.filename, (str, bytes, os.PathLike))
+        where = os.fsdecode(error.filename if named else args.output)
+        reason = (error.strerror or str(error)).lower()
+        return _complain(name, f"cannot write {where}: {reason}", FAILED)
     except KeyboardInterrupt:
         return _complain(name, "stopped; --resume goes on", INTERRUPTED)
     return 0

@@ -16,6 +16,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -33,11 +34,33 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import iss_kernels as iss
-from iss_kernels.demo.checkpoint import ResumeError, interrupts, load, save, write
+from iss_kernels.demo.checkpoint import (
+    ResumeError,
+    expect_no_run,
+    interrupts,
+    load,
+    save,
+    write,
+)
 
 
 class DataError(ValueError):
     """What was given cannot be used; the message is one sentence for the person who gave it."""
+
+
+def diverged(found: str, batch: int, rate: float, clip: float) -> DataError:
+    """What stops a training that can only give NaN; found: "a finite loss, got nan"."""
+    clipped = "" if clip == math.inf else f" and a gradient of at most {clip:g}"
+    return DataError(
+        f"expected {found} in batch {batch} with a learning rate of {rate:g}{clipped}: "
+        "give a lower --rate"
+    )
+
+
+def expect_finite(model: nn.Module, batch: int, rate: float, clip: float) -> None:
+    """Raises DataError where a weight of the model is not, after a batch."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise diverged("finite weights, got others", batch, rate, clip)
 
 
 @dataclass(frozen=True)
@@ -182,6 +205,9 @@ class Trainer(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         loss = self.loss(index)
+        value = _mean(loss.item())
+        if not math.isfinite(value):
+            raise diverged(f"a finite loss, got {value}", self.done + 1, learning_rate, self.clip)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if active:
@@ -194,7 +220,7 @@ class Trainer(ABC):
             self.groups.zero_units_(self.held)
         if self.decay:
             self._average()
-        self.total += loss.item()
+        self.total += value
         self.done += 1
         if active and self.done % self.sparsity.every == 0:
             self._bury(at_least=0.01)
@@ -289,6 +315,7 @@ class Trainer(ABC):
         """Measure, and add a row to the history."""
         begin = _clocks()
         epoch = len(self.history)
+        expect_finite(self.model, self.done, self.rate(epoch), self.clip)
         if self.sparsity.share(epoch) > 0:
             self._bury()
         row: dict[str, Any] = {"epoch": epoch + 1, "rate": self.rate(epoch)}
@@ -330,6 +357,38 @@ class Trainer(ABC):
         self.load_own_state(state["own"])
 
 
+def _mean(value: float) -> float:
+    """Of the processes."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def _any(value: bool) -> bool:
+    """Whether it is true in one of the processes."""
+    if not dist.is_initialized():
+        return value
+    most = torch.tensor(int(value))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return bool(most)
+
+
+def part() -> slice:
+    """The rows of a batch that are this process' own."""
+    if not dist.is_initialized():
+        return slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def expect_divisible(batch: int) -> None:
+    """Raises DataError for a batch whose parts, one for each process, would be unequal."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if batch % processes:
+        raise DataError(f"expected --batch of a multiple of the {processes} processes, got {batch}")
+
+
 def _clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
@@ -343,6 +402,8 @@ def count(model: nn.Module) -> int:
 
 
 CHECKPOINT, LOG, RESULT = "checkpoint.pt", "log.csv", "result.json"
+MODEL, VOCABULARY = "model.safetensors", "vocabulary.json"
+FILES = (CHECKPOINT, LOG, RESULT, MODEL, VOCABULARY)  # of which a folder with a run has one
 
 
 def fit(
@@ -350,20 +411,20 @@ def fit(
 ) -> None:
     """Train to the end, with a checkpoint after each epoch, `log.csv` and TensorBoard's events.
 
-    options: what a checkpoint must have been made with to be resumed. With several processes the
-    first one writes. Raises ResumeError where the folder already holds a run that is not to be
-    resumed, or none that could be; KeyboardInterrupt after Ctrl-C, once the batch in work is done
-    and saved.
+    options: what a checkpoint must have been made with to be resumed, the seed among them. With
+    several processes the first one writes, and a signal to one stops all of them. Raises
+    ResumeError where the folder already holds a run that is not to be resumed, or none that could
+    be; KeyboardInterrupt after Ctrl-C, once the batch in work is done and saved.
     """
     checkpoint = folder / CHECKPOINT
+    if dist.is_initialized():  # each process drops activations of its own
+        torch.manual_seed(options["seed"] + dist.get_rank())
     if resume:
         trainer.load_state_dict(_checked(checkpoint, options)["trainer"])
-    elif checkpoint.exists():
-        raise ResumeError(
-            f"expected a folder without a run, or --resume, got {folder}, which has {CHECKPOINT}"
-        )
+    else:
+        expect_no_run(folder, FILES, ", or --resume")
     first = is_first()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
 
     def keep() -> None:
         # The state of every process is gathered: each has random numbers and strips of its own.
@@ -377,7 +438,7 @@ def fit(
     with (
         _progress(trainer, first) as bar,
         _events(folder, first) as events,
-        interrupts() as interrupted,
+        interrupts(patient=dist.is_initialized()) as interrupted,
     ):
         while trainer.done < trainer.batches:
             trainer.batch()
@@ -387,9 +448,16 @@ def fit(
                 bar.epoch(row)
                 _log(events, row)
                 keep()
-            if interrupted:
+            if _any(bool(interrupted)):
                 keep()
                 raise KeyboardInterrupt
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and see that a file can be written there. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def is_first() -> bool:

@@ -3,6 +3,7 @@
 
 import json
 
+import pytest
 import torch
 
 from examples.automaton.__main__ import main, sequences
@@ -28,6 +29,26 @@ def test_two_bits_need_two_units(tmp_path, capsys):
         assert (run["units"], run["wrong"]) == (2, 0)
     assert "gru 2 bits, seed 2: 8 -> 2 units, 0 of 100,000 answers wrong" in capsys.readouterr().out
     assert (tmp_path / "units.svg").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "units.svg", "checkpoint.pt"])
+def test_a_sweep_is_not_overwritten(tmp_path, capsys, name):
+    (tmp_path / name).write_text("another")
+    assert main(["--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"examples.automaton: expected a folder without a run, got {tmp_path}, which has {name}\n"
+    )
+    with pytest.raises(SystemExit):  # without --output
+        main(["--bits", "0"])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["another"]
+
+
+def test_a_rate_that_is_too_high_is_one_sentence(tmp_path, capsys):
+    tiny = ["--bits", "1", "--seeds", "1", "--cells", "gru", "--width", "4", "--rate", "1e30"]
+    assert main([*tiny, "--lasso-steps", "4", "--heal-steps", "4", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "learning rate of 1e+30 and a gradient of at most 1: give a lower --rate\n" in error
+    assert not [*tmp_path.iterdir()]
 
 
 def test_bad_options_are_one_sentence(tmp_path, capsys):

@@ -3,9 +3,13 @@
 
 import dataclasses
 import json
+import math
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from examples.ptb.__main__ import _start, main
 from examples.ptb.recipes import CONFIGS, METHODS, Recipe, recipe
 from examples.ptb.report import main as report
 from examples.ptb.train import LanguageTrainer, build
-from examples.training import LOG, load
+from examples.training import LOG, DataError, load
 from iss_kernels.demo.text import load as load_text
 
 ROOT = Path(__file__).parent.parent
@@ -269,9 +273,37 @@ def test_two_processes_train_the_same_model(data, tmp_path):
     assert results[0]["test"] == results[1]["test"]
     one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
     assert one["sizes"] == two["sizes"]
+    assert two["epochs"][0]["loss"] == pytest.approx(one["epochs"][0]["loss"], rel=1e-4)
     assert two["machine"]["processes"] == 2
     for ours, theirs in zip(one["epochs"], two["epochs"], strict=True):
         assert ours["valid"] == pytest.approx(theirs["valid"], rel=1e-3)
+
+
+def launched(data, output, *more):
+    """Two processes of torchrun."""
+    args = ["--data", str(data), "--output", str(output), *TINY, *more]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+              "2", "-m", "examples.ptb", *args]  # fmt: skip
+    return subprocess.Popen(launch, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_two_processes_need_a_batch_of_two_equal_parts(data, tmp_path):
+    _, error = launched(data, tmp_path / "run", "--batch", "5").communicate()
+    assert b"expected --batch of a multiple of the 2 processes, got 5" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_is_saved_by_all_processes(data, tmp_path, number):
+    both = launched(data, tmp_path, "--epochs", "100000")
+    while not (tmp_path / LOG).exists():
+        assert both.poll() is None, both.communicate()
+        time.sleep(0.1)
+    both.send_signal(number)
+    _, error = both.communicate(timeout=60)
+    assert b"examples.ptb: stopped; --resume goes on" in error
+    state = load(tmp_path / "checkpoint.pt")["trainer"]
+    assert len(state["parts"]) == 2 and state["done"] > 0
 
 
 @pytest.mark.parametrize(
@@ -323,6 +355,72 @@ def test_a_run_is_not_overwritten(data, tmp_path, capsys):
     run(data, tmp_path / "more", "--method", "l1", "--start", str(tmp_path / "run"),
         "--hidden", "12", "11", status=2)  # fmt: skip
     assert "expected --start with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint.pt", "log.csv", "result.json", "model.safetensors", "vocabulary.json"]
+)
+def test_any_file_of_a_run_is_not_overwritten(data, tmp_path, capsys, name):
+    (tmp_path / name).write_text("another")
+    run(data, tmp_path, status=2)
+    assert capsys.readouterr().err == (
+        f"examples.ptb: expected a folder without a run, or --resume, got {tmp_path}, "
+        f"which has {name}\n"
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["another"]
+
+
+@pytest.mark.parametrize("rate", ["1e37", "1e38"])
+def test_a_rate_that_is_too_high_is_one_sentence(data, tmp_path, capsys, rate):
+    run(data, tmp_path / "run", "--rate", rate, "--clip", "1e30", status=2)
+    error = capsys.readouterr().err
+    assert error.startswith("examples.ptb: expected a finite loss, got ")
+    assert f"with a learning rate of {float(rate):g} and a gradient of at most 1e+30" in error
+    assert error.endswith(": give a lower --rate\n") and error.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_refused_at_the_end_of_an_epoch(data):
+    one = trainer(data)
+    one.done = one.batches_per_epoch
+    with torch.no_grad():
+        one.model.decoder.bias[0] = torch.nan
+    with pytest.raises(DataError, match="expected finite weights, got others in batch"):
+        one.end_epoch()
+
+
+def test_a_perplexity_beyond_all_floats_is_infinite(data):
+    one = trainer(data)
+    with torch.no_grad():
+        one.model.decoder.bias[0] = 1e6
+    one.total = 1e9
+    assert one.evaluate() == {"train": math.inf, "valid": math.inf}
+
+
+@pytest.mark.parametrize("case", ["a file", "below a file", "a long name", "a link to nothing"])
+def test_an_output_that_cannot_be_made_is_one_sentence(data, tmp_path, capsys, case):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    name, reason = {
+        "a file": ("file", "file exists"),
+        "below a file": ("file/run", "not a directory"),
+        "a long name": ("x" * 300, "file name too long"),
+        "a link to nothing": ("link", "file exists"),
+    }[case]
+    run(data, tmp_path / name, status=1)
+    expected = f"examples.ptb: cannot write {tmp_path / name}: {reason}\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_folder_without_permission_is_one_sentence(data, tmp_path, capsys, monkeypatch):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", os.fsencode(dir))
+
+    monkeypatch.setattr("examples.training.tempfile.TemporaryFile", refused)
+    run(data, tmp_path, status=1)
+    error = capsys.readouterr().err
+    assert error == f"examples.ptb: cannot write {tmp_path}: permission denied\n"
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_full_disk_is_one_sentence(data, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from examples.squad.data import (
 )
 from examples.squad.metric import exact_match, f1, normalised
 from examples.squad.model import FAMILIES, BiDAF, example, parameters
+
+ROOT = Path(__file__).parent.parent
 
 # -- Metric
 
@@ -252,6 +256,7 @@ def test_wrong_questions_are_refused_in_a_sentence(
     [
         (b"the 1 2 3\n", "expected a word and 6 numbers in line 1, got 3 numbers"),
         (b"the 1 2 3 4 5 six\n", "expected lines of a word and 6 numbers"),
+        (b"the 1 2 3 nan 5 6\n", "expected finite numbers in line 1, got 1 2 3 nan 5 6"),
         (b"zebra 1 2 3 4 5 6\n", "expected vectors of words in the questions, got none of them"),
         (b"\x1f\x8bno", "expected lines of a word and 6 numbers"),
     ],
@@ -427,6 +432,32 @@ def test_units_that_are_held_at_zero_make_the_same_model(
     assert sum(result["small"][column] for column in FAMILIES) < 32
     inputs = encoder.inputs(read_questions([files["questions"]]))
     torch.testing.assert_close(gone(*inputs), held(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_train_the_same_model(files: dict[str, Path], tmp_path: Path) -> None:
+    plain = [*ISS, "--keep", "1"]
+    assert run(options(files, tmp_path / "one", *plain)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+              "2", "-m", "examples.squad"]  # fmt: skip
+    command = [*launch, *options(files, tmp_path / "two", *plain)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (one, encoder, alone), (two, _, result) = (opened(tmp_path / name) for name in ("one", "two"))
+    inputs = encoder.inputs(read_questions([files["questions"]]))
+    # Adam steps by the sign of a gradient near zero, which rounding can turn.
+    torch.testing.assert_close(one(*inputs), two(*inputs), rtol=2e-2, atol=2e-2)
+    assert result["machine"]["processes"] == 2
+    for ours, theirs in zip(alone["epochs"], result["epochs"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_a_rate_that_is_too_high_is_one_sentence(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(options(files, tmp_path / "run", "--rate", "1e10")) == 2
+    error = capsys.readouterr().err
+    assert "with a learning rate of 1e+10: give a lower --rate\n" in error
+    assert error.startswith("examples.squad: expected ") and error.count("\n") == 1
 
 
 def opened(folder: Path) -> tuple[BiDAF, Encoder, dict[str, Any]]:

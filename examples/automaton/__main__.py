@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A task whose answer is known: how many units does the group lasso leave, how many are needed?
 
-    python -m examples.automaton [--bits 1 2 ...] [--seeds 1 2 ...] [--cells lstm gru]
+    python -m examples.automaton --output runs/automaton [--bits 1 2 ...] [--seeds 1 2 ...]
+        [--cells lstm gru]
 
 The network remembers k bits. It starts with many more units than k, loses those that die, and is
-then tested on sequences that are 40 times as long. Writes sweep.json and units.svg.
+then tested on sequences that are 40 times as long. Writes sweep.json and units.svg into
+--output.
 """
 
 from __future__ import annotations
@@ -25,10 +27,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import iss_kernels as iss
 from examples import command_line
-from examples.training import DataError, circumstances
-from iss_kernels.demo.checkpoint import write
+from examples.training import (
+    FILES,
+    DataError,
+    circumstances,
+    diverged,
+    expect_finite,
+    make_folder,
+)
+from iss_kernels.demo.checkpoint import expect_no_run, write
 
-RESULTS = Path(__file__).parent / "results"
+SWEEP, PICTURE = "sweep.json", "units.svg"
 CELLS: dict[str, type[iss.ISSLSTM] | type[iss.ISSGRU]] = {"lstm": iss.ISSLSTM, "gru": iss.ISSGRU}
 
 
@@ -92,6 +101,9 @@ def train(cell: str, bits: int, seed: int, recipe: Recipe) -> dict[str, Any]:
         optimizer.param_groups[0]["lr"] = rate
         x, wanted = sequences(bits, recipe.steps, recipe.batch)
         loss = binary_cross_entropy_with_logits(model(x), wanted) * bits
+        if not loss.isfinite():
+            found = f"a finite loss, got {loss.item()}"
+            raise diverged(found, step + 1, rate, recipe.clip)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -101,6 +113,7 @@ def train(cell: str, bits: int, seed: int, recipe: Recipe) -> dict[str, Any]:
         if step % 50 == 49:
             _, groups = iss.shrink_(model, groups, optimizer=optimizer, lasso=lasso)
             left.append(groups.units)
+    expect_finite(model, steps, rate, recipe.clip)
     with torch.no_grad():
         x, wanted = sequences(bits, recipe.test_steps, recipe.test_batch)
         wrong = int(((model(x) > 0) != (wanted > 0.5)).sum())
@@ -145,7 +158,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, nargs="+", default=range(1, 9), metavar="K")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 4), metavar="SEED")
     parser.add_argument("--cells", choices=CELLS, nargs="+", default=list(CELLS))
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of it")
     command_line.add_torch(parser, threads=1)
     command_line.add_recipe(parser, Recipe)
     return parser
@@ -156,7 +169,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = command_line.changed(Recipe(), args)
     if min(args.bits) < 1:
         raise DataError(f"expected --bits in [1, inf), got {min(args.bits)}")
-    args.output.mkdir(parents=True, exist_ok=True)
+    expect_no_run(args.output, (SWEEP, PICTURE, *FILES))
+    make_folder(args.output)
     runs = []
     for cell in args.cells:
         for bits in args.bits:
@@ -171,8 +185,8 @@ def run(args: argparse.Namespace) -> None:
                 )
     result = circumstances() | {"recipe": dataclasses.asdict(recipe), "runs": runs}
     result["cpu_seconds"] = round(sum(run["cpu_seconds"] for run in runs), 1)
-    write(args.output / "sweep.json", (json.dumps(result) + "\n").encode())
-    draw(runs, args.output / "units.svg")
+    write(args.output / SWEEP, (json.dumps(result) + "\n").encode())
+    draw(runs, args.output / PICTURE)
 
 
 def main(argv: list[str] | None = None) -> int:

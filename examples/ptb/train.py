@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +16,15 @@ from torch.nn.functional import cross_entropy
 
 import iss_kernels as iss
 from examples.ptb.recipes import Recipe, Schedule
-from examples.training import Sparsity, Trainer, fit, is_first, write_result
+from examples.training import (
+    Sparsity,
+    Trainer,
+    expect_divisible,
+    fit,
+    is_first,
+    part,
+    write_result,
+)
 from iss_kernels.demo.model import LanguageModel, detach, strips, windows
 from iss_kernels.demo.text import Text
 
@@ -100,6 +107,7 @@ class TextTrainer(Trainer):
     ) -> None:
         self.text, self.recipe, self.recurrent = text, recipe, recurrent
         self.state: Any = None
+        expect_divisible(recipe.batch)
         self.data = share(strips(text.train, recipe.batch))  # [L, B]
         super().__init__(
             model,
@@ -125,7 +133,7 @@ class TextTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         """Perplexities of the training windows, with dropout, and of the validation text."""
-        train = math.exp(self.total / self.batches_per_epoch / self.recipe.steps)
+        train = _exp(self.total / self.batches_per_epoch / self.recipe.steps)
         return {"train": train, "valid": perplexity(self.average, self.text.valid)}
 
     def shrunk(self, report: iss.ShrinkReport) -> None:
@@ -158,8 +166,6 @@ def run(
 
     args: of the command line, with those that examples.command_line adds.
     """
-    if dist.is_initialized():  # each process drops activations of its own
-        torch.manual_seed(args.seed + dist.get_rank())
     options = {
         "example": example,
         "text": trainer.text.fingerprint,
@@ -179,9 +185,7 @@ def run(
 
 def share(data: Tensor) -> Tensor:
     """The columns of [L, B] that are this process' own."""
-    if not dist.is_initialized():
-        return data
-    return data[:, dist.get_rank() :: dist.get_world_size()].contiguous()
+    return data[:, part()].contiguous()
 
 
 @torch.no_grad()
@@ -196,4 +200,9 @@ def perplexity(model: nn.Module, words: Tensor, batch: int = EVALUATION_BATCH) -
         total += torch.tensor([loss.item(), targets.numel()], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return math.exp(total[0] / total[1])
+    return _exp((total[0] / total[1]).item())
+
+
+def _exp(value: float) -> float:
+    """inf where it is larger than any float."""
+    return torch.tensor(value, dtype=torch.float64).exp().item()

@@ -36,10 +36,8 @@ from examples.squad.data import (
     words_of,
 )
 from examples.squad.model import BiDAF
-from examples.training import DataError, fit, write_result
+from examples.training import MODEL, VOCABULARY, DataError, fit, is_first, write_result
 from iss_kernels.demo.checkpoint import write
-
-MODEL, VOCABULARY = "model.safetensors", "vocabulary.json"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -139,6 +137,8 @@ def _finish(
     """Answer all dev questions with the small model, and write it and what it reached."""
     small = reader.small()
     reached = reader.score(small, dev) | training.sizes(small)
+    if not is_first():
+        return
     iss.save(small, folder / MODEL)
     write(folder / VOCABULARY, json.dumps(asdict(vocabulary)).encode())
     write_result(folder, options, reader, {"small": reached})

@@ -152,6 +152,10 @@ def read_vectors(path: Path, words: set[str], width: int) -> dict[str, np.ndarra
                     )
                 if word in words:
                     found[word] = np.array(values.split(" "), dtype=np.float32)
+                    if not np.isfinite(found[word]).all():
+                        raise DataError(
+                            f"{path}: expected finite numbers in line {number}, got {values}"
+                        )
     except OSError as error:
         why = error.strerror or str(error)
         raise DataError(f"{path}: expected a file to read, got: {why}") from None

@@ -21,7 +21,7 @@ import iss_kernels as iss
 from examples.squad.answers import score
 from examples.squad.data import Encoder, Question, Vocabulary, batches
 from examples.squad.model import FAMILIES, BiDAF, example, parameters
-from examples.training import Sparsity, Trainer
+from examples.training import Sparsity, Trainer, expect_divisible, part
 
 
 def _option(default: Any, text: str) -> Any:
@@ -77,6 +77,7 @@ class Reader(Trainer):
         dev: Sequence[Question],
         seed: int,
     ) -> None:
+        expect_divisible(recipe.batch)
         self.recipe, self.encoder, self.dev = recipe, encoder, dev
         self.questions, self.seed = training, seed
         self.epoch, self.ordered = -1, [[*training]]  # the batches of a pass over the questions
@@ -106,7 +107,7 @@ class Reader(Trainer):
             order = torch.Generator().manual_seed(self.seed + epoch)
             self.epoch = epoch
             self.ordered = batches(self.questions, self.recipe.batch, order)
-        batch = self.ordered[place]
+        batch = self.ordered[place][part()]
         scores = self.parallel(*self.encoder.inputs(batch))
         first, last = self.encoder.targets(batch)
         return cross_entropy(scores[0], first) + cross_entropy(scores[1], last)

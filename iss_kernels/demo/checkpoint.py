@@ -87,16 +87,23 @@ def write(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C in a list instead of raising it; a second one does not wait."""
+def interrupts(patient: bool = False) -> Iterator[list[int]]:
+    """Collect the first Ctrl-C in a list instead of raising it; a second one does not wait.
+
+    patient: a second one waits too, and SIGTERM: torchrun sends its processes what it gets itself,
+    after the terminal did.
+    """
     received: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, former)
+        if not patient:
+            signal.signal(number, former[number])
 
-    former = signal.signal(signal.SIGINT, note)
+    numbers = (signal.SIGINT, signal.SIGTERM) if patient else (signal.SIGINT,)
+    former = {int(number): signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
