@@ -7,10 +7,11 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,6 +23,16 @@ from iss_kernels.demo.checkpoint import ResumeError
 Recipe = TypeVar("Recipe")
 MAY_BE_ZERO = ("hold", "after", "until", "warmup")  # of a recipe's whole numbers
 MAY_BE_NEGATIVE = ("bias", "phrase_strength")  # of its other numbers
+SHARES = (  # in [0, 1)
+    "average", "ema", "momentum", "target", "weight_drop", "drop_word", "drop_input", "drop_state",
+    "drop_output",
+)  # fmt: skip
+UNPENALISED = ("baseline", "direct")  # methods
+# {option: those of which it needs one to have an effect}
+NEEDS = {
+    "factors": ("strength",), "proximal": ("strength",), "warmup": ("strength",),
+    "phrase_strength": ("strength",), "until": ("strength", "l1"), "horizon": ("target",),
+}  # fmt: skip
 INTERRUPTED, USAGE, FAILED = 130, 2, 1
 # Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -41,7 +52,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     add("--resume", action="store_true", help="go on with the run in --output")
-    add("--seed", type=int, default=1)
+    add("--seed", type=int, default=1, metavar="N", help="of all random numbers (default: 1)")
     add_torch(parser)
 
 
@@ -87,8 +98,8 @@ def _factor(text: str) -> tuple[str, float]:
 def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     """The recipe with the options that were given.
 
-    Raises DataError for numbers that are NaN or too small, for --relax without --until, and for
-    --target with what says otherwise.
+    Raises DataError for numbers outside their interval, and for options that have no effect or the
+    opposite one beside the others.
     """
     names = [field.name for field in dataclasses.fields(recipe)]  # type: ignore[arg-type]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -100,9 +111,6 @@ def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     new = dataclasses.replace(recipe, **given)  # type: ignore[type-var]
     if getattr(new, "relax", 0) and not getattr(new, "until", 0):
         raise DataError("expected --relax with --until, after which it counts")
-    for name in ("average", "target"):
-        if getattr(new, name, 0) >= 1:
-            raise DataError(f"expected --{name} in [0, 1), got {getattr(new, name)}")
     if getattr(new, "target", 0):
         if not new.strength:  # type: ignore[attr-defined]
             raise DataError("expected --target with --strength > 0, where it starts, got 0")
@@ -110,38 +118,114 @@ def changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
             raise DataError(
                 "expected --target without --until: the penalty ends once it is reached"
             )
+    _check_effects(new, given, getattr(args, "method", None))
     return new
 
 
 def _check(name: str, number: float) -> None:
+    """Raises DataError for a number of a recipe outside its interval."""
     least = 0 if name in MAY_BE_ZERO or isinstance(number, float) else 1
-    if math.isnan(number) or (number < least and name not in MAY_BE_NEGATIVE):
-        option = "--" + name.replace("_", "-")
-        raise DataError(f"expected {option} in [{least}, inf), got {number}")
+    interval, inside = f"[{least}, inf)", least <= number < math.inf
+    if name == "keep":
+        interval, inside = "(0, 1]", 0 < number <= 1
+    elif name in SHARES:
+        interval, inside = "[0, 1)", 0 <= number < 1
+    elif name in MAY_BE_NEGATIVE:
+        interval, inside = "(-inf, inf)", math.isfinite(number)
+    if not inside:
+        raise DataError(f"expected {_option(name)} in {interval}, got {number}")
+
+
+def _check_effects(new: Any, given: dict[str, Any], method: str | None) -> None:
+    """Raises DataError for an option that was given and has no effect beside the others."""
+    families = [family for family, _ in getattr(new, "factors", ())]
+    for family in families:
+        if families.count(family) > 1:
+            raise DataError(f"expected --factors with each family once, got {family} twice")
+    for name in ("strength", "l1"):
+        if method in UNPENALISED and getattr(new, name, None):
+            raise DataError(
+                f"expected --method {method} without the penalty of {_option(name)}, "
+                f"got {getattr(new, name)}"
+            )
+    for name, needed in NEEDS.items():
+        value = given.get(name)
+        # A negative --phrase-strength is none.
+        effective = value is not None and (value > 0 if isinstance(value, float) else bool(value))
+        if effective and not any(getattr(new, other, None) for other in needed):
+            others = " or ".join(map(_option, needed))
+            raise DataError(f"expected {_option(name)} with {others} > 0, without which it is idle")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_range(option: str, number: int, least: int, end: int) -> None:
+    """Raises DataError for a whole number outside [least, end)."""
+    if not least <= number < end:
+        raise DataError(f"expected {option} in [{least}, {end}), got {number}")
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the bits of a run beside its recipe and its data.
+
+    The numbers of a product depend on the number of threads.
+    """
+    return {
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+        "matmul_precision": args.matmul_precision,
+    }
 
 
 def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
     """Run an example; what a person can mend is one sentence on stderr.
 
-    args: of a parser with `add_torch`.
+    args: those of `add_run` and `add_torch` have their effect here.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
     keep_freed_memory()
     try:
+        if "matmul_precision" in args:
+            torch.set_float32_matmul_precision(args.matmul_precision)
+            if args.threads is not None:
+                check_range("--threads", args.threads, 1, 1025)
+                torch.set_num_threads(args.threads)
+        for seed in [args.seed] if "seed" in args else getattr(args, "seeds", []):
+            check_range("--seed", seed, 0, 2**63)
         with processes():
             run()
     except (DataError, ResumeError) as error:
         return _complain(name, str(error), USAGE)
     except OSError as error:
         named = isinstance(error.filename, (str, bytes, os.PathLike))
-        where = os.fsdecode(error.filename if named else args.output)
+        where = os.fsdecode(error.filename if named else getattr(args, "output", "the output"))
         reason = (error.strerror or str(error)).lower()
         return _complain(name, f"cannot write {where}: {reason}", FAILED)
     except KeyboardInterrupt:
         return _complain(name, "stopped; --resume goes on", INTERRUPTED)
     return 0
+
+
+def results(paths: Sequence[Path], example: str) -> list[dict[str, Any]]:
+    """The results of runs of an example. Raises DataError where a file is none."""
+    read = []
+    for path in paths:
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise DataError(f"cannot read {path}: {why}") from None
+        except (ValueError, RecursionError):
+            raise DataError(f"expected {path} of JSON, as a run writes it") from None
+        try:
+            its = result["options"]["example"]
+        except (TypeError, KeyError):
+            raise DataError(f"expected the result of a run in {path}, got other JSON") from None
+        if its != example:
+            raise DataError(f"expected a result of examples.{example} in {path}, got one of {its}")
+        read.append(result)
+    return read
 
 
 def keep_freed_memory() -> None:

@@ -420,7 +420,12 @@ def fit(
     if dist.is_initialized():  # each process drops activations of its own
         torch.manual_seed(options["seed"] + dist.get_rank())
     if resume:
-        trainer.load_state_dict(_checked(checkpoint, options)["trainer"])
+        state = _checked(checkpoint, options)
+        try:
+            trainer.load_state_dict(state)
+        # What is whole and does not fit was written by another version.
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            raise ResumeError(f"{checkpoint} is of another version of this example") from None
     else:
         expect_no_run(folder, FILES, ", or --resume")
     first = is_first()
@@ -474,19 +479,44 @@ def _gathered(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _checked(checkpoint: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint of a run with these options."""
+def opened(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options and the trainer's state of a checkpoint of an example. Raises ResumeError."""
     content = load(checkpoint)
-    if "options" not in content:
-        raise ResumeError(f"{checkpoint} is not a checkpoint of this example")
-    for name in sorted(options.keys() | content["options"].keys()):
-        here, there = options.get(name), content["options"].get(name)
+    options, state = (
+        (content.get("options"), content.get("trainer")) if isinstance(content, dict) else (0, 0)
+    )
+    if not isinstance(options, dict) or not isinstance(state, dict):
+        raise ResumeError(f"{checkpoint} is not a checkpoint of an example")
+    return options, state
+
+
+def of_run(folder: Path, option: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `opened`, of the run in a folder that an option names. Raises DataError."""
+    if not (folder / CHECKPOINT).exists():
+        raise DataError(f"expected {option} of a run's folder, got {folder} without {CHECKPOINT}")
+    return opened(folder / CHECKPOINT)
+
+
+# What is told first where a checkpoint is another run's: the others follow from these.
+FIRST = ("example", "method", "config", "data", "text", "questions", "seed")
+
+
+def _checked(checkpoint: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's state in a checkpoint of a run with these options."""
+    found, state = opened(checkpoint)
+    names = dict.fromkeys((*FIRST, *sorted(options), *sorted(found)))
+    for name in (name for name in names if name in options or name in found):
+        if name not in options or name not in found:
+            raise ResumeError(
+                f"{checkpoint} is of another version of this example: "
+                f"only one of the two knows the option {name}"
+            )
+        here, there = options[name], found[name]
         if here != there:
             raise ResumeError(
                 f"expected {checkpoint} of a run with {name} {here}, got one with {there}: "
                 "resume with the same options, or give another --output"
             )
-    state = content["trainer"]
     processes = len(state.get("parts", [None]))
     here = dist.get_world_size() if dist.is_initialized() else 1
     if processes != here:
@@ -495,7 +525,7 @@ def _checked(checkpoint: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "parts" in state:
         state |= state.pop("parts")[dist.get_rank()]
-    return content
+    return state
 
 
 def _table(history: list[dict[str, Any]]) -> bytes:

@@ -2,10 +2,12 @@
 """examples.ptb and the training loop of the examples, on a text of some thousand words."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from examples.ptb.__main__ import _start, main
 from examples.ptb.recipes import CONFIGS, METHODS, Recipe, recipe
 from examples.ptb.report import main as report
 from examples.ptb.train import LanguageTrainer, build
-from examples.training import LOG, DataError, load
+from examples.training import LOG, DataError, load, save
 from iss_kernels.demo.text import load as load_text
 
 ROOT = Path(__file__).parent.parent
@@ -326,6 +328,30 @@ def test_a_signal_to_torchrun_is_saved_by_all_processes(data, tmp_path, number):
             ["--target", "0.5", "--strength", "1", "--until", "1"],
             "expected --target without --until: the penalty ends once it is reached",
         ),
+        (["--strength", "0.1"], "expected --method baseline without the penalty of --strength"),
+        (["--method", "direct", "--l1", "1"], "expected --method direct without the penalty of"),
+        (["--proximal"], "expected --proximal with --strength > 0, without which it is idle"),
+        (["--factors", "lstm.l0=2"], "expected --factors with --strength > 0"),
+        (
+            ["--method", "iss", "--factors", "lstm.l0=2", "lstm.l0=3"],
+            "expected --factors with each family once, got lstm.l0 twice",
+        ),
+        (["--warmup", "3"], "expected --warmup with --strength > 0"),
+        (["--until", "3"], "expected --until with --strength or --l1 > 0"),
+        (["--method", "iss", "--horizon", "3"], "expected --horizon with --target > 0"),
+        (["--weight-decay", "0.1"], "expected --weight-decay with --optimizer adamw, got sgd"),
+        (["--weight-drop", "1"], "expected --weight-drop in [0, 1), got 1.0"),
+        (["--average", "nan"], "expected --average in [0, 1), got nan"),
+        (["--init", "inf"], "expected --init in [0, inf), got inf"),
+        (["--threads", "0"], "expected --threads in [1, 1025), got 0"),
+        (["--seed", "-1"], "expected --seed in [0, 9223372036854775808), got -1"),
+        (["--seed", str(2**64)], "expected --seed in [0, 9223372036854775808), got 18446744"),
+        (["--batch", "5000"], "expected --batch and --steps of less than the text, got 5000"),
+        (["--steps", "5000"], "expected --batch and --steps of less than the text, got 6"),
+        (
+            ["--method", "l1", "--start", str(ROOT)],
+            f"expected --start of a run's folder, got {ROOT} without checkpoint.pt",
+        ),
         (["--groups", "all"], "expected --groups lstm or lstm+embedding, got all"),
         (["--resume"], "no checkpoint to resume from"),
     ],
@@ -334,6 +360,93 @@ def test_bad_options_are_one_sentence(data, tmp_path, capsys, more, sentence):
     run(data, tmp_path / "run", *more, status=2)
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+RESULTS = sorted(ROOT.glob("examples/*/results/*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_commands_of_the_results_are_taken(path):
+    """By the checks of the options; the files that they name are not here."""
+    if path.stem in ("sweep", "modern-iss-target"):
+        pytest.skip("it is an earlier commit's")
+    command = shlex.split(json.loads(path.read_text())["command"])
+    example = importlib.import_module(f"{command[2]}.__main__")
+    args = example.arguments().parse_args(command[3:])
+    with pytest.raises(DataError, match=r"cannot read ptb\.zip|json\.gz: expected a file"):
+        example.run(args)
+
+
+def test_an_earlier_or_another_checkpoint_is_one_sentence(data, tmp_path, capsys):
+    run(data, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    whole = load(path)
+    options, state = whole["options"], whole["trainer"]
+    another = "is of another version of this example"
+    less = {name: value for name, value in options.items() if name != "threads"}
+    for content, sentence in (
+        ({"options": options}, "is not a checkpoint of an example"),
+        (whole | {"options": []}, "is not a checkpoint of an example"),
+        (whole | {"options": less}, f"{another}: only one of the two knows the option threads"),
+        (whole | {"trainer": state | {"lasso": 3}}, another),
+        (whole | {"trainer": {"done": 3}}, another),
+        (whole | {"options": options | {"seed": 2, "rate": 2.0}}, "with seed 1, got one with 2"),
+        (
+            whole | {"options": options | {"method": "l1", "decay": 2.0, "seed": 2}},
+            "of a run with method baseline, got one with l1",
+        ),
+        (
+            whole | {"options": options | {"matmul_precision": "high"}},
+            "with matmul_precision highest, got one with high",
+        ),
+    ):
+        save(path, content)
+        run(data, tmp_path / "run", "--resume", status=2)
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+    for content, sentence in (
+        ({"options": options}, "is not a checkpoint of an example"),
+        ({"options": options, "trainer": {}}, "expected --start with "),
+    ):
+        save(path, content)
+        run(data, tmp_path / "more", "--method", "l1", "--start", str(path.parent), status=2)
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (None, "cannot read {}: no such file or directory"),
+        ("{", "expected {} of JSON, as a run writes it"),
+        ("[]", "expected the result of a run in {}, got other JSON"),
+        (
+            '{"options": {"example": "rhn"}}',
+            "expected a result of examples.ptb in {}, got one of rhn",
+        ),
+        (
+            '{"options": {"example": "ptb"}, "config": "huge"}',
+            "expected a config of small, medium, large, modern in {}, got huge",
+        ),
+    ],
+)
+def test_the_table_of_what_is_no_result_is_one_sentence(tmp_path, capsys, content, sentence):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    assert report([str(path)]) == 2
+    assert capsys.readouterr().err == f"examples.ptb.report: {sentence.format(path)}\n"
+
+
+def test_a_table_or_pictures_of_nothing_are_one_sentence(tmp_path, capsys):
+    assert report([]) == 2
+    expected = "expected copies of result.json, or --pictures, got neither\n"
+    assert capsys.readouterr().err == f"examples.ptb.report: {expected}"
+    assert report(["--pictures", str(tmp_path)]) == 2
+    assert f"--pictures of a run's folder, got {tmp_path} without" in capsys.readouterr().err
+    committed = str(ROOT / "examples" / "ptb" / "results" / "small-iss.json")
+    assert report([committed, committed]) == 2
+    assert "got two of small, iss with seed 1\n" in capsys.readouterr().err
+    assert report([str(path) for path in RESULTS if path.parts[-3] == "ptb"]) == 0
 
 
 def test_another_text_is_refused(data, tmp_path, capsys):

@@ -182,6 +182,9 @@ def test_resume_gives_the_same_bits(data, tmp_path, monkeypatch):
     [
         (["--epochs", "0"], "expected --epochs in [1, inf), got 0"),
         (["--drop-input", "1"], "expected --drop-input in [0, 1), got 1.0"),
+        (["--bias", "inf"], "expected --bias in (-inf, inf), got inf"),
+        (["--l2", "inf"], "expected --l2 in [0, inf), got inf"),
+        (["--strength", "1"], "expected --method baseline without the penalty of --strength"),
         (["--resume"], "no checkpoint to resume from"),
     ],
 )

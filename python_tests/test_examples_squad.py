@@ -238,6 +238,8 @@ def blank(paragraph: dict[str, Any]) -> None:
             "expected the answer '3,000' of question Mia0 at character 10 of its text, got ',000 '",
         ),
         (changed(blank), "expected an answer of at least a token to question Mia1"),
+        (changed(lambda p: p["qas"][0].update(id=3)), "expected JSON in the format of SQuAD 1.1"),
+        (b"[" * 100_000, "expected JSON in the format of SQuAD 1.1"),
         (changed(lambda p: p["qas"][0].pop("id")), "expected JSON in the format of SQuAD 1.1"),
     ],
 )
@@ -477,9 +479,12 @@ def test_the_report_has_a_row_for_a_run(
 ) -> None:
     assert run(options(files, tmp_path / "run", *ISS)) == 0
     capsys.readouterr()
-    report.main([str(tmp_path / "run" / "result.json")])
+    assert report.main([str(tmp_path / "run" / "result.json")]) == 0
     *_, row = capsys.readouterr().out.splitlines()
     assert row.startswith("| iss, 0.5 | ")
+    assert report.main([str(tmp_path / "none")]) == 2
+    expected = f"examples.squad.report: cannot read {tmp_path / 'none'}: no such file or directory"
+    assert capsys.readouterr().err == f"{expected}\n"
 
 
 def test_fine_tuning_starts_from_a_baseline(
@@ -513,6 +518,8 @@ def test_fine_tuning_starts_from_a_baseline(
         ("--after -1", "expected --after in [0, inf), got -1"),
         ("--keep 0", "expected --keep in (0, 1], got 0.0"),
         ("--ema 1", "expected --ema in [0, 1), got 1.0"),
+        ("--phrase-strength 1", "expected --phrase-strength with --strength > 0"),
+        ("--strength 1", "expected --method baseline without the penalty of --strength, got 1.0"),
         ("--letters 2", "expected --letters of at least --width 3"),
     ],
 )

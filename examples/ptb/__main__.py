@@ -24,7 +24,6 @@ from examples.ptb.data import read
 from examples.ptb.recipes import CONFIGS, FROM_BASELINE, METHODS, Recipe, recipe
 from examples.ptb.train import LanguageTrainer, build
 from examples.training import DataError
-from iss_kernels.demo.checkpoint import load
 from iss_kernels.demo.model import LanguageModel
 from iss_kernels.demo.text import Text
 
@@ -33,8 +32,8 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_line.parser("examples.ptb", __doc__)
     add = parser.add_argument
-    add("--config", choices=CONFIGS, default="small")
-    add("--method", choices=METHODS, default="baseline")
+    add("--config", choices=CONFIGS, default="small", help="the sizes (default: small)")
+    add("--method", choices=METHODS, default="baseline", help="default: baseline")
     add("--data", type=Path, required=True, metavar="PATH", help="zip or folder of the text")
     add("--any-text", action="store_true", help="take a text that is not the Penn Treebank")
     add("--start", type=Path, metavar="DIR", help="the baseline's run, for iss-finetune and l1")
@@ -87,15 +86,14 @@ def _check(args: argparse.Namespace, chosen: Recipe) -> None:
         raise DataError(f"expected --groups lstm or lstm+embedding, got {chosen.groups}")
     if chosen.optimizer not in ("sgd", "adamw"):
         raise DataError(f"expected --optimizer sgd or adamw, got {chosen.optimizer}")
-    if not 0 < chosen.keep <= 1:
-        raise DataError(f"expected --keep in (0, 1], got {chosen.keep}")
+    if chosen.weight_decay and chosen.optimizer != "adamw":
+        raise DataError(f"expected --weight-decay with --optimizer adamw, got {chosen.optimizer}")
 
 
 def _start(model: LanguageModel, folder: Path, text: Text) -> None:
     """Take over the weights of a finished run."""
-    content = load(folder / training.CHECKPOINT)
-    options, run = content["options"], content["trainer"]
-    weights = run.get("average") or run["model"]
+    options, run = training.of_run(folder, "--start")
+    weights = run.get("average") or run.get("model", {})
     if options.get("text") != text.fingerprint:
         raise DataError(f"expected --start trained on the text of --data, got {folder}, on another")
     own = {name: list(p.shape) for name, p in model.state_dict().items()}

@@ -25,9 +25,9 @@ def option(text: str, default: Any) -> Any:
 class Schedule:
     """The numbers of training over windows of text, with a group lasso; the paper's for LSTMs."""
 
-    epochs: int = 55
-    batch: int = 20
-    steps: int = 35
+    epochs: int = option("passes over the text", 55)
+    batch: int = option("rows of a batch, each a strip of the text", 20)
+    steps: int = option("words of a row", 35)
     init: float = option("weights start uniform in [-init, init]", 0.04)
     clip: float = option("largest norm of the gradient", 10.0)
     rate: float = option("learning rate at the start", 1.0)

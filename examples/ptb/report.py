@@ -10,6 +10,7 @@ draws a run's course and its weight matrices, with what left in white, as the pa
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -25,12 +26,13 @@ from matplotlib.figure import Figure
 from examples import command_line
 from examples.ptb.recipes import CONFIGS, Recipe
 from examples.ptb.train import PREPARED, build, find
-from examples.training import CHECKPOINT, LOG, RESULT
+from examples.training import CHECKPOINT, LOG, RESULT, DataError, of_run
 from iss_kernels import shrink_
-from iss_kernels.demo.checkpoint import load
 from iss_kernels.demo.figures import weight_pictures
 from iss_kernels.demo.model import enlarge_
 
+# Options in which the runs of a row may differ.
+ALIKE = ("seed", "config", "threads", "matmul_precision")
 HEADINGS = (
     "config", "method", "embedding, units", "valid", "test", "in bfloat16; int8", "parameters",
     "multiply-adds of the LSTM; of all", "minutes",
@@ -42,8 +44,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in results:
         # An option that an earlier run did not have was as it is by default.
-        recipe = json.dumps(asdict(Recipe()) | result["options"] | {"seed": 0}, sort_keys=True)
-        rows.setdefault((result["config"], result["label"], recipe), []).append(result)
+        options = asdict(Recipe()) | result["options"]
+        recipe = json.dumps({k: v for k, v in options.items() if k not in ALIKE}, sort_keys=True)
+        runs = rows.setdefault((result["config"], result["label"], recipe), [])
+        if any(run["options"]["seed"] == options["seed"] for run in runs):
+            raise DataError(
+                "expected runs that differ in more than their file, got two of "
+                f"{result['config']}, {result['label']} with seed {options['seed']}"
+            )
+        runs.append(result)
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
     for (config, label, _), runs in rows.items():
         sizes = asdict(CONFIGS[config])
@@ -90,8 +99,9 @@ def _share(runs: Sequence[dict[str, Any]], whole: Sequence[int], softmax: bool) 
 
 def pictures(folder: Path) -> None:
     """Write curves.svg and weights.png into a run's folder."""
-    content = load(folder / CHECKPOINT)
-    options, state = content["options"], content["trainer"]
+    options, state = of_run(folder, "--pictures")
+    if options.get("example") != "ptb":
+        raise DataError(f"expected --pictures of a run of examples.ptb, got {folder}, of another")
     recipe = Recipe(**{field.name: options[field.name] for field in fields(Recipe)})
     vocabulary = len(state["model"]["decoder.bias"])
     big, small = build(recipe, vocabulary), build(recipe, vocabulary)
@@ -136,11 +146,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="*", type=Path, help=f"copies of {RESULT}")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help=f"a run: {CHECKPOINT}, {LOG}")
     args = parser.parse_args(argv)
+    return command_line.main("examples.ptb.report", lambda: run(args), args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The pictures, the table, or both."""
+    if not (args.pictures or args.results):
+        raise DataError(f"expected copies of {RESULT}, or --pictures, got neither")
     if args.pictures:
         pictures(args.pictures)
     if args.results:
-        print(table([json.loads(path.read_text()) for path in args.results]))
-    return 0
+        results = command_line.results(args.results, "ptb")
+        for path, result in zip(args.results, results, strict=True):
+            if result.get("config") not in CONFIGS:
+                expected = ", ".join(CONFIGS)
+                raise DataError(
+                    f"expected a config of {expected} in {path}, got {result.get('config')}"
+                )
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import iss_kernels as iss
+from examples.command_line import run_options
 from examples.ptb.recipes import Recipe, Schedule
 from examples.training import (
+    DataError,
     Sparsity,
     Trainer,
     expect_divisible,
@@ -108,6 +110,7 @@ class TextTrainer(Trainer):
         self.text, self.recipe, self.recurrent = text, recipe, recurrent
         self.state: Any = None
         expect_divisible(recipe.batch)
+        _expect_long(text, recipe.batch, recipe.steps)
         self.data = share(strips(text.train, recipe.batch))  # [L, B]
         super().__init__(
             model,
@@ -150,6 +153,19 @@ class TextTrainer(Trainer):
         self.state = state["state"]
 
 
+def _expect_long(text: Text, batch: int, steps: int) -> None:
+    """Raises DataError for a text without one window of a batch."""
+    if len(text.train) // batch <= steps:
+        raise DataError(
+            f"expected --batch and --steps of less than the text, got {batch} strips of more than "
+            f"{steps} words from {len(text.train)}"
+        )
+    for name in ("valid", "test"):
+        words = len(getattr(text, name))
+        if words < 2 * EVALUATION_BATCH:
+            raise DataError(f"expected a {name} text of {2 * EVALUATION_BATCH} words, got {words}")
+
+
 class LanguageTrainer(TextTrainer):
     """Training of the paper's language model."""
 
@@ -169,8 +185,9 @@ def run(
     options = {
         "example": example,
         "text": trainer.text.fingerprint,
-        "seed": args.seed,
+        "config": args.config,
         "method": args.method,
+        **run_options(args),
         **asdict(trainer.recipe),
     }
     fit(trainer, args.output, options, resume=args.resume)

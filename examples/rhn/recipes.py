@@ -28,7 +28,7 @@ class Recipe(Schedule):
     drop_state: float = option("the same of an element of the state", 0.25)
     drop_output: float = option("the same of an element of the output", 0.75)
     l2: float = option("weight decay", 1e-7)
-    epochs: int = 500
+    epochs: int = option("passes over the text", 500)
     rate: float = option("learning rate of SGD at the start", 0.2)
     decay: float = option("factor on the learning rate", 1 / 1.02)
     hold: int = option("epochs before the first decay", 20)

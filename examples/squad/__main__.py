@@ -44,7 +44,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_line.parser("examples.squad", __doc__)
     add = parser.add_argument
-    add("--method", choices=training.METHODS, default="baseline")
+    add("--method", choices=training.METHODS, default="baseline", help="default: baseline")
     add("--train", type=Path, nargs="+", required=True, metavar="FILE",
         help="questions in SQuAD's format, whose answers stand where the files say")  # fmt: skip
     add("--dev", type=Path, required=True, metavar="FILE", help="SQuAD's dev questions")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         "data": fingerprint([*short, *dev], known),
         "questions": [len(short), len(dev)],
         "method": args.method,
-        "seed": args.seed,
+        **command_line.run_options(args),
         **asdict(recipe),
     }
     fit(reader, args.output, options, resume=args.resume)
@@ -93,10 +93,6 @@ def _check(args: argparse.Namespace, recipe: training.Recipe) -> None:
     if (args.start is not None) != (args.method == "iss-finetune"):
         expected = "without" if args.start is not None else "with"
         raise DataError(f"expected --method {args.method} {expected} --start, the baseline's run")
-    if not 0 < recipe.keep <= 1:
-        raise DataError(f"expected --keep in (0, 1], got {recipe.keep}")
-    if not 0 <= recipe.ema < 1:
-        raise DataError(f"expected --ema in [0, 1), got {recipe.ema}")
     if recipe.letters < recipe.width:
         raise DataError(f"expected --letters of at least --width {recipe.width}")
     if recipe.steps % recipe.evaluate_every:

@@ -89,7 +89,7 @@ def read_questions(paths: Iterable[Path], exact: bool = True) -> list[Question]:
         except OSError as error:
             why = error.strerror or str(error)
             raise DataError(f"{path}: expected a file to read, got: {why}") from None
-        except (EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
+        except (EOFError, KeyError, RecursionError, TypeError, ValueError, zlib.error) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(
@@ -116,6 +116,8 @@ def _text(text: str) -> Text:
 
 def _question(path: Path, context: Text, qa: Any, exact: bool) -> Question:
     name, places = qa["id"], Counter[tuple[int, int]]()
+    if not isinstance(name, str):
+        raise TypeError("an id is text")
     for answer in qa["answers"]:
         start, text = answer["answer_start"], answer["text"]
         stands = context.text[start : start + len(text)]

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples import command_line
 from examples.squad.model import FAMILIES
 
 HEADINGS = (
@@ -38,12 +38,17 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.squad.report", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = command_line.parser("examples.squad.report", __doc__)
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="result.json of runs")
     args = parser.parse_args(argv)
-    print(table([json.loads(path.read_text(encoding="utf-8")) for path in args.results]))
+
+    def run() -> None:
+        print(table(command_line.results(args.results, "squad")))
+
+    return command_line.main("examples.squad.report", run, args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
