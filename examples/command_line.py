@@ -17,8 +17,9 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from examples.training import DataError, processes
+from examples.training import CHECKPOINT, DataError, processes
 from iss_kernels.demo.checkpoint import ResumeError
+from iss_kernels.demo.options import needed
 
 Recipe = TypeVar("Recipe")
 MAY_BE_ZERO = ("hold", "after", "until", "warmup")  # of a recipe's whole numbers
@@ -148,13 +149,13 @@ def _check_effects(new: Any, given: dict[str, Any], method: str | None) -> None:
                 f"expected --method {method} without the penalty of {_option(name)}, "
                 f"got {getattr(new, name)}"
             )
-    for name, needed in NEEDS.items():
+    for name, others in NEEDS.items():
         value = given.get(name)
         # A negative --phrase-strength is none.
         effective = value is not None and (value > 0 if isinstance(value, float) else bool(value))
-        if effective and not any(getattr(new, other, None) for other in needed):
-            others = " or ".join(map(_option, needed))
-            raise DataError(f"expected {_option(name)} with {others} > 0, without which it is idle")
+        if effective and not any(getattr(new, other, None) for other in others):
+            those = " or ".join(map(_option, others))
+            raise DataError(f"expected {_option(name)} with {those} > 0, without which it is idle")
 
 
 def _option(name: str) -> str:
@@ -203,8 +204,16 @@ def main(name: str, run: Callable[[], None], args: argparse.Namespace) -> int:
         reason = (error.strerror or str(error)).lower()
         return _complain(name, f"cannot write {where}: {reason}", FAILED)
     except KeyboardInterrupt:
-        return _complain(name, "stopped; --resume goes on", INTERRUPTED)
+        return _complain(name, _stopped(args), INTERRUPTED)
+    except ModuleNotFoundError as error:
+        return _complain(name, needed(error, "examples"), USAGE)
     return 0
+
+
+def _stopped(args: argparse.Namespace) -> str:
+    if "resume" in args and (args.output / CHECKPOINT).exists():
+        return "stopped; --resume goes on"
+    return "stopped before there was anything to save"
 
 
 def results(paths: Sequence[Path], example: str) -> list[dict[str, Any]]:

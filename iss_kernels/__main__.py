@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from iss_kernels import build_info
-from iss_kernels.demo.options import whole
+from iss_kernels.demo.options import needed, whole
 
 Command: TypeAlias = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Any], int]]
 
@@ -94,12 +94,7 @@ def _demo(args: argparse.Namespace) -> int:
         from iss_kernels.demo.checkpoint import ResumeError
         from iss_kernels.demo.run import Demo
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("rich", "matplotlib", "jinja2"):
-            raise
-        return _complain(
-            f"needs the package {package}; type: pip install 'iss_kernels[demo]'", USAGE
-        )
+        return _complain(needed(error, "demo"), USAGE)
     import torch
 
     from iss_kernels.demo import text, training

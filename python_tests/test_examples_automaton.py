@@ -51,6 +51,16 @@ def test_a_rate_that_is_too_high_is_one_sentence(tmp_path, capsys):
     assert not [*tmp_path.iterdir()]
 
 
+def test_ctrl_c_promises_nothing(tmp_path, capsys, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("examples.automaton.__main__.train", stopped)
+    assert main(["--output", str(tmp_path)]) == 130
+    expected = "examples.automaton: stopped before there was anything to save\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_bad_options_are_one_sentence(tmp_path, capsys):
     assert main(["--bits", "0", "--output", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == "examples.automaton: expected --bits in [1, inf), got 0\n"

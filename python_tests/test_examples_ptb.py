@@ -340,6 +340,7 @@ def test_a_signal_to_torchrun_is_saved_by_all_processes(data, tmp_path, number):
         (["--until", "3"], "expected --until with --strength or --l1 > 0"),
         (["--method", "iss", "--horizon", "3"], "expected --horizon with --target > 0"),
         (["--weight-decay", "0.1"], "expected --weight-decay with --optimizer adamw, got sgd"),
+        (["--hidden", "1"], "expected --hidden with a layer of 2 units or more, of which some can"),
         (["--weight-drop", "1"], "expected --weight-drop in [0, 1), got 1.0"),
         (["--average", "nan"], "expected --average in [0, 1), got nan"),
         (["--init", "inf"], "expected --init in [0, inf), got inf"),
@@ -447,6 +448,46 @@ def test_a_table_or_pictures_of_nothing_are_one_sentence(tmp_path, capsys):
     assert report([committed, committed]) == 2
     assert "got two of small, iss with seed 1\n" in capsys.readouterr().err
     assert report([str(path) for path in RESULTS if path.parts[-3] == "ptb"]) == 0
+
+
+@pytest.mark.parametrize(
+    "package, example, args",
+    [
+        ("rich", "ptb", "--data {data} --output {output} --any-text"),
+        ("matplotlib", "automaton", "--output {output}"),
+        ("matplotlib", "ptb.report", "--pictures {run}"),
+    ],
+)
+def test_a_missing_package_is_one_sentence(data, tmp_path, package, example, args):
+    """And the help needs none."""
+    run(data, tmp_path / "run")
+    args = args.format(data=data, output=tmp_path / "output", run=tmp_path / "run").split()
+    code = f"""
+import runpy, sys
+sys.modules[{package!r}] = None
+runpy.run_module("examples.{example}", run_name="__main__")
+"""
+    for given, status in ((args, 2), (["--help"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == status, done.stderr
+        if status:
+            assert done.stderr == (
+                f"examples.{example}: needs the package {package}; "
+                "type: pip install 'iss_kernels[examples]'\n"
+            )
+    assert not (tmp_path / "output" / "log.csv").exists()
+
+
+def test_ctrl_c_says_what_is_there_to_go_on_with(data, tmp_path, capsys, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("examples.ptb.__main__.read", stopped)
+    run(data, tmp_path, status=130)
+    expected = "examples.ptb: stopped before there was anything to save\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_another_text_is_refused(data, tmp_path, capsys):

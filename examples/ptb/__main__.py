@@ -82,6 +82,10 @@ def _check(args: argparse.Namespace, chosen: Recipe) -> None:
             f"expected an embedding of the last layer's size, {chosen.hidden[-1]}, with --tied, "
             f"got {chosen.embedding}"
         )
+    if max(chosen.hidden) == 1:
+        raise DataError(
+            "expected --hidden with a layer of 2 units or more, of which some can leave, got 1"
+        )
     if chosen.groups not in ("lstm", "lstm+embedding"):
         raise DataError(f"expected --groups lstm or lstm+embedding, got {chosen.groups}")
     if chosen.optimizer not in ("sgd", "adamw"):

@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from examples import command_line
 from examples.ptb.recipes import CONFIGS, Recipe
 from examples.ptb.train import PREPARED, build, find
 from examples.training import CHECKPOINT, LOG, RESULT, DataError, of_run
 from iss_kernels import shrink_
-from iss_kernels.demo.figures import weight_pictures
 from iss_kernels.demo.model import enlarge_
 
 # Options in which the runs of a row may differ.
@@ -99,6 +97,8 @@ def _share(runs: Sequence[dict[str, Any]], whole: Sequence[int], softmax: bool) 
 
 def pictures(folder: Path) -> None:
     """Write curves.svg and weights.png into a run's folder."""
+    from examples.ptb.pictures import curves, weights  # which need matplotlib
+
     options, state = of_run(folder, "--pictures")
     if options.get("example") != "ptb":
         raise DataError(f"expected --pictures of a run of examples.ptb, got {folder}, of another")
@@ -109,35 +109,8 @@ def pictures(folder: Path) -> None:
     small.load_state_dict(state["model"])
     groups = find(recipe, big)
     enlarge_(big, groups, small, state["kept"])
-    _curves(state["history"]).savefig(folder / "curves.svg")
-    _weights(weight_pictures(groups)).savefig(folder / "weights.png", dpi=90)
-
-
-def _curves(history: Sequence[dict[str, Any]]) -> Figure:
-    """Perplexities and units by epoch."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    for name in ("train", "valid"):
-        left.plot(epochs, [row[name] for row in history], label=name)
-    left.set(xlabel="epoch", ylabel="perplexity", yscale="log")
-    for family in history[0]["units"]:
-        right.plot(epochs, [row["units"][family] for row in history], label=family)
-    right.set(xlabel="epoch", ylabel="units", ylim=(0, None))
-    left.legend()
-    right.legend()
-    return figure
-
-
-def _weights(drawn: Sequence[Any]) -> Figure:
-    """The share of non-zeros in each block of each matrix, dark where all are."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axis, picture in zip(figure.subplots(1, len(drawn)), drawn, strict=True):
-        axis.imshow(picture.density, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        rows, columns = picture.shape
-        axis.set(title=picture.name.replace(".", "\n", 1), xlabel=f"{rows} x {columns}")
-        axis.set(xticks=[], yticks=[])
-    return figure
+    curves(state["history"]).savefig(folder / "curves.svg")
+    weights(groups).savefig(folder / "weights.png", dpi=90)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of options: types for argparse, whose errors are one sentence."""
+"""What command lines share: types of options, whose errors are one sentence, and packages."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import math
+
+
+def needed(error: ModuleNotFoundError, extra: str) -> str:
+    """What to type where a package of an extra is not there. Raises the error of another one."""
+    package = (error.name or "").partition(".")[0]
+    if package not in ("rich", "matplotlib", "jinja2"):
+        raise error
+    return f"needs the package {package}; type: pip install 'iss_kernels[{extra}]'"
 
 
 def whole(text: str) -> int:
