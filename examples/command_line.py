@@ -28,6 +28,7 @@ SHARES = (  # in [0, 1)
     "average", "ema", "momentum", "target", "weight_drop", "drop_word", "drop_input", "drop_state",
     "drop_output",
 )  # fmt: skip
+LARGEST = 1e37  # Adam's first step is ten times the rate, and float32 ends at 3.4e38
 UNPENALISED = ("baseline", "direct")  # methods
 # {option: those of which it needs one to have an effect}
 NEEDS = {
@@ -135,6 +136,8 @@ def _check(name: str, number: float) -> None:
         interval, inside = "(-inf, inf)", math.isfinite(number)
     if not inside:
         raise DataError(f"expected {_option(name)} in {interval}, got {number}")
+    if isinstance(number, float) and abs(number) > LARGEST:
+        raise DataError(f"expected {_option(name)} of at most {LARGEST:g}, got {number:g}")
 
 
 def _check_effects(new: Any, given: dict[str, Any], method: str | None) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from examples.automaton.__main__ import main, sequences
+from examples.automaton.command import main, sequences
 
 
 def test_the_output_is_the_bit_written_last():
@@ -55,7 +55,7 @@ def test_ctrl_c_promises_nothing(tmp_path, capsys, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("examples.automaton.__main__.train", stopped)
+    monkeypatch.setattr("examples.automaton.command.train", stopped)
     assert main(["--output", str(tmp_path)]) == 130
     expected = "examples.automaton: stopped before there was anything to save\n"
     assert capsys.readouterr().err == expected

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.ptb.__main__ import _start, main
+from examples.ptb.command import _start, main
 from examples.ptb.recipes import CONFIGS, METHODS, Recipe, recipe
 from examples.ptb.report import main as report
 from examples.ptb.train import LanguageTrainer, build
@@ -148,7 +148,7 @@ def test_resume_gives_the_same_bits(data, tmp_path, penalty):
     args = ["--data", str(data), "--output", str(tmp_path / "cut"), *TINY, *options]
     code = f"""
 import signal
-from examples.ptb.__main__ import main
+from examples.ptb.command import main
 from examples.training import Trainer
 batch = Trainer.batch
 def stopping(self):
@@ -344,6 +344,7 @@ def test_a_signal_to_torchrun_is_saved_by_all_processes(data, tmp_path, number):
         (["--weight-drop", "1"], "expected --weight-drop in [0, 1), got 1.0"),
         (["--average", "nan"], "expected --average in [0, 1), got nan"),
         (["--init", "inf"], "expected --init in [0, inf), got inf"),
+        (["--rate", "1e39"], "expected --rate of at most 1e+37, got 1e+39"),
         (["--threads", "0"], "expected --threads in [1, 1025), got 0"),
         (["--seed", "-1"], "expected --seed in [0, 9223372036854775808), got -1"),
         (["--seed", str(2**64)], "expected --seed in [0, 9223372036854775808), got 18446744"),
@@ -372,7 +373,7 @@ def test_the_commands_of_the_results_are_taken(path):
     if path.stem in ("sweep", "modern-iss-target"):
         pytest.skip("it is an earlier commit's")
     command = shlex.split(json.loads(path.read_text())["command"])
-    example = importlib.import_module(f"{command[2]}.__main__")
+    example = importlib.import_module(f"{command[2]}.command")
     args = example.arguments().parse_args(command[3:])
     with pytest.raises(DataError, match=r"cannot read ptb\.zip|json\.gz: expected a file"):
         example.run(args)
@@ -480,11 +481,22 @@ runpy.run_module("examples.{example}", run_name="__main__")
     assert not (tmp_path / "output" / "log.csv").exists()
 
 
+@pytest.mark.parametrize("example", ["ptb", "rhn", "squad", "automaton"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, example):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr == f"examples.{example}: stopped before there was anything to save\n"
+
+
 def test_ctrl_c_says_what_is_there_to_go_on_with(data, tmp_path, capsys, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("examples.ptb.__main__.read", stopped)
+    monkeypatch.setattr("examples.ptb.command.read", stopped)
     run(data, tmp_path, status=130)
     expected = "examples.ptb: stopped before there was anything to save\n"
     assert capsys.readouterr().err == expected
@@ -524,12 +536,11 @@ def test_any_file_of_a_run_is_not_overwritten(data, tmp_path, capsys, name):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["another"]
 
 
-@pytest.mark.parametrize("rate", ["1e37", "1e38"])
-def test_a_rate_that_is_too_high_is_one_sentence(data, tmp_path, capsys, rate):
-    run(data, tmp_path / "run", "--rate", rate, "--clip", "1e30", status=2)
+def test_a_rate_that_is_too_high_is_one_sentence(data, tmp_path, capsys):
+    run(data, tmp_path / "run", "--rate", "1e37", "--clip", "1e30", status=2)
     error = capsys.readouterr().err
     assert error.startswith("examples.ptb: expected a finite loss, got ")
-    assert f"with a learning rate of {float(rate):g} and a gradient of at most 1e+30" in error
+    assert "with a learning rate of 1e+37 and a gradient of at most 1e+30" in error
     assert error.endswith(": give a lower --rate\n") and error.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 

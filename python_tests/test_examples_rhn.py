@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import iss_kernels as iss
-from examples.rhn.__main__ import main
+from examples.rhn.command import main
 from examples.rhn.recipes import CONFIGS, DROPS, METHODS, recipe
 from examples.rhn.train import HighwayTrainer, build
 from examples.training import Trainer, load

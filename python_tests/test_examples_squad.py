@@ -17,8 +17,8 @@ from torch import Tensor
 
 import iss_kernels as iss
 from examples.squad import report, training
-from examples.squad.__main__ import main
 from examples.squad.answers import best_spans, score
+from examples.squad.command import main
 from examples.squad.data import (
     DataError,
     Encoder,
