@@ -236,12 +236,13 @@ def summary(point: Point, rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def done(path: Path) -> set[tuple[str, ...]]:
-    """The points that a CSV has."""
+    """The points that a CSV has. Raises ValueError for one of another benchmark."""
     with path.open(newline="") as file:
-        return {
-            tuple(row[name] for name in ("series", "layers", "T", "B", "threads"))
-            for row in csv.DictReader(file)
-        }
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != FIELDS:
+            raise ValueError(f"expected a CSV of this benchmark to resume, got {path}")
+        names = ("series", "layers", "T", "B", "threads")
+        return {tuple(row[name] for name in names) for row in reader}
 
 
 def main() -> None:
@@ -271,10 +272,14 @@ def main() -> None:
             print(f"{name} left out: needs {', '.join(engine.packages)}")
     begun = unfinished(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    if options.resume and not begun.exists() and output.exists():
+    source = begun if begun.exists() else output
+    resumed = options.resume and source.exists()
+    try:
+        skip = done(source) if resumed else set()
+    except ValueError as error:
+        parser.error(str(error))
+    if resumed and source is output:
         shutil.copyfile(output, begun)
-    resumed = options.resume and begun.exists()
-    skip = done(begun) if resumed else set()
     with begun.open("a" if resumed else "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if not resumed:

@@ -318,6 +318,15 @@ def test_rows_of_a_benchmark_that_is_stopped_do_not_replace_the_record(tmp_path,
     assert (tmp_path / "x.csv.part").read_text() == "ms\n1\n"
 
 
+def test_bench_resumes_no_other_csv(tmp_path):
+    path = tmp_path / "rhn.csv"
+    path.write_text("H,D\n1,2\n")
+    done = run("-m", "iss_kernels", "bench", "--quick", "--resume", "--output", path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"expected a CSV of this benchmark to resume, got {path}\n")
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "H,D\n1,2\n"
+
+
 def test_report_fills_the_block_of_a_page(quick, tmp_path):
     pytest.importorskip("matplotlib")
     path, _ = quick
