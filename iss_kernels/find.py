@@ -91,7 +91,7 @@ def find_groups(
 
     A number in the model's own modules that turns out to be a width, such as self.hidden_size where
     states are made, changes with the units (`Groups.widths`): it is tried where the answers change
-    otherwise, and taken where they do not.
+    otherwise, and taken where it is needed.
 
     embedding: the dimensions of every nn.Embedding are units too, of a family with its name: they
     leave where all that reads them is zero. (The paper leaves them out.) Those of an embedding that
@@ -190,7 +190,8 @@ def _verified(tracer: _Tracer, model: nn.Module, inputs: Any) -> Groups:
     """The groups that a tracer finds, without the families that fail in experiments."""
     tracer.run()
     groups = tracer.groups(model)
-    experiment = Experiment(model, inputs, tracer.returned, tracer.eps)
+    states = {mode: tracer.returned_in(mode, model, inputs) for mode in (False, True)}
+    experiment = Experiment(model, inputs, states, tracer.eps)
     while failure := experiment.failure(groups):
         culprits: list[str] = []
         for candidate in tracer.candidates(groups, experiment, culprits):
@@ -548,6 +549,19 @@ class _Tracer(TorchFunctionMode):
                 self.stays.append(_Stay(units, "", _OWN_OUTPUT, False))
         for held in (self.known, self.elements, self.weights):  # all that the run computed
             held.clear()
+
+    def returned_in(self, training: bool, model: nn.Module, inputs: Any) -> list[Path]:
+        """Where the model returns final states in a mode, in which it may return more or less."""
+        if not self.returned or training == model.training:
+            return self.returned
+        other = copied(model)
+        other.train(training)
+        tracer = _Tracer(other, [*self.layouts], inputs, self.full, False)
+        try:
+            tracer.run()
+        except Exception:  # the experiments say so where it matters
+            return self.returned
+        return tracer.returned
 
     def groups(self, model: nn.Module) -> Groups:
         """What was found, with new ids for the units that can leave."""

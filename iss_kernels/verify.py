@@ -86,7 +86,8 @@ IN_TRAINING = "in training mode"
 class Experiment:
     """Compares copies of a model that have lost units with the whole model.
 
-    states: paths of the final states in what the model returns, which get as small as the units.
+    states: {training mode: paths of the final states in what the model returns}, which get as small
+    as the units.
     eps: machine epsilon of the least precise dtype that the model computes in.
 
     All copies are without dropout. Their labelled weights, and the parameters that are zero, are
@@ -99,7 +100,7 @@ class Experiment:
         self,
         model: nn.Module,
         inputs: Any,
-        states: list[Path],
+        states: dict[bool, list[Path]],
         eps: float,
     ) -> None:
         self.model, self.states = model, states
@@ -110,6 +111,8 @@ class Experiment:
         # Rounding errors grow on their way to the answers, yet stay far below what a unit that is
         # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
         self.tolerance = eps**0.6
+        # Statistics of few rows divide these errors by a small deviation.
+        self.tolerance_in_training = eps**0.5
         self.drawn: tuple[list[str], nn.Module] | None = None  # with weights drawn for these names
         self.same_in_training = self._same_in_training(inputs)
         whole = copied(model).eval()
@@ -182,7 +185,7 @@ class Experiment:
             expected = self._check(expected)
             if isinstance(got, Exception):
                 return f"fails with {brief(got)}"
-            if not self._same(expected, got):
+            if not _same(expected, got, self.tolerance):
                 return "gives other answers"
         # Both have been called alike till here, so what they keep from call to call is the same.
         expected, got = (self._outcome(m.train(), self.inputs[0]) for m in (whole, small))
@@ -190,7 +193,7 @@ class Experiment:
             return None
         if isinstance(got, Exception):
             return f"fails {IN_TRAINING} with {brief(got)}"
-        if self.same_in_training and not self._same(expected, got):
+        if self.same_in_training and not _same(expected, got, self.tolerance_in_training):
             return f"gives other answers {IN_TRAINING}"
         return None
 
@@ -208,13 +211,8 @@ class Experiment:
         one, two = outcomes
         if isinstance(one, Exception) or isinstance(two, Exception):
             return False
-        return all(state == states[0] for state in states) and self._same(one, two)
-
-    def _same(self, one: dict[Path, Any], two: dict[Path, Any]) -> bool:
-        """Whether these answers are equal, to rounding."""
-        return one.keys() == two.keys() and all(
-            _close(value, two[path], self.tolerance) for path, value in one.items()
-        )
+        drawn = any(state != states[0] for state in states)
+        return not drawn and _same(one, two, self.tolerance_in_training)
 
     def _outcome(self, model: nn.Module, inputs: Any) -> dict[Path, Any] | Exception:
         """The model's answers, or what it raises."""
@@ -224,7 +222,8 @@ class Experiment:
                 output = call(model, inputs)
         except Exception as error:
             return error
-        return {path: leaf for path, leaf in output.items() if not self._is_state(path)}
+        states = self.states[model.training]
+        return {path: leaf for path, leaf in output.items() if not _is_state(path, states)}
 
     def _check(self, expected: dict[Path, Any] | Exception) -> dict[Path, Any]:
         """The answers of a whole copy, by which others can be verified; GroupError for none."""
@@ -233,7 +232,7 @@ class Experiment:
                 "find_groups: expected a model that takes the example in eval mode, got "
                 + brief(expected)
             ) from expected
-        if not self.states and not any(
+        if not self.states[False] and not any(
             bool(torch.as_tensor(leaf, device="cpu").isfinite().any()) for leaf in expected.values()
         ):
             raise GroupError(
@@ -242,9 +241,10 @@ class Experiment:
             )
         return expected
 
-    def _is_state(self, path: Path) -> bool:
-        # A state is one tensor where sizes are equal, else a tuple of them: its path gets longer.
-        return any(path[: len(s)] == s or s[: len(path)] == path for s in self.states)
+
+def _is_state(path: Path, states: list[Path]) -> bool:
+    # A state is one tensor where sizes are equal, else a tuple of them: its path gets longer.
+    return any(path[: len(s)] == s or s[: len(path)] == path for s in states)
 
 
 def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
@@ -308,6 +308,13 @@ def _longer(inputs: Any, dim: int) -> Any:
         return torch.cat([part, part.narrow(dims[0], size - 1, 1)], dims[0]) if dims else part
 
     return mapped(inputs, repeat, is_leaf=has_size)
+
+
+def _same(one: dict[Path, Any], two: dict[Path, Any], tolerance: float) -> bool:
+    """Whether two outcomes have the same leaves, to rounding."""
+    return one.keys() == two.keys() and all(
+        _close(value, two[path], tolerance) for path, value in one.items()
+    )
 
 
 def _close(one: Any, two: Any, tolerance: float) -> bool:

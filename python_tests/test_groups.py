@@ -661,6 +661,28 @@ def test_what_training_alone_reads_is_noticed(name: str, kind: Any, mode: bool) 
     assert model.training is mode and model.get_buffer("calls") == 0
 
 
+@pytest.mark.parametrize("mode", [False, True])
+def test_states_may_be_in_another_place_in_training(mode: bool) -> None:
+    def run(m: Any, x: Tensor, h: Tensor, c: Tensor) -> Any:
+        y, states = m.rnn(x, (h, c))
+        answers = m.head(y)
+        return (answers, answers.pow(2).mean(), states) if m.training else (answers, states)
+
+    state = torch.zeros(1, 3, 4)
+    groups = find_groups(Net(run).train(mode), (X, state, state))
+    assert groups.families and not groups.full_width
+
+
+def test_a_penalty_before_the_states_in_training_is_noticed() -> None:
+    def run(m: Any, x: Tensor, h: Tensor, c: Tensor) -> Any:
+        y, states = m.rnn(x, (h, c))
+        return (m.head(y), y.mean(), states) if m.training else (m.head(y), states)
+
+    state = torch.zeros(1, 3, 4)
+    with pytest.raises(GroupError, match=r"rnn.l0: a copy .* gives other answers in training mode"):
+        find_groups(Net(run).eval(), (X, state, state))
+
+
 @pytest.mark.parametrize("draw", [
     lambda y: y.new_empty(1, 1, y.size(-1)).bernoulli_(0.5),
     lambda y: torch.tensor(np.random.rand(y.size(-1)), dtype=y.dtype),
