@@ -242,7 +242,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     for module in resized:
         fit(module)
     for name, place, number in metadata.widths:
-        widths.set_number(model.get_submodule(name), place, number)
+        widths.set_number(model, name, place, number)
     for module in model.modules():
         if type(module) in MODULES:  # torch keeps a list of the weights, and cuDNN's form of them
             cast(nn.RNNBase, module)._init_flat_weights()

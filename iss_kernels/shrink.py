@@ -26,7 +26,7 @@ from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups, Labelled, cell_of, plain_cells, plain_recurrent
 from iss_kernels.recurrent import CELL_MODULES, class_of
 from iss_kernels.states import States, cut_state
-from iss_kernels.widths import set_number, take_own
+from iss_kernels.widths import set_number
 
 # Which places along each dimension stayed, by the tensor that is new in a labelled one's place.
 Masks: TypeAlias = dict[Tensor, list[Tensor]]
@@ -316,8 +316,7 @@ def _fit(
             fit(module)
     for width in groups.widths:
         size = width.factor * int(kept[width.family].sum())
-        take_own(model, width.module, width.place)
-        set_number(model.get_submodule(width.module), width.place, size)
+        set_number(model, width.module, width.place, size)
 
 
 # {class of torch.nn: {attribute: (parameter or buffer, dimension)}}: sizes that parameters have.

@@ -61,25 +61,22 @@ def _numbers_in(holder: Any, place: Place, seen: set[int]) -> Iterator[tuple[Pla
                 yield from _numbers_in(vars(value), at, seen)
 
 
-def take_own(model: nn.Module, name: str, place: Place) -> None:
-    """Copy the objects on the way to a number, which other models may hold too.
+def set_number(model: nn.Module, name: str, place: Place, value: int) -> None:
+    """Change the number at a place of a module, which remembers it in `changed`.
 
-    A copy is put wherever a module of the model holds the object.
+    Objects on the way to it, which other models may hold too, are copied; a copy is put wherever a
+    module of the model holds the object.
     """
-    holder: Any = vars(model.get_submodule(name))
+    module = model.get_submodule(name)
+    holder: Any = vars(module)
     for key in place[:-1]:
         shared = holder[key]
         own = holder[key] = copy.copy(shared)
-        for module in model.modules():
-            its = vars(module)
-            its.update({at: own for at, value in its.items() if value is shared})
+        for other in model.modules():
+            its = vars(other)
+            its.update({at: own for at, held in its.items() if held is shared})
         holder = own if isinstance(own, (dict, list)) else vars(own)
-
-
-def set_number(module: Any, place: Place, value: int) -> None:
-    """Change the number at a place of a module, which remembers it in `changed`."""
-    holder, key = _holder(module, place)
-    holder[key] = value
+    holder[place[-1]] = value
     vars(module)[_CHANGED] = vars(module).get(_CHANGED, {}) | {place: value}
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -674,3 +675,36 @@ def test_a_link_goes_on_to_lead_to_the_file(tmp_path):
     iss.save(tagger(iss.ISSLSTM(5, 2), 2), tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert iss.load(tmp_path / "m", fresh).rnn.hidden_size == 2
+
+
+class Options:
+    """What several models are made with."""
+
+    def __init__(self) -> None:
+        self.hidden = 8
+
+
+class Agent(nn.Module):
+    """Lays its outputs out by the width that its options say."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.rnn, self.head = nn.GRU(4, options.hidden), nn.Linear(options.hidden, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.rnn(x)[0].view(-1, self.options.hidden))
+        return out
+
+
+def test_options_that_another_model_holds_stay_as_they_are(tmp_path: Path) -> None:
+    options, x = Options(), torch.randn(3, 2, 4)
+    agent = Agent(options)
+    small, _ = iss.shrink(agent, iss.find_groups(agent, x), ratio=0.5)
+    iss.save(small, tmp_path / "small.safetensors")
+    assert (small.options.hidden, options.hidden) == (4, 8)
+    target = Agent(options)
+    loaded = iss.load(tmp_path / "small.safetensors", Agent(options))
+    assert (loaded.options.hidden, options.hidden) == (4, 8)
+    torch.testing.assert_close(loaded(x), small(x))
+    assert target(x).shape == (6, 2)
