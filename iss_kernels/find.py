@@ -70,9 +70,10 @@ def find_groups(
 
     example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
     keyword arguments; any values that take the model's usual path. A copy of the model runs on
-    them, to follow the units; then copies in eval mode that have lost units must give the answers
-    that a whole one gives where these units are dead, on the example, and with one row more along
-    its first two dimensions if the model takes that. The model stays as it is.
+    them, to follow the units; then copies that have lost units must give the answers that a whole
+    one gives where these units are dead: in eval mode on the example, and with one row more along
+    its first two dimensions if the model takes that; in training mode, without dropout, if the
+    model draws no random numbers there. The model stays as it is.
 
     Units of two layers become one where the model adds or multiplies their outputs, compares them
     (attention scores), or hands one's final state to the other: they leave together. Families keep
