@@ -45,7 +45,7 @@ CASES = [
     Case("no_rows", 4, 0, 3, 5),
     Case("no_steps", 0, 3, 4, 5),
     Case("many_rows", 64, 64, 5, 8),  # weight gradients are sums over 4096 rows
-    Case("wide_batch", 3, 1100, 2, 3),  # backward takes some 1024 rows at a time, or a step
+    Case("wide_batch", 3, 600, 2, 3),  # backward takes 1024 rows at a time, whole steps
     Case("many_steps", 70, 30, 3, 10, P=7, batch_sizes=(30,) * 15 + (17,) * 30 + (3,) * 25),
     Case("two_threads", 30, 8, 20, 64),  # enough work that the batch is split
     Case("ptb_medium", 35, 20, 650, 650, slow=True),

@@ -141,7 +141,9 @@ def test_the_penalties_end_or_become_less(data, proximal, relax):
     ],
 )
 def test_resume_gives_the_same_bits(data, tmp_path, penalty):
-    options = ["--method", "iss", "--keep", "0.8", *penalty]
+    # A process of its own may have another number of threads.
+    threads = ["--threads", str(torch.get_num_threads())]
+    options = ["--method", "iss", "--keep", "0.8", *threads, *penalty]
     run(data, tmp_path / "whole", *options)
     whole = load(tmp_path / "whole" / "checkpoint.pt")["trainer"]
     text = load_text(data)
