@@ -583,12 +583,14 @@ PYBIND11_MODULE(_C, module) {
       .def("run", &run_linear);
   py::class_<BoundStream, std::shared_ptr<BoundStream>>(module, "Stream")
       .def(py::init<int64_t, int64_t>())
-      .def("add_recurrent",
-           [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_recurrent(n); },
-           py::arg().none(false))
-      .def("add_linear",
-           [](BoundStream& self, const std::shared_ptr<BoundLinear>& l) { self.add_linear(l); },
-           py::arg().none(false))
+      .def(
+          "add_recurrent",
+          [](BoundStream& self, const std::shared_ptr<BoundNetwork>& n) { self.add_recurrent(n); },
+          py::arg().none(false))
+      .def(
+          "add_linear",
+          [](BoundStream& self, const std::shared_ptr<BoundLinear>& l) { self.add_linear(l); },
+          py::arg().none(false))
       .def("add_layer_norm", &BoundStream::add_layer_norm)
       .def("add_activation", &BoundStream::add_activation)
       .def_property_readonly("step", &step_of)
