@@ -122,12 +122,12 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what it says."""
+    """The first line of an error's message, "" where it has none."""
     return (str(error).strip().splitlines() or [""])[0]
 
 
 def brief(error: BaseException) -> str:
-    """Its type and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 

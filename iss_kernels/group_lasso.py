@@ -92,9 +92,9 @@ class GroupLasso:
         if warmup < 0:
             raise ValueError(f"GroupLasso: expected warmup >= 0, got {warmup}")
         needing = {"horizon": horizon, "of": of, "gone": gone}
-        for argument in (name for name, value in needing.items() if value is not None):
-            if target is None:
-                raise ValueError(f"GroupLasso: expected target with {argument}, got None")
+        named = [name for name, value in needing.items() if value is not None]
+        if target is None and named:
+            raise ValueError(f"GroupLasso: expected target with {named[0]}, got None")
         self.eps = eps
         self.paper_overlap = paper_overlap
         self._strengths = torch.tensor(  # of each unit, [units]

@@ -242,7 +242,7 @@ def in_columns(trace: Trace, labels: Labels) -> Labels:
 
 # -- Element by element
 
-# Of elements, channels or features.
+# They drop elements, channels or features.
 DROPOUTS = words(
     """alpha_dropout alpha_dropout_ dropout dropout1d dropout2d dropout3d dropout_
     feature_alpha_dropout feature_alpha_dropout_ feature_dropout feature_dropout_"""

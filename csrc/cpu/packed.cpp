@@ -175,7 +175,8 @@ Matrix pack_once(const at::Tensor& weight, Layout layout, bool look) {
         entry->dtype == weight.scalar_type() && entry->fingerprint == now)
       return entry->packed;
   }
-  // Of a copy, so that the panels are of what the fingerprint says, whoever writes meanwhile.
+  // A copy is packed: another thread may write the weight meanwhile, and the panels have to hold
+  // the values that the fingerprint is kept for.
   const at::Tensor values = recycled(weight.sizes(), weight.scalar_type());
   std::memcpy(values.mutable_data_ptr(), weight.const_data_ptr(), weight.nbytes());
   const Matrix result = pack(values, layout, {}, look);
