@@ -348,7 +348,9 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     Recurrent are nn.LSTM, nn.GRU and nn.RNN, ISSLSTM, ISSGRU, ISSRNN and their kin, which become a
     `Prepared`, and the cells of these, which become a `PreparedCell`; an nn.Linear becomes a
     `PreparedLinear`. weights: how their weights are stored, "float32",
-    "float16", "bfloat16" or "int8" (each row with its own scale). The copy is in eval mode, and
+    "float16", "bfloat16" or "int8" (each row with its own scale). "float32" also widens the weights
+    of a model in bfloat16, which is then several times slower than the model on a CPU that
+    multiplies bfloat16: ask for "bfloat16" there. The copy is in eval mode, and
     its parameters, those of embeddings for example, ask for no gradient; changing the model's
     weights later does not change it. Hooks come along, but for those of a
     backward pass, as do attributes of a module. Copied as they are: subclasses, a Linear whose

@@ -21,6 +21,7 @@ struct Tile {
 };
 inline thread_local Tile tiles[8];
 inline thread_local bool configured = false;
+inline thread_local uint8_t rows_of[8];
 
 inline void expect(bool holds, const char* what) {
   if (holds) return;
@@ -36,7 +37,9 @@ inline void configure(const void* shapes) {
     uint16_t row_bytes;
     std::memcpy(&row_bytes, bytes + 16 + 2 * t, 2);
     const uint8_t rows = bytes[48 + t];
-    expect(row_bytes == (t < 8 ? 64 : 0) && rows == (t < 8 ? 16 : 0), "expected whole tiles");
+    expect(row_bytes == (t < 8 ? 64 : 0), "expected rows of 64 bytes");
+    expect(t < 8 ? rows >= 1 && rows <= 16 : rows == 0, "expected 1 to 16 rows");
+    if (t < 8) rows_of[t] = rows;
   }
   std::memset(tiles, 0, sizeof(tiles));
   configured = true;
@@ -49,13 +52,15 @@ inline Tile& tile(int t) {
   return tiles[t];
 }
 
+// Rows that a tile does not have are zeros.
 inline void load(int t, const void* base, int64_t stride) {
-  for (int r = 0; r < 16; ++r)
+  std::memset(&tile(t), 0, sizeof(Tile));
+  for (int r = 0; r < rows_of[t]; ++r)
     std::memcpy(tile(t).bytes[r], static_cast<const char*>(base) + r * stride, 64);
 }
 
 inline void store(int t, void* base, int64_t stride) {
-  for (int r = 0; r < 16; ++r)
+  for (int r = 0; r < rows_of[t]; ++r)
     std::memcpy(static_cast<char*>(base) + r * stride, tile(t).bytes[r], 64);
 }
 
@@ -72,7 +77,8 @@ T element(const Tile& of, int row, int at) {
 template <typename Sum, typename A, typename B, typename Value>
 void dot(int sum, int a, int b, Value value) {
   constexpr int kEach = 4 / sizeof(A);
-  for (int m = 0; m < 16; ++m)
+  expect(rows_of[sum] == rows_of[a] && rows_of[b] == 16, "expected tiles that fit each other");
+  for (int m = 0; m < rows_of[sum]; ++m)
     for (int n = 0; n < 16; ++n) {
       Sum total = element<Sum>(tile(sum), m, n);
       for (int k = 0; k < 16; ++k)
@@ -99,6 +105,7 @@ inline void dot_unsigned_signed(int sum, int a, int b) {
 }  // namespace amx_emulation
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
@@ -106,6 +113,7 @@ inline void dot_unsigned_signed(int sum, int a, int b) {
 #define _tile_loadconfig amx_emulation::configure
 #define _tile_release amx_emulation::release
 #define _tile_loadd amx_emulation::load
+#define _tile_stream_loadd amx_emulation::load
 #define _tile_stored amx_emulation::store
 #define _tile_zero amx_emulation::zero
 #define _tile_dpbf16ps amx_emulation::dot_bfloat16

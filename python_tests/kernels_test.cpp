@@ -143,7 +143,7 @@ double size_of_error(Format format, int64_t k, double size) {
 
 template <typename T>
 void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t k, int64_t columns,
-                 bool accumulate) {
+                 bool accumulate, bool biased) {
   const int64_t a_stride = k + 2, out_stride = columns + 3;
   const auto a = normal<T>(rows * a_stride);
   const Weight<T> b(format, k, columns, false);
@@ -162,7 +162,7 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
                     .a = a.data(),
                     .a_stride = a_stride,
                     .b = {format, panels.data()},
-                    .bias = bias.data(),
+                    .bias = biased ? bias.data() : nullptr,
                     .accumulate = accumulate,
                     .out = out.data(),
                     .out_stride = out_stride,
@@ -170,7 +170,7 @@ void test_matmul(const Kernels<T>& kernels, Format format, int64_t rows, int64_t
   Doubles truth(rows * out_stride, 7);  // what lies between the rows stays
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
-      double& sum = truth[r * out_stride + c] = bias[c] + (accumulate ? 7 : 0);
+      double& sum = truth[r * out_stride + c] = (biased ? bias[c] : 0) + (accumulate ? 7 : 0);
       for (int64_t i = 0; i < k; ++i)
         sum += double(multiplied(format, a[r * a_stride + i])) * b.values[i * columns + c];
     }
@@ -266,14 +266,16 @@ double derivative(CellKind kind, Unit& u, Complex& part, double dh, double dc) {
 }
 
 // full: with resets, masks, a bias of the product and a gradient of h_n; else with none of them.
+// begins: the product begins with the projected inputs.
 template <typename T>
 void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, int64_t rows,
-               int64_t hidden, int64_t output, bool full) {
+               int64_t hidden, int64_t output, bool full, bool begins = false) {
   const CellKind kind = cell.kind;
   const int64_t gates = cell.gates, columns = gates * hidden, stride = columns + 1;
   const int64_t h_stride = hidden + 2, before_stride = cell.has_c ? hidden : hidden + 3;
   const auto h_prev = normal<T>(rows * output), before = normal<T>(rows * before_stride);
-  const auto inputs = normal<T>(rows * stride), bias = normal<T>(hidden);
+  auto inputs = normal<T>(rows * stride);
+  const auto bias = normal<T>(hidden), biases = normal<T>(columns);
   const auto mask = normal<T>(rows * hidden), state_mask = normal<T>(rows * hidden);
   const std::unique_ptr<bool[]> resets(new bool[rows]), resets_after(new bool[rows]);
   for (int64_t r = 0; r < rows; ++r) {
@@ -284,7 +286,36 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
   const bool masks = full && cell.deep, biased = full && kind == CellKind::kGru;
   const Weight<T> w_hh(format, output, columns, true);
   const auto panels = w_hh.packed(kernels, output, columns, true, cell.gates);
-  std::vector<char> scratch(kernels.scratch_bytes(format, rows, std::max(output, columns)));
+  std::vector<char> scratch(
+      kernels.scratch_bytes(format, rows, std::max({output, columns, int64_t{7}})));
+  const int64_t initial_rows = rows + iss::kTileSize - 1;
+  std::vector<T> initial(kernels.panels(hidden, cell.gates) * kernels.panel_columns(cell.gates) *
+                         initial_rows);
+  if (begins) {
+    const int64_t input = 7;
+    const auto x = normal<T>(rows * input);
+    const Weight<T> w_ih(format, input, columns, true);
+    kernels.matmul({.rows = rows,
+                    .k = input,
+                    .columns = columns,
+                    .panels = {0, kernels.panels(hidden, cell.gates)},
+                    .a = x.data(),
+                    .a_stride = input,
+                    .b = {format, w_ih.packed(kernels, input, columns, true, cell.gates).data()},
+                    .bias = nullptr,
+                    .accumulate = false,
+                    .out = initial.data(),
+                    .out_stride = 0,
+                    .scratch = scratch.data(),
+                    .panel_rows = initial_rows});
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t column = 0; column < columns; ++column) {
+        double sum = biases[column];
+        for (int64_t i = 0; i < input; ++i)
+          sum += double(multiplied(format, x[r * input + i])) * w_ih.values[column * input + i];
+        inputs[r * stride + column] = static_cast<T>(sum);
+      }
+  }
   std::vector<T> c = before, h(rows * h_stride, T(7)), kept = inputs, saved(rows * hidden),
                  masked(rows * hidden);
   const int64_t count = kernels.panels(hidden, cell.gates);
@@ -299,8 +330,8 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
                            .before_stride = before_stride,
                            .resets = full ? resets.get() : nullptr,
                            .w_hh = {format, panels.data()},
-                           .inputs = kept.data(),
-                           .inputs_stride = stride,
+                           .inputs = begins ? biases.data() : kept.data(),
+                           .inputs_stride = begins ? 0 : stride,
                            .product_bias = biased ? bias.data() : nullptr,
                            .c = cell.has_c ? c.data() : nullptr,
                            .h = h.data(),
@@ -312,7 +343,9 @@ void test_cell(const Kernels<T>& kernels, const CellSpec& cell, Format format, i
                            .gates_stride = stride,
                            .saved = saved.data(),
                            .scratch = scratch.data(),
-                           .rough = rough});
+                           .rough = rough,
+                           .initial = begins ? initial.data() : nullptr,
+                           .initial_rows = initial_rows});
   // The gradient of h: dy and what the next step's products ask for; of k = 0, dy alone.
   const auto dy = normal<T>(rows * hidden), dh_n = normal<T>(rows * hidden);
   const auto carried_in = normal<T>(rows * hidden);
@@ -595,14 +628,18 @@ void test(const Kernels<T>& kernels) {
     for (int64_t size : {1, 3, 8, 17, 33}) {
       for (Format format : formats) {
         if (rows > 7 && !in_tiles(format)) continue;
-        for (bool accumulate : {false, true}) {
-          test_matmul(kernels, format, rows, 9, 5 * size, accumulate);
-          if (in_tiles(format)) test_matmul(kernels, format, rows, 5 * size, 70, accumulate);
-        }
+        for (bool accumulate : {false, true})
+          for (bool biased : {false, true}) {
+            test_matmul(kernels, format, rows, 9, 5 * size, accumulate, biased);
+            if (in_tiles(format))
+              test_matmul(kernels, format, rows, 5 * size, 70, accumulate, biased);
+          }
         for (const CellSpec& cell : iss::kCells)
           for (bool full : {false, true}) {
             test_cell(kernels, cell, format, rows, size, size, full);
             test_cell(kernels, cell, format, rows, size, 6, full);
+            if (format == Format::kTiles && !cell.bias_parts)
+              test_cell(kernels, cell, format, rows, size, size, full, /*begins=*/true);
           }
       }
       test_transpose(kernels, 5 * rows, size);

@@ -35,19 +35,22 @@ Stack packed_stack(const CellSpec& spec, const std::vector<std::vector<CellWeigh
     for (const CellWeights& w : layer) {
       const int64_t depth = w.w_hh.size(0) / w.w_ih.size(0);
       const auto [bias, product_bias] = merged_biases(spec, w.b_ih, w.b_hh, depth);
+      const bool begins_with_inputs = can_begin_with_inputs(spec, w.w_ih.scalar_type());
       PackedCell cell{
           .spec = &spec,
           .input = w.w_ih.size(1),
           .hidden = w.w_ih.size(0) / spec.gates,
           .output = w.w_hh.size(1),
           .reverse = w.reverse,
-          .w_ih = pack(w.w_ih, {.transposed = true}, w.scale_ih),
+          .w_ih = pack(w.w_ih, {.transposed = true, .gates = begins_with_inputs ? spec.gates : 1},
+                       w.scale_ih),
           .w_hh = pack(w.w_hh, {.transposed = true, .gates = spec.gates, .parts = depth},
                        w.scale_hh, /*look=*/true),
           .w_hr = w.w_hr.defined() ? pack(w.w_hr, {.transposed = true}, w.scale_hr) : Matrix(),
           .bias = copied(bias),
           .product_bias = copied(product_bias),
-          .depth = depth};
+          .depth = depth,
+          .begins_with_inputs = begins_with_inputs};
       if (first) cell.w_ih.format = fine(cell.w_ih.format);
       cells.push_back(std::move(cell));
     }

@@ -47,20 +47,6 @@ uint64_t fingerprint(const at::Tensor& weight) {
   return hash;
 }
 
-// What a weight of that type is packed as.
-Format format_of(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return Format::kFloat16;
-    case at::kBFloat16:
-      return cpu_kernels().f32.bfloat16;
-    case at::kChar:
-      return cpu_kernels().f32.int8;
-    default:
-      return Format::kSame;
-  }
-}
-
 // part: the first of `parts`, which are `bytes` apart and have `rows` rows of the weight each.
 template <typename T>
 Matrix pack_as(const PackArgs& part, int64_t parts, int64_t bytes, int64_t rows) {
@@ -121,6 +107,19 @@ struct KeptPanels final : c10::BackendMeta {
 };
 
 }  // namespace
+
+Format format_of(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return Format::kFloat16;
+    case at::kBFloat16:
+      return cpu_kernels().f32.bfloat16;
+    case at::kChar:
+      return cpu_kernels().f32.int8;
+    default:
+      return Format::kSame;
+  }
+}
 
 PackArgs pack_args(const at::Tensor& weight, Layout layout, const at::Tensor& scales) {
   const int64_t width = weight.size(1);

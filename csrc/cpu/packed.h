@@ -35,6 +35,9 @@ struct Matrix {
   }
 };
 
+// What a weight of that type is packed as.
+Format format_of(at::ScalarType type);
+
 // The arguments that pack a contiguous weight, or the first of its parts; the caller adds the
 // panels and the destination. The format follows from the dtype: float64, float32, float16,
 // bfloat16, or int8 with scales [rows of the weight].

@@ -40,24 +40,35 @@ struct Job {
   const T* x;  // [N, I]
   T* y;        // [N, P], y_stride elements from row to row
   int64_t y_stride;
-  int64_t chunk;   // steps whose inputs are projected together
-  T* inputs;       // [rows of a chunk, G H]; unused where CellState has them
+  int64_t chunk;  // steps whose inputs are projected together
+  // [rows of a chunk, G H]; unused where CellState has them. Where a step's product begins with
+  // them, [panel][input_rows][columns of a panel].
+  T* inputs;
+  int64_t input_rows;
   T* unprojected;  // [B, H] with a projection
   // [2, B, H] of a deep cell that saves no states: a micro-step reads one and writes the other.
   T* states;
   T* masked;  // [3, B, H] with masks: these two states and h_0, times the mask of the states
-  // A state [P] after a reset, where w_hh is not finite; the inputs [G H] of a micro-step that has
-  // neither input nor bias.
+  // A state [P] after a reset, where w_hh is not finite; the inputs [G H] of a micro-step, or the
+  // biases, where there are none.
   const T* zeros;
+
+  // Elements from row to row of `inputs`.
+  int64_t inputs_stride() const {
+    return cell.begins_with_inputs ? cpu_kernels().of<T>().panel_columns(cell.spec->gates)
+                                   : cell.gates();
+  }
 };
 
-// inputs = x @ w_ih.T + bias for `rows` rows from `row`: [rows, I] -> [rows, G H].
+// inputs = x @ w_ih.T + bias for `rows` rows from `row`: [rows, I] -> [rows, G H]. Without the bias
+// where a step's product begins with them.
 template <typename T>
 void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T* inputs,
              void* scratch) {
   const PackedCell& cell = job.cell;
   if (!cell.w_ih.panels.defined()) return;
   const int64_t columns = cell.gates(), block = Kernels<T>::block_rows(cell.w_ih.format);
+  const bool initial = cell.begins_with_inputs;
   for (int64_t first = 0; first < rows; first += block)
     cpu_kernels().of<T>().matmul(
         {.rows = std::min(block, rows - first),
@@ -67,11 +78,12 @@ void project(const Job<T>& job, int64_t row, int64_t rows, PanelRange panels, T*
          .a = job.x + (row + first) * cell.input,
          .a_stride = cell.input,
          .b = cell.w_ih.view(),
-         .bias = cell.bias.defined() ? cell.bias.const_data_ptr<T>() : nullptr,
+         .bias = cell.bias.defined() && !initial ? cell.bias.const_data_ptr<T>() : nullptr,
          .accumulate = false,
-         .out = inputs + first * columns,
+         .out = inputs + first * job.inputs_stride(),
          .out_stride = columns,
-         .scratch = scratch});
+         .scratch = scratch,
+         .panel_rows = initial ? job.input_rows : 0});
 }
 
 // The state that micro-step d leaves of row b of the batch, `row` of all rows, and its stride.
@@ -100,7 +112,8 @@ void take_step(const Job<T>& job, void (*step)(const StepArgs<T>&), const Packed
   if (!job.cell.spec->has_c) args.before = args.h_prev, args.before_stride = args.h_prev_stride;
   const bool product = !is_first || !job.cell.w_hh.finite ||
                        !all_zero(job.state.h0 + b * output, args.rows * output);
-  if (product) args.k = output, args.w_hh = w_hh;
+  if (product) args.k = output;
+  if (product || args.initial) args.w_hh = w_hh;
   if (job.state.masks) {
     const int64_t all = job.sequence.batch * output, now = (k * depth + d) % 2;
     args.state_mask = job.state.masks + b * output;
@@ -124,6 +137,7 @@ void take_step(const Job<T>& job, void (*step)(const StepArgs<T>&), const Packed
     if (reset) run.before = job.zeros, run.before_stride = 0;
     run.resets = nullptr;
     run.inputs += begin * args.inputs_stride;
+    if (run.initial) run.initial += begin * job.inputs_stride();
     if (run.c) run.c += begin * args.hidden;
     run.h += begin * args.h_stride;
     if (run.gates) run.gates += begin * args.gates_stride;
@@ -141,14 +155,17 @@ void take_step(const Job<T>& job, void (*step)(const StepArgs<T>&), const Packed
 template <typename T>
 bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t last, void* scratch) {
   const Kernels<T>& kernels = cpu_kernels().of<T>();
-  const auto& [cell, state, sequence, x, y, y_stride, chunk, inputs_of_chunk, unprojected, states,
-               masked, zeros] = job;
+  const auto& [cell, state, sequence, x, y, y_stride, chunk, inputs_of_chunk, input_rows,
+               unprojected, states, masked, zeros] = job;
   const CellSpec& spec = *cell.spec;
   const int64_t hidden = cell.hidden, output = cell.output, gates = cell.gates();
   const int64_t depth = cell.depth, gates_kept = spec.gates_kept(depth) * hidden;
   const bool reverse = cell.reverse, projected = cell.w_hr.panels.defined();
   const T* const product_bias =
       cell.product_bias.defined() ? cell.product_bias.template const_data_ptr<T>() : nullptr;
+  const T* const bias = cell.bias.defined() ? cell.bias.template const_data_ptr<T>() : zeros;
+  const bool initial = cell.begins_with_inputs;
+  const int64_t inputs_stride = job.inputs_stride();
   const StepRange steps = sequence.steps_taken(first, last, reverse);
   const bool whole = share.begin == 0 && share.end == sequence.batch;
   // There is memory for the projected inputs of a chunk, unless the caller has some for all of
@@ -159,7 +176,7 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
     const int64_t row = whole ? sequence.offsets[t] + b - steps.first_row
                               : chunk * share.begin +
                                     (t - steps.begin) * (share.end - share.begin) + b - share.begin;
-    return inputs_of_chunk + row * gates;
+    return inputs_of_chunk + row * inputs_stride;
   };
 
   const PanelRange columns = share.of(kernels.panels(gates));
@@ -200,8 +217,10 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
                 .before_stride = hidden,
                 .resets = nullptr,
                 .w_hh = {},
-                .inputs = d == 0 ? inputs_at(t, b) : no_input,
-                .inputs_stride = d == 0 ? gates : 0,
+                .inputs = d > 0     ? no_input
+                          : initial ? bias
+                                    : inputs_at(t, b),
+                .inputs_stride = d > 0 || initial ? 0 : inputs_stride,
                 .product_bias = product_bias,
                 .c = state.c ? state.c + b * hidden : nullptr,
                 .h = h,
@@ -210,7 +229,9 @@ bool run_chunk(const Job<T>& job, const Share& share, int64_t first, int64_t las
                 .gates_stride = gates_kept,
                 .saved = state.saved ? state.saved + row * hidden : nullptr,
                 .scratch = scratch,
-                .rough = rounds_rows(w_hh.format)};
+                .rough = rounds_rows(w_hh.format),
+                .initial = initial ? inputs_at(t, b) : nullptr,
+                .initial_rows = input_rows};
             take_step(job, step, w_hh, args, k, d, b, row, previous);
           });
       if (!share.meet()) return false;
@@ -347,7 +368,9 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
       if (cell.w_ih.part_bytes > kLargeBytes)
         least_rows = std::max(least_rows, kernels.block_rows(cell.w_ih.format));
       longest_row = std::max({longest_row, cell.output, cell.hidden});
-      if (cell.depth > 1 && !cell.product_bias.defined()) idle = std::max(idle, cell.gates());
+      if ((cell.depth > 1 && !cell.product_bias.defined()) ||
+          (cell.begins_with_inputs && !cell.bias.defined()))
+        idle = std::max(idle, cell.gates());
     }
   const int64_t all_zeros = std::max(sequence.resets ? longest_row : 0, idle);
   // Layers can only run at the same time if there are several chunks.
@@ -372,7 +395,12 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
       int64_t column = 0;
       for (const PackedCell& cell : stack[l]) {
         const CellState<T>& state = states[jobs.size()];
-        T* const inputs = arena.take<T>(state.inputs ? 0 : chunk * sequence.batch * cell.gates());
+        const bool initial = cell.begins_with_inputs;
+        const int64_t input_rows = chunk * sequence.batch + (initial ? kTileSize - 1 : 0);
+        const int64_t row_elements = initial ? kernels.panels(cell.hidden, cell.spec->gates) *
+                                                   kernels.panel_columns(cell.spec->gates)
+                                             : cell.gates();
+        T* const inputs = arena.take<T>(state.inputs ? 0 : input_rows * row_elements);
         T* const unprojected =
             arena.take<T>(cell.w_hr.panels.defined() ? sequence.batch * cell.hidden : 0);
         const int64_t all = sequence.batch * cell.hidden;
@@ -385,7 +413,7 @@ void run_stack(const Stack& stack, const Sequence& sequence, const T* x,
                                    cell.input),
              kernels.scratch_bytes(format, sequence.batch, std::max(cell.hidden, cell.output))});
         jobs.push_back({cell, state, sequence, input, output + column, width, chunk, inputs,
-                        unprojected, between, masked, zeros});
+                        input_rows, unprojected, between, masked, zeros});
         column += cell.output;
       }
       input = output;

@@ -17,6 +17,10 @@
 
 namespace iss {
 
+inline bool can_begin_with_inputs(const CellSpec& spec, at::ScalarType weights) {
+  return format_of(weights) == Format::kTiles && !spec.bias_parts;
+}
+
 // One direction of one layer.
 struct PackedCell {
   const CellSpec* spec;
@@ -29,6 +33,10 @@ struct PackedCell {
   // micro-steps without an input [(D - 1) G H]. Undefined for other cells and without a bias.
   at::Tensor product_bias;
   int64_t depth = 1;  // D, parts of w_hh: micro-steps of a step
+  // The sums of a step's product begin with the projected inputs (StepArgs::initial), and biases
+  // are added at the end. w_ih is packed with all gates. Where can_begin_with_inputs, and nothing
+  // is saved: projected inputs have no other use then.
+  bool begins_with_inputs = false;
 
   int64_t gates() const { return spec->gates * hidden; }  // G H
 };

@@ -83,6 +83,7 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
 
   // When training, weights change before they are used again, so w_ih serves this call only.
   const bool once = save && sequence.rows <= kBlockRows;
+  const bool begins_with_inputs = !save && can_begin_with_inputs(spec, w_ih.scalar_type());
   // Looking whether w_hh is finite takes as long as multiplying a few rows of zeros by it.
   const bool look = h0.size(0) > 4 || resets;
   const auto packed = [&](const Tensor& weight, int gates, int64_t parts, bool look) {
@@ -92,17 +93,19 @@ ForwardResult recurrent_forward_cpu(std::string_view name, const Tensor& x,
   };
   const auto [bias, product_bias] = merged_biases(spec, b_ih ? widened(*b_ih) : Tensor(),
                                                   b_hh ? widened(*b_hh) : Tensor(), depth);
-  const Stack stack{{{.spec = &spec,
-                      .input = input,
-                      .hidden = hidden,
-                      .output = output,
-                      .reverse = reverse,
-                      .w_ih = once ? Matrix() : packed(w_ih, 1, 1, false),
-                      .w_hh = packed(w_hh, spec.gates, depth, save ? look : true),
-                      .w_hr = w_hr ? packed(*w_hr, 1, 1, false) : Matrix(),
-                      .bias = bias,
-                      .product_bias = product_bias,
-                      .depth = depth}}};
+  const Stack stack{
+      {{.spec = &spec,
+        .input = input,
+        .hidden = hidden,
+        .output = output,
+        .reverse = reverse,
+        .w_ih = once ? Matrix() : packed(w_ih, begins_with_inputs ? spec.gates : 1, 1, false),
+        .w_hh = packed(w_hh, spec.gates, depth, save ? look : true),
+        .w_hr = w_hr ? packed(*w_hr, 1, 1, false) : Matrix(),
+        .bias = bias,
+        .product_bias = product_bias,
+        .depth = depth,
+        .begins_with_inputs = begins_with_inputs}}};
   // Activated gates replace the projected inputs in place.
   const Tensor inputs = spec.saved_gates == spec.gates && save && depth == 1 ? gates
                         : once ? recycled({sequence.rows, spec.gates * hidden}, wide)

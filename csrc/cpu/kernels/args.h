@@ -104,6 +104,9 @@ struct MatmulArgs {
   Packed b_more = {};
   Elements elements = Elements::kFloats;  // of a
   bool bfloat16_out = false;  // out is of Bfloat16, and so is out_stride; not with `accumulate`
+  // kTiles, without a bias: where > 0, out is [panel][panel_rows][columns of a panel], which
+  // StepArgs::initial reads; out_stride is not used.
+  int64_t panel_rows = 0;
 };
 
 // to = from.T; sums += the sum of each column of `from`. With a format of pairs, `to` holds the
@@ -148,6 +151,10 @@ struct StepArgs {
   void* scratch;                    // as in MatmulArgs, of w_hh
   int64_t product_bias_stride = 0;  // from row to row; 0: the same for all
   bool rough = false;  // sigmoid and tanh may err by 2^-13, where an ISA is faster then
+  // kTiles: what the sums of the product begin with, in the form of MatmulArgs::panel_rows; then
+  // `inputs` has the biases alone. Up to 15 rows after the last one are read. nullptr: zeros.
+  const T* initial = nullptr;
+  int64_t initial_rows = 0;
 };
 
 // The gradient of a time step for the units of `panels`: dh = a @ B + dy + dh_n, and the gradients

@@ -2,15 +2,20 @@
 // A product with a matrix, by the tiles of its operand.
 
 // Rows [rows, k] as Pairs, rounded and filled up with zeros; a Pair in the place of a float. They
-// are [rows, pairs], or, with `tiles`, [rows / 16][pairs / 16][16][16]. For T = float, where
-// Vec<T>::kPairs. S: T, or Bfloat16.
+// are [rows, pairs], or, with `tiles`, [rows / 16][pairs / 16][16][16]. Rows that are true in
+// `zeros` are zeros. For T = float, where Vec<T>::kPairs. S: T, or Bfloat16.
 template <typename T, typename S>
 inline void round_rows(const S* from, int64_t stride, int64_t rows, int64_t k, int64_t pairs,
-                       bool tiles, T* to) {
+                       bool tiles, T* to, const bool* zeros = nullptr) {
   constexpr int64_t kLanes = Vec<T>::kLanes, kLine = 2 * kTileSize;  // elements of a tile's row
   for (int64_t r = 0; r < rows; ++r, from += stride) {
     const auto [first, apart] = lines_of(tiles, r, 2 * pairs, kLine);
     Bfloat16* line = reinterpret_cast<Bfloat16*>(to) + first;
+    if (zeros != nullptr && zeros[r]) {
+      for (int64_t i = 0; i < 2 * pairs; i += kLine, line += tiles ? apart : kLine)
+        std::fill_n(line, std::min(kLine, 2 * pairs - i), Bfloat16{});
+      continue;
+    }
     int64_t i = 0;
     for (; i + kLine <= k; i += kLine, line += apart)
       if constexpr (std::is_same_v<S, Bfloat16>)
@@ -29,11 +34,21 @@ inline void round_rows(const S* from, int64_t stride, int64_t rows, int64_t k, i
   }
 }
 
-// The tiles of a [rows, k] @ b [k, columns], in panels of kVectors.
-template <typename T, int kVectors, typename Prefetch, typename Finish>
+// The sums of tiles begin with zeros, and all of them are finished.
+struct InBuffer {
+  int64_t columns;
+  TileSums operator()(int64_t, int64_t, int64_t, float* buffer) const {
+    return {nullptr, buffer, columns};
+  }
+};
+
+// The tiles of a [rows, k] @ b [k, columns], in panels of kVectors. place: of each_product, for
+// Format::kTiles. zeros: of round_rows.
+template <typename T, int kVectors, typename Prefetch, typename Finish, typename Place>
 inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packed b,
                       int64_t columns, PanelRange panels, void* scratch, const Prefetch& prefetch,
-                      const Finish& finish, Elements elements = Elements::kFloats) {
+                      const Finish& finish, const Place& place,
+                      Elements elements = Elements::kFloats, const bool* zeros = nullptr) {
   const auto floats = [&]<typename W>(const W* weights) {
     each_tile_of<T, kVectors>(FloatOperand<T, kVectors, W>(a, stride, rows, k, panels, weights),
                               rows, k, columns, panels, prefetch, finish);
@@ -48,7 +63,7 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
       } else if (elements != Elements::kPairs) {
         T* const to = static_cast<T*>(scratch);
         if (elements == Elements::kFloats)
-          round_rows<T>(a, stride, rows, k, pairs, tiles, to);
+          round_rows<T>(a, stride, rows, k, pairs, tiles, to, zeros);
         else
           round_rows<T>(reinterpret_cast<const Bfloat16*>(a), stride, rows, k, pairs, tiles, to);
         a = to;
@@ -57,7 +72,7 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
       if constexpr (kHasTiles)
         if (b.format == Format::kTiles)
           return each_product<kVectors>(PairTiles<kVectors>{a, stride, pairs, b.panels}, rows,
-                                        columns, panels, prefetch, finish);
+                                        columns, panels, prefetch, finish, place);
       const FloatOperand<T, kVectors, Pair> operand(a, stride, rows, pairs, panels, b.panels);
       return each_tile_of<T, kVectors>(operand, rows, pairs, columns, panels, prefetch, finish);
     }
@@ -73,7 +88,7 @@ inline void each_tile(const T* a, int64_t stride, int64_t rows, int64_t k, Packe
       if constexpr (kHasTiles)
         if (in_tiles(b.format))
           return each_product<kVectors>(Int8Tiles<kVectors>{operand}, rows, columns, panels,
-                                        prefetch, finish);
+                                        prefetch, finish, InBuffer{kPanelColumns<float, kVectors>});
       return each_tile_of<T, kVectors>(operand, rows, k, columns, panels, prefetch, finish);
     }
   }
@@ -84,51 +99,103 @@ template <typename T>
 void matmul(const MatmulArgs<T>& args) {
   constexpr int kVectors = panel_vectors(1);
   constexpr int64_t kLanes = Vec<T>::kLanes, kColumns = kPanelColumns<T, kVectors>;
+  const bool by_panels = args.panel_rows > 0;
   const int64_t itemsize = args.bfloat16_out ? sizeof(Bfloat16) : sizeof(T);
-  // Where element (row, column) of `out` is.
-  const auto place = [&](int64_t row, int64_t column) {
-    return reinterpret_cast<char*>(args.out) + (row * args.out_stride + column) * itemsize;
+  const int64_t stride = by_panels ? kColumns : args.out_stride;
+  // Where element (row, first column of the panel) of `out` is.
+  const auto place = [&](int64_t row, int64_t panel) {
+    const int64_t at =
+        by_panels ? (panel * args.panel_rows + row) * kColumns : row * stride + panel * kColumns;
+    return reinterpret_cast<char*>(args.out) + at * itemsize;
   };
   const auto prefetch = [&](int64_t row, int64_t rows, int64_t panel, int64_t panels) {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t byte = 0; byte < panels * kColumns * itemsize; byte += 64)
-        __builtin_prefetch(place(row + r, panel * kColumns) + byte, 1, 2);
+        __builtin_prefetch(place(row + r, panel) + byte, 1, 2);
   };
-  const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel,
-                          auto panels) __attribute__((noinline)) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t column = (panel + p) * kColumns;
-        const int64_t left = args.columns - column;
-        const T* const sum = sums + sum_at<T, kVectors>(r, p * kVectors);
-        char* const to = place(row + r, column);
-        T* const out = reinterpret_cast<T*>(to);
-        const T* const bias = args.bias == nullptr ? nullptr : args.bias + column;
-        const auto put = [&](int64_t at, int64_t lanes) {
-          Vec<T> value = Vec<T>::load(sum + at);
-          if (bias != nullptr)
-            value = value +
-                    (lanes >= kLanes ? Vec<T>::load(bias + at) : Vec<T>::load(bias + at, lanes));
-          if constexpr (std::is_same_v<T, float>)
-            if (args.bfloat16_out) {
-              Bfloat16* const rounded = reinterpret_cast<Bfloat16*>(to) + at;
-              return lanes >= kLanes ? value.store(rounded) : value.store(rounded, lanes);
-            }
-          if (args.accumulate)
-            value =
-                value + (lanes >= kLanes ? Vec<T>::load(out + at) : Vec<T>::load(out + at, lanes));
-          lanes >= kLanes ? value.store(out + at) : value.store(out + at, lanes);
+  // Writes `left` columns of the sums of each row, all of a panel where it has so many.
+  const auto finish_as = [&](auto bias_given, auto accumulates, auto rounds, const T* sums,
+                             int64_t row, int64_t rows, int64_t panel, int64_t left) {
+    const T* const bias = args.bias + panel * kColumns;
+    const auto finish_row = [&](const T* sum, char* to, auto count) {
+      for (int64_t at = 0; at < count; at += kLanes) {
+        const bool whole = at + kLanes <= count;
+        const auto load = [&](const T* from) {
+          return whole ? Vec<T>::load(from + at) : Vec<T>::load(from + at, count - at);
         };
-        if (left >= kColumns)
-#pragma GCC unroll 4
-          for (int64_t at = 0; at < kColumns; at += kLanes) put(at, kLanes);
+        const auto store = [&](Vec<T> value, auto* to) {
+          whole ? value.store(to + at) : value.store(to + at, count - at);
+        };
+        Vec<T> value = Vec<T>::load(sum + at);
+        if constexpr (bias_given) value = value + load(bias);
+        if constexpr (accumulates) value = value + load(reinterpret_cast<const T*>(to));
+        if constexpr (rounds)
+          store(value, reinterpret_cast<Bfloat16*>(to));
         else
-          for (int64_t at = 0; at < left; at += kLanes) put(at, left - at);
+          store(value, reinterpret_cast<T*>(to));
       }
+    };
+    char* to = place(row, panel);
+    for (int64_t r = 0; r < rows; ++r, to += stride * itemsize)
+      if (left >= kColumns)
+        finish_row(sums + sum_at<T, kVectors>(r, 0), to,
+                   std::integral_constant<int64_t, kColumns>());
+      else
+        finish_row(sums + sum_at<T, kVectors>(r, 0), to, left);
   };
-  if (args.b.order == Order::kPanels)
+  const auto finish_tiles = [&](auto accumulates, const T* sums, int64_t row, int64_t rows,
+                                int64_t panel, int64_t panels) {
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    for (int64_t p = 0; p < panels; ++p) {
+      const T* const of_panel = sums + sum_at<T, kVectors>(0, p * kVectors);
+      const int64_t left = args.columns - (panel + p) * kColumns;
+      const auto go = [&](auto bias_given, auto rounds) {
+        if constexpr (!rounds)
+          if (accumulates && args.accumulate)
+            return finish_as(bias_given, yes, no, of_panel, row, rows, panel + p, left);
+        finish_as(bias_given, no, rounds, of_panel, row, rows, panel + p, left);
+      };
+      if constexpr (std::is_same_v<T, float>)
+        if (args.bfloat16_out) {
+          args.bias == nullptr ? go(no, yes) : go(yes, yes);
+          continue;
+        }
+      args.bias == nullptr ? go(no, no) : go(yes, no);
+    }
+  };
+  const auto finish = [&](const T* sums, auto row, auto rows, int64_t panel, auto panels)
+                          __attribute__((noinline)) {
+                            finish_tiles(std::true_type(), sums, row, rows, panel, panels);
+                          };
+  if (args.b.order == Order::kPanels) {
+    if constexpr (kHasTiles && std::is_same_v<T, float>)
+      if (args.b.format == Format::kTiles) {
+        // Sums begin with what they are added to, and whole tiles go to their place at once.
+        const auto place_sums = [&](int64_t row, int64_t rows, int64_t panel,
+                                    float* buffer) -> TileSums {
+          float* const to = reinterpret_cast<float*>(place(row, panel));
+          const int64_t left = std::min(kColumns, args.columns - panel * kColumns);
+          if (args.bias == nullptr && !args.bfloat16_out && rows % kTileSize == 0 &&
+              left == kColumns)
+            return {args.accumulate ? to : nullptr, to, stride};
+          if (!args.accumulate) return {nullptr, buffer, kColumns};
+          for (int64_t r = 0; r < rows; ++r)
+            std::copy_n(to + r * stride, left, buffer + r * kColumns);
+          return {buffer, buffer, kColumns};
+        };
+        const auto finish_sums = [&](const T* sums, auto row, auto rows, int64_t panel,
+                                     auto panels) __attribute__((noinline)) {
+          finish_tiles(std::false_type(), sums, row, rows, panel, panels);
+        };
+        return each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b,
+                                      args.columns, args.panels, args.scratch, prefetch,
+                                      finish_sums, place_sums, args.elements);
+      }
     return each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b, args.columns,
-                                  args.panels, args.scratch, prefetch, finish, args.elements);
+                                  args.panels, args.scratch, prefetch, finish, InBuffer{kColumns},
+                                  args.elements);
+  }
   const auto in_place = [&](const auto& operand) {
     each_tile_of<T, kVectors>(operand, args.rows, args.k, args.columns, args.panels, prefetch,
                               finish);

@@ -27,7 +27,7 @@ void step(const StepArgs<T>& args) {
     if (rows == 1) return;
     for (int64_t row = first_row; row < first_row + rows; ++row) {
       const int64_t last = std::min((panel + panels) * kBlocks * kLanes, hidden) - 1;
-      for (int64_t k = 0; k < kGates; ++k)
+      for (int64_t k = 0; k < kGates && args.inputs_stride > 0; ++k)
         __builtin_prefetch(args.inputs + row * args.inputs_stride + k * hidden + last, 0, 2);
       __builtin_prefetch(args.before + row * args.before_stride + last, 0, 2);
     }
@@ -53,7 +53,8 @@ void step(const StepArgs<T>& args) {
           }
           if (reset) {  // the state is zero, and so is its product
             before = V::set(0);
-            for (V& gate : gates) gate = V::set(0);
+            if (args.initial == nullptr)  // else the product of this row was with zeros
+              for (V& gate : gates) gate = V::set(0);
           }
           V bias = V::set(Cell::kMasked ? 1 : 0), saved, h;
           if (Cell::kProductBias && args.product_bias != nullptr)
@@ -86,8 +87,16 @@ void step(const StepArgs<T>& args) {
       if (args.rough) return finish_as(typename Vec<T>::Rough(), tile...);
     finish_as(Vec<T>(), tile...);
   };
+  const auto place = [&](int64_t row, int64_t, int64_t panel, float* buffer) -> TileSums {
+    constexpr int64_t kColumns = kPanelColumns<T, kVectors>;
+    if (args.initial == nullptr) return {nullptr, buffer, kColumns};
+    return {
+        reinterpret_cast<const float*>(args.initial) + (panel * args.initial_rows + row) * kColumns,
+        buffer, kColumns};
+  };
   each_tile<T, kVectors>(args.h_prev, args.h_prev_stride, args.rows, args.k, args.w_hh,
-                         kGates * hidden, args.panels, args.scratch, prefetch, finish);
+                         kGates * hidden, args.panels, args.scratch, prefetch, finish, place,
+                         Elements::kFloats, args.initial == nullptr ? nullptr : args.resets);
 }
 
 template <typename Cell, typename T>
@@ -166,5 +175,5 @@ void step_backward(const StepBackwardArgs<T>& args) {
     }
   };
   each_tile<T, kVectors>(args.a, args.a_stride, args.rows, args.k, args.b, hidden, args.panels,
-                         args.scratch, prefetch, finish);
+                         args.scratch, prefetch, finish, InBuffer{kColumns});
 }

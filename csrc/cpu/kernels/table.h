@@ -35,12 +35,13 @@ struct Kernels {
 
   // Units of a panel for so many gates; columns, for one.
   int64_t panel_units(int gates = 1) const { return panel_vectors(gates) / gates * lanes; }
+  int64_t panel_columns(int gates = 1) const { return panel_vectors(gates) * lanes; }
   int64_t panels(int64_t units, int gates = 1) const {
     return (units + panel_units(gates) - 1) / panel_units(gates);
   }
   // Bytes of PackArgs::packed for `columns` columns, those of all gates.
   int64_t packed_bytes(int64_t k, int64_t columns, int gates, Format format) const {
-    const int64_t width = panel_vectors(gates) * lanes, groups = groups_of(format, k, depth);
+    const int64_t width = panel_columns(gates), groups = groups_of(format, k, depth);
     const int64_t panel = is_int8(format)           ? width * (groups * depth + 8)
                           : is_pairs(format)        ? width * groups * int64_t{sizeof(Pair)}
                           : format == Format::kSame ? width * k * int64_t{sizeof(T)}

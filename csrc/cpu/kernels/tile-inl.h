@@ -78,6 +78,14 @@ inline void tile(const Operands& operands, int64_t row, int64_t rows, int64_t pa
   }
 }
 
+// Where the sums of a product of tiles begin, zeros where `initial` is nullptr, and where they go:
+// `stride` floats from row to row of both.
+struct TileSums {
+  const float* initial;
+  float* out;
+  int64_t stride;
+};
+
 // How many vectors of columns there are from `panel` on, where the last panel may be partly empty.
 template <typename T, int kVectors>
 inline int64_t vectors_from(int64_t panel, int64_t columns) {

@@ -3,21 +3,29 @@
 
 constexpr bool kHasTiles = true;
 
-// All eight tiles whole: operands are filled up to that.
+// All eight tiles whole: operands are filled up to that. A product of fewer rows has lower tiles of
+// sums and of rows, and touches less memory.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, first_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+
+  explicit TileShapes(int64_t of_product) {
+    for (int tile = 0; tile <= 4; ++tile)
+      rows[tile] = static_cast<uint8_t>(std::clamp<int64_t>(of_product, 1, kTileSize));
+  }
 };
 
 // A product of tiles, a @ b, over blocks [begin, end) of K. Its `blocks` tiles lie one after the
 // other; the next tile of rows is a_to_next bytes away, the next vector of columns to_next. The
-// sums stay in registers until the last block: then they go to out, `stride` bytes from row to row.
+// sums begin with `initial`, or with zeros where it is nullptr, and stay in registers until the
+// last block: then they go to out. Both have `stride` bytes from row to row.
 struct TileProduct {
   const char* a;
   int64_t a_to_next;
   const char* b;
   int64_t to_next, begin, end, blocks;
+  const void* initial;
   void* out;
   int64_t stride;
 };
@@ -41,7 +49,16 @@ __attribute__((noinline)) void multiply_tiles(const TileProduct& of) {
     else                                                             \
       _tile_dpbf16ps(sum, a, b);                                     \
   } while (false)
-  if (of.begin == 0) {
+  const int64_t stride = of.stride, next_rows = kTileSize * stride;
+  if (of.begin == 0 && of.initial != nullptr) {
+    const char* const from = static_cast<const char*>(of.initial);
+    _tile_loadd(0, from, stride);
+    if constexpr (Vectors > 1) _tile_loadd(1, from + 64, stride);
+    if constexpr (Vectors > 2) _tile_loadd(2, from + 128, stride);
+    if constexpr (Vectors > 3) _tile_loadd(3, from + 192, stride);
+    if constexpr (Rows == 2) _tile_loadd(2, from + next_rows, stride);
+    if constexpr (Rows == 2 && Vectors == 2) _tile_loadd(3, from + next_rows + 64, stride);
+  } else if (of.begin == 0) {
     _tile_zero(0);
     if constexpr (Vectors > 1) _tile_zero(1);
     if constexpr (Vectors > 2 || Rows == 2) _tile_zero(2);
@@ -54,7 +71,7 @@ __attribute__((noinline)) void multiply_tiles(const TileProduct& of) {
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v)
         __builtin_prefetch(b + v * to_next + kAhead * kTilesOfPage * kTileBytes, 0, 2);
-    _tile_loadd(4, a, 64);
+    _tile_stream_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
     ISS_MULTIPLY(0, 4, 6);
     if constexpr (Vectors > 1) {
@@ -62,7 +79,7 @@ __attribute__((noinline)) void multiply_tiles(const TileProduct& of) {
       ISS_MULTIPLY(1, 4, 7);
     }
     if constexpr (Rows == 2) {
-      _tile_loadd(5, a + of.a_to_next, 64);
+      _tile_stream_loadd(5, a + of.a_to_next, 64);
       ISS_MULTIPLY(2, 5, 6);
       if constexpr (Vectors > 1) ISS_MULTIPLY(3, 5, 7);
     }
@@ -78,13 +95,12 @@ __attribute__((noinline)) void multiply_tiles(const TileProduct& of) {
 #undef ISS_MULTIPLY
   if (of.end == of.blocks) {
     char* const out = static_cast<char*>(of.out);
-    _tile_stored(0, out, of.stride);
-    if constexpr (Vectors > 1) _tile_stored(1, out + 64, of.stride);
-    if constexpr (Vectors > 2) _tile_stored(2, out + 128, of.stride);
-    if constexpr (Vectors > 3) _tile_stored(3, out + 192, of.stride);
-    if constexpr (Rows == 2) _tile_stored(2, out + kTileSize * of.stride, of.stride);
-    if constexpr (Rows == 2 && Vectors == 2)
-      _tile_stored(3, out + kTileSize * of.stride + 64, of.stride);
+    _tile_stored(0, out, stride);
+    if constexpr (Vectors > 1) _tile_stored(1, out + 64, stride);
+    if constexpr (Vectors > 2) _tile_stored(2, out + 128, stride);
+    if constexpr (Vectors > 3) _tile_stored(3, out + 192, stride);
+    if constexpr (Rows == 2) _tile_stored(2, out + next_rows, stride);
+    if constexpr (Rows == 2 && Vectors == 2) _tile_stored(3, out + next_rows + 64, stride);
   }
   __asm__ volatile("" ::: "memory");
 }
@@ -104,6 +120,7 @@ inline void multiply_tiles(int64_t rows, int64_t vectors, const TileProduct& of)
 // Format::kTiles. a: rows of Pairs in tiles (round_rows), a_pairs from row to row.
 template <int kVectors>
 struct PairTiles {
+  static constexpr bool kIntegers = false;
   static constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
   const float* a;
   int64_t a_pairs, pairs;
@@ -112,22 +129,24 @@ struct PairTiles {
   int64_t blocks() const { return pairs / kTileSize; }
 
   // Blocks [begin, end) of the sums of 1 or 2 tiles of rows from `row` on, and of some vectors of a
-  // panel. They are in `sums` after the last one.
+  // panel. `sums` says where the sums of the panel begin and go.
   void multiply(int64_t row, int64_t tiles, int64_t panel, int64_t vector, int64_t vectors,
-                int64_t begin, int64_t end, float* sums) const {
+                int64_t begin, int64_t end, const TileSums& sums) const {
     const int64_t to_next = pairs * kTileSize * sizeof(Pair);
     const char* const weights =
         static_cast<const char*>(panels) + panel * pairs * kColumns * sizeof(Pair);
     multiply_tiles<false>(tiles, vectors,
                           {reinterpret_cast<const char*>(a + row * a_pairs),
                            a_pairs * kTileSize * 4, weights + vector * to_next, to_next, begin, end,
-                           blocks(), sums, kColumns * sizeof(float)});
+                           blocks(), sums.initial ? sums.initial + vector * kTileSize : nullptr,
+                           sums.out + vector * kTileSize, sums.stride * int64_t{sizeof(float)}});
   }
 };
 
 // Format::kInt8Tiles and kInt8FineTiles.
 template <int kVectors>
 struct Int8Tiles {
+  static constexpr bool kIntegers = true;
   static constexpr int64_t kLanes = Vec<float>::kLanes, kColumns = kPanelColumns<float, kVectors>;
   static constexpr int64_t kDepth = Dot::kDepth;
   static_assert(kDepth == 4 && sizeof(Dot::Activation) == 1);
@@ -135,9 +154,10 @@ struct Int8Tiles {
 
   int64_t blocks() const { return operand.groups / kTileSize; }
 
-  // As PairTiles::multiply.
+  // As PairTiles::multiply; the sums begin with zeros.
   void multiply(int64_t row, int64_t tiles, int64_t panel, int64_t vector, int64_t vectors,
-                int64_t begin, int64_t end, float* sums) const {
+                int64_t begin, int64_t end, const TileSums& to_sums) const {
+    float* const sums = to_sums.out + vector * kLanes;
     const auto& [rows, groups, terms, spaced, scales, a, panels] = operand;
     const int64_t to_next = groups * kDepth * kTileSize;
     const char* const weights = panels + panel * operand.panel_bytes(groups);
@@ -151,7 +171,7 @@ struct Int8Tiles {
       multiply_tiles<true>(
           tiles, vectors,
           {reinterpret_cast<const char*>(a + (term * spaced + row) * groups * kDepth), to_next,
-           weights + vector * to_next, to_next, begin, end, blocks(), products,
+           weights + vector * to_next, to_next, begin, end, blocks(), nullptr, products,
            stride * int64_t{sizeof(int32_t)}});
     };
     multiply_term(0, begin, end);
@@ -177,10 +197,13 @@ struct Int8Tiles {
 
 // As each_tile_of, by two tiles of rows at a time. While their tiles are multiplied, the vector
 // units finish the sums of those before: a few rows after every kSegment blocks, so that both find
-// work in the instructions that the CPU looks at together.
-template <int kVectors, typename Operand, typename Prefetch, typename Finish>
+// work in the instructions that the CPU looks at together. place(row, rows, panel, buffer) says
+// where the sums of `rows` rows begin and go (TileSums); those that do not go to `buffer` are not
+// finished.
+template <int kVectors, typename Operand, typename Prefetch, typename Finish, typename Place>
 inline void each_product(const Operand& operand, int64_t all_rows, int64_t columns,
-                         PanelRange range, const Prefetch& prefetch, const Finish& finish) {
+                         PanelRange range, const Prefetch& prefetch, const Finish& finish,
+                         const Place& place) {
   constexpr int64_t kRows = 2 * kTileSize, kSegment = 4;
   constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
   alignas(64) float sums[2][kRows * kColumns];
@@ -199,8 +222,8 @@ inline void each_product(const Operand& operand, int64_t all_rows, int64_t colum
     ready.row += rows;
     ready.rows -= rows;
   };
-  static constexpr TileShapes kShapes;
-  _tile_loadconfig(&kShapes);
+  const TileShapes shapes(all_rows);
+  _tile_loadconfig(&shapes);
   int now = 0;
   for (int64_t done = range.begin; done < range.end; ++done) {
     const int64_t panel = range.backwards ? range.begin + range.end - 1 - done : done;
@@ -211,19 +234,19 @@ inline void each_product(const Operand& operand, int64_t all_rows, int64_t colum
       const int64_t most = tiles == 1 ? 4 : 2;
       const int64_t passes = (vectors + most - 1) / most;
       const int64_t each = (ready.rows + passes * segments - 1) / (passes * segments);
+      const TileSums to = place(row, rows, panel, sums[now]);
       prefetch(row, rows, panel, 1);
       for (int64_t v = 0; v < vectors; v += most) {
         int64_t begin = 0;
         do {
           const int64_t end = std::min(begin + kSegment, blocks);
-          operand.multiply(row, tiles, panel, v, std::min(most, vectors - v), begin, end,
-                           sums[now] + v * kTileSize);
+          operand.multiply(row, tiles, panel, v, std::min(most, vectors - v), begin, end, to);
           finish_rows(each);
           begin = end;
         } while (begin < blocks);
       }
       finish_rows(kRows);
-      ready = {sums[now], row, rows, panel};
+      if (to.out == sums[now]) ready = {sums[now], row, rows, panel};
     }
   }
   finish_rows(kRows);
