@@ -116,7 +116,7 @@ void matmul(const MatmulArgs<T>& args) {
   // Writes `left` columns of the sums of each row, all of a panel where it has so many.
   const auto finish_as = [&](auto bias_given, auto accumulates, auto rounds, const T* sums,
                              int64_t row, int64_t rows, int64_t panel, int64_t left) {
-    const T* const bias = args.bias + panel * kColumns;
+    const T* const bias = bias_given ? args.bias + panel * kColumns : nullptr;
     const auto finish_row = [&](const T* sum, char* to, auto count) {
       for (int64_t at = 0; at < count; at += kLanes) {
         const bool whole = at + kLanes <= count;
