@@ -120,7 +120,6 @@ inline void multiply_tiles(int64_t rows, int64_t vectors, const TileProduct& of)
 // Format::kTiles. a: rows of Pairs in tiles (round_rows), a_pairs from row to row.
 template <int kVectors>
 struct PairTiles {
-  static constexpr bool kIntegers = false;
   static constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
   const float* a;
   int64_t a_pairs, pairs;
@@ -146,7 +145,6 @@ struct PairTiles {
 // Format::kInt8Tiles and kInt8FineTiles.
 template <int kVectors>
 struct Int8Tiles {
-  static constexpr bool kIntegers = true;
   static constexpr int64_t kLanes = Vec<float>::kLanes, kColumns = kPanelColumns<float, kVectors>;
   static constexpr int64_t kDepth = Dot::kDepth;
   static_assert(kDepth == 4 && sizeof(Dot::Activation) == 1);
