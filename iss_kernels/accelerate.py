@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from iss_kernels.arguments import check_module
+from iss_kernels.arguments import Model, check_module
 from iss_kernels.recurrent import CELL_MODULES, MODULES
 from iss_kernels.type_checks import warn_of_type_checks
 
@@ -214,7 +214,7 @@ def _replace_in(holder: Any, new: Mapping[nn.Module, nn.Module]) -> None:
                 holder[key] = replacement
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: Model) -> Model:
     """Replace every nn.LSTM, nn.GRU, nn.RNN and their cells in `model`, in place, by ours.
 
     The state_dict stays as it is.
@@ -261,4 +261,4 @@ def accelerate(model: nn.Module) -> nn.Module:
     for holder in [*(held for _, _, held in holdings), *new.values()]:
         if _ours(holder) is None:
             _replace_in(holder, new)
-    return cast(nn.Module, _replaced(model, new))
+    return cast(Model, _replaced(model, new))

@@ -11,12 +11,13 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+Model = TypeVar("Model", bound=nn.Module)  # what gives back a model, gives one of its class
 Path: TypeAlias = tuple[Any, ...]  # names, keys and indices down to a tensor or a number
 
 

@@ -179,7 +179,7 @@ def _milliseconds(model: nn.Module, example: Any) -> float:
     from torch.utils.benchmark import Timer  # 0.4 s, which `import iss_kernels` need not take
 
     args, kwargs = call_of(example)
-    names = {"model": prepare(model, "float32").eval(), "args": args, "kwargs": kwargs}
+    names = {"model": prepare(model), "args": args, "kwargs": kwargs}
     with torch.inference_mode():
         timer = Timer("model(*args, **kwargs)", globals=names, num_threads=torch.get_num_threads())
         return 1e3 * timer.blocked_autorange(min_run_time=_SECONDS).median

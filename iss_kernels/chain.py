@@ -133,7 +133,7 @@ def _snapshot(layer: nn.Module, made: dict[nn.Module, nn.Module]) -> Any:
         if isinstance(layer, Snapshot):
             made[layer] = layer
         elif isinstance(layer, recurrent_types()):
-            made[layer] = prepare(layer)
+            made[layer] = prepare(layer, "float32")
         elif isinstance(layer, nn.Linear):
             made[layer] = PreparedLinear(copy.deepcopy(layer), "float32")
         else:

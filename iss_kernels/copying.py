@@ -16,8 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iss_kernels.arguments import Model
 
-def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+
+def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
     """copy.deepcopy(model, memo), where tensors with a gradient history are copied without it.
 
     memo: what stands for objects that are not to be copied, by their id, as for copy.deepcopy; it

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from iss_kernels import backend
 from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
-from iss_kernels.arguments import check_module
+from iss_kernels.arguments import Model, check_module
 from iss_kernels.copying import copied
 from iss_kernels.linear import PreparedLinear, is_plain_linear
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent, class_of
@@ -342,19 +342,27 @@ def plain_linears(model: nn.Module) -> list[nn.Linear]:
     return [cast(nn.Linear, m) for m in model.modules() if is_plain_linear(m) and m not in inside]
 
 
-def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
+def _own_format(module: nn.Module) -> str:
+    """The format that holds a module's weights as they are; "float32" for float64."""
+    weight = next(iter(module._parameters.values()))
+    name = dtype_name(weight) if isinstance(weight, Tensor) else "float32"
+    return name if name in FORMATS else "float32"
+
+
+def prepare(model: Model, weights: str | None = None) -> Model:
     """A copy of `model` for inference: each recurrent and Linear layer in it with packed weights.
 
     Recurrent are nn.LSTM, nn.GRU and nn.RNN, ISSLSTM, ISSGRU, ISSRNN and their kin, which become a
     `Prepared`, and the cells of these, which become a `PreparedCell`; an nn.Linear becomes a
-    `PreparedLinear`. weights: how their weights are stored, "float32",
-    "float16", "bfloat16" or "int8" (each row with its own scale). "float32" also widens the weights
-    of a model in bfloat16, which is then several times slower than the model on a CPU that
-    multiplies bfloat16: ask for "bfloat16" there. The copy is in eval mode, and
-    its parameters, those of embeddings for example, ask for no gradient; changing the model's
-    weights later does not change it. Hooks come along, but for those of a
-    backward pass, as do attributes of a module. Copied as they are: subclasses, a Linear whose
-    weight is computed or that has a forward of its own, and what torch's own modules hold.
+    `PreparedLinear`. weights: how their weights are stored, "float32", "float16", "bfloat16" or
+    "int8" (each row with its own scale); by default each module's in its own dtype, and float64 as
+    float32. The copy is in eval mode, and its parameters, those of embeddings for example, ask for
+    no gradient; changing the model's weights later does not change it. Hooks come along, but for
+    those of a backward pass, as do attributes of a module. Copied as they are: subclasses, a Linear
+    whose weight is computed or that has a forward of its own, and what torch's own modules hold.
+
+    Returns the copy, of the model's class; a recurrent module by itself gives a `Prepared` or a
+    `PreparedCell`, which is called as the module is.
 
         fast = iss.prepare(model, weights="int8")
 
@@ -362,7 +370,7 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
     one that is pruned, reparametrised or has a forward of its own, and for weights that the format
     cannot hold: not finite, too large, or a row too small to keep 3 bits.
     """
-    if not isinstance(weights, str) or weights not in FORMATS:
+    if weights is not None and (not isinstance(weights, str) or weights not in FORMATS):
         raise ValueError(
             f"prepare: expected weights to be one of {tuple(FORMATS)}, got {weights!r}"
         )
@@ -390,9 +398,10 @@ def prepare(model: nn.Module, weights: str = "float32") -> nn.Module:
         _check(module, names[module] or "the module")
         ours: Any = CELL_MODULES.get(type(module), class_of(module) or type(module))
         kind = prepared_type(ours)
-        new[module] = memo[id(module)] = kind(module, weights)
+        new[module] = memo[id(module)] = kind(module, weights or _own_format(module))
     for linear in plain_linears(model):
-        new[linear] = memo[id(linear)] = PreparedLinear(linear, weights)
+        form = weights or _own_format(linear)
+        new[linear] = memo[id(linear)] = PreparedLinear(linear, form)
     warn_of_type_checks("prepare", model, new)
     result = copied(model, memo)
     for module, prepared in new.items():

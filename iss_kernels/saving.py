@@ -35,7 +35,7 @@ from iss_kernels.accelerate import (
     check_plain,
     take_over,
 )
-from iss_kernels.arguments import check_module
+from iss_kernels.arguments import Model, check_module
 from iss_kernels.linear import PreparedLinear, is_plain_linear
 from iss_kernels.prepare import Prepared, PreparedCell, prepared_type
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
@@ -198,7 +198,7 @@ def _copy_of(tensor: Tensor) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], model: Model) -> Model:
     """Give a model the sizes and values of a file that `save` wrote; returns the model.
 
     model: of the class that made the saved one, with any sizes and values; what is on the meta

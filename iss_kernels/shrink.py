@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from iss_kernels import budget as budgets
 from iss_kernels import optimizers
 from iss_kernels.accelerate import HOOK_TABLES, check_plain, take_over
-from iss_kernels.arguments import check_module
+from iss_kernels.arguments import Model, check_module
 from iss_kernels.copying import copied, places
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups, Labelled, cell_of, plain_cells, plain_recurrent
@@ -89,7 +89,7 @@ class ShrinkReport:
 
 @torch.inference_mode(False)  # in which the new parameters could not be trained
 def shrink(
-    model: nn.Module,
+    model: Model,
     groups: Groups,
     *,
     keep: Mapping[str, Tensor | Sequence[int] | Sequence[bool]] | None = None,
@@ -98,7 +98,7 @@ def shrink(
     example: Any = None,
     round_to: int = 1,
     optimizer: Any = None,
-) -> tuple[nn.Module, ShrinkReport]:
+) -> tuple[Model, ShrinkReport]:
     """A copy of the model without its dead units, and a report; the model itself stays as it is.
 
     groups: of this model or of one with the same parameters. By default the units go that
@@ -273,8 +273,8 @@ class NoInputsError(ValueError):
 
 
 def removed(
-    model: nn.Module, groups: Groups, kept: Mapping[str, Tensor], whole_too: bool = True
-) -> nn.Module:
+    model: Model, groups: Groups, kept: Mapping[str, Tensor], whole_too: bool = True
+) -> Model:
     """A copy of the model without the units that are not kept: {family name: bool [size]}.
 
     Every nn.LSTM with a labelled weight is an ISSLSTM there, and so on for each kind; but with

@@ -293,7 +293,7 @@ def _fast(model: nn.Module) -> nn.Module:
         kind: Any = CELL_MODULES.get(type(module))
         try:
             if type(module) in recurrent and not _is_double(module):
-                memo[id(module)] = prepare(module)
+                memo[id(module)] = prepare(module, "float32")
             elif kind is not None:
                 memo[id(module)] = copied(kind.from_torch(module))
             elif module in linears and not added(module) and not _has_hook(module):

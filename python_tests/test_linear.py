@@ -56,6 +56,24 @@ def test_answers_are_as_accurate_as_the_format_allows(isa, weights, sizes, bias)
             assert max_error(ours, truth) <= allowed[weights] * max(1, truth.abs().max().item())
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_what_is_not_finite_comes_out_as_of_nn_linear(isa, weights, sizes, two_threads):
+    linear, x = nn.Linear(*sizes), torch.randn(70, sizes[0])
+    prepared, usual = prepared_of(linear, weights), x.clone()
+    x[3, -1], x[5], x[67, 0] = math.inf, -math.inf, math.nan
+    x[66, 0], x[66, -1] = math.inf, -math.inf
+    with torch.no_grad():
+        y, expected = prepared(x), nn.functional.linear(x, prepared.weight, linear.bias)
+        odd = [3, 5, 66, 67]
+        assert equal(y[odd], expected[odd])
+        rest = [row for row in range(70) if row not in odd]
+        assert torch.equal(y[rest], prepared(usual)[rest])
+
+
+def equal(one, other):
+    return torch.equal(one.nan_to_num(7, 8, 9), other.nan_to_num(7, 8, 9))
+
+
 def test_leading_dimensions_and_strides_are_nn_linears(implementation, weights):
     linear = nn.Linear(5, 7)
     prepared = prepared_of(linear, weights)

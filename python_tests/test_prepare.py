@@ -321,6 +321,19 @@ def test_a_recurrent_highway_network_in_every_format(implementation, weights, ca
         torch.testing.assert_close(prepared(x), rhn(x), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [(torch.bfloat16, "bfloat16"), (torch.float16, "float16"), (torch.float64, "float32")],
+)
+def test_by_default_weights_keep_the_dtype_of_the_model(implementation, dtype, form):
+    layers = nn.ModuleList([nn.LSTM(3, 4, 2), nn.Linear(3, 2), nn.LSTMCell(3, 2)]).to(dtype)
+    model, x = layers.append(nn.GRU(3, 5)), X.to(dtype)
+    fast, asked = prepare(model), prepare(model, form)
+    assert [layer.weights for layer in fast] == [form, form, form, "float32"]
+    assert equal(fast[0](x), asked[0](x)) and equal(fast[1](x), asked[1](x))
+    assert equal(fast[2](x[0]), asked[2](x[0])) and equal(fast[3](X), prepare(model[3])(X))
+
+
 def test_a_float64_lstm_is_prepared_for_float32():
     lstm = nn.LSTM(3, 4, 2, dtype=torch.float64)
     y, _ = prepare(lstm)(X)

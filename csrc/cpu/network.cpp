@@ -11,10 +11,11 @@
 #include <cstring>
 #include <iterator>
 
+#include "cpu/finite.h"
 #include "cpu/kernels/table.h"
+#include "cpu/team.h"
 #include "locks.h"
 #include "memory.h"
-#include "cpu/team.h"
 
 namespace iss {
 namespace {
@@ -218,6 +219,17 @@ std::shared_ptr<const Linear::Parts> Linear::parts() const {
   });
 }
 
+void Linear::run_unrounded(const float* x, float* y, int64_t begin, int64_t end) const {
+  const float* const bias = bias_.defined() ? bias_.const_data_ptr<float>() : nullptr;
+  for (int64_t column = begin; column < end; ++column) {
+    const int8_t* const weight = weight_.const_data_ptr<int8_t>() + column * input();
+    const float scale = scales_.const_data_ptr<float>()[column];
+    float sum = bias ? bias[column] : 0;
+    for (int64_t i = 0; i < input(); ++i) sum += x[i] * (weight[i] * scale);
+    y[column] = sum;
+  }
+}
+
 template <typename E>
 void Linear::run(const Parts& parts, const E* x, int64_t rows, E* y) const {
   constexpr bool kRounded = std::is_same_v<E, Bfloat16>;
@@ -230,7 +242,7 @@ void Linear::run(const Parts& parts, const E* x, int64_t rows, E* y) const {
   char* const own = static_cast<char*>(scratch(bytes * available_threads()));
   const auto multiply = [&](int64_t first, int64_t last, PanelRange range, int64_t thread) {
     const int64_t terms = parts.size() > 1 ? kTerms : k;
-    for (int64_t row = first; row < last; row += block)
+    for (int64_t row = first; row < last; row += block) {
       for (size_t part = 0; part < parts.size(); ++part) {
         const int64_t begin = part * terms;
         kernels.matmul(
@@ -249,6 +261,12 @@ void Linear::run(const Parts& parts, const E* x, int64_t rows, E* y) const {
              .elements = kRounded ? Elements::kBfloat16 : Elements::kFloats,
              .bfloat16_out = kRounded});
       }
+      if constexpr (!kRounded)
+        for (int64_t r = row; is_int8(format) && r < std::min(row + block, last); ++r)
+          if (!all_finite(x + r * k, k))
+            run_unrounded(x + r * k, y + r * columns, range.begin * kernels.panel_units(),
+                          std::min(range.end * kernels.panel_units(), columns));
+    }
   };
   // Each thread has panels of its own and reads their weights alone, unless there are too few.
   if (panels >= kPanelsEach * available_threads() || rows <= kBlockRows)

@@ -14,7 +14,7 @@ import json
 import platform
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,9 +90,7 @@ class Demo:
             "perplexity_before": perplexity(baseline, self.text.test),
             "perplexity_iss": sparse,  # of the sparse model, before fine-tuning
             "perplexity_after": perplexity(small, self.text.test),
-            "perplexity_int8": perplexity(
-                cast(LanguageModel, prepare(small, "int8")), self.text.test
-            ),
+            "perplexity_int8": perplexity(prepare(small, "int8"), self.text.test),
             "max_abs_diff": difference,
             **timings,
             **self._circumstances(),

@@ -111,7 +111,7 @@ inline void pack_pairs(const PackArgs& args) {
       for (int64_t i = 0; i < pairs; ++i)
         for (int64_t slot = 0; slot < kColumns; slot += kLanes) {
           const int64_t column = panel * kColumns + slot, left = args.columns - column;
-          const auto row = [&](int64_t k) {
+          const auto row = [&](int64_t k) __attribute__((always_inline)) {
             const S* const at = b + k * args.stride_k + column;
             return k >= args.k || left <= 0 ? Vec<T>::set(0)
                    : left >= kLanes         ? Vec<T>::load(at)
@@ -135,6 +135,11 @@ inline void pack_pairs(const PackArgs& args) {
           columns[lane] = rounded[lane];
           const S* const at = from[first + lane];
           if (at == nullptr) continue;
+          if constexpr (std::is_same_v<S, Bfloat16>)
+            if (args.stride_k == 1) {
+              __builtin_memcpy(rounded[lane], at + begin, count * sizeof(S));
+              continue;
+            }
           S values[kRows] = {};
           for (int64_t i = 0; i < count; ++i) values[i] = at[(begin + i) * args.stride_k];
           for (int64_t i = 0; i < kRows; i += kLanes)
