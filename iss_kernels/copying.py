@@ -7,11 +7,13 @@ spectral_norm leave such a tensor on a module: the weight that they compute befo
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
     deepcopy does. The copy's hooks compute its weights anew, from its own parameters, when it is
     called; until then it holds their present values. Where a module makes its copy anew, from its
     own __getstate__, say, so that what stands for its parts would not arrive, all that it holds is
-    copied instead.
+    copied instead. Functions that hold what is copied, as a hook that is a lambda over `self` does,
+    are copied with it: deepcopy would leave them to act on the original.
 
     Raises ValueError for such a module that holds what cannot be copied.
     """
@@ -39,6 +42,7 @@ def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
     for tensor in _tensors_within(model, memo):
         if not tensor.is_leaf:
             memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
+    rebound = _rebound(model, memo)
     known, failure = dict(memo), None
     for by_parts in ([], makers):
         memo.clear()
@@ -54,12 +58,89 @@ def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
             failure = error
         else:
             if _arrived(instead, result):
+                _bind(rebound, memo)
                 return result
     own = "".join(f" ({type(m).__name__}.{_own_copier(type(m))})" for m in makers[:1])
     raise ValueError(
         f"expected a model that can be copied part by part, got a {type(model).__name__} that "
         f"makes parts of itself anew{own}"
     ) from failure
+
+
+def copied_along(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of what belongs to a model that `copied` copied with this memo."""
+    rebound = _rebound(value, memo)
+    result = copy.deepcopy(value, memo)
+    _bind(rebound, memo)
+    return result
+
+
+def _rebound(value: Any, memo: dict[int, Any]) -> list[FunctionType]:
+    """The functions that hold, in their closures or defaults, what a copy of `value` copies.
+
+    Puts a copy of each, with empty cells until `_bind` fills them, into the memo.
+    """
+    seen: dict[int, Any] = dict(memo)  # holds what it names, so that no id is given twice
+    holders: dict[FunctionType, list[Any]] = {}
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item
+        if isinstance(item, FunctionType):
+            holders[item] = _bound(item)
+            stack += [held for held in holders[item] if isinstance(held, FunctionType)]
+        else:
+            inside, fixed = _held(item)
+            stack += [*(held for _, held in inside), *fixed]
+    found: list[FunctionType] = []
+    copies = {key for key, each in seen.items() if _is_copied(each)}
+    while more := [
+        each for each, held in holders.items()
+        if each not in found and any(id(one) in copies for one in held)
+    ]:  # fmt: skip
+        found += more
+        copies |= {id(each) for each in more}
+    for old in found:
+        cells = tuple(CellType() for _ in old.__closure__ or ())
+        new = FunctionType(old.__code__, old.__globals__, old.__name__, None, cells or None)
+        memo[id(old)] = functools.update_wrapper(new, old)
+    return found
+
+
+def _bind(functions: Sequence[FunctionType], memo: Mapping[int, Any]) -> None:
+    """Let the copies of functions hold the copies of what the functions hold."""
+
+    def copy_of(held: Any) -> Any:
+        return memo.get(id(held), held)
+
+    for old in functions:
+        new = memo[id(old)]
+        for cell, its in zip(old.__closure__ or (), new.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # an empty cell
+                its.cell_contents = copy_of(cell.cell_contents)
+        new.__defaults__ = old.__defaults__ and tuple(map(copy_of, old.__defaults__))
+        if old.__kwdefaults__:
+            new.__kwdefaults__ = {k: copy_of(v) for k, v in old.__kwdefaults__.items()}
+        new.__dict__.clear()  # of __wrapped__, which update_wrapper adds
+        new.__dict__.update({name: copy_of(held) for name, held in vars(old).items()})
+
+
+def _is_copied(item: Any) -> bool:
+    """Whether deepcopy makes another of it."""
+    if isinstance(item, (type, FunctionType, ModuleType)):
+        return False
+    return isinstance(item, (dict, list, set, deque)) or hasattr(item, "__dict__")
+
+
+def _bound(function: FunctionType) -> list[Any]:
+    """What a function holds in its closure, defaults and attributes."""
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return [*held, *vars(function).values()]
 
 
 def _arrived(parts: Sequence[Any], model: nn.Module) -> bool:
@@ -138,8 +219,8 @@ def places(
 
     In its modules, their attributes, and containers and objects in reach of these, as deepcopy sees
     them; objects in `but` are not searched. Raises ValueError where another tensor could not be put
-    in the place: in tuples, sets, arguments of a functools.partial and keys of a dict, such as the
-    state of an optimiser.
+    in the place: in tuples, sets, functions, arguments of a functools.partial and keys of a dict,
+    such as the state of an optimiser.
     """
     found: list[tuple[Any, Any]] = []
     # Holds what it names, so that no id is given twice.
@@ -151,6 +232,8 @@ def places(
             continue
         seen[id(item)] = item
         inside, fixed = _held(item)
+        if isinstance(item, FunctionType):
+            fixed = [held for held in _bound(item) if isinstance(held, Tensor)]
         for held in fixed:
             if isinstance(held, Tensor) and held in tensors:
                 raise ValueError(

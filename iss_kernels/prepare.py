@@ -7,7 +7,6 @@ module need not, takes a whole stack in one call, and may keep its weights in 16
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -19,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from iss_kernels import backend
 from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
 from iss_kernels.arguments import Model, check_module
-from iss_kernels.copying import copied
+from iss_kernels.copying import copied, copied_along
 from iss_kernels.linear import PreparedLinear, is_plain_linear
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent, class_of
 from iss_kernels.recurrent_cell import PARAMETERS, RecurrentCell, options_of_cell
@@ -324,7 +323,7 @@ def _carry(module: nn.Module, prepared: Snapshot, memo: dict[int, Any]) -> None:
     """Copy the hooks of a module that an inference runs, and attributes that a user gave it."""
     tables = [name for name in HOOK_TABLES if "backward" not in name]
     for name in (*tables, *added(module)):
-        setattr(prepared, name, copy.deepcopy(vars(module)[name], memo))
+        setattr(prepared, name, copied_along(vars(module)[name], memo))
 
 
 def plain_linears(model: nn.Module) -> list[nn.Linear]:

@@ -191,7 +191,7 @@ def shrink_(
     it counted those of the dead.)
 
     Raises ValueError before anything changes, also for a parameter in a place where no other can be
-    put: a tuple, a set, a key of a dict.
+    put: a tuple, a set, a key of a dict, a function that holds it.
     """
     kept = _chosen(model, groups, keep, ratio, budget, example, round_to)
     before, stayed = _counts(model, groups), _all_stayed(model, groups, kept)

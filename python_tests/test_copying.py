@@ -2,6 +2,7 @@
 """A copy of a model is independent of it, whatever its modules hold."""
 
 import copy
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -95,6 +96,67 @@ def test_a_pruned_recurrent_module_is_copied(kind: Kind) -> None:
         with torch.no_grad():
             other.get_parameter("weight_hh_l0_reverse_orig").add_(1)
         assert torch.equal(model(X)[0], expected) and not torch.equal(other(X)[0], expected)
+
+
+class Hooked(nn.Module):
+    """Answers with what a hook keeps; `hook` makes one that holds the model."""
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, 6), nn.Linear(6, 2)
+        self.kept: dict[str, torch.Tensor] = {}
+        self.lstm.register_forward_hook(hook(self))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.lstm(x)
+        return self.out(self.kept["y"])
+
+
+def decorated(hook: Any) -> Any:
+    @functools.wraps(hook)
+    def around(*args: Any) -> None:
+        hook(*args)
+
+    return around
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "a closure": lambda model: lambda m, i, o: model.kept.update(y=o[0]),
+    "a closure over a part": lambda model: (lambda kept: lambda m, i, o: kept.update(y=o[0]))(
+        model.kept
+    ),
+    "a default": lambda model: lambda m, i, o, model=model: model.kept.update(y=o[0]),
+    "a decorated closure": lambda model: decorated(lambda m, i, o: model.kept.update(y=o[0])),
+    "a partial": lambda model: partial(lambda who, m, i, o: who.kept.update(y=o[0]), model),
+}
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copied": copied,
+    "prepare": iss.prepare,
+    "shrink": lambda model: iss.shrink(
+        model, iss.find_groups(model, X), keep={"lstm.l0": range(6)}
+    )[0],
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_that_holds_the_model_acts_on_the_copy(name: str, way: str) -> None:
+    model = Hooked(HOOKS[name]).eval()
+    with torch.no_grad():
+        model(torch.zeros_like(X))
+        before = model.kept["y"]
+        other = COPIES[way](model)
+        y = other(X)
+        assert model.kept["y"] is before
+        torch.testing.assert_close(y, model(X), rtol=0, atol=1e-6)
+
+
+def test_a_function_that_holds_nothing_of_the_model_stays_itself() -> None:
+    model, seen = nn.Linear(4, 2), []
+    model.act, model.note = (lambda x, dtype=torch.float32: x), (lambda x: seen.append(x))
+    model.dtype = torch.float32
+    other = copied(model)
+    assert other.act is model.act and other.note is model.note
 
 
 def test_tensors_that_are_one_stay_one() -> None:

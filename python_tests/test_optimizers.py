@@ -433,15 +433,17 @@ def test_tied_and_listed_parameters_stay_one() -> None:
     shrink_(model, groups, ratio=0.5)
     assert model.one.weight is model.two.weight is model.kept["weights"][0]
     assert model.one.weight.shape == (3, 3)
-    model.pair = (model.one.weight,)  # type: ignore[assignment]
-    groups = find_groups(model, torch.randn(3, 2, 5))
-    with pytest.raises(ValueError) as error:
-        shrink_(model, groups, ratio=0.5)
-    assert str(error.value) == (
-        "shrink_: expected a model with its parameters in modules, lists and dicts, got one of "
-        "shape [3, 3] in a tuple"
-    )
-    assert model.one.weight.shape == (3, 3)
+    weight = model.one.weight
+    for held, kind in (((weight,), "tuple"), (lambda x: x @ weight.t(), "function")):
+        model.held = held  # type: ignore[assignment]
+        groups = find_groups(model, torch.randn(3, 2, 5))
+        with pytest.raises(ValueError) as error:
+            shrink_(model, groups, ratio=0.5)
+        assert str(error.value) == (
+            "shrink_: expected a model with its parameters in modules, lists and dicts, got one of "
+            f"shape [3, 3] in a {kind}"
+        )
+        assert model.one.weight.shape == (3, 3)
 
 
 def test_a_model_that_holds_its_optimizer() -> None:
