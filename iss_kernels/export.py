@@ -33,10 +33,10 @@ from torch.utils import _pytree as pytree
 from iss_kernels import onnx_nodes
 from iss_kernels.arguments import brief, call_of, first_line
 from iss_kernels.copying import copied
-from iss_kernels.find import LIBRARIES
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
 from iss_kernels.recurrent_cell import RecurrentCell
 from iss_kernels.stored import Snapshot
+from iss_kernels.tracer import LIBRARIES
 
 
 def export_onnx(

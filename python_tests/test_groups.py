@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 from iss_kernels import reference
 from iss_kernels.backend import use_backend
 from iss_kernels.cells import CELLS, Cell
-from iss_kernels.find import LIBRARIES, find_groups
+from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import GroupError, kinds
 from iss_kernels.gru import ISSGRU
@@ -33,6 +33,7 @@ from iss_kernels.lstm import ISSLSTM
 from iss_kernels.recurrent import MODULES, Recurrent
 from iss_kernels.rnn import ISSRNN
 from iss_kernels.shrink import shrink, shrink_
+from iss_kernels.tracer import LIBRARIES
 
 # nn.LSTM says this itself, once.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
