@@ -741,7 +741,14 @@ def _difference(
         wanted, again = (_tensors(_fresh(model)(*copy.deepcopy(example))) for _ in range(2))
     leaves = pytree.tree_leaves(example)
     read = {given.name for given in session.get_inputs()}
-    feeds = {n: leaves[i].detach().cpu().numpy() for n, i in args.tensors.items() if n in read}
+    given = {n: leaves[i].detach().cpu() for n, i in args.tensors.items() if n in read}
+    for name, value in given.items():
+        if value.dtype == torch.bfloat16:
+            raise RuntimeError(
+                "export_onnx: expected an example of dtypes that NumPy has, for ONNX Runtime to "
+                f"run the file, got bfloat16 in {name}"
+            )
+    feeds = {name: value.numpy() for name, value in given.items()}
     try:
         got = [torch.from_numpy(array) for array in session.run(None, feeds)]
     except Exception as error:

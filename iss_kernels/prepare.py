@@ -7,6 +7,7 @@ module need not, takes a whole stack in one call, and may keep its weights in 16
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -86,7 +87,10 @@ class Prepared(Snapshot, Recurrent):
     ) -> tuple[Tensor | PackedSequence, States]:
         """As Recurrent.forward."""
         if backend.exporting_onnx():
-            return super().forward(input, hx, lengths, resets, mask)
+            given = input.data if isinstance(input, PackedSequence) else input
+            x, states = _to((input, hx), torch.float32)
+            y, state = super().forward(x, states, lengths, resets, mask)
+            return _to(y, given.dtype), _to(state, given.dtype)
         native = self._native
         if (
             native is not None
@@ -212,10 +216,11 @@ class PreparedCell(Snapshot, RecurrentCell):
         if torch.is_grad_enabled() and _asks_for_gradient((input, hx)):
             raise RuntimeError(NO_GRADIENT.format(type(self).__name__))
         dtype = input.dtype
-        if not input.is_floating_point() or backend.exporting_onnx():
+        if not input.is_floating_point():
             return super()._forward(input, hx)
-        with backend.no_autocast(input.device):
-            after = super()._forward(input.float(), hx if hx is None else _to(hx, torch.float32))
+        exporting = backend.exporting_onnx()
+        with contextlib.nullcontext() if exporting else backend.no_autocast(input.device):
+            after = super()._forward(*_to((input, hx), torch.float32))
         return tuple(state.to(dtype) for state in after)
 
     def _dtype(self) -> torch.dtype:

@@ -345,6 +345,16 @@ def test_a_prepared_model(tmp_path, weights, dynamo):
 
 
 @legacy_or_slow
+def test_a_prepared_model_of_another_dtype(tmp_path, dynamo):
+    model = iss.prepare(Tagger(iss.ISSLSTM(4, 6)).half())
+    path, x = tmp_path / "model.onnx", torch.randn(5, 2, 4, dtype=torch.float64)
+    iss.export_onnx(model, x, path, dynamo=dynamo)
+    check(path, model, {"x": torch.randn(9, 3, 4, dtype=torch.float64)})
+    with pytest.raises(RuntimeError, match=r"dtypes that NumPy has.* got bfloat16 in x"):
+        iss.export_onnx(model, x.bfloat16(), path, dynamo=dynamo)
+
+
+@legacy_or_slow
 @pytest.mark.parametrize("prepared", [False, True])
 def test_int8_lstms_are_onnx_runtimes(tmp_path, prepared, dynamo):
     model = Tagger(iss.ISSLSTM(16, [(32, 32), (24, 40)], 2, bidirectional=True))
