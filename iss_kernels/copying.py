@@ -7,42 +7,48 @@ spectral_norm leave such a tensor on a module: the weight that they compute befo
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
+import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from iss_kernels.arguments import Model
 
 
-def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
+def copied(
+    model: Model,
+    memo: dict[int, Any] | None = None,
+    carry: Callable[[], Iterable[nn.Module]] = lambda: (),
+) -> Model:
     """copy.deepcopy(model, memo), where tensors with a gradient history are copied without it.
 
     memo: what stands for objects that are not to be copied, by their id, as for copy.deepcopy; it
-    is filled. Parameters, buffers, hooks and the sharing of tensors and modules are copied as
-    deepcopy does. The copy's hooks compute its weights anew, from its own parameters, when it is
-    called; until then it holds their present values. Where a module makes its copy anew, from its
-    own __getstate__, say, so that what stands for its parts would not arrive, all that it holds is
-    copied instead. Functions that hold what is copied, as a hook that is a lambda over `self` does,
-    are copied with it: deepcopy would leave them to act on the original.
+    is filled. carry: called after the copy, to copy with the same memo what else these are to hold;
+    returns those that it changed.
+    Parameters, buffers, hooks and the sharing of tensors and modules are copied as deepcopy does.
+    The copy's hooks compute its weights anew, from its own parameters, when it is called; until
+    then it holds their present values. Where a module makes its copy anew, from its own
+    __getstate__, say, so that what stands for its parts would not arrive, all that it holds is
+    copied instead. deepcopy shares functions. Here one that holds what is copied, as a hook that is
+    a lambda over `self` does, is copied too, and acts on the copy; see `_Functions`.
 
     Raises ValueError for such a module that holds what cannot be copied.
     """
     memo = {} if memo is None else memo
     parts = list(_parts(model, memo))
     instead = [memo[id(part)] for part in parts if id(part) in memo]
-    modules = (part for part in parts if isinstance(part, nn.Module) and id(part) not in memo)
-    makers = [module for module in modules if _own_copier(type(module))]
+    own = (part for part in parts if isinstance(part, nn.Module) and id(part) not in memo)
+    makers = [module for module in own if _own_copier(type(module))]
     for tensor in _tensors_within(model, memo):
         if not tensor.is_leaf:
             memo[id(tensor)] = copy.deepcopy(tensor.detach(), memo)
-    rebound = _rebound(model, memo)
     known, failure = dict(memo), None
     for by_parts in ([], makers):
         memo.clear()
@@ -58,89 +64,154 @@ def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
             failure = error
         else:
             if _arrived(instead, result):
-                _bind(rebound, memo)
+                given = {*map(id, known.values())}
+                new = [result] if id(result) not in given else []
+                _Functions(memo).replace_in([*new, *carry()], given)
                 return result
-    own = "".join(f" ({type(m).__name__}.{_own_copier(type(m))})" for m in makers[:1])
+    maker = "".join(f" ({type(m).__name__}.{_own_copier(type(m))})" for m in makers[:1])
     raise ValueError(
         f"expected a model that can be copied part by part, got a {type(model).__name__} that "
-        f"makes parts of itself anew{own}"
+        f"makes parts of itself anew{maker}"
     ) from failure
 
 
-def copied_along(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy of what belongs to a model that `copied` copied with this memo."""
-    rebound = _rebound(value, memo)
-    result = copy.deepcopy(value, memo)
-    _bind(rebound, memo)
-    return result
+_HOLDERS = (FunctionType, MethodType, partial, tuple)
 
 
-def _rebound(value: Any, memo: dict[int, Any]) -> list[FunctionType]:
-    """The functions that hold, in their closures or defaults, what a copy of `value` copies.
+class _Functions:
+    """Copies of the functions of a model that hold something which was copied.
 
-    Puts a copy of each, with empty cells until `_bind` fills them, into the memo.
+    Held is what is in a function's closure, defaults and attributes, also within functions,
+    methods, partials, containers and handles of hooks there. Other objects are not looked into: a
+    hook and its copy share the logger, say, that both write to. Functions that are found by their
+    name are no closures, and stay.
     """
-    seen: dict[int, Any] = dict(memo)  # holds what it names, so that no id is given twice
-    holders: dict[FunctionType, list[Any]] = {}
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:
-            continue
-        seen[id(item)] = item
-        if isinstance(item, FunctionType):
-            holders[item] = _bound(item)
-            stack += [held for held in holders[item] if isinstance(held, FunctionType)]
-        else:
+
+    def __init__(self, memo: dict[int, Any]) -> None:
+        self.copies = memo  # by the id of the original
+        self.cells: dict[int, CellType] = {}  # the same; functions go on to share a variable
+        self.alive: list[Any] = []  # whose ids are keys
+
+    def replace_in(self, modules: Sequence[nn.Module], given: Set[int]) -> None:
+        """Put the copies in the places of these modules that hold such functions.
+
+        given: ids of objects in them that are no copies.
+        """
+        made = {*map(id, self.copies.values())} - given | {*map(id, modules)}
+        found: list[tuple[Any, Any]] = []
+        seen: set[int] = set()
+        stack: list[Any] = [*modules]
+        while stack:
+            item = stack.pop()
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
             inside, fixed = _held(item)
-            stack += [*(held for _, held in inside), *fixed]
-    found: list[FunctionType] = []
-    copies = {key for key, each in seen.items() if _is_copied(each)}
-    while more := [
-        each for each, held in holders.items()
-        if each not in found and any(id(one) in copies for one in held)
-    ]:  # fmt: skip
-        found += more
-        copies |= {id(each) for each in more}
-    for old in found:
-        cells = tuple(CellType() for _ in old.__closure__ or ())
-        new = FunctionType(old.__code__, old.__globals__, old.__name__, None, cells or None)
-        memo[id(old)] = functools.update_wrapper(new, old)
-    return found
+            found += [(item, key) for key, held in inside if isinstance(held, _HOLDERS)]
+            held = [*(one for _, one in inside), *fixed]
+            within = (MethodType, partial, tuple)
+            stack += [one for one in held if id(one) in made or isinstance(one, within)]
+            if id(item) in made and hasattr(item, "__dict__"):
+                stack.append(vars(item))
+        for container, key in found:
+            if (new := self.copy_of(container[key])) is not container[key]:
+                container[key] = new
 
+    def copy_of(self, held: Any) -> Any:
+        """What stands for an object in the copy; itself where it holds nothing that was copied."""
+        if id(held) in self.copies or not self._leads_to_a_copy(held):
+            return self.copies.get(id(held), held)
+        self.alive.append(held)
+        if isinstance(held, FunctionType):
+            return self._copy_of_function(held)
+        if isinstance(held, MethodType):
+            return MethodType(self.copy_of(held.__func__), self.copy_of(held.__self__))
+        if isinstance(held, partial):
+            keywords = {name: self.copy_of(value) for name, value in held.keywords.items()}
+            return partial(self.copy_of(held.func), *map(self.copy_of, held.args), **keywords)
+        if isinstance(held, RemovableHandle):
+            return copy.deepcopy(held, self.copies)  # refers to the copied table
+        if isinstance(held, (tuple, frozenset)):
+            parts = map(self.copy_of, held)
+            return held._make(parts) if hasattr(held, "_make") else type(held)(parts)
+        new = self.copies[id(held)] = copy.copy(held)
+        new.clear()
+        if isinstance(held, dict):
+            new.update({self.copy_of(key): self.copy_of(value) for key, value in held.items()})
+        else:  # a list, set or deque
+            (new.update if isinstance(held, set) else new.extend)(map(self.copy_of, held))
+        return new
 
-def _bind(functions: Sequence[FunctionType], memo: Mapping[int, Any]) -> None:
-    """Let the copies of functions hold the copies of what the functions hold."""
+    def _copy_of_function(self, old: FunctionType) -> FunctionType:
+        cells = tuple(map(self._cell_of, old.__closure__ or ())) or None
+        new = FunctionType(old.__code__, old.__globals__, old.__name__, None, cells)
+        self.copies[id(old)] = functools.update_wrapper(new, old)
+        for cell, its in zip(old.__closure__ or (), cells or (), strict=True):
+            if its is not cell and _is_empty(its):
+                its.cell_contents = self.copy_of(cell.cell_contents)
+        new.__defaults__ = self.copy_of(old.__defaults__)
+        new.__kwdefaults__ = self.copy_of(old.__kwdefaults__)
+        vars(new).clear()  # of __wrapped__, which update_wrapper adds
+        vars(new).update({name: self.copy_of(held) for name, held in vars(old).items()})
+        return new
 
-    def copy_of(held: Any) -> Any:
-        return memo.get(id(held), held)
+    def _cell_of(self, cell: CellType) -> CellType:
+        """A variable of closures: another one, for all of them, where it holds what is copied."""
+        if _is_empty(cell) or not self._leads_to_a_copy(cell.cell_contents):
+            return cell
+        self.alive.append(cell)
+        return self.cells.setdefault(id(cell), CellType())
 
-    for old in functions:
-        new = memo[id(old)]
-        for cell, its in zip(old.__closure__ or (), new.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # an empty cell
-                its.cell_contents = copy_of(cell.cell_contents)
-        new.__defaults__ = old.__defaults__ and tuple(map(copy_of, old.__defaults__))
-        if old.__kwdefaults__:
-            new.__kwdefaults__ = {k: copy_of(v) for k, v in old.__kwdefaults__.items()}
-        new.__dict__.clear()  # of __wrapped__, which update_wrapper adds
-        new.__dict__.update({name: copy_of(held) for name, held in vars(old).items()})
-
-
-def _is_copied(item: Any) -> bool:
-    """Whether deepcopy makes another of it."""
-    if isinstance(item, (type, FunctionType, ModuleType)):
+    def _leads_to_a_copy(self, held: Any) -> bool:
+        seen: dict[int, Any] = {}
+        stack = [held]
+        while stack:
+            item = stack.pop()
+            if id(item) in seen:
+                continue
+            seen[id(item)] = item
+            if self.copies.get(id(item), item) is not item:
+                return True
+            stack += _linked(item)
         return False
-    return isinstance(item, (dict, list, set, deque)) or hasattr(item, "__dict__")
+
+
+def _linked(item: Any) -> list[Any]:
+    """What is held where `_Functions` looks."""
+    if isinstance(item, FunctionType):
+        return [] if _is_found_by_name(item) else _bound(item)
+    if isinstance(item, MethodType):
+        return [item.__func__, item.__self__]
+    if isinstance(item, partial):
+        return [item.func, *item.args, *item.keywords.values()]
+    if isinstance(item, RemovableHandle):
+        return [item.hooks_dict_ref()]
+    if isinstance(item, dict):
+        return [*item, *item.values()]
+    return [*item] if isinstance(item, (list, tuple, set, frozenset, deque)) else []
+
+
+def _is_found_by_name(function: FunctionType) -> bool:
+    """Whether its module has it under its name."""
+    found: Any = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
 
 
 def _bound(function: FunctionType) -> list[Any]:
     """What a function holds in its closure, defaults and attributes."""
-    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty cell
-            held.append(cell.cell_contents)
-    return [*held, *vars(function).values()]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    keywords = (function.__kwdefaults__ or {}).values()
+    return [*cells, *(function.__defaults__ or ()), *keywords, *vars(function).values()]
 
 
 def _arrived(parts: Sequence[Any], model: nn.Module) -> bool:

@@ -8,7 +8,8 @@ module need not, takes a whole stack in one call, and may keep its weights in 16
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from iss_kernels import backend
 from iss_kernels.accelerate import HOOK_TABLES, added, check_plain
 from iss_kernels.arguments import Model, check_module
-from iss_kernels.copying import copied, copied_along
+from iss_kernels.copying import copied
 from iss_kernels.linear import PreparedLinear, is_plain_linear
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent, class_of
 from iss_kernels.recurrent_cell import PARAMETERS, RecurrentCell, options_of_cell
@@ -328,7 +329,7 @@ def _carry(module: nn.Module, prepared: Snapshot, memo: dict[int, Any]) -> None:
     """Copy the hooks of a module that an inference runs, and attributes that a user gave it."""
     tables = [name for name in HOOK_TABLES if "backward" not in name]
     for name in (*tables, *added(module)):
-        setattr(prepared, name, copied_along(vars(module)[name], memo))
+        setattr(prepared, name, copy.deepcopy(vars(module)[name], memo))
 
 
 def plain_linears(model: nn.Module) -> list[nn.Linear]:
@@ -407,9 +408,13 @@ def prepare(model: Model, weights: str | None = None) -> Model:
         form = weights or _own_format(linear)
         new[linear] = memo[id(linear)] = PreparedLinear(linear, form)
     warn_of_type_checks("prepare", model, new)
-    result = copied(model, memo)
-    for module, prepared in new.items():
-        _carry(module, prepared, memo)
+
+    def carry() -> Iterable[nn.Module]:
+        for module, prepared in new.items():
+            _carry(module, prepared, memo)
+        return new.values()
+
+    result = copied(model, memo, carry)
     for parameter in result.parameters():
         if not nn.parameter.is_lazy(parameter):
             parameter.requires_grad_(False)

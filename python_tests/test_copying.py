@@ -2,11 +2,13 @@
 """A copy of a model is independent of it, whatever its modules hold."""
 
 import copy
+import enum
 import functools
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -98,65 +100,152 @@ def test_a_pruned_recurrent_module_is_copied(kind: Kind) -> None:
         assert torch.equal(model(X)[0], expected) and not torch.equal(other(X)[0], expected)
 
 
-class Hooked(nn.Module):
-    """Answers with what a hook keeps; `hook` makes one that holds the model."""
-
-    def __init__(self, hook: Callable[[Any], Any]) -> None:
+class Model(nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.out = nn.LSTM(4, 6), nn.Linear(6, 2)
+        self.lstm, self.out = nn.LSTM(4, 6), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.full((3,), 2.0))
         self.kept: dict[str, torch.Tensor] = {}
-        self.lstm.register_forward_hook(hook(self))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.lstm(x)
-        return self.out(self.kept["y"])
+        y = self.out(self.lstm(x)[0])
+        return self.kept.pop("y", 1) * y
+
+    def scaled(self, y: torch.Tensor) -> torch.Tensor:
+        return y * self.scale
 
 
 def decorated(hook: Any) -> Any:
     @functools.wraps(hook)
-    def around(*args: Any) -> None:
-        hook(*args)
+    def around(*args: Any) -> Any:
+        return hook(*args)
 
     return around
 
 
-HOOKS: dict[str, Callable[[Any], Any]] = {
-    "a closure": lambda model: lambda m, i, o: model.kept.update(y=o[0]),
-    "a closure over a part": lambda model: (lambda kept: lambda m, i, o: kept.update(y=o[0]))(
-        model.kept
+def two_with_a_variable(model: Any) -> None:
+    before: Any = None
+
+    def first(module: Any, args: Any) -> None:
+        nonlocal before
+        before = len(args[0])
+
+    def second(module: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
+        return model.scale * y + before
+
+    model.out.register_forward_pre_hook(first)
+    model.out.register_forward_hook(second)
+
+
+def by_name(model: Any) -> None:
+    names = {module: name for name, module in model.named_modules()}
+    model.out.register_forward_hook(lambda m, i, y: y * model.scale * len(names[m]))
+
+
+def shared_with_an_attribute(model: Any) -> None:
+    def scaled(y: torch.Tensor) -> torch.Tensor:
+        return y * model.scale.sum()
+
+    model.scaled = scaled
+    model.lstm.register_forward_hook(lambda m, i, o: (scaled(o[0]), o[1]))
+
+
+def over_a_forward(model: Any) -> None:
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+
+
+def over_a_method(model: Any) -> None:
+    model.forward = MethodType(lambda self, x: type(model).forward(model, x) * 2, model)
+
+
+def hook_on_out(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda model: model.out.register_forward_hook(make(model))
+
+
+HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "a closure": hook_on_out(lambda model: lambda m, i, y: y * model.scale),
+    "a closure that keeps": hook_on_out(lambda model: lambda m, i, y: model.kept.update(y=y)),
+    "a closure over a part": hook_on_out(
+        lambda model: (lambda kept: lambda m, i, y: kept.update(y=y))(model.kept)
     ),
-    "a default": lambda model: lambda m, i, o, model=model: model.kept.update(y=o[0]),
-    "a decorated closure": lambda model: decorated(lambda m, i, o: model.kept.update(y=o[0])),
-    "a partial": lambda model: partial(lambda who, m, i, o: who.kept.update(y=o[0]), model),
+    "a default": hook_on_out(lambda model: lambda m, i, y, model=model: y * model.scale),
+    "a decorator": hook_on_out(lambda model: decorated(lambda m, i, y: y * model.scale)),
+    "a partial": hook_on_out(lambda model: partial(lambda who, m, i, y: y * who.scale, model)),
+    "a list": hook_on_out(lambda model: (lambda s: lambda m, i, y: y * s[0])([model.scale])),
+    "a tuple": hook_on_out(lambda model: (lambda s: lambda m, i, y: y * s[0])((model.scale,))),
+    "a method": hook_on_out(lambda model: (lambda s: lambda m, i, y: s(y))(model.scaled)),
+    "a partial in a closure": hook_on_out(
+        lambda model: (lambda s: lambda m, i, y: s(y))(partial(model.scaled))
+    ),
+    "a dict of modules": by_name,
+    "two functions": two_with_a_variable,
+    "an attribute and a hook": shared_with_an_attribute,
+    "a wrapped forward": lambda model: setattr(model, "forward", torch.no_grad()(model.forward)),
+    "a forward around forward": over_a_forward,
+    "a method over the model": over_a_method,
 }
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copied": copied,
     "prepare": iss.prepare,
-    "shrink": lambda model: iss.shrink(
-        model, iss.find_groups(model, X), keep={"lstm.l0": range(6)}
-    )[0],
+    "shrink": lambda m: iss.shrink(m, iss.find_groups(m, X), keep={"lstm.l0": range(6)})[0],
 }
 
 
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("name", HOOKS)
-def test_a_hook_that_holds_the_model_acts_on_the_copy(name: str, way: str) -> None:
-    model = Hooked(HOOKS[name]).eval()
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_function_that_holds_the_model_acts_on_the_copy(name: str, way: str) -> None:
+    model = Model().eval()
+    HOLDERS[name](model)
+    other = COPIES[way](model)
     with torch.no_grad():
-        model(torch.zeros_like(X))
-        before = model.kept["y"]
-        other = COPIES[way](model)
-        y = other(X)
-        assert model.kept["y"] is before
-        torch.testing.assert_close(y, model(X), rtol=0, atol=1e-6)
+        expected = model(X)
+        torch.testing.assert_close(other(X), expected, rtol=0, atol=1e-5)
+        for parameter in model.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(other(X), expected, rtol=0, atol=1e-5)
+        assert not model.kept
+
+
+def test_a_hook_that_removes_itself_leaves_the_copy_alone() -> None:
+    model = Model()
+
+    def once(module: Any, args: Any) -> None:
+        model.scale.data.fill_(3)
+        handle.remove()
+
+    handle = model.register_forward_pre_hook(once)
+    iss.find_groups(model, X)
+    other = iss.prepare(model)
+    assert len(model._forward_pre_hooks) == len(other._forward_pre_hooks) == 1
+    other(X)
+    assert len(other._forward_pre_hooks) == 0 and bool((other.scale == 3).all())
+    assert len(model._forward_pre_hooks) == 1 and bool((model.scale == 2).all())
+
+
+def test_what_a_layer_and_a_hook_of_it_share_is_one_in_the_copy() -> None:
+    model, seen = Model().eval(), []
+    model.lstm.seen = seen
+    model.lstm.register_forward_hook(lambda m, i, o: seen.append(o[0]))
+    other = iss.prepare(model)
+    other(X)
+    assert len(other.lstm.seen) == 1 and not seen
+
+
+class Mode(enum.Enum):
+    ONE = 1
+
+
+def by_mode(y: torch.Tensor, mode: Mode = Mode.ONE) -> torch.Tensor:
+    return y.tanh()
 
 
 def test_a_function_that_holds_nothing_of_the_model_stays_itself() -> None:
     model, seen = nn.Linear(4, 2), []
     model.act, model.note = (lambda x, dtype=torch.float32: x), (lambda x: seen.append(x))
-    model.dtype = torch.float32
+    model.dtype, model.mode, model.by_mode = torch.float32, Mode.ONE, by_mode
     other = copied(model)
-    assert other.act is model.act and other.note is model.note
+    assert all(getattr(other, n) is getattr(model, n) for n in ("act", "note", "by_mode"))
 
 
 def test_tensors_that_are_one_stay_one() -> None:
