@@ -43,12 +43,12 @@ class PreparedLinear(Snapshot):
     """An nn.Linear for inference alone; `prepare` makes one.
 
     Input [..., in_features] -> output [..., out_features]. Weights are held as `Snapshot` says, and
-    `weight` gives the values that they stand for, in float32. Sums and output are float32; an input
-    of another floating dtype is converted, as is what comes back; autocast changes nothing. Rows of
-    the input are rounded to bfloat16 where the CPU multiplies that. With int8 they are quantised,
-    each to the range of its largest element: to 8 bits (7 on AVX2), or to two such terms where the
-    elements differ widely in size. On a CUDA device the input has the 16 bits of the weight, and
-    int8 is widened to float32, once.
+    `weight` gives the values that they stand for, in the model's dtype. Sums and output are
+    float32; an input of another floating dtype is converted, as is what comes back; autocast
+    changes nothing. Rows of the input are rounded to bfloat16 where the CPU multiplies that. With
+    int8 they are quantised, each to the range of its largest element: to 8 bits (7 on AVX2), or to
+    two such terms where the elements differ widely in size. On a CUDA device the input has the 16
+    bits of the weight, and int8 is widened to float32, once.
 
     Raises RuntimeError where a gradient is asked for, and what nn.Linear raises.
     """
@@ -61,8 +61,8 @@ class PreparedLinear(Snapshot):
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features] in float32."""
-        return self._weight("weight", torch.float32)
+        """[out_features, in_features] in the model's dtype."""
+        return self._weight("weight", self.like.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear.forward."""

@@ -219,6 +219,12 @@ class PreparedCell(Snapshot, RecurrentCell):
         dtype = input.dtype
         if not input.is_floating_point():
             return super()._forward(input, hx)
+        for state in () if hx is None else (hx,) if isinstance(hx, Tensor) else hx:
+            if isinstance(state, Tensor) and not state.is_floating_point():
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected hx of a floating dtype, "
+                    f"got {dtype_name(state)}"
+                )
         exporting = backend.exporting_onnx()
         with contextlib.nullcontext() if exporting else backend.no_autocast(input.device):
             after = super()._forward(*_to((input, hx), torch.float32))
@@ -305,7 +311,8 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (Tensor, PackedSequence)):
         return value.to(dtype)
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(part, dtype) for part in value)
+        parts = [_to(part, dtype) for part in value]
+        return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
     return value
 
 
@@ -318,11 +325,17 @@ def _check(module: Any, name: str) -> None:
         *(f"parameter {key}" for key in module._parameters if key not in names),
         *(f"buffer {key}" for key in module._buffers),
         *(f"module {key}" for key in module._modules),
+        *(f"attribute {key}" for key in added(module) if _is_taken(key)),
     ]
     if extra:
         raise ValueError(
             f"prepare: expected {name} as its class makes it, got one with a further {extra[0]}"
         )
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a prepared module has another use for an attribute."""
+    return hasattr(Snapshot, name) or name in Snapshot.__annotations__
 
 
 def _carry(module: nn.Module, prepared: Snapshot, memo: dict[int, Any]) -> None:

@@ -545,7 +545,8 @@ def _check_values(label: str, made: Any, values: Mapping[str, Tensor], weights: 
     """Refuse values of other shapes than a module has, or of other dtypes where it is prepared."""
     for name, expected in _tensors_of(made)[0].items():
         value = values.get(name, expected)
-        if value.shape != expected.shape or (weights and value.dtype != expected.dtype):
+        held = weights and name != "like"
+        if value.shape != expected.shape or (held and value.dtype != expected.dtype):
             raise ValueError(
                 f"load: expected {name} of shape {list(expected.shape)}, as the sizes of {label} "
                 f"say, got {list(value.shape)} of {value.dtype} in the file"
@@ -586,7 +587,7 @@ def _prepared(made: Any, old: Any, weights: str) -> nn.Module:
 
 def _with_rest(fast: nn.Module, old: Any, like: Tensor) -> nn.Module:
     """A prepared module on the device of `like`, with all but the weights that `old` has."""
-    fast = fast.to("cpu" if like.is_meta else like.device)
+    fast = fast.to("cpu" if like.is_meta else like.device, like.dtype)
     for table in ("_parameters", "_buffers", "_modules"):
         others = {k: v for k, v in vars(old)[table].items() if k not in fast._buffers}
         vars(fast)[table].update(others)

@@ -26,6 +26,7 @@ NO_GRADIENT = (
     "{}: expected an input that asks for no gradient (a prepared model only infers; use "
     "torch.no_grad()), got one with requires_grad=True"
 )
+_WIDEST = 2**17  # 127 * 127 * 2^17 is less than 2^31
 _Stored: TypeAlias = tuple[Tensor, Tensor | None]  # the weight, and for int8 its scales by row
 
 
@@ -53,6 +54,13 @@ def _store(function: str, name: str, value: Tensor, weights: str) -> _Stored:
         )
     if is_bias:
         return stored, None
+    if value.shape[1] == 0:
+        raise ValueError(f"{function}: expected a {name} with columns, got {list(value.shape)}")
+    if weights == "int8" and value.shape[1] > _WIDEST:
+        raise ValueError(
+            f"{function}: expected rows of at most {_WIDEST} weights for int8, whose sums have 32 "
+            f"bits, got {value.shape[1]} in {name}"
+        )
     scale = None
     if weights == "int8":
         scale = stored.abs().amax(1) / 127
@@ -84,9 +92,10 @@ class Snapshot(nn.Module):
     """A module for inference alone, whose weights were copied from another's.
 
     Weights are buffers in the format chosen, under the names they had; biases are float32. int8
-    adds "<name>_scale", float32, one per row, and the attribute of a weight is a float32 tensor of
-    the values that it stands for (named_buffers and the state_dict have what is held). The only
-    parameter, `like`, has no elements: it tells code that asks for one the device and dtype.
+    adds "<name>_scale", float32, one per row, and the attribute of a weight is a tensor of the
+    values that it stands for (named_buffers and the state_dict have what is held). The only
+    parameter, `like`, has no elements: it tells code that asks for one the device, and the dtype
+    that the module had before or was moved to since.
     load_state_dict checks as `prepare` does, and takes all or nothing.
     """
 
@@ -109,7 +118,7 @@ class Snapshot(nn.Module):
                 self._add(name, stored)
                 if scale is not None:
                     self._add(name + "_scale", scale)
-            self._set_like(self._device())
+            self._set_like(self._device(), module.get_parameter(names[0]).dtype)
         self.eval()
 
     def _adopt(self, module: Any, names: Sequence[str], weights: str) -> None:
@@ -134,16 +143,16 @@ class Snapshot(nn.Module):
         """As nn.Module's; of an int8 weight, the values that it stands for."""
         value = super().__getattr__(name)
         if isinstance(value, Tensor) and value.dtype == torch.int8 and name in self._expected:
-            return self._weight(name, torch.float32)
+            return self._weight(name, self.like.dtype)
         return value
 
     def _add(self, name: str, value: Tensor) -> None:
         self._buffers[name] = value  # register_buffer refuses the name of a property
         self._expected[name] = value.shape, value.dtype
 
-    def _set_like(self, device: torch.device) -> None:
+    def _set_like(self, device: torch.device, dtype: torch.dtype) -> None:
         """Hold a parameter for code that asks next(model.parameters()) for a device and dtype."""
-        empty = torch.empty(0, dtype=torch.float32, device=device)
+        empty = torch.empty(0, dtype=dtype, device=device)
         self.like = nn.Parameter(empty, requires_grad=False)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -188,7 +197,7 @@ class Snapshot(nn.Module):
                 error_msgs += self._wrong_in(state_dict, prefix)
             loaded = len(error_msgs) == errors
             if loaded:
-                self._set_like(self._device())
+                self._set_like(self._device(), self.like.dtype)
         finally:
             if not loaded:
                 self._buffers.update(before)
@@ -225,12 +234,15 @@ class Snapshot(nn.Module):
             return fn(t) if like.dtype == t.dtype else t.to(like.device)
 
         with torch.inference_mode(False):
+            dtype = fn(self.like).dtype
             super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+            self._set_like(self.like.device, dtype)
         self._native, self._converted = None, {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None, "_converted": {}}
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_native": None, "_converted": {}}
 
     def native(self) -> Any:
         """What is compiled of the weights; None where the ops or the reference run instead."""

@@ -62,16 +62,25 @@ def test_what_is_not_finite_comes_out_as_of_nn_linear(isa, weights, sizes, two_t
     prepared, usual = prepared_of(linear, weights), x.clone()
     x[3, -1], x[5], x[67, 0] = math.inf, -math.inf, math.nan
     x[66, 0], x[66, -1] = math.inf, -math.inf
+    x[7, -1] = 3e38
     with torch.no_grad():
         y, expected = prepared(x), nn.functional.linear(x, prepared.weight, linear.bias)
         odd = [3, 5, 66, 67]
         assert equal(y[odd], expected[odd])
-        rest = [row for row in range(70) if row not in odd]
+        torch.testing.assert_close(y[7], expected[7], rtol=1e-5, atol=1e30)
+        rest = [row for row in range(70) if row not in (7, *odd)]
         assert torch.equal(y[rest], prepared(usual)[rest])
 
 
 def equal(one, other):
     return torch.equal(one.nan_to_num(7, 8, 9), other.nan_to_num(7, 8, 9))
+
+
+def test_the_widest_row_of_int8_has_the_right_sum(isa):
+    linear = nn.Linear(2**17, 2, bias=False)
+    nn.init.constant_(linear.weight, 2**-17)
+    y = prepared_of(linear, "int8")(torch.ones(2, 2**17))
+    torch.testing.assert_close(y, torch.ones(2, 2), rtol=0, atol=1e-2)
 
 
 def test_leading_dimensions_and_strides_are_nn_linears(implementation, weights):

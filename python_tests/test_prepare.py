@@ -3,6 +3,7 @@
 
 import copy
 import ctypes
+import io
 import math
 import pickle
 import subprocess
@@ -1046,6 +1047,40 @@ def test_code_may_ask_for_the_first_parameter(weights, tmp_path):
     assert torch.equal(load(tmp_path / "small.safetensors", Encoder())(X), prepared(X))
 
 
+@pytest.mark.parametrize("weights", [None, *FORMATS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_code_may_ask_for_the_models_dtype(weights, dtype, tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.norm, self.out = nn.LSTM(3, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.norm(self.lstm(x.to(next(self.parameters()).dtype))[0])
+            y = self.norm(self.out(y.to(self.out.weight.dtype)))
+            return nn.functional.linear(y, self.out.weight)
+
+    model, path = Model().to(dtype), tmp_path / "small.safetensors"
+    prepared = prepare(model, weights)
+    save(prepared, path)
+    with torch.no_grad():
+        y = prepared(X)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, model(X), rtol=0.1, atol=0.1)
+        assert torch.equal(load(path, Model())(X), y)
+    assert prepared.float()(X).dtype == torch.float32
+
+
+def test_a_compiled_layer_is_copied_and_saved_without_what_was_compiled():
+    prepared = prepare(nn.LSTM(3, 4))
+    prepared.compile(backend="eager")
+    other = copy.deepcopy(prepared)
+    torch.save(prepared, io.BytesIO())
+    for value in other.buffers():
+        value.zero_()
+    assert not other(X)[0].any()
+
+
 @pytest.mark.parametrize("change", ["half", "double", "parameters"])
 @pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16"])
 def test_assigned_weights_are_converted(weights, change):
@@ -1137,6 +1172,12 @@ def with_a_weight(value, dtype=torch.float32):
     return lstm
 
 
+def with_an_attribute(name):
+    lstm = nn.LSTM(3, 4)
+    setattr(lstm, name, 1)
+    return lstm
+
+
 def with_a_row(value):
     lstm = nn.LSTM(3, 4)
     lstm.weight_hh_l0.data[1] = value
@@ -1149,6 +1190,22 @@ ERRORS = {
         ValueError,
         "prepare: expected weights to be one of ('float32', 'float16', 'bfloat16', 'int8'), "
         "got 'int4'",
+    ),
+    "an attribute that a prepared module has": (
+        lambda: prepare(with_an_attribute("held")),
+        ValueError,
+        "prepare: expected the module as its class makes it, got one with a further attribute held",
+    ),
+    "a cell without inputs": (
+        lambda: prepare(nn.LSTMCell(0, 4)),
+        ValueError,
+        "prepare: expected a weight_ih with columns, got [16, 0]",
+    ),
+    "rows whose sums in int8 would overflow": (
+        lambda: prepare(nn.RNN(2**17 + 1, 1), "int8"),
+        ValueError,
+        "prepare: expected rows of at most 131072 weights for int8, whose sums have 32 bits, got "
+        "131073 in weight_ih_l0",
     ),
     "no module": (
         lambda: prepare([nn.LSTM(3, 4)]),

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
@@ -315,3 +316,15 @@ def test_hooks_and_attributes_come_along():
     fast = prepare(model)
     fast(torch.randn(2, 1, 5))
     assert seen == [PreparedLSTMCell] * 2 and fast.cell.note == "kept"
+
+
+def test_states_in_a_named_tuple_and_of_no_floating_dtype(implementation):
+    states = namedtuple("States", "h c")(torch.randn(2, 4), torch.randn(2, 4))
+    cell, x = prepare(nn.LSTMCell(3, 4)), torch.randn(2, 3)
+    assert all(map(torch.equal, cell(x, states), cell(x, tuple(states))))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        odd = torch.zeros(2, 4, dtype=dtype)
+        with pytest.raises(RuntimeError, match="expected hx of a floating dtype, got"):
+            cell(x, (states.h, odd))
+        with pytest.raises(RuntimeError, match="expected hx of a floating dtype, got"):
+            prepare(nn.GRUCell(3, 4))(x, odd)

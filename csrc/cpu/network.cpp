@@ -11,7 +11,6 @@
 #include <cstring>
 #include <iterator>
 
-#include "cpu/finite.h"
 #include "cpu/kernels/table.h"
 #include "cpu/team.h"
 #include "locks.h"
@@ -26,6 +25,13 @@ constexpr int64_t kPanelsEach = 16;
 
 // Biases may be views of a module's buffers, which may change later.
 at::Tensor copied(const at::Tensor& bias) { return bias.defined() ? bias.clone() : bias; }
+
+// Whether no value is larger, infinite or NaN.
+bool is_within(const float* values, int64_t count, float largest) {
+  bool beyond = false;
+  for (int64_t i = 0; i < count; ++i) beyond |= !(std::abs(values[i]) <= largest);
+  return !beyond;
+}
 
 Stack packed_stack(const CellSpec& spec, const std::vector<std::vector<CellWeights>>& layers) {
   Stack stack;
@@ -263,7 +269,7 @@ void Linear::run(const Parts& parts, const E* x, int64_t rows, E* y) const {
       }
       if constexpr (!kRounded)
         for (int64_t r = row; is_int8(format) && r < std::min(row + block, last); ++r)
-          if (!all_finite(x + r * k, k))
+          if (!is_within(x + r * k, k, kInt8Largest))
             run_unrounded(x + r * k, y + r * columns, range.begin * kernels.panel_units(),
                           std::min(range.end * kernels.panel_units(), columns));
     }
@@ -343,16 +349,16 @@ void Stream::add_activation(const std::string& name, double parameter) {
 
 void Stream::run(Recurrent& recurrent, const float* x, float* y, int64_t) {
   if (recurrent.packed_for != &cpu_kernels()) {
-    recurrent.packed_for = &cpu_kernels();
     recurrent.stack = recurrent.network->stack();
+    recurrent.packed_for = &cpu_kernels();
   }
   run_stack<float>(*recurrent.stack, one_step_, x, recurrent.states, y);
 }
 
 void Stream::run(Product& product, const float* x, float* y, int64_t) {
   if (product.packed_for != &cpu_kernels()) {
-    product.packed_for = &cpu_kernels();
     product.parts = product.linear->parts();
+    product.packed_for = &cpu_kernels();
   }
   product.linear->run(*product.parts, x, batch_, y);
 }

@@ -42,6 +42,9 @@ constexpr int64_t groups_of(Format format, int64_t k, int64_t depth) {
   return in_tiles(format) ? whole_tiles(groups) : groups;
 }
 
+// The largest element of a row that is quantised to int8 as it is. (128 / its scale is a float.)
+constexpr float kInt8Largest = 0x1p127f;
+
 // Vectors of a panel: as many as the gates of a unit, or a multiple of them.
 constexpr int panel_vectors(int gates) { return gates == 3 ? 3 : 4; }
 

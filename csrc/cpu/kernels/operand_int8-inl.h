@@ -10,9 +10,9 @@ struct Int8Operand {
   static constexpr int kTileRows = Vec<float>::kTileRows, tile_rows = kTileRows;
   using Activation = Dot::Activation;
   static constexpr int64_t kColumns = kPanelColumns<float, kVectors>;
-  // A larger element, also an infinite one, counts as this. Gates then saturate, as they do for an
-  // infinite sum; with inf itself, 0 * inf would be NaN.
-  static constexpr float kLargest = 0x1p127f;
+  // A larger element counts as this. Gates then saturate, as they do for an infinite sum; with inf
+  // itself, 0 * inf would be NaN.
+  static constexpr float kLargest = kInt8Largest;
   // A row without a larger element counts as zeros: kLevels / size would overflow.
   static constexpr float kSmallest = 0x1p-112f;
   // A row has a second term where its largest element is this much larger than its mean nonzero
