@@ -9,7 +9,7 @@ import operator
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from iss_kernels.arguments import Model, check_module
+from iss_kernels.copying import bound, is_empty, is_found_by_name
 from iss_kernels.recurrent import CELL_MODULES, MODULES
 from iss_kernels.type_checks import warn_of_type_checks
 
@@ -158,7 +159,7 @@ _REFERENCES = (MethodType, functools.partial, weakref.ref)  # cannot be given an
 
 
 def _contents(holder: Any) -> Iterable[tuple[Any, Any]]:
-    """What a module, a container or a reference holds, each with a name."""
+    """What a module, a container, a function or a reference holds, each with a name."""
     if isinstance(holder, torch.jit.ScriptModule):
         return ()
     if isinstance(holder, nn.Module):
@@ -167,6 +168,8 @@ def _contents(holder: Any) -> Iterable[tuple[Any, Any]]:
         return holder.items()
     if isinstance(holder, MethodType):
         return [("__self__", holder.__self__)]
+    if isinstance(holder, FunctionType):
+        return [] if is_found_by_name(holder) else enumerate(bound(holder))
     if isinstance(holder, functools.partial):
         return [("func", holder.func), *enumerate(holder.args), *holder.keywords.items()]
     if isinstance(holder, weakref.ref):
@@ -180,10 +183,12 @@ def _holdings(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
     while queue:
         path, holder = queue.popleft()
         for name, held in _contents(holder):
-            if issubclass(type(held), (nn.Module, *_CONTAINERS, *_REFERENCES)):  # not a proxy
+            kinds = (nn.Module, FunctionType, *_CONTAINERS, *_REFERENCES)
+            if issubclass(type(held), kinds):  # not a proxy
                 inner = path if name == "_modules" else f"{path}.{name}" if path else str(name)
                 yield inner, holder, held
-                inside = not isinstance(holder, _REFERENCES) or not isinstance(held, nn.Module)
+                looks_elsewhere = isinstance(holder, (FunctionType, *_REFERENCES))
+                inside = not (looks_elsewhere and isinstance(held, nn.Module))
                 if inside and id(held) not in seen:
                     seen.add(id(held))
                     queue.append((inner, held))
@@ -201,9 +206,15 @@ def _replaced(value: Any, new: Mapping[nn.Module, Any]) -> Any:
 
 
 def _replace_in(holder: Any, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules in the place of old ones in a module, list, dict or set."""
+    """Put new modules in the place of old ones in a module, list, dict, set or function."""
     if isinstance(holder, nn.Module):
         holder = vars(holder)
+    if isinstance(holder, FunctionType) and not is_found_by_name(holder):
+        for cell in holder.__closure__ or ():
+            if not is_empty(cell):
+                cell.cell_contents = _replaced(cell.cell_contents, new)
+        holder.__defaults__ = _replaced(holder.__defaults__, new)
+        _replace_in(holder.__kwdefaults__, new)
     if isinstance(holder, set):
         for held in [held for held in holder if _replaced(held, new) is not held]:
             holder.remove(held)
@@ -222,8 +233,9 @@ def accelerate(model: Model) -> Model:
     Returns the model (the new module, where the model is itself one). Parameters are shared with
     the old modules, so an optimizer goes on working; hooks, buffers, submodules and attributes come
     along. Found are also those that modules hold in plain attributes, lists, dicts, sets and
-    tuples. Subclasses of torch's classes, and scripted modules, are left alone. Ours are an
-    nn.RNNBase but no nn.LSTM: a warning names code of the model that asks for that.
+    tuples; closures over one that is found hold the new one then. Subclasses of torch's classes,
+    and scripted modules, are left alone. Ours are an nn.RNNBase but no nn.LSTM: a warning names
+    code of the model that asks for that.
 
     Raises ValueError, and changes nothing, where something cannot come along: a forward or another
     method that was set on a module (torch.compile does), a weight that is computed (weight_norm,
@@ -233,11 +245,13 @@ def accelerate(model: Model) -> Model:
     check_module("accelerate", model)
     holdings = [("", None, model), *_holdings(model)]
     names: dict[Any, str] = {}
-    for path, _, held in holdings:
+    for path, holder, held in holdings:
         recurrent = isinstance(held, (nn.RNNBase, nn.RNNCellBase))
         parametrized = recurrent and is_parametrized(held)
         bases = MODULES.keys() | CELL_MODULES.keys()
-        if _ours(held) is not None or (parametrized and type(held).__base__ in bases):
+        elsewhere = isinstance(holder, FunctionType)  # another model's, unless it is found too
+        ours = _ours(held) is not None or (parametrized and type(held).__base__ in bases)
+        if ours and not elsewhere:
             names.setdefault(held, path or f"the {_kind(held)}")
     for old, name in names.items():
         check_plain(old, "accelerate", name)

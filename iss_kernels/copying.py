@@ -147,7 +147,7 @@ class _Functions:
         new = FunctionType(old.__code__, old.__globals__, old.__name__, None, cells)
         self.copies[id(old)] = functools.update_wrapper(new, old)
         for cell, its in zip(old.__closure__ or (), cells or (), strict=True):
-            if its is not cell and _is_empty(its):
+            if its is not cell and is_empty(its):
                 its.cell_contents = self.copy_of(cell.cell_contents)
         new.__defaults__ = self.copy_of(old.__defaults__)
         new.__kwdefaults__ = self.copy_of(old.__kwdefaults__)
@@ -157,7 +157,7 @@ class _Functions:
 
     def _cell_of(self, cell: CellType) -> CellType:
         """A variable of closures: another one, for all of them, where it holds what is copied."""
-        if _is_empty(cell) or not self._leads_to_a_copy(cell.cell_contents):
+        if is_empty(cell) or not self._leads_to_a_copy(cell.cell_contents):
             return cell
         self.alive.append(cell)
         return self.cells.setdefault(id(cell), CellType())
@@ -179,7 +179,7 @@ class _Functions:
 def _linked(item: Any) -> list[Any]:
     """What is held where `_Functions` looks."""
     if isinstance(item, FunctionType):
-        return [] if _is_found_by_name(item) else _bound(item)
+        return [] if is_found_by_name(item) else bound(item)
     if isinstance(item, MethodType):
         return [item.__func__, item.__self__]
     if isinstance(item, partial):
@@ -191,7 +191,7 @@ def _linked(item: Any) -> list[Any]:
     return [*item] if isinstance(item, (list, tuple, set, frozenset, deque)) else []
 
 
-def _is_found_by_name(function: FunctionType) -> bool:
+def is_found_by_name(function: FunctionType) -> bool:
     """Whether its module has it under its name."""
     found: Any = sys.modules.get(function.__module__)
     for name in function.__qualname__.split("."):
@@ -199,7 +199,8 @@ def _is_found_by_name(function: FunctionType) -> bool:
     return found is function
 
 
-def _is_empty(cell: CellType) -> bool:
+def is_empty(cell: CellType) -> bool:
+    """Whether a variable of a closure has no value yet."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -207,9 +208,9 @@ def _is_empty(cell: CellType) -> bool:
     return False
 
 
-def _bound(function: FunctionType) -> list[Any]:
+def bound(function: FunctionType) -> list[Any]:
     """What a function holds in its closure, defaults and attributes."""
-    cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
+    cells = [cell.cell_contents for cell in function.__closure__ or () if not is_empty(cell)]
     keywords = (function.__kwdefaults__ or {}).values()
     return [*cells, *(function.__defaults__ or ()), *keywords, *vars(function).values()]
 
@@ -304,7 +305,7 @@ def places(
         seen[id(item)] = item
         inside, fixed = _held(item)
         if isinstance(item, FunctionType):
-            fixed = [held for held in _bound(item) if isinstance(held, Tensor)]
+            fixed = [held for held in bound(item) if isinstance(held, Tensor)]
         for held in fixed:
             if isinstance(held, Tensor) and held in tensors:
                 raise ValueError(

@@ -390,3 +390,23 @@ def test_a_new_dtype_may_swap_the_parameters(called):
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert lstm.weight_ih_l0 is before and before.dtype == torch.float64
     assert lstm(X.double())[0].dtype == torch.float64
+
+
+def test_a_closure_over_a_module_holds_the_new_one_and_one_of_another_model_stays():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            lstm = self.lstm = nn.LSTM(3, 4)
+            self.run = lambda x: lstm(x)[0]
+            self.again = lambda x, layers=(lstm,): layers[0](x)[0]
+
+        def forward(self, x):
+            return self.run(x) + self.again(x)
+
+    model, other, x = Model(), Model(), torch.randn(5, 2, 3)
+    teacher = nn.LSTM(3, 4)
+    model.teach = lambda x: teacher(x)[0]
+    accelerate(model)
+    model.load_state_dict(other.state_dict(), assign=True)
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=1e-6)
+    assert type(teacher) is nn.LSTM and torch.equal(model.teach(x), teacher(x)[0])
