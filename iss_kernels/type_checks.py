@@ -9,12 +9,16 @@ from __future__ import annotations
 import bisect
 import dis
 import inspect
+import sys
 import types
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
+
+from iss_kernels.copying import is_empty
 
 _ASKING = ("isinstance", "issubclass", "type", "__class__")
 
@@ -55,10 +59,14 @@ def _places(model: nn.Module, classes: set[type]) -> Iterator[str]:
         if f"{function.__module__}.".startswith(("torch.", "iss_kernels.")):
             continue
         seen.add(function.__code__)
-        known, codes = function.__globals__, [function.__code__]
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        closure = {name: cell.cell_contents for name, cell in cells if not is_empty(cell)}
+        known, codes = ChainMap(closure, function.__globals__), [function.__code__]
         for code in codes:  # which gets longer
             codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-            if any(name in code.co_names for name in _ASKING):
+            if any(name in code.co_names for name in _ASKING) or any(
+                step.opname == "MATCH_CLASS" for step in dis.get_instructions(code)
+            ):
                 yield from _asking(code, known, kind, classes)
             for name in code.co_names:
                 todo += [(_held(kind, name), kind), (known.get(name), kind)]
@@ -69,7 +77,9 @@ def _asking(
 ) -> Iterator[str]:
     starts = [*dis.findlinestarts(code)]
     for offset, value in _loaded(code, known, kind):
-        values = value if isinstance(value, tuple) else (value,)
+        values = [value]
+        if type(value) in (tuple, list, set, frozenset, dict):
+            values = [*value]
         if any(isinstance(one, type) and one in classes for one in values):
             at = bisect.bisect_right([start for start, _ in starts], offset)
             yield f"{code.co_filename.rpartition('/')[2]}:{starts[at - 1][1]}"
@@ -78,12 +88,17 @@ def _asking(
 def _loaded(
     code: types.CodeType, known: Mapping[str, Any], kind: type
 ) -> Iterator[tuple[int, Any]]:
-    """Offset and value of what code loads by a global name, or from the class of self."""
+    """Offset and value of what code loads by a name, or from the class of self, or imports."""
     value: Any = None
+    module: Any = None
     for step in dis.get_instructions(code):
         given = step.argval
-        if step.opname == "LOAD_GLOBAL":
+        if step.opname == "LOAD_GLOBAL" or (step.opname == "LOAD_DEREF" and given in known):
             value = known.get(given)
+        elif step.opname == "IMPORT_NAME":
+            value, module = None, sys.modules.get(given)
+        elif step.opname == "IMPORT_FROM":
+            value = _held(module, given)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             value = _held(value, given)
         elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):  # one name, or two

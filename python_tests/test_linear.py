@@ -67,7 +67,7 @@ def test_what_is_not_finite_comes_out_as_of_nn_linear(isa, weights, sizes, two_t
         y, expected = prepared(x), nn.functional.linear(x, prepared.weight, linear.bias)
         odd = [3, 5, 66, 67]
         assert equal(y[odd], expected[odd])
-        torch.testing.assert_close(y[7], expected[7], rtol=1e-5, atol=1e30)
+        torch.testing.assert_close(y[7], expected[7], rtol=1e-2, atol=1e30)
         rest = [row for row in range(70) if row not in (7, *odd)]
         assert torch.equal(y[rest], prepared(usual)[rest])
 

@@ -17,6 +17,7 @@ import iss_kernels as iss
 
 X = torch.linspace(-1, 1, 5 * 2 * 3).reshape(5, 2, 3)
 KINDS = (nn.GRU, nn.LSTM)
+SET, PLACES = {nn.LSTM}, {nn.LSTM: 0}
 
 
 class Model(nn.Module):
@@ -109,8 +110,49 @@ def of(rnn: nn.Module, states: Any) -> torch.Tensor:
     return h
 
 
+class OfASet(Model):
+    def hidden(self, states: Any) -> torch.Tensor:
+        return states[0] if type(self.rnn) in {*KINDS} & SET else states[1]
+
+
+class OfADict(Model):
+    def hidden(self, states: Any) -> torch.Tensor:
+        return states[PLACES.get(type(self.rnn), 1)]
+
+
+class Imported(Model):
+    def hidden(self, states: Any) -> torch.Tensor:
+        from torch.nn import LSTM
+
+        return states[0] if isinstance(self.rnn, LSTM) else states[1]
+
+
+class Matched(Model):
+    def hidden(self, states: Any) -> torch.Tensor:
+        match self.rnn:
+            case nn.LSTM():
+                return states[0]  # type: ignore[no-any-return]
+        return states[1]  # type: ignore[no-any-return]
+
+
+def over(kind: type) -> Any:
+    def hidden(self: Any, states: Any) -> Any:
+        return states[0] if isinstance(self.rnn, kind) else states[1]
+
+    return hidden
+
+
+class OfAClosure(Model):
+    hidden = over(nn.LSTM)
+
+
 ASKS = [
     InAMethod,
+    OfASet,
+    OfADict,
+    Imported,
+    Matched,
+    OfAClosure,
     OfATuple,
     OfAnAttribute,
     ByItsWholeName,
