@@ -55,10 +55,10 @@ class Memory:
         self.calls = self.steps = 0
         self.fresh = fresh
 
-    def end(self) -> None:
-        """Take over the states after the step."""
+    def end(self, memories: set[int]) -> None:
+        """Take over the states after the step; memories: those that belong to the caller."""
         for slot in self.slots[: self.calls]:
-            slot.kept = slot.next
+            slot.kept, slot.initial = slot.next, apart(slot.initial, memories)
 
     def forward(self, input: Any, hx: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The module's, with the state that it has now."""
@@ -163,10 +163,10 @@ class Loop(TorchFunctionMode):
         self.fresh, self.count = fresh, 0
         self.next: dict[int, Tensor] = {}
 
-    def end(self) -> None:
-        """Take over the values after the step."""
+    def end(self, memories: set[int]) -> None:
+        """Take over the values after the step; memories: those that belong to the caller."""
         self._expect(self.count, "the end")
-        self.kept = self.next
+        self.kept, self.initial = apart(self.next, memories), apart(self.initial, memories)
 
     def _expect(self, index: int, name: str) -> None:
         """Raise RuntimeError where the code takes another way than for the example."""
@@ -269,8 +269,18 @@ def _is_same_memory(hx: Any, kept: Any) -> bool:
 
 
 def memory_of(t: Tensor) -> int:
-    """Where the memory of a tensor begins, which its views share."""
-    return t.untyped_storage().data_ptr()
+    """Where the memory of a tensor begins, which its views share; 0 of a sparse one."""
+    return t.untyped_storage().data_ptr() if t.layout == torch.strided else 0
+
+
+def apart(state: Any, memories: set[int]) -> Any:
+    """A state with copies of the tensors that lie in one of these memories."""
+
+    def own(_: Path, leaf: Any) -> Any:
+        shared = isinstance(leaf, Tensor) and memory_of(leaf) in memories
+        return leaf.clone() if shared else leaf
+
+    return mapped(state, own)
 
 
 def merged(fresh: Any, initial: Any, kept: Any) -> Any:

@@ -23,6 +23,7 @@ from iss_kernels.carry import (
     Memory,
     Slot,
     Variables,
+    apart,
     memories_of,
     memory_of,
     merged,
@@ -72,6 +73,10 @@ class Steps:
         }
         needed = {path[0] for path in arguments.streamed}
         self._given = {name: part for name, part in self._example.items() if name not in needed}
+        # What the caller may not be given to write to.
+        self._memories = _memories_in(
+            [*self._given.values(), *self.model.parameters(), *self.model.buffers()]
+        )
         self._initial: dict[Path, Any] = {}  # of the states that are fed back
         self._fed: dict[Path, Any] = {}
         self._fresh: Any = True
@@ -97,8 +102,8 @@ class Steps:
             torch.no_grad(),
             torch.autocast(kind, enabled=False) if watched else nullcontext(),
         ):
-            output = self._run(self._with_time(values))
-            kept = {memory_of(t) for state in self._kept() for t in tensors(state)}
+            output = self._run(self._with_time(values), _memories_in([*values.values()]))
+            kept = self._memories | _memories_in([*self._kept(), *self._begun()])
 
             def finish(path: Path, leaf: Any) -> Any:
                 if isinstance(leaf, Tensor):
@@ -137,14 +142,19 @@ class Steps:
                 values = mapped(values, lambda path, leaf: timed.get(path, leaf))
         return self._given | values
 
-    def _run(self, values: dict[str, Any]) -> Any:
-        """The model's answer to one step, after which the states are the next."""
+    def _run(self, values: dict[str, Any], memories: set[int]) -> Any:
+        """The model's answer to one step, after which the states are the next.
+
+        memories: of the arguments, which the caller may write to after the step.
+        """
         for memory in self.memories:
             memory.begin(self._fresh)
         if self.feeds:
             given = leaves(values)
-            initial = {path: given[path] for path in self.feeds}
+            initial = {path: given[path].clone() for path in self.feeds}
             now = merged(self._fresh, initial, self._fed or initial)
+            if self._fresh is True:
+                now = mapped(now, cloned)  # the model may write to it
             values = mapped(values, lambda path, leaf: now.get(path, leaf))
         if self.loop is not None:
             self.loop.begin(self._fresh)
@@ -152,12 +162,12 @@ class Steps:
             output = self.arguments.call(self.model, values)
         if self.feeds:
             after = leaves(output)
-            self._fed = {path: after[source].detach() for path, source in self.feeds.items()}
-            self._initial = initial
+            fed = {path: after[source].detach() for path, source in self.feeds.items()}
+            self._fed, self._initial = apart(fed, memories), initial
         for memory in self.memories:
-            memory.end()
+            memory.end(memories)
         if self.loop is not None:
-            self.loop.end()
+            self.loop.end(memories)
         self._fresh = None
         return output
 
@@ -191,6 +201,11 @@ class Steps:
         """The states after the last step."""
         carried = [] if self.loop is None else [*self.loop.kept.values()]
         return [*self._fed.values(), *carried, *(slot.kept for _, slot in self._slots())]
+
+    def _begun(self) -> list[Any]:
+        """The states that the rows begun in the last step began with."""
+        carried = [] if self.loop is None else [*self.loop.initial.values()]
+        return [*carried, *(slot.initial for _, slot in self._slots())]
 
     def _states(self, fresh: Any) -> list[Any]:
         """What is fed back, by argument, the variables of a loop, and the states of modules."""
@@ -245,6 +260,11 @@ class Steps:
                 for state in tensors(self._kept()):
                     rows_dim(state, self.batch)
                 self._fresh = rows if self._fresh is None else self._fresh | rows
+
+
+def _memories_in(tree: Any) -> set[int]:
+    """Where the memories of nested containers' tensors begin."""
+    return {memory_of(t) for t in tensors(tree)}
 
 
 def _name(dtype: torch.dtype) -> str:

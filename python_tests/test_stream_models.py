@@ -737,6 +737,100 @@ def test_the_state_is_the_models_and_a_copy():
         assert torch.equal(step.state, state)
 
 
+class Previous(nn.Module):
+    """Sees the input of the step before, which it takes and returns or carries in its loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(2 * F_IN, H)
+
+    def forward(self, x, h=None, before=None):
+        h = x.new_zeros(x.size(1), H) if h is None else h
+        before, outputs = x[0].mul(0) if before is None else before[0], []
+        for t in range(len(x)):
+            h = self.cell(torch.cat([x[t], before], -1), h)
+            before = x[t]
+            outputs.append(h)
+        return torch.stack(outputs), h, before.unsqueeze(0)
+
+
+@pytest.mark.parametrize("states", [(), (torch.zeros(B, H), torch.zeros(1, B, F_IN))])
+def test_an_input_whose_memory_is_written_to_after_the_step_changes_nothing(states):
+    model, x = Previous(), floats(6, B, F_IN)
+    step, expected = Stream(model, B, (x, *states)), whole(model, (x, *states))[0]
+    assert bool(step._engine.feeds) == bool(states)
+    buffer = torch.empty(B, F_IN)
+    for t in range(6):
+        y = step(buffer.copy_(x[t]))[0]
+        torch.testing.assert_close(y, expected[t], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [Previous(), nn.GRU(F_IN, H)])
+def test_an_initial_state_whose_memory_is_written_to_is_kept(model):
+    layer = isinstance(model, nn.GRU)
+    states = (floats(1, B, H),) if layer else (floats(B, H), floats(1, B, F_IN))
+    step = Stream(model, B, (floats(6, B, F_IN), *states))
+    given = [state + 1 for state in states]
+    step(floats(B, F_IN), *given)
+    expected = given[0][..., 0, :].clone()
+    given[0].zero_()
+    step.reset(rows=[True, False])
+    kept = step.state if layer else step.state[0]
+    torch.testing.assert_close(kept[..., 0, :], expected)
+
+
+def test_a_state_that_the_model_writes_to_begins_anew():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRUCell(F_IN, H)
+
+        def forward(self, x, h):
+            return self.cell(x, h.mul_(0.5)).mul_(1.5)
+
+    model, x, h = Writing(), floats(B, F_IN), floats(B, H)
+    step, expected = Stream(model, B, (x, h)), whole(model, (x, h.clone()))
+    for _ in range(2):
+        torch.testing.assert_close(step(x), expected, rtol=0, atol=1e-5)
+        step.reset()
+
+
+def test_what_the_model_returns_is_the_callers_to_write_to():
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.begin = nn.GRU(F_IN, H), nn.Parameter(torch.randn(1, 1, H))
+
+        def forward(self, x, memory):
+            y, _ = self.gru(x, self.begin.expand(1, x.size(1), H).contiguous())
+            return y + memory.sum(0), memory, self.begin
+
+    model, x, memory = Returning(), floats(6, B, F_IN), floats(4, B, H)
+    step, expected = Stream(model, B, (x, memory)), whole(model, (x, memory))[0]
+    for t in range(6):
+        y, *rest = step(x[t])
+        torch.testing.assert_close(y, expected[t], rtol=0, atol=1e-5)
+        for t in rest:
+            t.zero_()
+    step.reset()
+    torch.testing.assert_close(step(x[0])[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_a_fixed_argument_may_be_sparse():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(H, H)
+
+        def forward(self, x, edges):
+            return self.gru(torch.stack([torch.sparse.mm(edges, x_t) for x_t in x]))[0].sin()
+
+    model, x, edges = Graph(), floats(6, 3, H), torch.eye(3).roll(1, 0).to_sparse()
+    step, expected = Stream(model, 3, (x, edges)), whole(model, (x, edges))
+    for t in range(6):
+        torch.testing.assert_close(step(x[t], edges), expected[t], rtol=0, atol=1e-5)
+
+
 def test_a_cells_output_is_not_its_state():
     class Bare(nn.Module):
         def __init__(self):
