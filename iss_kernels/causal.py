@@ -228,35 +228,97 @@ class _Verifier:
         return loops_in(*records)
 
     def feeds_of_one_step(self, output: dict[Path, Any]) -> dict[Path, Path]:
-        """`feeds` for a model that takes one step per call, and its state."""
-        arguments = self.arguments
-        candidates = arguments.candidates()
-        output = {path: leaf for path, leaf in output.items() if isinstance(leaf, Tensor)}
-        returned = [t for memory in self.called for t in tensors(memory.returned)]
-        states = {
+        """`feeds` for a model that takes one step per call, and its state.
+
+        The states of recurrent modules are known by what the modules take and return, others by
+        their shapes, in order. The first output is no state, unless no other can be one.
+        """
+        returned = {path: leaf for path, leaf in output.items() if isinstance(leaf, Tensor)}
+        kinds = dict.fromkeys(map(_kind, returned.values()))
+        given = {
             path: leaf
-            for path, leaf in output.items()
-            if any(_is_same(leaf, state) for state in returned)
+            for path, leaf in leaves(self.arguments.values).items()
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and _kind(leaf) in kinds
+            if path not in self.arguments.streamed and path[0] not in self.arguments.fixed
         }
-        feeds = self.feeds(states) or self.feeds(output)
-        chosen = states if feeds == self.feeds(states) else output
-        count = Counter(leaf.shape for leaf in chosen.values())
-        given = Counter(
-            leaf.shape
-            for path, leaf in candidates.items()
-            if path not in arguments.streamed and leaf.is_floating_point()
-        )
-        unclear = [shape for shape in given if count[shape] not in (0, given[shape])]
-        if not feeds or unclear or not all(map(self._is_state, feeds)):
+        begins = self.begins(given)
+        feeds = self.feeds_of_modules(given, returned, begins)
+        answer, unclear = next(iter(returned), None), []
+        for kind in kinds:
+            paths = [path for path in given if _kind(given[path]) == kind and path not in feeds]
+            sources = [
+                path
+                for path, leaf in returned.items()
+                if _kind(leaf) == kind and path not in feeds.values()
+            ]
+            if len(paths) == len(sources) and answer not in sources:
+                feeds |= zip(paths, sources, strict=True)
+            elif paths and sources:
+                unclear.append((paths, sources))
+        if not feeds and len(unclear) == 1 and len(unclear[0][0]) == len(unclear[0][1]):
+            feeds = dict(zip(*unclear.pop(), strict=True))
+        if unclear or not any(begins[path] for path in feeds):
             got = "none of these"
             if unclear:
-                shape = unclear[0]
-                got = f"{given[shape]} arguments and {count[shape]} outputs of shape {list(shape)}"
+                paths, sources = unclear[0]
+                shape = list(given[paths[0]].shape)
+                got = f"{len(paths)} arguments and {len(sources)} outputs of shape {shape}"
             raise ValueError(
                 "Stream: expected an example of at least 3 steps, or of one step and the state "
-                f"before it, of which the model returns the next, got {got}"
+                "before it, of which the model returns the next after its answer, and fixed= for "
+                f"what is no state, got {got}"
             )
-        return feeds
+        return {path: feeds[path] for path in given if path in feeds}
+
+    def begins(self, given: dict[Path, Tensor]) -> dict[Path, set[tuple[str, int]]]:
+        """The states that recurrent modules begin with which change with an argument."""
+
+        def begun(values: dict[str, Any]) -> dict[tuple[str, int], Tensor]:
+            self.whole(values)
+            return _numbered([(memory.name, memory.given) for memory in self.called])
+
+        values, found = self.arguments.values, {}
+        before = begun(values)
+        for path in given:
+            after = begun(mapped(values, partial(_raised, path, 1)))
+            same = before.keys() & after.keys()
+            found[path] = {state for state in same if not before[state].equal(after[state])}
+        return found
+
+    def feeds_of_modules(
+        self,
+        given: dict[Path, Tensor],
+        returned: dict[Path, Tensor],
+        begins: dict[Path, set[tuple[str, int]]],
+    ) -> dict[Path, Path]:
+        """Of arguments that recurrent modules begin with: the outputs that are what they return."""
+        self.whole(self.arguments.values)
+        after = _numbered([(memory.name, memory.returned) for memory in self.called])
+        choices = {
+            path: [
+                source
+                for source, leaf in returned.items()
+                if _kind(leaf) == _kind(given[path])
+                and any(_is_same(leaf, after[state]) for state in states & after.keys())
+            ]
+            for path, states in begins.items()
+        }
+        feeds: dict[Path, Path] = {}
+        while True:
+            count = Counter(found[0] for found in choices.values() if len(found) == 1)
+            new = {
+                path: found[0]
+                for path, found in choices.items()
+                if len(found) == 1 and count[found[0]] == 1
+            }
+            if not new:
+                return feeds
+            feeds |= new
+            choices = {
+                path: [source for source in found if source not in new.values()]
+                for path, found in choices.items()
+                if path not in new
+            }
 
     def feeds(self, outputs: dict[Path, Any]) -> dict[Path, Path]:
         """Arguments that may be states, each with the output that may be the next; in order."""
@@ -271,19 +333,6 @@ class _Verifier:
                     rest = rest[index + 1 :]
                     break
         return found
-
-    def _is_state(self, path: Path) -> bool:
-        """Whether the state that a recurrent module begins with changes with an argument."""
-        values = self.arguments.values
-        begun = []
-        for more in (0, 1):
-            self.whole(mapped(values, partial(_raised, path, more)))
-            begun.append([memory.given for memory in self.called])
-        return any(
-            not torch.equal(a, b)
-            for one, two in zip(*begun, strict=True)
-            for a, b in zip(tensors(one), tensors(two), strict=True)
-        )
 
     def verify_one_step(self, engine: Steps) -> None:
         """As `verify`, with the model itself in a loop."""
@@ -500,9 +549,18 @@ def _tensor(leaf: Any) -> Tensor:
     return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
 
 
+def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return t.shape, t.dtype
+
+
+def _numbered(states: list[tuple[str, Any]]) -> dict[tuple[str, int], Tensor]:
+    """The tensors of the states of modules, by name and number."""
+    return {(name, i): t for name, state in states for i, t in enumerate(tensors(state))}
+
+
 def _is_same(output: Tensor, state: Tensor) -> bool:
     """Whether an output is a state, but for its form."""
-    return output.numel() == state.numel() and torch.equal(output.flatten(), state.flatten())
+    return output.dtype == state.dtype and output.flatten().equal(state.flatten())
 
 
 def _varies(t: Tensor, dim: int) -> bool:

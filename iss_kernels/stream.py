@@ -56,7 +56,8 @@ class Stream:
     by default the one with as many steps as a recurrent module takes. Every tensor with as many is
     streamed but for those that `fixed` names, by name or position; integers that are the number
     of steps (lengths) become 1. A model that takes one step per call, and its state, and returns
-    the next, is streamed as it is.
+    the next, is streamed as it is; `fixed` then names arguments that are no state, but have the
+    shape of an output.
 
     The stream compares its steps with whole sequences when it is made: the example, and two random
     continuations of its first half. That takes some ten forward passes. What the example does not

@@ -524,6 +524,105 @@ def test_a_model_of_one_step_is_given_its_state_back(name):
             state[row] = example[1][row]
 
 
+class CachedStep(nn.Module):
+    """A causal convolution, with what it has seen, before the cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.cell = nn.Conv1d(F_IN, H, 3), nn.GRUCell(H, H)
+
+    def forward(self, x, h, seen):
+        seen = torch.cat([seen, x.unsqueeze(2)], 2)
+        h = self.cell(self.conv(seen).squeeze(2).relu(), h)
+        return h.sum(1), h, seen[:, :, 1:]
+
+
+class BatchFirstCachedStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gru = nn.Conv1d(F_IN, H, 3), nn.GRU(H, H, batch_first=True)
+
+    def forward(self, x, h, seen):
+        seen = torch.cat([seen, x], 1)
+        y, h = self.gru(self.conv(seen.transpose(1, 2)).transpose(1, 2).relu(), h)
+        return y.sum(-1), h, seen[:, 1:]
+
+
+class MeanStep(nn.Module):
+    """Subtracts a running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(F_IN, H)
+
+    def forward(self, x, h, mean):
+        mean = 0.9 * mean + 0.1 * x
+        h = self.cell(x - mean, h)
+        return h.sum(1), h, mean
+
+
+class CrosswiseStep(nn.Module):
+    """Returns the states in another order than it takes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.GRUCell(F_IN, H), nn.GRUCell(H, H)
+
+    def forward(self, x, second, first):
+        first = self.one(x, first)
+        second = self.two(first, second)
+        return second.sum(1), first, second
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "order"),
+    [
+        (CachedStep, lambda: (floats(3, F_IN), floats(3, H), floats(3, F_IN, 2)), (1, 2)),
+        (BatchFirstCachedStep, lambda: (floats(3, 1, F_IN), floats(1, 3, H), floats(3, 2, F_IN)),
+         (1, 2)),
+        (MeanStep, lambda: (floats(3, F_IN), floats(3, H), torch.zeros(3, F_IN)), (1, 2)),
+        (CrosswiseStep, lambda: (floats(3, F_IN), torch.zeros(3, H), torch.zeros(3, H)), (2, 1)),
+    ],
+)  # fmt: skip
+def test_all_states_of_a_model_of_one_step_are_given_back(make, given, order):
+    model, example = make(), given()
+    step, states = Stream(model, 3, example), example[1:]
+    for t in range(6):
+        x = given()[0]
+        output = whole(model, (x, *states))
+        torch.testing.assert_close(step(x), output, rtol=0, atol=1e-5)
+        states = tuple(output[i].clone() for i in order)
+        torch.testing.assert_close(step.state, states, rtol=0, atol=1e-5)
+        if t == 3:
+            step.reset(rows=[False, True, False])
+            for state, first in zip(states, example[1:], strict=True):
+                row = (slice(None), 1) if state.size(0) == 1 else (1,)
+                state[row] = first[row]
+
+
+def test_what_may_be_a_state_or_not_is_to_be_named():
+    class Speaker(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(F_IN, H), nn.Linear(H, 3)
+
+        def forward(self, x, h, speaker):
+            h = self.cell(x, h)
+            return self.head(h) * speaker, h
+
+    model, x, states = Speaker(), floats(6, B, F_IN), (floats(B, H), floats(B, 3))
+    with pytest.raises(ValueError) as got:
+        Stream(model, B, (x[0], *states))
+    assert str(got.value).endswith(
+        "and fixed= for what is no state, got 1 arguments and 1 outputs of shape [2, 3]"
+    )
+    step, h = Stream(model, B, (x[0], *states), fixed="speaker"), states[0]
+    for t in range(6):
+        expected = whole(model, (x[t], h, states[1]))
+        torch.testing.assert_close(step(x[t]), expected, rtol=0, atol=1e-5)
+        h = expected[1]
+
+
 def test_a_memory_may_change_from_step_to_step():
     model = Attending()
     step = Stream(model, B, (words(B, 5), floats(B, 4, H)))
