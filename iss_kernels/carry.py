@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from iss_kernels.linear import PreparedLinear
 from iss_kernels.prepare import recurrent_types
 from iss_kernels.recurrent import CELL_MODULES, Recurrent
 from iss_kernels.recurrent_cell import RecurrentCell
+
+Dims: TypeAlias = dict[torch.Size, int]  # of the rows of states, by their shape
 
 
 class Slot:
@@ -152,6 +154,7 @@ class Loop(TorchFunctionMode):
         super().__init__()
         self.records = variables is None
         self.variables = variables or Variables([], {}, {})
+        self.dims: Dims = {}
         self.kept: dict[int, Tensor] = {}
         self.initial: dict[int, Tensor] = {}  # as the model's code last made it
         # The name, and the tensors given and made, of each call; holding them keeps ids apart.
@@ -225,7 +228,7 @@ class Loop(TorchFunctionMode):
         self.initial[which] = leaf
         if self.fresh is True or which not in self.kept:
             return leaf
-        return merged(self.fresh, leaf, self.kept[which])
+        return merged(self.fresh, leaf, self.kept[which], self.dims)
 
 
 def loops_in(one: Loop, two: Loop) -> list[Variables]:
@@ -283,10 +286,10 @@ def apart(state: Any, memories: set[int]) -> Any:
     return mapped(state, own)
 
 
-def merged(fresh: Any, initial: Any, kept: Any) -> Any:
+def merged(fresh: Any, initial: Any, kept: Any, dims: Dims | None = None) -> Any:
     """States in the form of `kept`, with B rows: those of `initial` (zeros for None) where fresh.
 
-    fresh: all rows (True), none (None), or bool [B].
+    fresh: all rows (True), none (None), or bool [B]. dims: as in `rows_dim`.
     """
     if fresh is None:
         return kept
@@ -296,20 +299,33 @@ def merged(fresh: Any, initial: Any, kept: Any) -> Any:
         first = torch.zeros_like(state) if begin is None else begin[path].to(state)
         if fresh is True:
             return first.expand_as(state)
-        mask = fresh.view(-1, *[1] * (state.dim() - 1 - rows_dim(state, len(fresh))))
+        mask = fresh.view(-1, *[1] * (state.dim() - 1 - rows_dim(state, len(fresh), dims)))
         return torch.where(mask, first, state)
 
     return mapped(kept, choose)
 
 
-def rows_dim(state: Tensor, batch: int) -> int:
-    """The dimension of a state's rows: [..., B, H], or else [B, ...]; ValueError for neither."""
-    for dim in (state.dim() - 2, 0):
-        if 0 <= dim < state.dim() and state.size(dim) == batch:
-            return dim
-    raise ValueError(
-        f"Stream: expected states with B = {batch} rows, got one of shape {list(state.shape)}"
-    )
+def rows_dim(state: Tensor, batch: int, dims: Dims | None) -> int:
+    """The dimension of a state's rows; ValueError where none may be. dims: by shape, where known.
+
+    Without dims, the state is a recurrent module's.
+    """
+    found = rows_dims(state, batch)
+    if dims is None:
+        found = [dim for dim in found if dim == state.dim() - 2]
+    elif state.shape in dims:
+        found = [dims[state.shape]]
+    if not found:
+        raise ValueError(
+            f"Stream: expected states with B = {batch} rows, got one of shape {list(state.shape)}"
+        )
+    return found[0]
+
+
+def rows_dims(state: Tensor, batch: int) -> list[int]:
+    """The dimensions that may be a state's rows, the likeliest first: [..., B, H], [B, ...]."""
+    order = dict.fromkeys((state.dim() - 2, *range(state.dim())))
+    return [dim for dim in order if dim >= 0 and state.size(dim) == batch]
 
 
 def recurrent_in(model: nn.Module) -> dict[str, nn.Module]:

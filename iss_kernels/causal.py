@@ -9,7 +9,7 @@ and rows that begin anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -345,14 +345,24 @@ class _Verifier:
             for path, leaf in whole.items():
                 self.equal(leaf, given[path], leaf, path, seed)
             fed = {path: whole[source] for path, source in engine.feeds.items()}
-        with self.trying_rows(engine) as rows:
-            engine.reset(rows.to(engine.device))
-            values = arguments.continued(0, 4)
+        values = arguments.continued(0, 4)
+        late, early = self.whole(mapped(values, partial(_exchanged, fed))), self.whole(values)
+
+        def begin() -> None:
+            for seed in range(4):
+                self.step(engine, arguments.at(0, arguments.continued(0, seed)))
+
+        def check(rows: Tensor) -> bool:
             given = self.step(engine, arguments.at(0, values))
-            late, early = self.whole(mapped(values, partial(_exchanged, fed))), self.whole(values)
-            for path in late.keys() - {*engine.feeds.values()}:
-                self.equal_rows(rows, early[path], late[path], given[path], path, 4)
-        engine.reset(None)
+            return any([
+                self.equal_rows(
+                    rows, early[path], late[path], given[path], path, 4,
+                    path not in engine.feeds.values(),
+                )
+                for path in late
+            ])  # fmt: skip
+
+        self.try_rows(engine, begin, check)
 
     def verify(self, engine: Steps) -> None:
         """Raise _Refused for an engine whose steps are not the model's; leave it at the start."""
@@ -377,7 +387,6 @@ class _Verifier:
             engine.reset(None)
             self.compare(outputs, self.steps(engine, example, 0, count), wholes)
         self.verify_rows(engine, outputs, example, wholes[count])
-        engine.reset(None)
         return None
 
     def verify_rows(
@@ -385,39 +394,76 @@ class _Verifier:
     ) -> None:
         """Compare rows that are reset with a sequence that begins there, others with `whole`."""
         count, half = self.arguments.length or 0, (self.arguments.length or 0) // 2
-        engine.reset(None)
-        self.steps(engine, values, 0, half)
-        with self.trying_rows(engine) as rows:
-            engine.reset(rows.to(engine.device))
+        anew: dict[Path, Any] = {}
+
+        def check(rows: Tensor) -> bool:
             given = self.steps(engine, values, half, count)
-            anew = self.whole(self.arguments.part(half, count - half, values))
+            anew.update(anew or self.whole(self.arguments.part(half, count - half, values)))
+            checked = False
             for path, output in outputs.items():
                 for step, out in enumerate(given, start=half):
                     if output.kind in ("steps", "rows", "columns"):
                         late = output.at(whole[path], step, count)
                         early = output.at(anew[path], step - half, count - half)
-                        self.equal_rows(rows, early, late, out[path], path, step)
+                        checked |= self.equal_rows(rows, early, late, out[path], path, step)
                 if output.kind == "last":
-                    self.equal_rows(rows, anew[path], whole[path], given[-1][path], path, count - 1)
+                    checked |= self.equal_rows(
+                        rows, anew[path], whole[path], given[-1][path], path, count - 1, False
+                    )
+            return checked
 
-    @contextmanager
-    def trying_rows(self, engine: Steps) -> Iterator[Tensor]:
-        """Every second row, bool [B], to be reset; where that goes wrong, the engine knows."""
-        try:
-            yield torch.arange(self.batch, device="cpu") % 2 == 0
-        except (_Refused, RuntimeError, ValueError, KeyError) as error:
-            engine.no_rows = brief(error)
+        self.try_rows(engine, lambda: self.steps(engine, values, 0, half), check)
+
+    def try_rows(
+        self, engine: Steps, begin: Callable[[], Any], check: Callable[[Tensor], bool]
+    ) -> None:
+        """Find where the states have their rows; if nowhere, the engine knows why.
+
+        begin: runs the first steps. check: runs more after some rows, bool [B], have been reset,
+        and says whether their outputs show rows.
+        """
+        rows, refusal = torch.arange(self.batch, device="cpu") % 2 == 0, ""
+        engine.reset(None)
+        begin()
+        for number, choice in enumerate([*engine.choices_of_rows()]):
+            engine.dims.clear()
+            engine.dims.update(choice)
+            if number > 0:
+                engine.reset(None)
+                begin()
+            try:
+                engine.reset(rows.to(engine.device))
+                if check(rows):
+                    refusal = ""
+                    break
+                refusal = refusal or "no output shows its rows"
+            except (_Refused, RuntimeError, ValueError, KeyError) as error:
+                refusal = refusal or brief(error)
+        engine.no_rows = refusal
+        engine.reset(None)
 
     def equal_rows(
-        self, rows: Tensor, early: Any, late: Any, given: Any, path: Path, step: int
-    ) -> None:
-        """Raise _Refused where an output [B, ...] is not `early` in these rows, `late` in others.
+        self,
+        rows: Tensor,
+        early: Any,
+        late: Any,
+        given: Any,
+        path: Path,
+        step: int,
+        leads: bool = True,
+    ) -> bool:
+        """Raise _Refused where an output is not `early` in these rows, `late` in others.
 
-        An output of another form is a state, or says nothing of rows.
+        leads: rows come first where several dimensions have B elements. False where it is unclear
+        which are the rows, or none.
         """
-        if isinstance(late, Tensor) and late.dim() < 3 and late.shape[:1] == (self.batch,):
-            mask = rows.view(-1, *[1] * (late.dim() - 1)).to(late.device)
-            self.equal(torch.where(mask, early, late), given, late, path, step)
+        late = _tensor(late)
+        dims = [dim for dim in range(late.dim()) if late.size(dim) == self.batch]
+        if not dims or (len(dims) > 1 and (dims[0] > 0 or not (leads or late.dim() < 3))):
+            return False
+        mask = rows.view(-1, *[1] * (late.dim() - 1 - dims[0])).to(late.device)
+        self.equal(torch.where(mask, _tensor(early), late), given, late, path, step)
+        return True
 
     def outputs(
         self, long: dict[Path, Any], short: dict[Path, Any], given: list[dict[Path, Any]]

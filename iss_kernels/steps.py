@@ -8,8 +8,9 @@ those of a whole sequence is for causal.py to find out.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from iss_kernels.accelerate import added
 from iss_kernels.arguments import Arguments, Path, cloned, leaves, mapped, named, tensors
 from iss_kernels.carry import (
+    Dims,
     Loop,
     Memory,
     Slot,
@@ -28,6 +30,7 @@ from iss_kernels.carry import (
     memory_of,
     merged,
     rows_dim,
+    rows_dims,
 )
 from iss_kernels.copying import copied
 from iss_kernels.linear import PreparedLinear
@@ -61,10 +64,12 @@ class Steps:
         for memory in self.memories:
             memory.keeps = memory.name in keeping
             memory.trusts = bool(feeds) or variables is not None
-        if self.loop is not None:
-            self.loop.watch(self.model, self.memories)
         self.dropped: dict[Path, int] = {}  # the dimension of time in an output
+        self.dims: Dims = {}  # of rows, where several have B elements
         self.no_rows = ""  # why rows cannot be reset alone
+        if self.loop is not None:
+            self.loop.dims = self.dims
+            self.loop.watch(self.model, self.memories)
         self._example = arguments.part(0, 1)
         step = leaves(arguments.at(0, arguments.values))
         self._expected = {
@@ -152,7 +157,7 @@ class Steps:
         if self.feeds:
             given = leaves(values)
             initial = {path: given[path].clone() for path in self.feeds}
-            now = merged(self._fresh, initial, self._fed or initial)
+            now = merged(self._fresh, initial, self._fed or initial, self.dims)
             if self._fresh is True:
                 now = mapped(now, cloned)  # the model may write to it
             values = mapped(values, lambda path, leaf: now.get(path, leaf))
@@ -183,6 +188,7 @@ class Steps:
             self.fast,
         )
         new.dropped, new.no_rows = self.dropped, self.no_rows
+        new.dims.update(self.dims)
         new.take(self.arguments.at(0, self.arguments.values))  # its states are known from now on
         new.reset(None)
         return new
@@ -199,8 +205,19 @@ class Steps:
 
     def _kept(self) -> list[Any]:
         """The states after the last step."""
-        carried = [] if self.loop is None else [*self.loop.kept.values()]
-        return [*self._fed.values(), *carried, *(slot.kept for _, slot in self._slots())]
+        return [*self._carried(), *(slot.kept for _, slot in self._slots())]
+
+    def _carried(self) -> list[Any]:
+        """Those that are no module's own."""
+        variables = [] if self.loop is None else [*self.loop.kept.values()]
+        return [*self._fed.values(), *variables]
+
+    def choices_of_rows(self) -> Iterator[Dims]:
+        """What may be the dimensions of rows in the states after the last step."""
+        found = {t.shape: rows_dims(t, self.batch) for t in tensors(self._carried())}
+        several = {shape: dims for shape, dims in found.items() if len(dims) > 1}
+        for choice in islice(product(*several.values()), 16):  # most states have one choice
+            yield dict(zip(several, choice, strict=True))
 
     def _begun(self) -> list[Any]:
         """The states that the rows begun in the last step began with."""
@@ -209,14 +226,14 @@ class Steps:
 
     def _states(self, fresh: Any) -> list[Any]:
         """What is fed back, by argument, the variables of a loop, and the states of modules."""
-        fed = merged(fresh, self._initial, self._fed)
+        fed = merged(fresh, self._initial, self._fed, self.dims)
         parts = [
             mapped(self._example[name], lambda path, leaf: fed.get(path, leaf), (name,))
             for name in dict.fromkeys(path[0] for path in self.feeds)
         ]
         if self.loop is not None:
             begun, kept = self.loop.initial, self.loop.kept
-            parts += [merged(fresh, begun[which], kept[which]) for which in sorted(kept)]
+            parts += [merged(fresh, begun[which], kept[which], self.dims) for which in sorted(kept)]
         for memory, slot in self._slots():
             initial = None if fresh is None else memory.own_form(slot.initial)
             parts.append(merged(fresh, initial, slot.kept))
@@ -257,8 +274,10 @@ class Steps:
                         "Stream: expected all rows to be reset, since this model's rows do not "
                         f"begin anew one by one ({self.no_rows}), got some"
                     )
-                for state in tensors(self._kept()):
-                    rows_dim(state, self.batch)
+                for state in tensors(self._carried()):
+                    rows_dim(state, self.batch, self.dims)
+                for state in tensors([slot.kept for _, slot in self._slots()]):
+                    rows_dim(state, self.batch, None)
                 self._fresh = rows if self._fresh is None else self._fresh | rows
 
 

@@ -462,6 +462,96 @@ def test_rows_that_are_reset_go_on_as_from_the_beginning(case):
             anew.reset()
 
 
+class Agents(nn.Module):
+    """Some agents in each row, [T, B, N, I]."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(F_IN + H, H)
+
+    def forward(self, x, h=None):
+        h, outputs = x.new_zeros(*x.shape[1:3], H) if h is None else h, []
+        for x_t in x:
+            h = torch.tanh(self.cell(torch.cat([x_t, h], -1)))
+            outputs.append(h)
+        return torch.stack(outputs), h
+
+
+class DualPath(nn.Module):
+    """A layer within a step, and one over the steps for each band: [B, T, bands, I]."""
+
+    def __init__(self):
+        super().__init__()
+        self.intra = nn.GRU(F_IN, H, bidirectional=True, batch_first=True)
+        self.inter = nn.GRU(2 * H, H, 2, batch_first=True)
+
+    def forward(self, x):
+        rows, steps, bands, _ = x.shape
+        y = self.intra(x.flatten(0, 1))[0].reshape(rows, steps, bands, -1).transpose(1, 2)
+        return self.inter(y.flatten(0, 1))[0].reshape(rows, bands, steps, -1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("agents", [2, 3])
+@pytest.mark.parametrize("given", [False, True])
+def test_rows_are_found_among_dimensions_of_their_number(agents, given):
+    model, x = Agents(), floats(6, 3, agents, F_IN)
+    states = (floats(3, agents, H),) if given else ()
+    step = Stream(model, 3, (x, *states), time_dim=0)
+    assert bool(step._engine.feeds) == given
+    expected, rows = whole(model, (x, *states))[0], torch.tensor([True, False, False])
+    for t in range(6):
+        if t == 3:
+            step.reset(rows=rows)
+            assert torch.equal(step.state[0], states[0][0] if given else torch.zeros(agents, H))
+            anew = whole(model, (x[3:], *states))[0]
+            expected[3:] = torch.where(rows.view(-1, 1, 1), anew, expected[3:])
+        torch.testing.assert_close(step(x[t])[0], expected[t], rtol=0, atol=1e-5)
+
+
+def test_rows_of_a_model_of_one_step_are_found_too():
+    class TwoLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gru = nn.Conv1d(2, H, 3), nn.GRU(H, H, 2, batch_first=True)
+
+        def forward(self, x, h, seen):  # [B, 2], [2, B, H], [B, 2, 2]
+            seen = torch.cat([seen, x.unsqueeze(2)], 2)
+            y, h = self.gru(self.conv(seen).transpose(1, 2), h)
+            return y[:, -1].sin(), h, seen[:, :, 1:]
+
+    model, states = TwoLayers(), (floats(2, B, H), floats(B, 2, 2))
+    step, first = Stream(model, B, (floats(B, 2), *states)), states
+    for t in range(6):
+        x = floats(B, 2)
+        y, *states = whole(model, (x, *states))
+        torch.testing.assert_close(step(x)[0], y, rtol=0, atol=1e-5)
+        if t == 3:
+            step.reset(rows=[True, False])
+            states[0][:, 0], states[1][0] = first[0][:, 0], first[1][0]
+            torch.testing.assert_close(step.state, tuple(states), rtol=0, atol=1e-5)
+
+
+def test_rows_that_are_not_those_of_the_states_are_not_reset():
+    model, x = DualPath(), floats(B, 6, 4, F_IN)
+    step, expected = Stream(model, B, x, time_dim=1), whole(model, (x,))
+    for t in range(6):
+        torch.testing.assert_close(step(x[:, t]), expected[:, t], rtol=0, atol=1e-5)
+        with pytest.raises(ValueError) as got:
+            step.reset(rows=[True, False])
+        assert "expected states with B = 2 rows, got one of shape [2, 8, 8]" in str(got.value)
+
+
+def test_rows_that_no_output_shows_are_not_reset():
+    class Loudest(Policy):
+        def forward(self, x):
+            return super().forward(x)[0].flatten(1).amax(1)
+
+    step = Stream(Loudest(), B, floats(6, B, F_IN))
+    step(floats(B, F_IN))
+    with pytest.raises(ValueError, match="one by one .no output shows its rows., got some"):
+        step.reset(rows=[True, False])
+
+
 # -- a step per call -------------------------------------------------------------------------------
 
 
