@@ -1203,6 +1203,21 @@ class FarFromZero(Body):
         return self.head(y + 0.1 * y.mean(0)) + 1000
 
 
+class Choosing(Body):
+    """Some choices are masked, always or where the input says so."""
+
+    def __init__(self, value, by_input, centred):
+        super().__init__()
+        self.value, self.by_input, self.centred = value, by_input, centred
+        self.register_buffer("masked", torch.tensor([False, False, True]))
+
+    def forward(self, x):
+        y = self.lstm(x)[0]
+        y = y - y.mean(0) if self.centred else y
+        masked = x[..., :3] > 0 if self.by_input else self.masked
+        return self.head(y).masked_fill(masked, self.value)
+
+
 class Dropping(Body):
     def forward(self, x):
         return F.dropout(self.lstm(x)[0], 0.5)
@@ -1289,6 +1304,18 @@ def test_a_model_that_is_not_causal_is_refused(name):
     with pytest.raises(ValueError) as got:
         Stream(make(), B, floats(6, B, F_IN))
     assert message in str(got.value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("by_input", [False, True])
+def test_a_masked_output_hides_no_other(value, by_input):
+    x = floats(6, B, F_IN)
+    model = Choosing(value, by_input, False)
+    step, expected = Stream(model, B, x), whole(model, (x,))
+    for t in range(6):
+        torch.testing.assert_close(step(x[t]), expected[t], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="Choosing, whose output at step . differs by"):
+        Stream(Choosing(value, by_input, True), B, x)
 
 
 @pytest.mark.parametrize(
