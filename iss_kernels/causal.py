@@ -29,6 +29,10 @@ class _Refused(Exception):
     """Why a model cannot be streamed."""
 
 
+class _Alike(ValueError):
+    """An example verifies nothing."""
+
+
 class _Output(NamedTuple):
     """Where an output of a whole sequence has the steps.
 
@@ -380,12 +384,20 @@ class _Verifier:
         wholes = {count: self.long, count - 1: self.short}
         if any(output.kind == "last" for output in outputs.values()):
             wholes |= {n: self.prefix(example, n) for n in {2, count // 2} if 0 < n < count - 1}
+        given = []
         for seed in (None, 1, 2):
             if seed is not None:
                 example = arguments.continued(count // 2, seed)
                 wholes = {count: self.whole(example)}
             engine.reset(None)
-            self.compare(outputs, self.steps(engine, example, 0, count), wholes)
+            steps = self.steps(engine, example, 0, count)
+            self.compare(outputs, steps, wholes)
+            given += steps
+        if not any(_differ([step[path] for step in given]) for path in outputs):
+            raise _Alike(
+                "Stream: expected an example on which the answers differ, by which the model could "
+                f"be verified, got {count} equal ones"
+            )
         self.verify_rows(engine, outputs, example, wholes[count])
         return None
 
@@ -596,6 +608,12 @@ def _largest(t: Tensor) -> float:
         largest = rest
 
 
+def _differ(steps: list[Any]) -> bool:
+    """Whether an output is not the same in all steps."""
+    first, *rest = map(_tensor, steps)
+    return not all(first.equal(other) for other in rest)
+
+
 def _spread(steps: list[Any]) -> float:
     """How far an output, of the same shape in all steps, is from its mean; 0 where unknown."""
     values = [_tensor(leaf) for leaf in steps]
@@ -730,6 +748,8 @@ def _first_right(model: nn.Module, verifier: _Verifier, ways: Iterator[_Way]) ->
             except _Refused as refused:
                 refusal = refusal or (refused, engine, way.streamed)
                 break
+            except _Alike:
+                raise
             except Exception as error:  # the code may look for something in its own modules
                 failed = _Refused(f"which fails on a sequence or a step of one: {brief(error)}")
                 refusal = refusal or (failed, engine, way.streamed)

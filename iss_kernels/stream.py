@@ -61,7 +61,7 @@ class Stream:
 
     The stream compares its steps with whole sequences when it is made: the example, and two random
     continuations of its first half. That takes some ten forward passes. What the example does not
-    exercise is not seen.
+    exercise is not seen; one on which the answers do not differ is an error.
 
     On a CUDA device x, y and out are tensors there; a step of a chain is one launch per recurrent
     layer (of an ISSRHN several per micro-step), torch's operations for the rest, and one to take

@@ -1397,6 +1397,27 @@ def test_equal_words_verify_nothing():
     )
 
 
+def test_equal_answers_verify_nothing():
+    class Looking(Body):
+        """Hears the next step, too."""
+
+        bound = 9.0
+
+        def forward(self, x):
+            return self.lstm(torch.cat([x[1:], x[-1:]]))[0].sum(-1) > self.bound
+
+    model, x = Looking(), floats(12, B, F_IN)
+    with pytest.raises(ValueError) as got:
+        Stream(model, B, x)
+    assert str(got.value) == (
+        "Stream: expected an example on which the answers differ, by which the model could be "
+        "verified, got 12 equal ones"
+    )
+    model.bound = model.lstm(x)[0].sum(-1).median().item()
+    with pytest.raises(ValueError, match="Looking, whose output at step . differs"):
+        Stream(model, B, x)
+
+
 def test_a_step_whose_state_could_be_either_output_is_refused():
     class Twins(PolicyStep):
         def forward(self, x, h):
