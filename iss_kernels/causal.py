@@ -720,7 +720,7 @@ def steps_of(model: nn.Module, batch: int, example: Any, time_dim: int | None, f
     except Exception as error:
         raise ValueError(
             "Stream: expected a model that takes the example in eval mode, got "
-            f"{name} with {brief(error)}"
+            f"{name} with {brief(error)}{_dtypes(model, arguments)}"
         ) from error
     refusal = None
     for streamed in verifier.streams(time_dim):
@@ -733,6 +733,18 @@ def steps_of(model: nn.Module, batch: int, example: Any, time_dim: int | None, f
             return engine
     assert refusal is not None
     raise refusal
+
+
+def _dtypes(model: nn.Module, arguments: Arguments) -> str:
+    """The dtypes of a model and its example where these are others, in words."""
+    weights, example = (
+        {str(t.dtype).removeprefix("torch.") for t in found if t.is_floating_point()}
+        for found in ((*model.parameters(), *model.buffers()), tensors(arguments.values))
+    )
+    if not weights or len(weights | example) == 1:
+        return ""
+    own, given = (" and ".join(sorted(dtypes)) for dtypes in (weights, example))
+    return f" (weights of {own}, an example of {given})" if given else ""
 
 
 def _first_right(model: nn.Module, verifier: _Verifier, ways: Iterator[_Way]) -> Steps:

@@ -857,6 +857,17 @@ def test_a_model_of_another_dtype_keeps_it(dtype):
         )
 
 
+@pytest.mark.parametrize("make", [Residual, lambda: prepare(Residual().bfloat16())])
+def test_an_example_of_another_dtype_than_the_model_takes_is_an_error(make):
+    with pytest.raises(ValueError) as got:
+        Stream(make().bfloat16(), B, floats(B, 6, F_IN))
+    assert str(got.value).startswith(
+        "Stream: expected a model that takes the example in eval mode, got "
+    )
+    assert " (weights of bfloat16" in str(got.value)
+    assert str(got.value).endswith(", an example of float32)")
+
+
 def test_the_batch_is_the_examples_where_none_is_given():
     x = floats(5, 3, F_IN)
     assert Stream(Policy(), example=x).batch_size == 3
