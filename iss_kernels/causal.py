@@ -560,7 +560,7 @@ class _Verifier:
         fine = min(64 * self.eps, coarse)
         atol = max(min(spread or largest, largest) * coarse, largest * fine)
         close = expected.isclose(given, rtol=0, atol=atol, equal_nan=True)
-        if not (close | expected.isclose(given, rtol=fine, atol=0)).all():
+        if not (close.all() or (close | expected.isclose(given, rtol=fine, atol=0)).all()):
             by = (expected - given).abs().double().nan_to_num(float("inf")).max().item()
             raise _Refused(f"{which} differs by {by:.2g} from that of the whole sequence")
 
