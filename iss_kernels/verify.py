@@ -8,10 +8,11 @@ computes with their number (y / y.size(-1)).
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -59,6 +60,40 @@ def _cuda(model: nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
+@contextlib.contextmanager
+def _full_precision(cuda: bool) -> Iterator[None]:
+    """Products of float32 as exact as they can be: not in TF32, nor in bfloat16 as on some CPUs.
+
+    cuda: whether cuDNN matters, which takes TF32 by default.
+    """
+    backends: Any = torch.backends
+    places = [backends.mkldnn.matmul, backends.mkldnn.rnn, backends.mkldnn.conv]
+    if cuda:
+        places += [backends.cuda.matmul, backends.cudnn.rnn, backends.cudnn.conv]
+    before = [place.fp32_precision for place in places]
+    for_all = None
+    # These raise where settings by backend contradict them.
+    with contextlib.suppress(RuntimeError):
+        for_all = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    try:
+        if for_all is not None and for_all[0] != "highest":
+            torch.set_float32_matmul_precision("highest")
+        if for_all is not None and cuda:
+            backends.cudnn.allow_tf32 = False
+        for place in places:
+            if place.fp32_precision not in ("none", "ieee"):
+                place.fp32_precision = "ieee"
+        yield
+    finally:
+        if for_all is not None and for_all[0] != "highest":
+            torch.set_float32_matmul_precision(for_all[0])
+        if for_all is not None and cuda:
+            backends.cudnn.allow_tf32 = for_all[1]
+        for place, precision in zip(places, before, strict=True):
+            if place.fp32_precision != precision:
+                place.fp32_precision = precision
+
+
 class _NoDropout(TorchFunctionMode):
     """Dropout does nothing: its mask over the units would depend on their number."""
 
@@ -81,6 +116,83 @@ def _without_dropout(model: nn.Module) -> nn.Module:
 
 # What a failure says that only training mode shows.
 IN_TRAINING = "in training mode"
+# How many times its own rounding error an answer may differ.
+_ROUNDINGS = 8
+_ROUNDINGS_IN_TRAINING = 64
+
+_Outcome: TypeAlias = dict[Path, Any] | Exception  # a model's answers, or what it raised
+
+
+@dataclass
+class _Drawn:
+    """A copy with weights drawn for labelled names, and what the units do to its answers.
+
+    effects: {path of a leaf: the difference that it makes if no unit is left}, on each of the
+    inputs in eval mode, and last on the first in training mode.
+    """
+
+    names: list[str]
+    model: nn.Module
+    effects: list[dict[Path, Tensor]]
+
+
+@dataclass
+class _Tolerance:
+    """How far answers may be apart: parts of what the units do to them, and of their own size."""
+
+    of_effect: float
+    of_size: float
+
+    def same(
+        self, one: dict[Path, Any], two: dict[Path, Any], effects: Mapping[Path, Tensor]
+    ) -> bool:
+        """Whether two outcomes have the same leaves."""
+        return one.keys() == two.keys() and all(
+            self._close(_tensor(value), _tensor(two[path]), effects.get(path))
+            for path, value in one.items()
+        )
+
+    def _close(self, one: Tensor, two: Tensor, effect: Tensor | None) -> bool:
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        if not (one.is_floating_point() or one.is_complex()):
+            return torch.equal(one, two)
+        one, two = _wide(one), _wide(two)
+        size = _finite(one).abs()
+        if effect is None or effect.shape != size.shape:
+            effect = torch.zeros_like(size)
+        # What no unit reaches may be large, as the elements of a mask are, and tells nothing of how
+        # large the others are. Of each kind, what is small by chance has the errors of the others.
+        reached, allowed = effect > 0, torch.zeros_like(size)
+        for which, part in ((reached, effect), (~reached, size)):
+            if bool(which.any()):
+                parts = self.of_effect * part[which], self.of_size * size[which]
+                allowed[which] = sum(each.maximum(each.median()) for each in parts)
+        equal = torch.isclose(one, two, rtol=0, atol=0, equal_nan=True)
+        return bool((equal | ((one - two).abs() <= allowed)).all())
+
+
+def _effects(alive: _Outcome, dead: _Outcome) -> dict[Path, Tensor]:
+    """What the units do to each leaf that has the same form without them."""
+    effects = {}
+    if isinstance(alive, dict) and isinstance(dead, dict):
+        for path in alive.keys() & dead.keys():
+            one, two = _wide(_tensor(alive[path])), _wide(_tensor(dead[path]))
+            if one.shape == two.shape:
+                effects[path] = _finite(one - two).abs()
+    return effects
+
+
+def _tensor(leaf: Any) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
+
+
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf.to("cpu", torch.complex128 if leaf.is_complex() else torch.float64)
+
+
+def _finite(leaf: Tensor) -> Tensor:
+    return torch.where(leaf.isfinite(), leaf, 0)
 
 
 class Experiment:
@@ -94,6 +206,9 @@ class Experiment:
     drawn anew, so that no unit is hidden. They are compared in eval mode; in training mode too, if
     the model gives the same answers twice there and draws no random numbers, whose count may be
     that of the units.
+
+    Answers may differ by a small part of what the units do to them, which copies with all units and
+    with none show, and by rounding.
     """
 
     def __init__(
@@ -104,16 +219,16 @@ class Experiment:
         eps: float,
     ) -> None:
         self.model, self.states = model, states
-        if torch.get_float32_matmul_precision() != "highest":
-            eps = max(eps, 2**-8)  # bfloat16
-        elif any(parameter.is_cuda for parameter in model.parameters()):
-            eps = max(eps, 2**-10)  # TF32, which cuDNN takes by default
+        self.cuda = bool(_cuda(model))
         # Rounding errors grow on their way to the answers, yet stay far below what a unit that is
-        # read wrongly does. 7e-5 of the largest answer in float32, 0.05 in bfloat16.
-        self.tolerance = eps**0.6
+        # read wrongly does, which grows alike. 7e-5 of the units' effect in float32, 0.05 in
+        # bfloat16.
+        self.tolerance = _Tolerance(eps**0.6, min(_ROUNDINGS * eps, eps**0.6))
         # Statistics of few rows divide these errors by a small deviation.
-        self.tolerance_in_training = eps**0.5
-        self.drawn: tuple[list[str], nn.Module] | None = None  # with weights drawn for these names
+        self.tolerance_in_training = _Tolerance(
+            eps**0.5, min(_ROUNDINGS_IN_TRAINING * eps, eps**0.5)
+        )
+        self.drawn: _Drawn | None = None
         self.same_in_training = self._same_in_training(inputs)
         whole = copied(model).eval()
         self._check(self._outcome(whole, inputs))
@@ -151,8 +266,9 @@ class Experiment:
     ) -> str | None:
         """The first failure: the first trial takes all inputs, each other one of them."""
         for i, kept in enumerate(trials):
-            inputs = self.inputs if i == 0 else [self.inputs[i % len(self.inputs)]]
-            if failure := self._failure(groups, kept, inputs, whole_too):
+            count = len(self.inputs)
+            which = range(count) if i == 0 else [i % count]
+            if failure := self._failure(groups, kept, which, whole_too):
                 return failure
         return None
 
@@ -161,31 +277,27 @@ class Experiment:
         self,
         groups: Groups,
         kept: Mapping[str, Tensor],
-        examples: list[Any],
+        which: Sequence[int],
         whole_too: bool,
     ) -> str | None:
         """Compare a copy that keeps these units with one where the others are dead.
 
-        whole_too: as `removed` takes it.
+        which: of the inputs; whole_too: as `removed` takes it.
         """
-        names = [one.name for one in groups.labelled]
-        if self.drawn is None or self.drawn[0] != names:
-            model = _without_dropout(self.model).eval()
-            _draw(replace(groups, model=model))
-            self.drawn = names, model
-        whole = copied(self.drawn[1])
+        drawn = self._draw(groups)
+        whole = copied(drawn.model)
         groups = replace(groups, model=whole)
         try:
             small = removed(whole, groups, kept, whole_too)
         except NoInputsError as error:
             return f"fails with {brief(error)}"
         groups.zero_(torch.cat([~kept[f.name] for f in groups.families]), rows=False)
-        for inputs in examples:
-            expected, got = self._outcome(whole, inputs), self._outcome(small, inputs)
+        for i in which:
+            expected, got = (self._outcome(m, self.inputs[i]) for m in (whole, small))
             expected = self._check(expected)
             if isinstance(got, Exception):
                 return f"fails with {brief(got)}"
-            if not _same(expected, got, self.tolerance):
+            if not self.tolerance.same(expected, got, drawn.effects[i]):
                 return "gives other answers"
         # Both have been called alike till here, so what they keep from call to call is the same.
         expected, got = (self._outcome(m.train(), self.inputs[0]) for m in (whole, small))
@@ -193,9 +305,27 @@ class Experiment:
             return None
         if isinstance(got, Exception):
             return f"fails {IN_TRAINING} with {brief(got)}"
-        if self.same_in_training and not _same(expected, got, self.tolerance_in_training):
+        same = self.tolerance_in_training.same
+        if self.same_in_training and not same(expected, got, drawn.effects[-1]):
             return f"gives other answers {IN_TRAINING}"
         return None
+
+    def _draw(self, groups: Groups) -> _Drawn:
+        """The copy that all others are copies of; kept for groups with the same labelled names."""
+        names = [one.name for one in groups.labelled]
+        if self.drawn is None or self.drawn.names != names:
+            model = _without_dropout(self.model).eval()
+            _draw(replace(groups, model=model))
+            dead = copied(model)
+            replace(groups, model=dead).zero_(all_of(groups.units), rows=False)
+            outcomes = zip(self._outcomes(copied(model)), self._outcomes(dead), strict=True)
+            self.drawn = _Drawn(names, model, [_effects(*pair) for pair in outcomes])
+        return self.drawn
+
+    def _outcomes(self, model: nn.Module) -> list[_Outcome]:
+        """What a copy does on all inputs in eval mode, and then on the first in training mode."""
+        outcomes = [self._outcome(model, inputs) for inputs in self.inputs]
+        return [*outcomes, self._outcome(model.train(), self.inputs[0])]
 
     def _same_in_training(self, inputs: Any) -> bool:
         """Whether two copies in training mode give the same answers and draw no random numbers."""
@@ -212,20 +342,20 @@ class Experiment:
         if isinstance(one, Exception) or isinstance(two, Exception):
             return False
         drawn = any(state != states[0] for state in states)
-        return not drawn and _same(one, two, self.tolerance_in_training)
+        return not drawn and self.tolerance_in_training.same(one, two, {})
 
-    def _outcome(self, model: nn.Module, inputs: Any) -> dict[Path, Any] | Exception:
+    def _outcome(self, model: nn.Module, inputs: Any) -> _Outcome:
         """The model's answers, or what it raises."""
         inputs = fresh(inputs)  # it may write into them
         try:
-            with _NoDropout():
+            with _NoDropout(), _full_precision(self.cuda):
                 output = call(model, inputs)
         except Exception as error:
             return error
         states = self.states[model.training]
         return {path: leaf for path, leaf in output.items() if not _is_state(path, states)}
 
-    def _check(self, expected: dict[Path, Any] | Exception) -> dict[Path, Any]:
+    def _check(self, expected: _Outcome) -> dict[Path, Any]:
         """The answers of a whole copy, by which others can be verified; GroupError for none."""
         if isinstance(expected, Exception):
             raise GroupError(
@@ -308,28 +438,3 @@ def _longer(inputs: Any, dim: int) -> Any:
         return torch.cat([part, part.narrow(dims[0], size - 1, 1)], dims[0]) if dims else part
 
     return mapped(inputs, repeat, is_leaf=has_size)
-
-
-def _same(one: dict[Path, Any], two: dict[Path, Any], tolerance: float) -> bool:
-    """Whether two outcomes have the same leaves, to rounding."""
-    return one.keys() == two.keys() and all(
-        _close(value, two[path], tolerance) for path, value in one.items()
-    )
-
-
-def _close(one: Any, two: Any, tolerance: float) -> bool:
-    """Whether two leaves are equal, floats up to `tolerance` times the largest of them."""
-    one, two = (
-        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
-        for leaf in (one, two)
-    )
-    if (one.shape, one.dtype) != (two.shape, two.dtype):
-        return False
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, two)
-    atol = tolerance * float(_finite(one).abs().max()) if one.numel() > 0 else 0.0
-    return torch.allclose(one, two, rtol=0, atol=atol, equal_nan=True)
-
-
-def _finite(leaf: Tensor) -> Tensor:
-    return torch.where(leaf.isfinite(), leaf, 0)

@@ -727,6 +727,72 @@ def test_a_model_that_keeps_its_state_is_verified_as_far_as_it_goes() -> None:
     assert model.state is None
 
 
+class Ends(nn.Module):
+    """The last steps of both directions, taken apart by a number; `answer` ends the forward."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self.h, self.answer = 12, answer
+        self.rnn = nn.LSTM(5, 12, bidirectional=True, batch_first=True)
+        self.out, self.skip = nn.Linear(24, 6), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        y, _ = self.rnn(x)
+        z = torch.cat([y[:, -1, : self.h], y[:, 0, self.h :]], -1)
+        return self.answer(self, x, self.out(z))
+
+
+ACTIONS = torch.tensor([True, True, True, True, False, False])
+# What the model does to what it makes of the units, after which the answers are large.
+LARGE: dict[str, Callable[..., Any]] = {
+    "mask": lambda m, x, y: y.masked_fill(~ACTIONS, -1e9),
+    "small mask": lambda m, x, y: y.masked_fill(~ACTIONS, -1e4),
+    "sum with a mask": lambda m, x, y: y + torch.where(ACTIONS, 0.0, -1e9),
+    "infinite mask": lambda m, x, y: y.masked_fill(~ACTIONS, -math.inf),
+    "offset": lambda m, x, y: y + 3e4,
+    "one answer": lambda m, x, y: y * torch.tensor([1.0, 1, 1, 1, 1, 1e6]),
+    "layer scale": lambda m, x, y: m.skip(x[:, -1]) + 1e-4 * y,
+    "statistics": lambda m, x, y: y * x.std((1, 2))[:, None] + x.mean((1, 2))[:, None] + 290,
+    "float16": lambda m, x, y: (y.masked_fill(~ACTIONS, -1e9), m.skip(x).half()),
+}
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_answers_hide_no_unit(name: str, precision: str) -> None:
+    torch.manual_seed(0)
+    model, x = Ends(LARGE[name]), torch.randn(3, 7, 5)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        groups = find_groups(model, x)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [f"{width}: {width.family}" for width in groups.widths] == ["h: rnn.l0"]
+    assert not groups.full_width
+    groups.zero_units_({"rnn.l0": torch.arange(12) < 5})
+    small, _ = shrink(model, groups)
+    assert groups.families[0].members == ("rnn.l0",)
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_settings_of_precision_stay_as_they_are() -> None:
+    """Also those by name of a backend, which keep torch from telling one for all."""
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    seen = []
+    model = Net(lambda m, x: seen.append(backends[0].fp32_precision) or m.head(m.rnn(x)[0]))
+    before = [each.fp32_precision for each in backends]
+    try:
+        for each in backends:
+            each.fp32_precision = "tf32"
+        find_groups(model, X)
+        assert [each.fp32_precision for each in backends] == ["tf32", "tf32"]
+        assert seen[-1] == "ieee"
+    finally:
+        for each, value in zip(backends, before, strict=True):
+            each.fp32_precision = value
+
+
 @pytest.mark.parametrize("kind", TORCH)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_rounding_is_no_difference(dtype: torch.dtype, kind: Any) -> None:
