@@ -33,6 +33,10 @@ from iss_kernels.widths import Width, numbers
 
 _NOT_RUN = "the example does not run it"
 _AS_ONE = "all its units would have to leave together"
+_UNSEEN = (
+    "the example does not show its units: without them a copy of the model with random weights in "
+    "their place gives the same answers"
+)
 _MOST_SUBSETS = 16  # of numbers that may be widths
 
 
@@ -44,11 +48,12 @@ def find_groups(
     Recurrent modules are nn.LSTM, nn.GRU, nn.RNN, their cells, and this package's own.
 
     example_inputs: what the model is called with: a tensor, a tuple of arguments or a dict of
-    keyword arguments; any values that take the model's usual path. A copy of the model runs on
-    them, to follow the units; then copies that have lost units must give the answers that a whole
-    one gives where these units are dead: in eval mode on the example, and with one row more along
-    its first two dimensions if the model takes that; in training mode, without dropout, if the
-    model draws no random numbers there. The model stays as it is.
+    keyword arguments; any values that take the model's usual path and on which the answers depend
+    on the units, so no mask of zeros. A copy of the model runs on them, to follow the units; then
+    copies that have lost units must give the answers that a whole one gives where these units are
+    dead: in eval mode on the example, and with one row more along its first two dimensions if the
+    model takes that; in training mode, without dropout, if the model draws no random numbers there.
+    The model stays as it is.
 
     Units of two layers become one where the model adds or multiplies their outputs, compares them
     (attention scores), or hands one's final state to the other: they leave together. Families keep
@@ -63,7 +68,8 @@ def find_groups(
     another module's that leaves along.
 
     `Groups.kept_whole` lists the families that cannot leave and why: their units are the model's
-    own output, or full width does not help. It lists modules of subclasses too.
+    own output, or full width does not help, or the example does not show their units: no answer
+    changes without them. It lists modules of subclasses too.
 
     A number in the model's own modules that turns out to be a width, such as self.hidden_size where
     states are made, changes with the units (`Groups.widths`): it is tried where the answers change
@@ -77,7 +83,7 @@ def find_groups(
     on_unknown: "raise" makes it an error if units stay whole since they reach a function that no
     rule covers, or if no unit can leave; "keep" keeps these units whole, all of them where need be.
 
-    That takes some 20 forward passes, more where code rearranges units: a short example will do.
+    That takes some 30 forward passes, more where code rearranges units: a short example will do.
 
     Raises GroupError for such a function, which it names with the line of the model's code, or
     where no unit can leave; and for recurrent modules whose weights are computed (pruning,
@@ -171,6 +177,11 @@ def _verified(findings: _Findings, model: nn.Module, inputs: Any) -> Groups:
     groups = findings.groups(model)
     states = {mode: trace.returned_in(mode, model, inputs) for mode in (False, True)}
     experiment = Experiment(model, inputs, states, trace.eps)
+    if unseen := experiment.unseen(groups):
+        for family in groups.families:
+            if family.name in unseen:
+                findings.keep_family(family, _UNSEEN)
+        groups = findings.groups(model)
     while failure := experiment.failure(groups):
         culprits: list[str] = []
         for candidate in findings.candidates(groups, experiment, culprits):
@@ -413,7 +424,9 @@ class _Findings:
     def may_have_full_width(self, but: Set[str]) -> dict[str, str]:
         """{module: why}: modules with families that would be free if it kept its width outside."""
         found: dict[str, str] = {}
-        stays = [name for name, stay in self.whole.items() if stay.why in (OWN_OUTPUT, _NOT_RUN)]
+        stays = [
+            name for name, stay in self.whole.items() if stay.why in (OWN_OUTPUT, _NOT_RUN, _UNSEEN)
+        ]
         fixed = set(map(self.units.module_of, stays))
         for name, stay in self.whole.items():
             module = self.units.module_of(name)

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from iss_kernels.arguments import Path, brief, call_of, fresh, has_size, leaves, mapped, tensors
 from iss_kernels.copying import copied
-from iss_kernels.groups import GroupError, Groups
+from iss_kernels.groups import Family, GroupError, Groups
 from iss_kernels.rules import DROPOUTS
 from iss_kernels.shrink import NoInputsError, all_of, removed
 
@@ -116,6 +116,8 @@ def _without_dropout(model: nn.Module) -> nn.Module:
 
 # What a failure says that only training mode shows.
 IN_TRAINING = "in training mode"
+# How often weights are drawn to see what units do.
+_DRAWS = 8
 # How many times its own rounding error an answer may differ.
 _ROUNDINGS = 8
 _ROUNDINGS_IN_TRAINING = 64
@@ -127,12 +129,13 @@ _Outcome: TypeAlias = dict[Path, Any] | Exception  # a model's answers, or what 
 class _Drawn:
     """A copy with weights drawn for labelled names, and what the units do to its answers.
 
-    effects: {path of a leaf: the difference that it makes if no unit is left}, on each of the
-    inputs in eval mode, and last on the first in training mode.
+    alive: what it does on each of the inputs in eval mode, and last on the first in training mode;
+    effects: {path of a leaf: the difference that it makes if no unit is left}, likewise.
     """
 
     names: list[str]
     model: nn.Module
+    alive: list[_Outcome]
     effects: list[dict[Path, Tensor]]
 
 
@@ -183,6 +186,18 @@ def _effects(alive: _Outcome, dead: _Outcome) -> dict[Path, Tensor]:
     return effects
 
 
+def _has_floats(outcome: _Outcome) -> bool:
+    return isinstance(outcome, dict) and any(
+        _tensor(leaf).is_floating_point() or _tensor(leaf).is_complex() for leaf in outcome.values()
+    )
+
+
+def _are_equal(one: _Outcome, two: _Outcome) -> bool:
+    if isinstance(one, Exception) or isinstance(two, Exception):
+        return type(one) is type(two)
+    return _Tolerance(0, 0).same(one, two, {})
+
+
 def _tensor(leaf: Any) -> Tensor:
     return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
 
@@ -229,6 +244,7 @@ class Experiment:
             eps**0.5, min(_ROUNDINGS_IN_TRAINING * eps, eps**0.5)
         )
         self.drawn: _Drawn | None = None
+        self.seed = 0
         self.same_in_training = self._same_in_training(inputs)
         whole = copied(model).eval()
         self._check(self._outcome(whole, inputs))
@@ -260,6 +276,33 @@ class Experiment:
             if self._failures(groups, trials, whole_too=False):
                 names += block
         return names or [family.name for family in groups.families]
+
+    @torch.no_grad()
+    def unseen(self, groups: Groups) -> set[str]:
+        """Names of the families that something reads, without which no answer changes.
+
+        Where that is so with the weights that were drawn, as an activation may be zero, larger ones
+        are. Nothing is said of answers that are states or choices, which few units change.
+        """
+        read = [family for family in groups.families if _is_read(groups, family)]
+        unseen = {family.name for family in read}
+        for self.seed in range(_DRAWS):
+            self.drawn = None
+            without = {family.name for family in read if self._is_unseen(groups, family)}
+            unseen &= without
+            if not without:
+                break
+        return unseen
+
+    def _is_unseen(self, groups: Groups, family: Family) -> bool:
+        drawn = self._draw(groups)
+        if not any(_has_floats(outcome) for outcome in drawn.alive):
+            return False
+        dead = copied(drawn.model)
+        units = torch.arange(groups.units, device="cpu")
+        gone = (units >= family.start) & (units < family.units.stop)
+        replace(groups, model=dead).zero_(gone, rows=False)
+        return all(map(_are_equal, drawn.alive, self._outcomes(dead)))
 
     def _failures(
         self, groups: Groups, trials: list[dict[str, Tensor]], whole_too: bool = True
@@ -315,17 +358,19 @@ class Experiment:
         names = [one.name for one in groups.labelled]
         if self.drawn is None or self.drawn.names != names:
             model = _without_dropout(self.model).eval()
-            _draw(replace(groups, model=model))
+            _draw(replace(groups, model=model), self.seed)
             dead = copied(model)
             replace(groups, model=dead).zero_(all_of(groups.units), rows=False)
-            outcomes = zip(self._outcomes(copied(model)), self._outcomes(dead), strict=True)
-            self.drawn = _Drawn(names, model, [_effects(*pair) for pair in outcomes])
+            alive = [*self._outcomes(copied(model))]
+            effects = [*map(_effects, alive, self._outcomes(dead))]
+            self.drawn = _Drawn(names, model, alive, effects)
         return self.drawn
 
-    def _outcomes(self, model: nn.Module) -> list[_Outcome]:
+    def _outcomes(self, model: nn.Module) -> Iterator[_Outcome]:
         """What a copy does on all inputs in eval mode, and then on the first in training mode."""
-        outcomes = [self._outcome(model, inputs) for inputs in self.inputs]
-        return [*outcomes, self._outcome(model.train(), self.inputs[0])]
+        for inputs in self.inputs:
+            yield self._outcome(model, inputs)
+        yield self._outcome(model.train(), self.inputs[0])
 
     def _same_in_training(self, inputs: Any) -> bool:
         """Whether two copies in training mode give the same answers and draw no random numbers."""
@@ -377,6 +422,24 @@ def _is_state(path: Path, states: list[Path]) -> bool:
     return any(path[: len(s)] == s or s[: len(path)] == path for s in states)
 
 
+def _is_read(groups: Groups, family: Family) -> bool:
+    """Whether its units are read by more than weights of their own, and not in full width.
+
+    There they leave zeros, whatever reads these.
+    """
+    if family.module in groups.full_width:
+        return False
+    own = torch.tensor(family.units, device="cpu")
+    if groups.by_value is not None and bool(groups.by_value[own].any()):
+        return True
+    return any(
+        bool(torch.isin(own, units).any())
+        and not all(bool(torch.isin(other, own).all()) for other in weight.units)
+        for weight in groups.labelled
+        for units in (weight.units[dim] for dim in weight.reads)
+    )
+
+
 def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
     """Units to keep, {family name: bool [size]}, three times.
 
@@ -402,7 +465,7 @@ def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _draw(groups: Groups) -> None:
+def _draw(groups: Groups, seed: int) -> None:
     """Draw weights anew where their present values may hide a unit: labelled ones, and zeros."""
     own = dict(groups.model.named_parameters())
     labelled = {own[one.name] for one in groups.labelled if one.name in own}
@@ -413,9 +476,10 @@ def _draw(groups: Groups) -> None:
             continue
         device = parameter.device
         if device not in generators:
-            generators[device] = torch.Generator(device).manual_seed(0)
+            generators[device] = torch.Generator(device).manual_seed(seed)
         columns = parameter.shape[-1] if parameter.numel() > 0 and parameter.dim() > 0 else 1
-        parameter.uniform_(-(columns**-0.5), columns**-0.5, generator=generators[device])
+        bound = (1 + seed) * columns**-0.5
+        parameter.uniform_(-bound, bound, generator=generators[device])
 
 
 def _longer(inputs: Any, dim: int) -> Any:

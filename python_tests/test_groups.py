@@ -776,6 +776,67 @@ def test_large_answers_hide_no_unit(name: str, precision: str) -> None:
     torch.testing.assert_close(small(x), model(x))
 
 
+UNSEEN = "the example does not show its units: without them a copy of the model "
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_example_that_hides_the_units_is_refused(mode: bool) -> None:
+    """A mask of zeros, here of what makes the answers and there of what a second module puts in."""
+
+    def run(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        return m.head(m.rnn(x)[0][..., : m.rnn.hidden_size]) * mask
+
+    model = Net(run).train(mode)
+    assert [f.name for f in find_groups(model, (X, torch.ones(3, 1))).families] == ["rnn.l0"]
+    with pytest.raises(GroupError, match=f"all have to stay; rnn.l0: {UNSEEN}"):
+        find_groups(model, (X, torch.zeros(3, 1)))
+    two = Net(
+        lambda m, x, mask: m.head(m.rnn(x)[0]) + m.last(m.top(x)[0] * mask),
+        top=nn.GRU(5, 8), last=nn.Linear(8, 2),
+    )  # fmt: skip
+    groups = find_groups(two, (X, torch.zeros(3, 1)))
+    assert [f.name for f in groups.families] == ["rnn.l0"]
+    assert groups.kept_whole["top.l0"].startswith(UNSEEN)
+    assert not groups.full_width
+
+
+def test_an_example_of_zeros_shows_units_by_their_biases() -> None:
+    zeros = torch.zeros_like(X)
+    assert find_groups(Net(lambda m, x: m.head(m.rnn(x)[0])), zeros).families
+    model = Net(lambda m, x: m.head(m.rnn(x)[0]))
+    model.rnn = nn.LSTM(5, 4, bias=False)
+    with pytest.raises(GroupError, match=f"rnn.l0: {UNSEEN}"):
+        find_groups(model, zeros)
+    assert find_groups(model, X).families
+
+
+def test_an_activation_that_is_zero_by_chance_hides_no_unit() -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = Net(lambda m, x: m.one(m.rnn(x)[0][-1]).relu(), one=nn.Linear(4, 1))
+        assert find_groups(model, X[:, :1]).families
+
+
+@pytest.mark.parametrize("answer", [
+    lambda m, y: m.head(y).argmax(-1),
+    lambda m, y: m.head(y).argmax(-1).tolist(),
+])  # fmt: skip
+def test_choices_need_not_show_each_unit(answer: Callable[..., Any]) -> None:
+    model = Net(lambda m, x: answer(m, m.top(m.rnn(x)[0])[0]), top=nn.LSTM(4, 4))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert len(find_groups(model, X[:1, :1]).families) == 2
+
+
+def test_units_may_show_in_training_alone() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = m.top(m.rnn(x)[0])[0]
+        return m.last(m.rnn(x)[0]) + (m.head(y) if m.training else 0)
+
+    model = Net(run, top=nn.LSTM(4, 4), last=nn.Linear(4, 2))
+    assert [f.name for f in find_groups(model, X).families] == ["rnn.l0", "top.l0"]
+
+
 def test_settings_of_precision_stay_as_they_are() -> None:
     """Also those by name of a backend, which keep torch from telling one for all."""
     backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
