@@ -217,7 +217,7 @@ class Experiment:
     as the units.
     eps: machine epsilon of the least precise dtype that the model computes in.
 
-    All copies are without dropout. Their labelled weights, and the parameters that are zero, are
+    All copies are without dropout. Their labelled weights and buffers, and parameters of zeros, are
     drawn anew, so that no unit is hidden. They are compared in eval mode; in training mode too, if
     the model gives the same answers twice there and draws no random numbers, whose count may be
     that of the units.
@@ -466,20 +466,29 @@ def _trials(groups: Groups) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def _draw(groups: Groups, seed: int) -> None:
-    """Draw weights anew where their present values may hide a unit: labelled ones, and zeros."""
-    own = dict(groups.model.named_parameters())
-    labelled = {own[one.name] for one in groups.labelled if one.name in own}
+    """Draw values anew where the present ones may hide a unit: labelled ones, and parameters of 0.
+
+    Buffers too, such as statistics, which training changes; what is positive, as a variance, stays
+    positive.
+    """
+    own = [*groups.model.named_parameters(), *groups.model.named_buffers()]
+    names = {one.name for one in groups.labelled}
     # torch.manual_seed would seed the generators of all devices, those of the caller.
     generators: dict[torch.device, torch.Generator] = {}
-    for parameter in groups.model.parameters():
-        if not parameter.is_floating_point() or (parameter not in labelled and parameter.any()):
+    for name, tensor in own:
+        zero = isinstance(tensor, nn.Parameter) and not tensor.any()
+        expanded = any(
+            n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        if not tensor.is_floating_point() or expanded or not (name in names or zero):
             continue
-        device = parameter.device
+        device = tensor.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
-        columns = parameter.shape[-1] if parameter.numel() > 0 and parameter.dim() > 0 else 1
+        columns = tensor.shape[-1] if tensor.numel() > 0 and tensor.dim() > 0 else 1
         bound = (1 + seed) * columns**-0.5
-        parameter.uniform_(-bound, bound, generator=generators[device])
+        least = 0.5 if not isinstance(tensor, nn.Parameter) and bool((tensor > 0).all()) else -bound
+        tensor.uniform_(least, least + 2 * bound, generator=generators[device])
 
 
 def _longer(inputs: Any, dim: int) -> Any:

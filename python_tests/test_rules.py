@@ -722,6 +722,56 @@ def test_units_read_by_their_value_are_dead_only_without_biases() -> None:
     assert all(dead.all() for dead in groups.dead().values())
 
 
+class Standardised(nn.Module):
+    """Products of what a batch norm without parameters makes of the units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.GRU(5, 16, batch_first=True)
+        self.norm = nn.BatchNorm1d(16, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x)[0].transpose(1, 2)).transpose(1, 2)
+        return y @ y.transpose(1, 2)
+
+
+def test_statistics_that_come_later_are_noticed() -> None:
+    """A unit that is zero is not zero once its mean is subtracted."""
+    model, x = Standardised(), torch.randn(6, 4, 5)
+    groups = find_groups(model, x)
+    assert list(groups.full_width) == ["a"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        for _ in range(60):
+            model(torch.randn(32, 10, 5) + 0.5)
+    groups.zero_units_(halved(groups))
+    small, report = shrink(model, groups)
+    assert report.sizes["a.l0"] == (16, 8)
+    torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_buffer_of_zeros_that_is_filled_later_is_noticed() -> None:
+    model = Model(
+        lambda m, x: (m.head(m.rnn(x)[0]), m.rnn(x)[0] @ m.table),
+        rnn=nn.GRU(5, 12), head=nn.Linear(12, 2),
+    )  # fmt: skip
+    model.register_buffer("table", torch.zeros(12, 3))
+    groups = find_groups(model, X)
+    assert list(groups.full_width) == ["rnn"]
+    model.table.normal_()
+    groups.zero_units_(halved(groups))
+    small, _ = shrink(model, groups)
+    torch.testing.assert_close(call(small.eval(), X), call(model.eval(), X))
+
+
+@pytest.mark.parametrize("zeros", [torch.zeros(12), torch.zeros(1).expand(12)])
+def test_buffers_of_zeros_along_units_leave_with_them(zeros: Tensor) -> None:
+    model = Model(lambda m, x: m.head(m.rnn(x)[0] + m.at), rnn=nn.GRU(5, 12), head=nn.Linear(12, 2))
+    model.register_buffer("at", zeros)
+    assert not shrinks(model).full_width
+
+
 def test_on_unknown_is_checked() -> None:
     with pytest.raises(ValueError, match='expected on_unknown "raise" or "keep", got'):
         find_groups(Hidden(), X, on_unknown="drop")
