@@ -353,7 +353,11 @@ class _Findings:
             if (tied := _tied(groups, more)) != groups.tied:
                 yield replace(groups, tied=tied)
         if in_turns := _tied(groups, sets):  # unit k of each of these is one
-            yield self.groups(groups.model, self.units.united(in_turns))
+            # These are the units that can leave, perhaps a part of their layer's.
+            found = self._blocks(self.units).values()
+            units = {family.name: its for family, its in zip(groups.families, found, strict=True)}
+            same = [[units[name] for name in names] for names in in_turns]
+            yield self.groups(groups.model, self.units.united(same))
         culprits += experiment.culprits(groups)
         sizes = {f.name: f.size for f in groups.families if f.size > 1}
         widths, alike = [], {}

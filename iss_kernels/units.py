@@ -62,15 +62,13 @@ class Units:
         while bool((self.roots(self.root) != self.root).any()):
             self.root = self.roots(self.root)
 
-    def united(self, families: Iterable[list[str]]) -> Units:
-        """The same, with unit k of each of these families one."""
+    def united(self, alike: Iterable[list[Tensor]]) -> Units:
+        """The same, with unit k of each of these labels [size] one."""
         result = Units()
         result.root, result.families = self.root.clone(), self.families
-        of = {family.name: ids(family) for family in self.families}
-        for first, *others in families:
-            for name in others:
-                if first in of and name in of:
-                    result.unite(of[first], of[name])
+        for first, *others in alike:
+            for other in others:
+                result.unite(first, other)
         return result
 
     def blocks(self) -> dict[tuple[int, ...], list[int]]:

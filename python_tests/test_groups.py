@@ -524,6 +524,22 @@ def test_code_that_reads_the_hidden_size_of_a_layer_of_full_width_is_told_so() -
         find_groups(model, X)
 
 
+def test_a_part_of_a_family_may_be_one_with_another() -> None:
+    def run(m: Any, x: Tensor) -> Any:
+        p, q = m.a(x)[0].chunk(2, -1)
+        return m.one(m.norm(p)), m.two(torch.cat([q + m.d(x)[0], m.e(x)[0]], -1))
+
+    model = Net(
+        run, a=nn.GRU(5, 16), d=nn.GRU(5, 8), e=nn.GRU(5, 8),
+        norm=nn.LayerNorm(8), one=nn.Linear(8, 3), two=nn.Linear(16, 3),
+    )  # fmt: skip
+    groups = find_groups(model, X)
+    assert {family.name: family.size for family in groups.families} == {
+        "a.l0": 16, "d.l0": 8, "e.l0": 8
+    }  # fmt: skip
+    assert list(groups.full_width) == ["a", "d"]
+
+
 def test_a_module_that_alone_is_at_fault_keeps_its_width_alone() -> None:
     model = Net(
         lambda m, x: m.head(m.top(m.rnn(x)[0])[0][..., ::2]),
