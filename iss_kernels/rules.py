@@ -56,12 +56,24 @@ class Trace(Protocol):
         """Whether a tensor is computed from parameters alone."""
 
 
+# NumPy's names of arguments, which torch takes too.
+_ALIASES = {"axis": "dim", "keepdims": "keepdim"}
+# Names of first arguments, in the order in which they are first.
+_FIRST = ("condition", "input", "tensors", "sequences", "input1", "query", "x", "x1", "a", "A")
+
+
 class Call:
-    """A call of a torch function: its arguments by name, and what it returned."""
+    """A call of a torch function: its arguments by torch's names, and what it returned.
+
+    The first argument is always in its place.
+    """
 
     def __init__(
         self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
+        kwargs = {_ALIASES.get(key, key): value for key, value in kwargs.items()}
+        if first := next((key for key in _FIRST if not args and key in kwargs), None):
+            args = (kwargs.pop(first),)
         self.name, self.function, self.args, self.kwargs = name, function, args, kwargs
         self.result = result
 
@@ -353,7 +365,7 @@ def _laid_out(labels: Tensor, tensor: Tensor) -> Tensor:
 @_rule(_MOVES)
 def _move(trace: Trace, call: Call) -> None:
     data = call.input
-    if any(isinstance(argument, torch.dtype) for argument in call.args):
+    if any(isinstance(one, torch.dtype) for one in (*call.args, *call.kwargs.values())):
         for one in trace.labels(data):  # view(dtype) reinterprets the bits
             trace.keep_whole(one, "it reinterprets their bits", unknown=True)
         return
@@ -497,7 +509,7 @@ _SUMS = words("""linalg_norm linalg_vector_norm nansum norm sum sum_to_size vect
     mean median min nanmean nansum norm prod quantile std std_mean sum var var_mean aminmax"""
 )
 def _reduce(trace: Trace, call: Call) -> None:
-    if len([a for a in call.args if isinstance(a, Tensor)]) > 1:  # max(h, other)
+    if len(tensors((call.args, call.kwargs))) > 1:  # max(h, other)
         return _elementwise(trace, call)
     place = {"norm": 2, "linalg_norm": 2, "linalg_vector_norm": 2, "quantile": 2}.get(call.name, 1)
     given = call.get(place, "dim")
@@ -706,7 +718,7 @@ def _with_bias(trace: Trace, call: Call, labels: Labels, bias: Any, dim: int = -
 
 @_rule("__matmul__ __rmatmul__ bmm dot inner matmul mm mv vdot")
 def _matmul(trace: Trace, call: Call) -> None:
-    one, two = call.args[:2] if len(call.args) > 1 else (call.input, [*call.kwargs.values()][-1])
+    one, two = tensors((call.args, call.kwargs))
     if call.name == "__rmatmul__":
         one, two = two, one
     trace.label(call.result, _product(trace, one, two))

@@ -497,8 +497,8 @@ class Tracer(TorchFunctionMode):
         given = tensors((args, kwargs))
         if name in METADATA:
             self.looked_into.update(self.states[id(t)] for t in given if id(t) in self.states)
-            if name in SIZES and self.labels(args[0]):
-                self.by_size += [(name, labels) for labels in self.labels(args[0])]
+            if name in SIZES:
+                self.by_size += [(name, labels) for labels in self.labels(given[0])]
             return result
         if name == "embedding":
             used = {self.names[id(t)] for t in given if id(t) in self.names}
@@ -535,8 +535,8 @@ class Tracer(TorchFunctionMode):
             if of is not None and (name in _SHAPES or as_given):
                 self.moved[id(part)] = of
                 self.known.setdefault(id(part), (part, []))
-        if name in COPIES and id(args[0]) in self.states:
-            self.states[id(result)] = self.states[id(args[0])]
+        if name in COPIES and id(given[0]) in self.states:
+            self.states[id(result)] = self.states[id(given[0])]
             self.known.setdefault(id(result), (result, []))
         return result
 

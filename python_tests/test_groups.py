@@ -324,6 +324,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, y: y.view(torch.int16),
         "rnn.l0 through view (test_groups.py:LINE): it reinterprets their bits",
     ),
+    "other bits by name": (
+        lambda m, y: y.view(dtype=torch.int16),
+        "rnn.l0 through view (test_groups.py:LINE): it reinterprets their bits",
+    ),
 }
 
 

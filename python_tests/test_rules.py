@@ -772,6 +772,35 @@ def test_buffers_of_zeros_along_units_leave_with_them(zeros: Tensor) -> None:
     assert not shrinks(model).full_width
 
 
+# Functions of y [T, B, H] with arguments by other names, and by names in another order.
+OTHER_NAMES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "mean over an axis": lambda m, y: m.head(y.mean(axis=0)),
+    "sum over an axis": lambda m, y: m.head(y.sum(axis=0, keepdims=True)),
+    "torch.sum": lambda m, y: m.head(torch.sum(axis=0, input=y)),
+    "amax": lambda m, y: m.head(torch.amax(y, axis=0, keepdims=True)),
+    "maximum": lambda m, y: m.head(torch.max(y, other=torch.zeros(()))),
+    "softmax": lambda m, y: m.head(y.softmax(dim=0)),
+    "cumsum": lambda m, y: m.head(torch.cumsum(axis=0, input=y)),
+    "cat": lambda m, y: m.head(torch.cat(axis=0, tensors=[y, y])),
+    "stack": lambda m, y: m.head(torch.stack([y, y], axis=0)),
+    "flip": lambda m, y: m.head(torch.flip(dims=(0,), input=y)),
+    "matmul": lambda m, y: torch.matmul(other=m.head.weight.T, input=y),
+    "add": lambda m, y: m.head(torch.add(x2=y, x1=y)),
+    "clone": lambda m, y: m.head(torch.clone(input=y)),
+    "numel": lambda m, y: m.head(y) + torch.numel(input=m.head.bias),
+    "h_n": lambda m, y: m.head(torch.select(dim=0, index=-1, input=y)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_arguments_may_have_other_names(name: str) -> None:
+    run = OTHER_NAMES[name]
+    model = Model(lambda m, x: run(m, m.rnn(x)[0]), rnn=nn.GRU(5, 12), head=nn.Linear(12, 2))
+    groups = shrinks(model)
+    assert sizes(groups) == {"rnn.l0": 12}
+    assert not groups.full_width
+
+
 def test_on_unknown_is_checked() -> None:
     with pytest.raises(ValueError, match='expected on_unknown "raise" or "keep", got'):
         find_groups(Hidden(), X, on_unknown="drop")
