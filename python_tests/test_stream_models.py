@@ -1458,3 +1458,16 @@ def test_a_model_streams_on_a_gpu(gpu, make, weights):
     after = tree_leaves(step(gpu.to(x.select(dim, 0))))[0]
     step.state = state
     assert torch.equal(tree_leaves(step(gpu.to(x.select(dim, 0))))[0], after)
+
+
+def test_the_precision_of_float32_may_be_set_by_backend():
+    backend: Any = torch.backends.mkldnn.matmul
+    backend.fp32_precision = "bf16"
+    try:
+        x = torch.randn(5, 2, 3)
+        assert Stream(nn.Sequential(nn.Flatten(2), nn.LSTM(3, 4)), 2, example=x)(x[0])[0].shape == (
+            2,
+            4,
+        )
+    finally:
+        backend.fp32_precision = "none"
