@@ -312,15 +312,17 @@ class _Arguments:
         name, dim = next(named)
         return int(self.leaves[self.tensors[name]].shape[dim])
 
-    def other(self) -> Iterator[tuple[Any, ...]]:
-        """The arguments with other values: all floating ones, then all others, twice."""
+    def other(self, arguments: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        """Arguments with other values: all floating ones, then all others, twice."""
         draw = torch.Generator("cpu").manual_seed(0)
         for floating, sign in ((True, 0), (False, -1), (False, 1)):
-            leaves = list(self.leaves)
-            for place in self.tensors.values():
-                if leaves[place].is_floating_point() == floating:
-                    leaves[place] = _other(leaves[place], draw, sign)
-            yield pytree.tree_unflatten(leaves, self.form)
+            leaves = pytree.tree_leaves(arguments)
+            places = self.tensors.values()
+            change = [i for i in places if leaves[i].is_floating_point() == floating]
+            for place in change:
+                leaves[place] = _other(leaves[place], draw, sign)
+            if change:
+                yield pytree.tree_unflatten(leaves, self.form)
 
     def counts_of(self, size: int) -> list[str]:
         """Inputs that may be lengths of rows, of which the longest has `size` steps."""
@@ -703,7 +705,7 @@ def _fixed(
             if label not in fixed and args.error_of(example) is None:
                 why = _difference(session, model, example, args, compare)
                 fixed |= {} if why is None else {label: why}
-    for example in () if fixed else args.other():
+    for example in () if fixed else args.other(args.longer({})):
         if args.error_of(example) is not None:
             continue
         why = _difference(session, model, example, args, compare)
@@ -737,8 +739,7 @@ def _difference(
     session: Any, model: nn.Module, example: Any, args: _Arguments, compare: bool
 ) -> str | None:
     """How the answers of a file to `example` differ from the model's."""
-    with torch.no_grad():
-        wanted, again = (_tensors(_fresh(model)(*copy.deepcopy(example))) for _ in range(2))
+    wanted = _answers(model, example)
     leaves = pytree.tree_leaves(example)
     read = {given.name for given in session.get_inputs()}
     given = {n: leaves[i].detach().cpu() for n, i in args.tensors.items() if n in read}
@@ -756,23 +757,68 @@ def _difference(
     shapes = [[list(t.shape) for t in tensors] for tensors in (wanted, got)]
     if shapes[0] != shapes[1]:
         return f"outputs of shapes {shapes[1]} where it gives {shapes[0]}"
-    pairs = list(zip(wanted, got, strict=True))
+    if not compare:
+        return None
+    scales = _scales(model, example, args, wanted)
     # Products with prepared weights round activations too; the file's are float32.
     stored = (*model.parameters(), *model.buffers())
     coarse = any(t.dtype in (torch.bfloat16, torch.int8) for t in stored)
-    same = all(_close(w, g, coarse) for w, g in pairs)
-    if compare and all(map(_close, wanted, again)) and not same:
-        far = max((w.double() - g.double()).abs().max().item() for w, g in pairs if w.numel())
-        return f"some that differ by up to {far:.1g}"
-    return None
+
+    def same(answers: list[Tensor], rough: bool) -> bool:
+        pairs = zip(wanted, answers, scales, strict=True)
+        return all(_close(w, a, scale, rough) for w, a, scale in pairs)
+
+    if same(got, coarse) or not same(_answers(model, example), False):
+        return None
+    pairs = zip(wanted, got, strict=True)
+    far = max((w.double() - g.double()).abs().max().item() for w, g in pairs if w.numel())
+    return f"some that differ by up to {far:.1g}"
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def _answers(model: nn.Module, example: tuple[Any, ...]) -> list[Tensor]:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = _fresh(model)(*copy.deepcopy(example))
     return [leaf.cpu() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-def _close(a: Tensor, b: Tensor, coarse: bool = False) -> bool:
-    finite = a.where(a.isfinite(), 0).double().abs()
-    scale = max(finite.max().item(), 1e-3) if a.numel() else 1
+def _scales(
+    model: nn.Module, example: tuple[Any, ...], args: _Arguments, answers: list[Tensor]
+) -> list[float]:
+    """By what the errors of each answer are measured: the size of its elements that vary.
+
+    What stays the same whatever the values are, such as the score of an action that is never
+    allowed, says nothing of the others, however large it is; nor does a large sum of which little
+    varies.
+    """
+    found: list[float | None] = [None for _ in answers]
+    for other in args.other(example):
+        try:
+            others = _answers(model, other)
+        except Exception:
+            continue
+        for place, (a, b) in enumerate(zip(answers, others, strict=False)):
+            if found[place] is None and a.shape == b.shape:
+                found[place] = _scale(a.double(), b.double())
+        if None not in found:
+            break
+    sizes = (a.where(a.isfinite(), 0).double().abs() for a in answers)
+    return [
+        (size.max().item() if size.numel() else 1.0) if scale is None else scale
+        for scale, size in zip(found, sizes, strict=True)
+    ]
+
+
+def _scale(a: Tensor, b: Tensor) -> float | None:
+    """The size of the elements of `a` that are others in `b`; None without any."""
+    varies = (a != b) & a.isfinite() & b.isfinite()
+    if not varies.any():
+        return None
+    size, change = a[varies].abs().max().item(), (a - b)[varies].abs().max().item()
+    return min(size, max(100 * change, size / 100))
+
+
+def _close(a: Tensor, b: Tensor, scale: float, coarse: bool) -> bool:
     rtol, atol = (0.0, 2e-2) if coarse else (1e-4, 5e-5)
-    return torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol * scale, equal_nan=True)
+    atol *= max(scale, 1e-3)
+    return torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol, equal_nan=True)

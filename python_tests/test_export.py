@@ -549,6 +549,34 @@ def test_another_branch_for_other_sizes_is_found(tmp_path, least):
         check(path, model, *({"x": torch.randn(n, 3, 4)} for n in (2, 21, 50)))
 
 
+class Masked(nn.Module):
+    """Scores of actions, some of which never count."""
+
+    def __init__(self, how, value):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 12), nn.Linear(12, 4)
+        self.how, self.value = how, value
+        self.register_buffer("mask", torch.tensor([False, False, False, True]))
+
+    def forward(self, x, mask=None):
+        y = self.head(self.rnn(x)[0] * float(x.abs().max()))
+        mask = self.mask if mask is None else mask
+        return y + mask * self.value if self.how == "sum" else y.masked_fill(mask, self.value)
+
+
+@pytest.mark.parametrize("value", [0, -1e4, -1e9, -math.inf])
+@pytest.mark.parametrize("how", ["fill", "sum", "an input"])
+def test_a_number_beside_large_answers_is_refused(tmp_path, how, value):
+    if how == "sum" and value == -math.inf:
+        pytest.skip("0 * inf is none")
+    model, example = Masked(how, value), X
+    if how == "an input":
+        example = X, torch.randn(5, 2, 4) > 0
+    with pytest.raises(RuntimeError, match="whose code does not depend on the values"):
+        iss.export_onnx(model, example, tmp_path / "model.onnx", dynamo=False)
+    assert os.listdir(tmp_path) == []
+
+
 class Concatenates(nn.Module):
     """An argument with the name that an exporter gives a node."""
 
