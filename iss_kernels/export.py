@@ -76,9 +76,10 @@ def export_onnx(
     Weights are named as the module that holds them, "lstm.W_l0".
 
     Where ONNX Runtime is installed the file is run before it is kept, on the example, on longer
-    ones and on other values, and compared with the model, unless its own answers differ from call
-    to call. A trace holds as a constant what code computed from the example's values: a warning
-    names the lines that did, and without ONNX Runtime dynamo=False is never a default.
+    ones, on sizes of 1 and 2 and on other values, and compared with the model, unless its own
+    answers differ from call to call. A trace holds as a constant what code computed from the
+    example's values: a warning names the lines that did, and without ONNX Runtime dynamo=False is
+    never a default.
 
     Equivalent to torch.onnx.export(model, example, path), which serves modules of this package too,
     but for packed sequences. It needs the packages onnx and, but with dynamo=False, onnxscript.
@@ -291,6 +292,8 @@ class _Arguments:
     ) -> tuple[Any, ...]:
         """The arguments, where each size of a name in `sizes` has grown by as much of its own.
 
+        Lengths of rows that a size bounds go with it.
+
         to: names of sizes that become this instead.
         """
         leaves = list(self.leaves)
@@ -303,7 +306,8 @@ class _Arguments:
                 leaves[self.tensors[name]] = tensor.index_select(dim, index)  # sorted ones stay so
                 for other in self.counting.get(label, ()):
                     counts = leaves[self.tensors[other]]
-                    leaves[self.tensors[other]] = counts.where(counts != size, size + more)
+                    counts = counts.where(counts != size, size + more).clamp(max=size + more)
+                    leaves[self.tensors[other]] = counts
         return pytree.tree_unflatten(leaves, self.form)  # type: ignore[no-any-return]
 
     def size(self, sizes: Mapping[str, Mapping[int, str]], label: str) -> int:
@@ -699,8 +703,9 @@ def _fixed(
             )
     for label in labels:
         # Where code rounds a size up, a little more of it may change nothing.
-        twice = 2 * args.size(sizes, label) + args.growth[label]
-        for size in (twice, *ends.get(label, ())):
+        own = args.size(sizes, label)
+        twice = 2 * own + args.growth[label]
+        for size in {twice, 1, 2, *ends.get(label, ())} - {own}:
             example = args.longer(sizes, {label: size})
             if label not in fixed and args.error_of(example) is None:
                 why = _difference(session, model, example, args, compare)

@@ -577,6 +577,29 @@ def test_a_number_beside_large_answers_is_refused(tmp_path, how, value):
     assert os.listdir(tmp_path) == []
 
 
+class Centres(nn.Module):
+    """Sequences, or batches, of more than `least` are another matter."""
+
+    def __init__(self, least, dim):
+        super().__init__()
+        self.rnn, self.least, self.dim = nn.LSTM(4, 5), least, dim
+
+    def forward(self, x):
+        if x.size(self.dim) > self.least:
+            x = x - x.mean(self.dim, keepdim=True)
+        return self.rnn(x)[0]
+
+
+@both_exporters
+@pytest.mark.parametrize(("least", "dim"), [(1, 0), (2, 0), (1, 1)])
+def test_another_branch_for_one_or_two_is_found(tmp_path, least, dim, dynamo):
+    path, model = tmp_path / "model.onnx", Centres(least, dim)
+    example = torch.randn(5, 4, 4)
+    with pytest.warns(UserWarning, match=rf"the example's size alone in \['x_{dim}'\]"):
+        iss.export_onnx(model, example, path, dynamo=dynamo)
+    assert shape_of(path, "x")[dim] == example.shape[dim]
+
+
 class Concatenates(nn.Module):
     """An argument with the name that an exporter gives a node."""
 
