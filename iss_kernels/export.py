@@ -35,6 +35,7 @@ from iss_kernels.arguments import brief, call_of, first_line
 from iss_kernels.copying import copied
 from iss_kernels.recurrent import CELL_MODULES, MODULES, Recurrent
 from iss_kernels.recurrent_cell import RecurrentCell
+from iss_kernels.steps import widened
 from iss_kernels.stored import Snapshot
 from iss_kernels.tracer import LIBRARIES
 
@@ -77,9 +78,10 @@ def export_onnx(
 
     Where ONNX Runtime is installed the file is run before it is kept, on the example, on longer
     ones, on sizes of 1 and 2 and on other values, and compared with the model, unless its own
-    answers differ from call to call. A trace holds as a constant what code computed from the
-    example's values: a warning names the lines that did, and without ONNX Runtime dynamo=False is
-    never a default.
+    answers differ from call to call. What 16 or 8 bits round is not compared: a prepared model
+    answers with the float32 values of its weights then, and a file of int8 is compared in its
+    float32 form. A trace holds as a constant what code computed from the example's values: a
+    warning names the lines that did, and without ONNX Runtime dynamo=False is never a default.
 
     Equivalent to torch.onnx.export(model, example, path), which serves modules of this package too,
     but for packed sequences. It needs the packages onnx and, but with dynamo=False, onnxscript.
@@ -125,13 +127,21 @@ def export_onnx(
     recurrent = _recurrent(small)
     args = _Arguments(small, example, input_names)
     sizes = args.found_sizes() if dynamic is None else args.given_sizes(dynamic)
-    for module in recurrent:
-        onnx_nodes.store_operands(module, weights == "int8")
+    for module in recurrent if weights == "int8" else []:
+        onnx_nodes.check_int8(module)
     errors: list[RuntimeError] = []
     for way in ways:
         try:
             content, inputs, dropped = _content(
-                small, args, sizes, output_names, opset, bool(way), dynamic is None, weights
+                small,
+                recurrent,
+                args,
+                sizes,
+                output_names,
+                opset,
+                bool(way),
+                dynamic is None,
+                weights == "int8",
             )
             break
         except RuntimeError as error:
@@ -181,36 +191,57 @@ def _is_installed(package: str) -> bool:
 
 def _content(
     model: nn.Module,
+    recurrent: Sequence[nn.Module],
     args: _Arguments,
     sizes: dict[str, dict[int, str]],
     output_names: Sequence[str] | None,
     opset: int | None,
     dynamo: bool,
     may_fix: bool,
-    weights: str,
+    int8: bool,
 ) -> tuple[bytes, set[str], list[str]]:
-    """The checked file, its inputs, and which of `sizes` it fixes, where it may."""
-    import onnx
+    """The checked file, its inputs, and which of `sizes` it fixes, where it may.
 
-    dropped: list[str] = []
-    while True:
+    What 8 bits round would hide other differences: the file without them is compared.
+    """
+
+    def written(int8: bool) -> tuple[Any, bytes, dict[str, list[int]]]:
+        import onnx
+
+        for module in recurrent:
+            onnx_nodes.store_operands(module, int8)
         proto, ends = _exported(model, args, sizes, output_names, opset, dynamo, may_fix)
         onnx.checker.check_model(proto)
-        content: bytes = proto.SerializeToString()
-        fixed = _fixed(model, proto, content, args, sizes, ends, weights != "int8")
+        return proto, proto.SerializeToString(), ends
+
+    dropped: list[str] = []
+    prepared = any(isinstance(module, Snapshot) for module in model.modules())
+    exact = widened(model) if prepared else model
+    while True:
+        proto, content, ends = written(int8=False)
+        fixed = _fixed(exact, proto, content, args, sizes, ends)
         if not fixed:
-            return content, {given.name for given in proto.graph.input}, dropped
+            break
         if not may_fix:
             label, why = next(iter(fixed.items()))
             raise RuntimeError(f"{_differ(label)}, got {why}")
         dropped += fixed
         sizes = _without(sizes, fixed)
+    if int8:
+        proto, content, _ = written(int8=True)
+        session = _session(content)
+        for example in () if session is None else (args.longer(sizes), args.longer({})):
+            _, wrong = _run(session, _answers(exact, example), example, args)
+            if wrong is not None:
+                raise _WrongFile(f"{_ANSWERS}, got {wrong}")
+    return content, {given.name for given in proto.graph.input}, dropped
 
 
 class _WrongFile(RuntimeError):
     """An exporter took the model, and its file gives other answers."""
 
 
+_ANSWERS = "export_onnx: expected a file with the answers of the model"
 _LARGEST = 2**31 - 1  # a message of protobuf
 _WHOLE = (torch.int64, torch.int32)
 # What of an example stays in the file as it is.
@@ -675,7 +706,6 @@ def _fixed(
     args: _Arguments,
     sizes: Mapping[str, Mapping[int, str]],
     ends: Mapping[str, list[int]],
-    compare: bool,
 ) -> dict[str, str]:
     """Which of `sizes`, by name, the file fixes, and how it shows; RuntimeError for wrong answers.
 
@@ -694,13 +724,11 @@ def _fixed(
     # The exporter saw the longer arguments; the example's own sizes come last.
     for fewer in ([], *([label] for label in labels), labels):
         example = args.longer(_without(sizes, fewer))
-        why = _difference(session, model, example, args, compare)
+        why = _difference(session, model, example, args)
         if why is not None and len(fewer) == 1:
             fixed[fewer[0]] = why
         elif why is not None and not fixed:
-            raise _WrongFile(
-                f"export_onnx: expected a file with the answers of the model, got {why}"
-            )
+            raise _WrongFile(f"{_ANSWERS}, got {why}")
     for label in labels:
         # Where code rounds a size up, a little more of it may change nothing.
         own = args.size(sizes, label)
@@ -708,12 +736,12 @@ def _fixed(
         for size in {twice, 1, 2, *ends.get(label, ())} - {own}:
             example = args.longer(sizes, {label: size})
             if label not in fixed and args.error_of(example) is None:
-                why = _difference(session, model, example, args, compare)
+                why = _difference(session, model, example, args)
                 fixed |= {} if why is None else {label: why}
     for example in () if fixed else args.other(args.longer({})):
         if args.error_of(example) is not None:
             continue
-        why = _difference(session, model, example, args, compare)
+        why = _difference(session, model, example, args)
         if why is not None:
             raise _WrongFile(
                 "export_onnx: expected a model whose code does not depend on the values that it is "
@@ -740,11 +768,30 @@ def _session(content: bytes) -> Any:
         ) from error
 
 
-def _difference(
-    session: Any, model: nn.Module, example: Any, args: _Arguments, compare: bool
-) -> str | None:
+def _difference(session: Any, model: nn.Module, example: Any, args: _Arguments) -> str | None:
     """How the answers of a file to `example` differ from the model's."""
     wanted = _answers(model, example)
+    got, why = _run(session, wanted, example, args)
+    if why is not None:
+        return why
+    scales = _scales(model, example, args, wanted)
+    coarse = any(t.dtype == torch.bfloat16 for t in (*model.parameters(), *model.buffers()))
+
+    def same(answers: list[Tensor], rough: bool) -> bool:
+        pairs = zip(wanted, answers, scales, strict=True)
+        return all(_close(w, a, scale, rough) for w, a, scale in pairs)
+
+    if same(got, coarse) or not same(_answers(model, example), False):
+        return None
+    pairs = zip(wanted, got, strict=True)
+    far = max((w.double() - g.double()).abs().max().item() for w, g in pairs if w.numel())
+    return f"some that differ by up to {far:.1g}"
+
+
+def _run(
+    session: Any, wanted: list[Tensor], example: Any, args: _Arguments
+) -> tuple[list[Tensor], str | None]:
+    """The answers of a file to `example`, and why these are none in the form of the model's."""
     leaves = pytree.tree_leaves(example)
     read = {given.name for given in session.get_inputs()}
     given = {n: leaves[i].detach().cpu() for n, i in args.tensors.items() if n in read}
@@ -758,26 +805,11 @@ def _difference(
     try:
         got = [torch.from_numpy(array) for array in session.run(None, feeds)]
     except Exception as error:
-        return first_line(error)
+        return [], first_line(error)
     shapes = [[list(t.shape) for t in tensors] for tensors in (wanted, got)]
     if shapes[0] != shapes[1]:
-        return f"outputs of shapes {shapes[1]} where it gives {shapes[0]}"
-    if not compare:
-        return None
-    scales = _scales(model, example, args, wanted)
-    # Products with prepared weights round activations too; the file's are float32.
-    stored = (*model.parameters(), *model.buffers())
-    coarse = any(t.dtype in (torch.bfloat16, torch.int8) for t in stored)
-
-    def same(answers: list[Tensor], rough: bool) -> bool:
-        pairs = zip(wanted, answers, scales, strict=True)
-        return all(_close(w, a, scale, rough) for w, a, scale in pairs)
-
-    if same(got, coarse) or not same(_answers(model, example), False):
-        return None
-    pairs = zip(wanted, got, strict=True)
-    far = max((w.double() - g.double()).abs().max().item() for w, g in pairs if w.numel())
-    return f"some that differ by up to {far:.1g}"
+        return got, f"outputs of shapes {shapes[1]} where it gives {shapes[0]}"
+    return got, None
 
 
 def _answers(model: nn.Module, example: tuple[Any, ...]) -> list[Tensor]:

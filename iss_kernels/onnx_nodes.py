@@ -187,30 +187,43 @@ def _weights(module: Any, suffix: str, indices: Sequence[int]) -> list[Tensor | 
     return [operands[name] for name in _OPERANDS[: 7 if operands["W_scale"] is not None else 3]]
 
 
-@torch.no_grad()
-def store_operands(module: Any, int8: bool) -> None:
-    """Put the operands of the nodes on the module as buffers, whose names the file takes."""
+def _is_computed(module: Any) -> bool:
+    """Whether a weight is none of the module's own, as a pruned one."""
     own = (
         module._all_weights
         if isinstance(module, Recurrent)
         else [PARAMETERS[: 4 if module.bias else 2]]
     )
     names = [name for those in own for name in those]
-    computed = any(name not in module._parameters | module._buffers for name in names)
-    if int8 and _cell_name(module) != "lstm":
+    return any(name not in module._parameters | module._buffers for name in names)
+
+
+def check_int8(module: Any) -> None:
+    """Raise ValueError for a module that ONNX Runtime does not have in 8 bits."""
+    if _cell_name(module) != "lstm":
         raise ValueError(
             "export_onnx: expected LSTMs, the only layers that ONNX Runtime has in 8 bits, got "
             f"{type(module).__name__}"
         )
-    if int8 and computed:
+    if _is_computed(module):
         raise ValueError(
             f"export_onnx: expected an {type(module).__name__} with its own parameters for int8, "
             "got computed ones"
         )
-    served = not computed and _cell_name(module) in _ORDER
+
+
+@torch.no_grad()
+def store_operands(module: Any, int8: bool) -> None:
+    """Put the operands of the nodes on the module as buffers, whose names the file takes.
+
+    They take the place of those that were put there before.
+    """
+    served = not _is_computed(module) and _cell_name(module) in _ORDER
     for suffix, indices in _groups(module) if served else []:
         parts = [_parts(module, index) for index in indices]
         operands = _operands(parts, _cell_name(module))
+        for name in _OPERANDS:
+            module._buffers.pop(name + suffix, None)
         for name, value in (_quantised(operands) if int8 else operands).items():
             module.register_buffer(name + suffix, value.detach().clone())
         for index, (*_, w_hr) in zip(indices, parts, strict=True):

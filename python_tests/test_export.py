@@ -549,6 +549,43 @@ def test_another_branch_for_other_sizes_is_found(tmp_path, least):
         check(path, model, *({"x": torch.randn(n, 3, 4)} for n in (2, 21, 50)))
 
 
+class OverSteps(nn.Module):
+    """A mean over steps, whose number code takes out of the shape."""
+
+    def __init__(self, way="len"):
+        super().__init__()
+        self.rnn, self.way = nn.LSTM(4, 5), way
+
+    def forward(self, x):
+        y = self.rnn(x)[0]
+        if self.way == "len":
+            return y.sum(0) / len(x)
+        return y * float(x[0, 0, 0])
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_file_of_int8_holds_no_number_of_the_example(tmp_path, prepared):
+    """Its float32 form is compared: what 8 bits round is no sign of what code computed."""
+    path = tmp_path / "model.onnx"
+    torch.manual_seed(0)
+    for way in ("len", "value"):
+        given = OverSteps(way)
+        options = {"weights": "int8", "dynamo": False}
+        if prepared:
+            given, options = iss.prepare(given, "int8"), {"dynamo": False}
+        if way == "value":
+            with pytest.raises(RuntimeError, match="whose code does not depend on the values"):
+                iss.export_onnx(given, X, path, **options)
+            continue
+        with pytest.warns(UserWarning, match=r"the example's size alone in \['x_0'\]"):
+            iss.export_onnx(given, X, path, **options)
+        assert operators(path)["DynamicQuantizeLSTM"] == 1
+        assert shape_of(path, "x") == [5, "x_1", 4]
+        check(path, given, {"x": torch.randn(5, 3, 4)}, engines=[onnx_runtime], tolerance=0.03)
+        os.remove(path)
+    assert os.listdir(tmp_path) == []
+
+
 class Masked(nn.Module):
     """Scores of actions, some of which never count."""
 
