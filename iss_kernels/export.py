@@ -81,7 +81,8 @@ def export_onnx(
     answers differ from call to call. What 16 or 8 bits round is not compared: a prepared model
     answers with the float32 values of its weights then, and a file of int8 is compared in its
     float32 form. A trace holds as a constant what code computed from the example's values: a
-    warning names the lines that did, and without ONNX Runtime dynamo=False is never a default.
+    warning names the lines that did, and without ONNX Runtime dynamo=False is never a default. A
+    warning also says where ONNX Runtime cannot run the file, as with some operators of float64.
 
     Equivalent to torch.onnx.export(model, example, path), which serves modules of this package too,
     but for packed sequences. It needs the packages onnx and, but with dynamo=False, onnxscript.
@@ -132,7 +133,7 @@ def export_onnx(
     errors: list[RuntimeError] = []
     for way in ways:
         try:
-            content, inputs, dropped = _content(
+            content, inputs, dropped, was_run = _content(
                 small,
                 recurrent,
                 args,
@@ -175,6 +176,12 @@ def export_onnx(
             "which the exported model fixes (a loop over steps in Python does, or its arithmetic)",
             stacklevel=2,
         )
+    if not was_run and _is_installed("onnxruntime"):
+        warnings.warn(
+            "export_onnx: the file was not compared with the model, since ONNX Runtime lacks one "
+            "of its operators in its dtype",
+            stacklevel=2,
+        )
     part = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
         with open(part, "wb") as file:
@@ -199,8 +206,8 @@ def _content(
     dynamo: bool,
     may_fix: bool,
     int8: bool,
-) -> tuple[bytes, set[str], list[str]]:
-    """The checked file, its inputs, and which of `sizes` it fixes, where it may.
+) -> tuple[bytes, set[str], list[str], bool]:
+    """The checked file, its inputs, which of `sizes` it fixes, where it may, and if it was run.
 
     What 8 bits round would hide other differences: the file without them is compared.
     """
@@ -219,7 +226,8 @@ def _content(
     exact = widened(model) if prepared else model
     while True:
         proto, content, ends = written(int8=False)
-        fixed = _fixed(exact, proto, content, args, sizes, ends)
+        session = _session(content)
+        fixed = _fixed(session, exact, proto, args, sizes, ends)
         if not fixed:
             break
         if not may_fix:
@@ -229,12 +237,12 @@ def _content(
         sizes = _without(sizes, fixed)
     if int8:
         proto, content, _ = written(int8=True)
-        session = _session(content)
-        for example in () if session is None else (args.longer(sizes), args.longer({})):
-            _, wrong = _run(session, _answers(exact, example), example, args)
+        eight = _session(content)
+        for example in () if eight is None else (args.longer(sizes), args.longer({})):
+            _, wrong = _run(eight, _answers(exact, example), example, args)
             if wrong is not None:
                 raise _WrongFile(f"{_ANSWERS}, got {wrong}")
-    return content, {given.name for given in proto.graph.input}, dropped
+    return content, {given.name for given in proto.graph.input}, dropped, session is not None
 
 
 class _WrongFile(RuntimeError):
@@ -700,16 +708,16 @@ def _named(proto: Any, sizes: Mapping[str, Mapping[int, str]]) -> Any:
 
 
 def _fixed(
+    session: Any,
     model: nn.Module,
     proto: Any,
-    content: bytes,
     args: _Arguments,
     sizes: Mapping[str, Mapping[int, str]],
     ends: Mapping[str, list[int]],
 ) -> dict[str, str]:
     """Which of `sizes`, by name, the file fixes, and how it shows; RuntimeError for wrong answers.
 
-    ends: sizes to be tried beside others. Answers are those of ONNX Runtime, where it is installed.
+    session: the file in ONNX Runtime, or None; ends: sizes to be tried beside others.
     """
     fixed = {}
     for given in proto.graph.input:
@@ -717,7 +725,6 @@ def _fixed(
             size = given.type.tensor_type.shape.dim[dim]
             if not size.dim_param:
                 fixed[label] = f"{size.dim_value} for dimension {dim} of {given.name}"
-    session = _session(content)
     if session is None or fixed:
         return fixed
     labels = _labels(sizes)

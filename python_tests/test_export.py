@@ -637,6 +637,13 @@ def test_another_branch_for_one_or_two_is_found(tmp_path, least, dim, dynamo):
     assert shape_of(path, "x")[dim] == example.shape[dim]
 
 
+def test_a_file_that_onnx_runtime_cannot_run_is_kept_with_a_warning(tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.warns(UserWarning, match="^export_onnx: .* was not compared with the model"):
+        iss.export_onnx(nn.Conv1d(2, 3, 2).double(), X.double(), path, dynamo=False)
+    assert path.exists()
+
+
 class Concatenates(nn.Module):
     """An argument with the name that an exporter gives a node."""
 
