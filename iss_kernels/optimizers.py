@@ -172,6 +172,11 @@ def _metric(
     if rate == 0:
         return None
     if momentum := group.get("momentum", 0):  # the steps for one gradient add up to this
+        for name in ("momentum", "dampening"):
+            if group.get(name, 0) >= 1:
+                raise ValueError(
+                    f"proximal_: expected an optimizer of {name} below 1, got {group[name]}"
+                )
         rate *= (1 - group.get("dampening", 0)) / (1 - momentum)
     if isinstance(optimizer, torch.optim.SGD):
         return 1 / rate

@@ -327,3 +327,15 @@ def test_a_learning_rate_of_zero_changes_nothing() -> None:
         before = values(groups)
         GroupLasso(groups, STRENGTH).proximal_(optimizer)
         assert all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))
+
+
+@pytest.mark.parametrize("option", ["momentum", "dampening"])
+@pytest.mark.parametrize("value", [1.0, 1.5])
+def test_steps_that_do_not_add_up_are_refused(option: str, value: float) -> None:
+    groups = built()
+    options = {"momentum": 0.9, option: value}
+    lasso = GroupLasso(groups, STRENGTH, warmup=3)
+    with pytest.raises(ValueError) as error:
+        lasso.proximal_(torch.optim.SGD(groups.model.parameters(), 0.1, **options))
+    assert str(error.value) == f"proximal_: expected an optimizer of {option} below 1, got {value}"
+    assert lasso.state_dict()["steps"] == 0
