@@ -182,9 +182,10 @@ class GroupLasso:
         `add_gradients_` and `threshold_`. step is the learning rate, or the optimiser itself: SGD,
         Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad, bare or wrapped by Accelerate or Lightning.
         Adam divides the gradient of each weight by the root of its mean square; then the penalty of
-        a unit is divided by the root mean square of these divisors over its weights, so that it
-        balances the same gradient of the loss as with SGD, at the same strength (proximal steps in
-        the optimiser's metric: Yun et al. 2021, Deleu & Bengio 2021; here one number for a unit).
+        a unit is divided by the root mean square of these divisors over those of its weights that
+        have had a gradient, so that it balances the same gradient of the loss as with SGD, at the
+        same strength (proximal steps in the optimiser's metric: Yun et al. 2021, Deleu & Bengio
+        2021; here one number for a unit).
         With the learning rate alone, Adam's divisors are in the gradient of the loss and not in the
         penalty, which then fades units that matter and units that do not alike.
 
@@ -197,9 +198,10 @@ class GroupLasso:
         the exact operator to first order in step; they differ by O(step^2). As with the exact
         operator a unit leaves as a whole, its weights set to zero together, here where its norm is
         at most step * strength: what is left is a unit that can be removed, not a thinned one.
-        Passes over weights that do not require a gradient, or that the optimiser has not moved yet.
-        Raises ValueError for a step that is negative or not finite, and for an optimiser that lacks
-        a weight of the groups; TypeError for other optimisers.
+        Passes over weights that do not require a gradient, or that the optimiser has not moved yet,
+        and over units of which no weight has had a gradient. Raises ValueError for a step that is
+        negative or not finite, and for an optimiser that lacks a weight of the groups or has a
+        momentum or dampening of 1 or more; TypeError for other optimisers.
         """
         steps: float | Tensor
         if isinstance(step, (float, Real, Tensor)):
@@ -325,14 +327,14 @@ class GroupLasso:
         first = divisors[0]
         if isinstance(first, float) and all(each == first for each in divisors):
             return 1 / first, moves
-        ones, full = [], []
-        for weight, divisor in zip(weights, divisors, strict=True):
-            ones.append(torch.full_like(weight, divisor is not None))
-            if isinstance(divisor, Tensor):
-                full.append(_matrix(divisor))
-            else:
-                full.append(torch.full_like(weight, divisor or 0.0))
-        sizes, squares = self._norms(ones, eps=0.0), self._norms(full, eps=0.0)  # their roots
+        full = [
+            _matrix(divisor)
+            if isinstance(divisor, Tensor)
+            else torch.full_like(weight, divisor or 0.0)
+            for weight, divisor in zip(weights, divisors, strict=True)
+        ]
+        squares = self._norms(full, eps=0.0)  # their roots
+        sizes = self._norms([each.sign_() for each in full], eps=0.0)
         return torch.where(sizes > 0, sizes / squares, 0.0), moves
 
     def _weights(self) -> list[Tensor]:

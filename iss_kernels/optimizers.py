@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import threshold
 
 # Takes the units that left out of a tensor that has the shape of the parameter.
 Cut: TypeAlias = Callable[[nn.Parameter, Tensor], Tensor]
@@ -123,9 +124,10 @@ def _is_alike(parameter: nn.Parameter, value: Any) -> bool:
 def metric(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Tensor | float | None]:
     """What the last step divided the gradient of each parameter by, elementwise or as a number.
 
-    1 / learning rate for SGD, (sqrt(second moment) + eps) / learning rate for Adam and its kin;
-    None for parameters that have not moved yet. Raises TypeError for other optimisers, and
-    ValueError for one that lacks a parameter.
+    1 / learning rate for SGD, (sqrt(second moment) + eps) / learning rate for Adam and its kin,
+    which is 0 here where the second moment is: such an element has not moved; None for parameters
+    that have not moved yet. Raises TypeError for other optimisers, and ValueError for one that
+    lacks a parameter or whose steps for one gradient do not add up to a number.
     """
     optimizer = _innermost(optimizer)
     if type(optimizer) not in _WITH_METRIC:
@@ -135,12 +137,16 @@ def metric(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Tenso
             f"{', '.join(most)} or {last}, got {type(optimizer).__name__}"
         )
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    # All are None where a loop has set them so since the step.
+    known = any(parameter.grad is not None for parameter in groups)
     found: list[Tensor | float | None] = []
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             found.append(None)
         elif parameter in groups:
-            found.append(_metric(optimizer, groups[parameter], optimizer.state.get(parameter)))
+            skipped = known and parameter.grad is None
+            state = optimizer.state.get(parameter)
+            found.append(_metric(optimizer, groups[parameter], state, skipped))
         else:
             raise ValueError(
                 f"proximal_: expected an optimizer that has {name}, got one without it"
@@ -166,8 +172,9 @@ _WITH_METRIC = (
 
 
 def _metric(
-    optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any] | None
+    optimizer: Any, group: Mapping[str, Any], state: Mapping[str, Any] | None, skipped: bool
 ) -> Tensor | float | None:
+    """skipped: whether the last step passed over the parameter, as far as gradients tell."""
     rate = float(group["lr"])
     if rate == 0:
         return None
@@ -179,12 +186,12 @@ def _metric(
                 )
         rate *= (1 - group.get("dampening", 0)) / (1 - momentum)
     if isinstance(optimizer, torch.optim.SGD):
-        return 1 / rate
+        return None if (not state if momentum else skipped) else 1 / rate
     if not state or not state["step"]:  # a GradScaler skips a step whose gradient overflowed
         return None
     step, seen = float(state["step"]), 1.0  # share of the weights of the average that are in it
     if isinstance(optimizer, torch.optim.Adamax):
-        return torch.div(state["exp_inf"], rate)
+        return threshold(state["exp_inf"], group["eps"], 0.0).div_(rate)
     if isinstance(optimizer, torch.optim.Adagrad):
         squares = state["sum"]
         rate /= 1 + (step - 1) * group["lr_decay"]
@@ -197,7 +204,8 @@ def _metric(
         seen = 1 - group["betas"][1] ** step
     root: Tensor = squares.sqrt()
     eps = root.new_tensor(group["eps"] / rate)
-    return torch.add(eps, root, alpha=1 / (rate * math.sqrt(seen)), out=root)
+    torch.add(eps, root, alpha=1 / (rate * math.sqrt(seen)), out=root)
+    return threshold(root, float(eps), 0.0, inplace=True)
 
 
 def hand_over(new: Mapping[nn.Parameter, nn.Parameter], cut: Cut) -> None:

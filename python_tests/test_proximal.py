@@ -329,6 +329,68 @@ def test_a_learning_rate_of_zero_changes_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))
 
 
+# -- weights that the optimiser has not moved -----------------------------------------------------
+
+ADAPTIVE = [name for name in OPTIMISERS if name not in ("SGD", "momentum")]
+
+
+class Towers(nn.Module):
+    """Two layers with a head, and a second tower, of which a call may use one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(5, 6, num_layers=2), nn.Linear(6, 3)
+        self.other, self.other_head = nn.LSTM(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.rnn(x)[0]), self.other_head(self.other(x)[0])
+
+
+def one_step(name: str, set_to_none: bool = True) -> tuple[Groups, torch.optim.Optimizer]:
+    """After a step in which neither rnn.l0, before a head of zeros, nor `other` had a gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 5, dtype=torch.float64)
+    groups = find_groups(Towers().double(), x)
+    model = groups.model
+    with torch.no_grad():
+        model.get_parameter("head.weight").zero_()
+    make, options = OPTIMISERS[name]
+    optimizer = make(model.parameters(), **options)
+    sum(y.sum() for y in model(x)).backward()
+    optimizer.zero_grad(set_to_none)
+    (model(x)[0] - 1).square().mean().backward()
+    optimizer.step()
+    return groups, optimizer
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_what_had_no_gradient_stays(name: str, set_to_none: bool) -> None:
+    groups, optimizer = one_step(name, set_to_none)
+    names = [weight.name for weight in groups.weights]
+    before = dict(zip(names, values(groups), strict=True))
+    GroupLasso(groups, 1e-3).proximal_(optimizer)
+    after = dict(zip(names, values(groups), strict=True))
+    # A head of zeros moves, but what only reads and recurs in rnn.l0 does not; SGD cannot tell.
+    still = ["rnn.weight_ih_l0", "rnn.weight_hh_l0"] if name in ADAPTIVE else []
+    if set_to_none or name in ADAPTIVE:
+        still += ["other.weight_ih_l0", "other.weight_hh_l0", "other_head.weight"]
+    assert all(torch.equal(after[its], before[its]) for its in still)
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    assert not torch.cat([*groups.dead().values()]).any()
+
+
+def test_gradients_that_are_gone_after_a_step_change_nothing() -> None:
+    """A loop may set them to None before the proximal step."""
+    for name in ("SGD", "momentum", "Adam"):
+        ours, theirs = trained(name), trained(name)
+        ours[1].zero_grad()
+        for groups, optimizer in (ours, theirs):
+            GroupLasso(groups, STRENGTH).proximal_(optimizer)
+        pairs = zip(values(ours[0]), values(theirs[0]), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("option", ["momentum", "dampening"])
 @pytest.mark.parametrize("value", [1.0, 1.5])
 def test_steps_that_do_not_add_up_are_refused(option: str, value: float) -> None:
