@@ -182,10 +182,10 @@ class GroupLasso:
         `add_gradients_` and `threshold_`. step is the learning rate, or the optimiser itself: SGD,
         Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad, bare or wrapped by Accelerate or Lightning.
         Adam divides the gradient of each weight by the root of its mean square; then the penalty of
-        a unit is divided by the root mean square of these divisors over those of its weights that
-        have had a gradient, so that it balances the same gradient of the loss as with SGD, at the
-        same strength (proximal steps in the optimiser's metric: Yun et al. 2021, Deleu & Bengio
-        2021; here one number for a unit).
+        a unit is divided by the root mean square of these divisors over its weights, but those that
+        are zero or have had no gradient, so that it balances the same gradient of the loss as with
+        SGD, at the same strength (proximal steps in the optimiser's metric: Yun et al. 2021, Deleu
+        & Bengio 2021; here one number for a unit).
         With the learning rate alone, Adam's divisors are in the gradient of the loss and not in the
         penalty, which then fades units that matter and units that do not alike.
 
@@ -327,10 +327,11 @@ class GroupLasso:
         first = divisors[0]
         if isinstance(first, float) and all(each == first for each in divisors):
             return 1 / first, moves
+        # Up to the sign. Elements of dead units count no more than after a shrink.
         full = [
-            _matrix(divisor)
+            _matrix(divisor).mul_(weight.sign())
             if isinstance(divisor, Tensor)
-            else torch.full_like(weight, divisor or 0.0)
+            else weight.sign().mul_(divisor or 0.0)
             for weight, divisor in zip(weights, divisors, strict=True)
         ]
         squares = self._norms(full, eps=0.0)  # their roots

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proximal step against the exact proximal operator of the penalty, solved in float64."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from iss_kernels.find import find_groups
 from iss_kernels.group_lasso import GroupLasso
 from iss_kernels.groups import Groups
+from iss_kernels.shrink import shrink_
 
 STRENGTH = 0.3
 
@@ -401,3 +403,31 @@ def test_steps_that_do_not_add_up_are_refused(option: str, value: float) -> None
         lasso.proximal_(torch.optim.SGD(groups.model.parameters(), 0.1, **options))
     assert str(error.value) == f"proximal_: expected an optimizer of {option} below 1, got {value}"
     assert lasso.state_dict()["steps"] == 0
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_it_goes_on_after_a_shrink_as_with_the_dead_units_held_at_zero(name: str) -> None:
+    groups, optimizer = trained(name)
+    gone = {"rnn.l0": torch.arange(6) < 3, "rnn.l1": torch.arange(6) % 2 == 0}
+    groups.zero_units_(gone)
+    big = copy.deepcopy(groups.model)
+    big_groups = find_groups(big, torch.randn(4, 2, 5, dtype=torch.float64))
+    make, options = OPTIMISERS[name]
+    big_optimizer = make(big.parameters(), **options)
+    big_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    lasso, big_lasso = GroupLasso(groups, 1e-2), GroupLasso(big_groups, 1e-2)
+    small = groups.model
+    _, left = shrink_(small, groups, optimizer=optimizer, lasso=lasso)
+    for _ in range(5):
+        x = torch.randn(4, 2, 5, dtype=torch.float64)
+        for model, its, hold in ((small, optimizer, False), (big, big_optimizer, True)):
+            its.zero_grad()
+            model(x).square().sum().backward()
+            its.step()
+            if hold:
+                big_groups.zero_units_(gone)
+            (big_lasso if hold else lasso).proximal_(its)
+        norms, big_norms = (torch.cat([*each.norms().values()]) for each in (lasso, big_lasso))
+        kept = ~torch.cat([*gone.values()])
+        torch.testing.assert_close(norms, big_norms[kept], rtol=1e-8, atol=1e-10)
+    assert [family.size for family in left.families] == [3, 3]
