@@ -53,7 +53,8 @@ def find_groups(
     copies that have lost units must give the answers that a whole one gives where these units are
     dead: in eval mode on the example, and with one row more along its first two dimensions if the
     model takes that; in training mode, without dropout, if the model draws no random numbers there.
-    The model stays as it is.
+    The model stays as it is. Its hooks run on the copies, and write to what is outside of the
+    model, as to a list of yours.
 
     Units of two layers become one where the model adds or multiplies their outputs, compares them
     (attention scores), or hands one's final state to the other: they leave together. Families keep
