@@ -27,6 +27,11 @@ def check_module(function: str, model: Any) -> None:
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
+def as_tensor(leaf: Any) -> Tensor:
+    """A tensor as it is, a number as a tensor on the CPU."""
+    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
+
+
 def call_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with: a dict's keyword arguments, a tuple's, or the one argument."""
     if isinstance(example, Mapping):

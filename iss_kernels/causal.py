@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from iss_kernels.arguments import Arguments, Path, brief, cloned, leaves, mapped, named, tensors
+from iss_kernels.arguments import (
+    Arguments,
+    Path,
+    as_tensor,
+    brief,
+    cloned,
+    leaves,
+    mapped,
+    named,
+    tensors,
+)
 from iss_kernels.carry import Loop, Memory, Variables, loops_in, memories_of, recurrent_in
 from iss_kernels.chain import BOTH_WAYS, device_of
 from iss_kernels.copying import copied
@@ -469,12 +479,12 @@ class _Verifier:
         leads: rows come first where several dimensions have B elements. False where it is unclear
         which are the rows, or none.
         """
-        late = _tensor(late)
+        late = as_tensor(late)
         dims = [dim for dim in range(late.dim()) if late.size(dim) == self.batch]
         if not dims or (len(dims) > 1 and (dims[0] > 0 or not (leads or late.dim() < 3))):
             return False
         mask = rows.view(-1, *[1] * (late.dim() - 1 - dims[0])).to(late.device)
-        self.equal(torch.where(mask, _tensor(early), late), given, late, path, step)
+        self.equal(torch.where(mask, as_tensor(early), late), given, late, path, step)
         return True
 
     def outputs(
@@ -484,13 +494,13 @@ class _Verifier:
         if not long.keys() == short.keys() == given[0].keys():
             raise _Refused("which returns other things for one step than for several")
         found = {path: self._output(path, long, short, given) for path in long}
-        if not any(_tensor(leaf).isfinite().any() for leaf in long.values()):
+        if not any(as_tensor(leaf).isfinite().any() for leaf in long.values()):
             raise _Refused("which returns no finite number, by which it could be verified")
         return found
 
     def _output(self, path: Path, long: Any, short: Any, given: Any) -> _Output:
         count = self.arguments.length or 0
-        whole, less, one = (_tensor(part[path]) for part in (long, short, given[0]))
+        whole, less, one = (as_tensor(part[path]) for part in (long, short, given[0]))
         name = _output_name(path)
         if whole.dim() != less.dim():
             raise _Refused(f"whose {name} has another number of dimensions for fewer steps")
@@ -544,7 +554,7 @@ class _Verifier:
         self, expected: Any, given: Any, whole: Any, path: Path, step: int, spread: float = 0.0
     ) -> None:
         """Raise _Refused for another output. spread: how far it is from its mean over the steps."""
-        expected, given, whole = map(_tensor, (expected, given, whole))
+        expected, given, whole = map(as_tensor, (expected, given, whole))
         which = f"whose {_output_name(path)} at step {step + 1}"
         if (expected.shape, expected.dtype) != (given.shape, given.dtype):
             shapes = [f"{list(t.shape)} of {t.dtype}" for t in (given, expected)]
@@ -618,22 +628,18 @@ def _largest(t: Tensor) -> float:
 
 def _differ(steps: list[Any]) -> bool:
     """Whether an output is not the same in all steps."""
-    first, *rest = map(_tensor, steps)
+    first, *rest = map(as_tensor, steps)
     return not all(first.equal(other) for other in rest)
 
 
 def _spread(steps: list[Any]) -> float:
     """How far an output, of the same shape in all steps, is from its mean; 0 where unknown."""
-    values = [_tensor(leaf) for leaf in steps]
+    values = [as_tensor(leaf) for leaf in steps]
     if len({value.shape for value in values}) > 1 or not values[0].is_floating_point():
         return 0.0
     stacked = torch.stack(values).double()
     far = (stacked - stacked.mean(0)).abs()
     return float(far.where(far.isfinite(), 0).max()) if far.numel() > 0 else 0.0
-
-
-def _tensor(leaf: Any) -> Tensor:
-    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
 
 
 def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype]:

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
-from iss_kernels.arguments import Path, brief, call_of, fresh, has_size, leaves, mapped, tensors
+from iss_kernels.arguments import (
+    Path,
+    as_tensor,
+    brief,
+    call_of,
+    fresh,
+    has_size,
+    leaves,
+    mapped,
+    tensors,
+)
 from iss_kernels.copying import copied
 from iss_kernels.groups import Family, GroupError, Groups
 from iss_kernels.rules import DROPOUTS
@@ -151,7 +161,7 @@ class _Tolerance:
     ) -> bool:
         """Whether two outcomes have the same leaves."""
         return one.keys() == two.keys() and all(
-            self._close(_tensor(value), _tensor(two[path]), effects.get(path))
+            self._close(as_tensor(value), as_tensor(two[path]), effects.get(path))
             for path, value in one.items()
         )
 
@@ -180,7 +190,7 @@ def _effects(alive: _Outcome, dead: _Outcome) -> dict[Path, Tensor]:
     effects = {}
     if isinstance(alive, dict) and isinstance(dead, dict):
         for path in alive.keys() & dead.keys():
-            one, two = _wide(_tensor(alive[path])), _wide(_tensor(dead[path]))
+            one, two = _wide(as_tensor(alive[path])), _wide(as_tensor(dead[path]))
             if one.shape == two.shape:
                 effects[path] = _finite(one - two).abs()
     return effects
@@ -188,7 +198,8 @@ def _effects(alive: _Outcome, dead: _Outcome) -> dict[Path, Tensor]:
 
 def _has_floats(outcome: _Outcome) -> bool:
     return isinstance(outcome, dict) and any(
-        _tensor(leaf).is_floating_point() or _tensor(leaf).is_complex() for leaf in outcome.values()
+        as_tensor(leaf).is_floating_point() or as_tensor(leaf).is_complex()
+        for leaf in outcome.values()
     )
 
 
@@ -196,10 +207,6 @@ def _are_equal(one: _Outcome, two: _Outcome) -> bool:
     if isinstance(one, Exception) or isinstance(two, Exception):
         return type(one) is type(two)
     return _Tolerance(0, 0).same(one, two, {})
-
-
-def _tensor(leaf: Any) -> Tensor:
-    return leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, device="cpu")
 
 
 def _wide(leaf: Tensor) -> Tensor:
