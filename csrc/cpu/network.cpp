@@ -268,8 +268,8 @@ void Linear::run(const Parts& parts, const E* x, int64_t rows, E* y) const {
              .bfloat16_out = kRounded});
       }
       if constexpr (!kRounded)
-        for (int64_t r = row; is_int8(format) && r < std::min(row + block, last); ++r)
-          if (!is_within(x + r * k, k, kInt8Largest))
+        for (int64_t r = row; r < std::min(row + block, last); ++r)
+          if (is_int8(format) && !is_within(x + r * k, k, kInt8Largest))
             run_unrounded(x + r * k, y + r * columns, range.begin * kernels.panel_units(),
                           std::min(range.end * kernels.panel_units(), columns));
     }

@@ -95,13 +95,14 @@ class Linear {
   // parts are of pairs.
   template <typename E>
   void run(const Parts& parts, const E* x, int64_t rows, E* y) const;
-  // Columns [begin, end) of one row of y, with int8 weights, whose x cannot be quantised: beyond
-  // kInt8Largest.
-  void run_unrounded(const float* x, float* y, int64_t begin, int64_t end) const;
   // x [..., input()] of float32, bfloat16 or float16; y has its type.
   at::Tensor run(const at::Tensor& x) const;
 
  private:
+  // Columns [begin, end) of a row of y where int8 weights meet an x with an element that cannot be
+  // quantised, beyond kInt8Largest.
+  void run_unrounded(const float* x, float* y, int64_t begin, int64_t end) const;
+
   at::Tensor weight_, scales_, bias_;
   PackedForIsa<Parts> packed_;
 };
